@@ -1,0 +1,195 @@
+"""The whole cluster's configuration: declared once here, resolved once by the CLI, passed down unchanged.
+
+A TOML file has these sections and keys; a flag overrides a key; an unknown key is an error. `ClusterConfig` is
+what every process gets (`afd up --dry-run` prints it). Times are in seconds unless the name says otherwise.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from afd.errors import ConfigError
+from afd.types import FfnParallel, Topology
+
+Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
+Positive = Annotated[float, msgspec.Meta(gt=0)]
+PositiveInt = Annotated[int, msgspec.Meta(ge=1)]
+NonNegativeInt = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Base of all sections: frozen, unknown keys refused."""
+
+
+class ModelConfig(Section):
+    """name: "smollm2-135m-instruct", a Hugging Face folder, or "dummy:<preset>".
+
+    max_context: 0 = the model's own.  served_name: what clients call it; "" = derived from `name`.
+    """
+
+    name: str = "smollm2-135m-instruct"
+    served_name: str = ""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    max_context: NonNegativeInt = 0
+
+
+class TopologyConfig(Section):
+    """topology: xAyF or mono.  transport: of the data plane; auto = shared memory on one host, else TCP."""
+
+    topology: str = "1A1F"
+    ranks_per_instance: Literal[1] = 1
+    transport: Literal["auto", "shm", "tcp"] = "auto"
+    ffn_parallel: FfnParallel = FfnParallel.HYBRID
+    checksum: bool = False
+    secret_file: str = ""  # "" with `afd up`: a fresh secret for this run, handed to the children by pipe
+    recovery_timeout_s: Positive = 60.0
+
+
+class AttentionConfig(Section):
+    """streams: 0 = auto (up to the plan's maximum).  num_blocks: 0 = as many as kv_cache_gib holds.
+
+    max_step_tokens: tokens of one micro-batch (decodes first, then prefill).  max_num_seqs: running requests.
+    threads: 0 = a fair share of the machine's cores.
+    """
+
+    streams: Annotated[int, msgspec.Meta(ge=0, le=4)] = 0
+    max_step_tokens: PositiveInt = 256
+    min_chunk_tokens: PositiveInt = 64
+    max_num_seqs: PositiveInt = 256
+    max_waiting: PositiveInt = 1024
+    block_size: Literal[8, 16, 32, 64] = 16
+    num_blocks: NonNegativeInt = 0
+    kv_cache_gib: Positive = 2.0
+    prefix_cache: bool = True
+    threads: NonNegativeInt = 0
+    device: Literal["cpu", "cuda"] = "cpu"
+    host: str = "127.0.0.1"
+    port: Port = 0  # ZeroMQ; 0 = any
+    mesh_port: Port = 0
+    metrics_port: Port = 0
+
+
+class FfnConfig(Section):
+    """gang_window_ms: upper bound of the wait for other attention workers at layer 0 (10 % of a step at most)."""
+
+    threads: NonNegativeInt = 0
+    device: Literal["cpu", "cuda"] = "cpu"
+    gang_window_ms: Annotated[float, msgspec.Meta(ge=0, le=100)] = 5.0
+    host: str = "127.0.0.1"
+    mesh_port: Port = 0
+    metrics_port: Port = 0
+
+
+class CoordinatorConfig(Section):
+    """address: host:port of the coordinator, as the other roles reach it (port 0 with `afd up`: any)."""
+
+    address: str = "127.0.0.1:0"
+    heartbeat_s: Positive = 0.25
+    lost_after_s: Positive = 1.5
+    stall_timeout_s: Positive = 5.0
+    restart_grace_s: Positive = 5.0
+    register_timeout_s: Positive = 600.0  # a worker gives up when no coordinator answers for so long at start
+    metrics_port: Port = 0
+
+
+class GatewayConfig(Section):
+    """Limits protect the process: every one is answered with 400 or 503 and its name."""
+
+    host: str = "127.0.0.1"
+    port: Port = 8000
+    api_keys_file: str = ""
+    max_queue: PositiveInt = 1024
+    max_body_bytes: PositiveInt = 8 << 20
+    max_n: PositiveInt = 16
+    max_stop: PositiveInt = 4
+    request_timeout_s: Positive = 600.0
+    lease_s: Positive = 3.0
+    drain_s: Positive = 10.0
+    sse_keepalive_s: Positive = 15.0
+
+
+class SlaConfig(Section):
+    """policy: enforce = refuse what would break the target; observe = measure only; off."""
+
+    tpot_ms: Positive = 50.0
+    ttft_ms: Positive = 5000.0
+    policy: Literal["enforce", "observe", "off"] = "observe"
+
+
+class LogConfig(Section):
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["text", "json"] = "text"
+
+
+class ClusterConfig(Section):
+    """The resolved whole."""
+
+    model: ModelConfig = ModelConfig()
+    cluster: TopologyConfig = TopologyConfig()
+    attention: AttentionConfig = AttentionConfig()
+    ffn: FfnConfig = FfnConfig()
+    coordinator: CoordinatorConfig = CoordinatorConfig()
+    gateway: GatewayConfig = GatewayConfig()
+    sla: SlaConfig = SlaConfig()
+    log: LogConfig = LogConfig()
+
+    @property
+    def topology(self) -> Topology:
+        return Topology.parse(self.cluster.topology)
+
+
+def resolve_config(file: str | None, overrides: dict[str, Any]) -> ClusterConfig:
+    """TOML file (optional) plus overrides such as {"model.name": "..."} -> ClusterConfig; ConfigError otherwise."""
+    tree: dict[str, Any] = {}
+    if file is not None:
+        try:
+            tree = tomllib.loads(Path(file).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"cannot read config file {file}: {error.strerror}") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"config file {file} is not valid TOML: {error}") from error
+    for path, value in overrides.items():
+        section, key = path.split(".")
+        table = tree.setdefault(section, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"{section} must be a section ([{section}]), not a value")
+        table[key] = value
+    try:
+        config = msgspec.convert(tree, ClusterConfig)
+    except msgspec.ValidationError as error:
+        where = f"{file}: " if file is not None else ""
+        raise ConfigError(f"{where}{error}") from error
+    check_config(config)
+    return config
+
+
+def check_config(config: ClusterConfig) -> None:
+    """Rules that span keys; ConfigError names both."""
+    topology = config.topology
+    if config.cluster.ffn_parallel is FfnParallel.EP:
+        raise ConfigError("cluster.ffn_parallel = 'ep' is not built yet; use 'hybrid' or 'tp'")
+    if config.attention.min_chunk_tokens > config.attention.max_step_tokens:
+        raise ConfigError("attention.min_chunk_tokens must not exceed attention.max_step_tokens")
+    host, _, port = config.coordinator.address.rpartition(":")
+    if not host or not port.isdigit() or int(port) > 65535:
+        raise ConfigError(f"coordinator.address {config.coordinator.address!r} is not host:port")
+    if topology.mono and config.cluster.transport != "auto":
+        raise ConfigError("topology mono has no transport; leave cluster.transport at auto")
+
+
+def config_to_toml_dict(config: ClusterConfig) -> dict[str, Any]:
+    """The resolved values as plain builtins (what --dry-run prints and children get as JSON)."""
+    builtins: dict[str, Any] = msgspec.to_builtins(config)
+    return builtins
+
+
+def config_from_json(data: bytes | str) -> ClusterConfig:
+    """Inverse of `msgspec.json.encode(config)`: how a child process gets the resolved configuration."""
+    try:
+        return msgspec.json.decode(data, type=ClusterConfig)
+    except msgspec.MsgspecError as error:
+        raise ConfigError(f"bad configuration handed to this process: {error}") from error

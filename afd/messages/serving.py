@@ -1,0 +1,135 @@
+"""Gateway <-> attention worker.
+
+The worker binds a ROUTER socket, each gateway connects one DEALER per worker. Exact migration rests on three
+rules: the gateway draws the seed; `Submit` carries what was already produced (`output_ids`) and an `attempt`
+number; every `TokenChunk` carries (req_id, attempt, first_idx), so the gateway drops old attempts, sees gaps,
+and asks again (`Resend`). A message lost on the way therefore loses nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Union
+
+import msgspec
+
+from afd.messages.codec import Decoder
+from afd.types import FinishReason, SamplingParams
+
+# --- gateway -> worker ----------------------------------------------------------------------------------
+
+
+class Submit(msgspec.Struct, tag="submit", frozen=True):
+    """Run one sequence.
+
+    req_id: unique for the cluster's life; one HTTP request with n choices is n of them.
+    attempt: 0 first, +1 at each resubmission after a lost worker.
+    output_ids: tokens already delivered to the client; the worker goes on at output index len(output_ids).
+    priority: lower runs first (0 default).  deadline_s: seconds the request may still wait to be admitted.
+    """
+
+    req_id: str
+    attempt: int
+    prompt_ids: list[int]
+    output_ids: list[int]
+    sampling: SamplingParams
+    priority: int = 0
+    ttft_deadline_s: float = 0.0  # 0 = none
+    tpot_s: float = 0.0  # the request's own TPOT target; 0 = the cluster's
+
+
+class Abort(msgspec.Struct, tag="abort", frozen=True):
+    """The client has gone or the text is complete (stop string): free the request. Unknown ids are ignored."""
+
+    req_ids: list[str]
+
+
+class Resend(msgspec.Struct, tag="resend", frozen=True):
+    """The gateway saw a gap: send the tokens of `attempt` again from output index `from_idx`."""
+
+    req_id: str
+    attempt: int
+    from_idx: int
+
+
+class Lease(msgspec.Struct, tag="lease", frozen=True):
+    """Sent every second by each gateway: while it lasts its requests live; when it ends they are aborted."""
+
+    gateway: str
+    ttl_s: float
+    live_req_ids: list[str] | None = None  # sent now and then, so that lost aborts cannot leak requests
+
+
+GatewayMessage = Union[Submit, Abort, Resend, Lease]
+
+# --- worker -> gateway ----------------------------------------------------------------------------------
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probabilities at one output position: of the sampled token, and of the k most likely (id, logprob)."""
+
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+class TokenChunk(msgspec.Struct, frozen=True, omit_defaults=True):
+    """New tokens of one request. `ids` start at output index `first_idx` (which counts resubmitted output too).
+
+    finish: set on the last chunk.  error: text for the client when finish is ERROR.
+    cached_tokens: prompt tokens found in the prefix cache (on the first chunk of an attempt).
+    preempted: how often the request was preempted so far.
+    """
+
+    req_id: str
+    attempt: int
+    first_idx: int
+    ids: list[int]
+    logprobs: list[TokenLogprobs] | None = None
+    finish: FinishReason | None = None
+    error: str | None = None
+    retryable: bool = False
+    cached_tokens: int = 0
+    preempted: int = 0
+
+
+class Tokens(msgspec.Struct, tag="tokens", frozen=True):
+    """All chunks of one step for one gateway."""
+
+    chunks: list[TokenChunk]
+
+
+class Refused(msgspec.Struct, tag="refused", frozen=True):
+    """Not admitted here.
+
+    reason: "capacity" (predicted latency or KV), "draining", "not_ready", "invalid".
+    retry_after_s: when a place is predicted.  For "invalid", detail is the text for the client.
+    """
+
+    req_id: str
+    attempt: int
+    reason: str
+    detail: str
+    retry_after_s: float = 1.0
+
+
+class WorkerStats(msgspec.Struct, tag="stats", frozen=True):
+    """Load of one attention worker: sent on every change of note, at most every 100 ms, at least every second."""
+
+    rank: int
+    num_running: int
+    num_waiting: int
+    kv_blocks_total: int
+    kv_blocks_free: int
+    step_s: float  # moving average of one decode step of a stream
+    tpot_headroom_s: float = 0.0
+    num_streams: int = 1
+    draining: bool = False
+    predicted_wait_s: float = 0.0
+    prefix_hits: int = 0  # prompt tokens, cumulative
+    prefix_queries: int = 0
+    num_preemptions: int = 0
+
+
+WorkerMessage = Union[Tokens, Refused, WorkerStats]
+
+gateway_message_decoder: Decoder[GatewayMessage] = Decoder(GatewayMessage)  # type: ignore[arg-type]
+worker_message_decoder: Decoder[WorkerMessage] = Decoder(WorkerMessage)  # type: ignore[arg-type]
