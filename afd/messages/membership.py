@@ -32,6 +32,7 @@ class WorkerInfo(msgspec.Struct, frozen=True):
     serving_key: str = ""  # attention: CURVE public key (z85)
     metrics: str = ""  # "host:port" of /metrics, /livez, /readyz
     rank: int = -1  # asked for (a re-registration or a StatefulSet ordinal); -1 = any free one
+    num_experts: int = 0  # ffn: routed experts of the model's MoE layers; 0 = a dense model
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -51,7 +52,11 @@ class Member(msgspec.Struct, frozen=True):
 
 
 class ClusterView(msgspec.Struct, frozen=True):
-    """The published state. `version` rises with every change; `epoch` with membership or placement."""
+    """The published state. `version` rises with every change; `epoch` with membership or placement.
+
+    members: the workers that have announced where they can be reached (one still choosing its ports is only in
+    the status).  expert_ranks: FFN rank of each routed expert, [num_experts]; empty for a dense model.
+    """
 
     cluster_id: str
     version: int
@@ -64,6 +69,7 @@ class ClusterView(msgspec.Struct, frozen=True):
     plan: Plan
     members: list[Member]
     shutdown: bool = False
+    expert_ranks: list[int] = []
 
     def of_role(self, role: str) -> list[Member]:
         """Members of one role in rank order."""
@@ -77,15 +83,22 @@ class ClusterView(msgspec.Struct, frozen=True):
 
 class RegisterRequest(msgspec.Struct, frozen=True):
     info: WorkerInfo
-    epoch_seen: int = 0  # the largest epoch this process has lived in: a restarted coordinator adopts the maximum
+    epoch_seen: int = (
+        0  # the largest epoch this process has lived in: a restarted coordinator adopts the maximum
+    )
+    last_view: ClusterView | None = None  # the newest view it has: a restarted coordinator resumes from it
 
 
 class RegisterReply(msgspec.Struct, frozen=True):
-    """rank: given to the worker. error: refusal (wrong model, rank taken, role full), one line; rank is -1 then."""
+    """rank: given to the worker. error: refusal (wrong model, rank taken, role full), one line; rank is -1 then.
+
+    retry: the refusal may pass by itself (the rank's last holder is not yet declared lost): ask again.
+    """
 
     rank: int
     view: ClusterView | None
     error: str = ""
+    retry: bool = False
 
 
 class PairReport(msgspec.Struct, frozen=True):
@@ -100,6 +113,7 @@ class SyncRequest(msgspec.Struct, frozen=True):
     """Heartbeat. progress: main-loop counter; pending: work is waiting (a counter that then stands still = stalled).
 
     loading: 0..1 while the model loads.  stats: flat counters and gauges for `afd status`.
+    pairs: every pair of this worker that is broken now (the whole list each time, so a lost call loses nothing).
     """
 
     role: str
@@ -117,11 +131,15 @@ class SyncRequest(msgspec.Struct, frozen=True):
 
 
 class SyncReply(msgspec.Struct, frozen=True):
-    """known=False: the coordinator does not know this incarnation: register again. lost: you were declared lost."""
+    """known=False: the coordinator does not know this incarnation: register again. lost: you were declared lost.
+
+    reason: why it was declared lost, one line.
+    """
 
     known: bool
     view: ClusterView | None = None
     lost: bool = False
+    reason: str = ""
 
 
 class StatusRequest(msgspec.Struct, frozen=True):
