@@ -1,0 +1,55 @@
+"""Keys of the cluster, each derived from one secret: HKDF-SHA256(secret, label). The secret itself is never sent.
+
+Every process of a cluster holds the same secret and so derives the same keys without exchanging any of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from typing import NamedTuple
+
+import zmq
+from zmq.utils import z85
+
+from afd.errors import ConfigError
+
+MIN_SECRET_BYTES = 16
+_SALT = b"afd cluster secret v1"
+_HASH_BYTES = 32
+
+
+class CurveKeypair(NamedTuple):
+    """A CURVE key pair, both halves as 40 bytes of z85 (what libzmq takes)."""
+
+    public: bytes
+    secret: bytes
+
+
+def derive_key(secret: bytes, label: str, num_bytes: int = _HASH_BYTES) -> bytes:
+    """HKDF-SHA256 (RFC 5869) of the cluster secret; `label` names the use. ConfigError when the secret is too short."""
+    if len(secret) < MIN_SECRET_BYTES:
+        raise ConfigError(f"the cluster secret has {len(secret)} bytes; it needs at least {MIN_SECRET_BYTES}")
+    pseudo_random_key = hmac.digest(_SALT, secret, hashlib.sha256)
+    key, block, counter = b"", b"", 1
+    while len(key) < num_bytes:
+        block = hmac.digest(pseudo_random_key, block + label.encode() + bytes([counter]), hashlib.sha256)
+        key += block
+        counter += 1
+    return key[:num_bytes]
+
+
+def grpc_token(secret: bytes) -> str:
+    """Bearer token of calls to the coordinator (hex)."""
+    return derive_key(secret, "grpc token").hex()
+
+
+def mesh_key(secret: bytes) -> bytes:
+    """HMAC key of stepmesh's mutual challenge, 32 bytes."""
+    return derive_key(secret, "stepmesh hmac")
+
+
+def zmq_keypair(secret: bytes, label: str) -> CurveKeypair:
+    """CURVE key pair of one side of the serving sockets: label "worker" (servers) or "gateway" (clients)."""
+    secret_key = z85.encode(derive_key(secret, f"zmq curve {label}"))
+    return CurveKeypair(public=zmq.curve_public(secret_key), secret=secret_key)
