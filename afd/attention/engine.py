@@ -1,0 +1,182 @@
+"""The attention worker's stream loop: which stream runs next, one stage at a time. No socket, no thread.
+
+A stage is: take the combine of layer l, run attention of layer l+1, dispatch (the first stage embeds, the last one
+samples and commits). The loop is ready-driven: of the streams whose combine has arrived, the oldest runs; while one
+stream's rows are at the FFN, the worker computes another.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from afd.attention.exchange import Combined, Exchange
+from afd.attention.stages import StageClock
+from afd.kv.cache import KVCache
+from afd.messages.serving import TokenLogprobs
+from afd.model.halves import AttentionBatch, AttentionHalf
+from afd.model.sampling import Sampler
+from afd.sched.scheduler import Scheduler
+from afd.sched.sequence import BatchItem, MicroBatch, Progress
+
+
+@dataclass(slots=True)
+class _Stream:
+    """A place in the pipeline and the micro-batch in it. layer: the one whose FFN answer is awaited; -1 = not begun."""
+
+    micro_batch: MicroBatch
+    batch: AttentionBatch
+    layer: int = -1
+    x: Tensor | None = None  # residual [num_tokens, hidden]; untouched until all partials are in
+    started_s: float = 0.0
+    sent_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """One sequence's news after a commit, with log-probabilities where asked for."""
+
+    progress: Progress
+    logprobs: TokenLogprobs | None
+
+
+class AttentionEngine:
+    """Drives `num_streams` micro-batches through the layers. Main thread only."""
+
+    def __init__(
+        self,
+        half: AttentionHalf,
+        cache: KVCache,
+        scheduler: Scheduler,
+        exchange: Exchange,
+        *,
+        clock: Callable[[], float] = time.perf_counter,
+    ):
+        self._half = half
+        self._cache = cache
+        self.scheduler = scheduler
+        self._exchange = exchange
+        self._sampler = Sampler()
+        self._num_layers = half.spec.num_layers
+        self._streams: dict[int, _Stream] = {}
+        self._ready: deque[tuple[int, Combined | None]] = deque()
+        self._announced_idle: set[int] = set()
+        self._clock = clock
+        self.stages = StageClock(clock)
+
+    @property
+    def in_flight(self) -> bool:
+        """True while a micro-batch is being computed anywhere."""
+        return bool(self._streams)
+
+    @torch.inference_mode()
+    def run_once(self, timeout_s: float) -> list[Output]:
+        """Start what can start, then run one ready stage, waiting up to `timeout_s` for it. PeerLostError: `fail`."""
+        self._start_streams()
+        if not self._ready:
+            waiting_s = self._clock()
+            arrived = self._exchange.poll(timeout_s)
+            if self._streams:
+                self.stages.wait(waiting_s)
+        else:
+            arrived = self._exchange.poll(0.0)
+        for combined in arrived:
+            self.stages.exchange(self._streams[combined.stream].sent_s, combined)
+            self._ready.append((combined.stream, combined))
+        if not self._ready:
+            return []
+        stream_idx, ready = self._ready.popleft()
+        return self._advance(stream_idx, ready)
+
+    def fail(self) -> None:
+        """The FFN side lost a rank: nothing in flight is booked; its sequences stay where they were."""
+        self._exchange.cancel()
+        self._ready.clear()
+        for stream in self._streams.values():
+            self.scheduler.fail_stream(stream.micro_batch)
+        self._streams.clear()
+        self._announced_idle.clear()
+
+    # -- stages -------------------------------------------------------------------------------------------
+
+    def _start_streams(self) -> None:
+        """Give every empty stream its next micro-batch; tell the FFN side of streams that have none."""
+        if not self._exchange.ready:
+            return
+        for idx in range(self.scheduler.num_streams):
+            if idx in self._streams:
+                continue
+            micro_batch = self.scheduler.schedule(idx)
+            if micro_batch is None:
+                if idx not in self._announced_idle:
+                    self._announced_idle.add(idx)
+                    self._exchange.idle(idx)
+                continue
+            self._announced_idle.discard(idx)
+            batch = AttentionBatch.build(
+                [(item.start, item.num_new, item.seq.blocks) for item in micro_batch.items],
+                self._cache.block_size,
+            )
+            self._streams[idx] = _Stream(micro_batch, batch, started_s=self._clock())
+            self._ready.append((idx, None))
+
+    def _advance(self, idx: int, combined: Combined | None) -> list[Output]:
+        stream = self._streams[idx]
+        begun_s = self._clock()
+        if combined is None:
+            tokens = [t for item in stream.micro_batch.items for t in _new_tokens(item)]
+            stream.x = self._half.embed(torch.tensor(tokens, dtype=torch.int64))
+        else:
+            assert stream.x is not None
+            self._half.combine(stream.x, combined.partials)
+        stream.layer += 1
+        if stream.layer == self._num_layers:
+            return self._finish(idx, begun_s)
+        assert stream.x is not None
+        dispatch = self._half.layer(stream.layer, stream.x, stream.batch, self._cache)
+        self._exchange.send(idx, stream.micro_batch.step, dispatch)
+        stream.sent_s = self.stages.attention(idx, stream.layer, begun_s, stream.micro_batch.num_tokens)
+        return []
+
+    def _finish(self, idx: int, begun_s: float) -> list[Output]:
+        """Head, sampling, commit."""
+        stream = self._streams.pop(idx)
+        items = stream.micro_batch.items
+        sampling = [item.seq for item in items if item.samples and item.seq.doomed is None]
+        sampled: dict[str, int] = {}
+        logprobs: Sequence[tuple[float, list[tuple[int, float]]] | None] = []
+        if sampling:
+            wanted = {id(seq) for seq in sampling}
+            ends, rows = 0, []
+            for item in items:
+                ends += item.num_new
+                if id(item.seq) in wanted:
+                    rows.append(ends - 1)
+            assert stream.x is not None
+            logits = self._half.logits(stream.x[torch.tensor(rows)])
+            needs_history = any(seq.sampling.needs_history for seq in sampling)
+            result = self._sampler.sample(
+                logits,
+                [seq.sampling for seq in sampling],
+                [seq.num_output for seq in sampling],
+                [(seq.prompt_ids(), seq.output_ids()) for seq in sampling] if needs_history else None,
+            )
+            sampled = dict(zip((seq.req_id for seq in sampling), result.ids, strict=True))
+            logprobs = result.logprobs
+        by_id = dict(zip(sampled, logprobs, strict=True))
+        progress = self.scheduler.commit(stream.micro_batch, sampled)
+        self.stages.finish(idx, begun_s, stream.started_s, stream.micro_batch)
+        return [Output(p, _logprobs(by_id.get(p.seq.req_id))) for p in progress]
+
+
+def _new_tokens(item: BatchItem) -> Sequence[int]:
+    return item.seq.tokens[item.start : item.start + item.num_new]
+
+
+def _logprobs(entry: tuple[float, list[tuple[int, float]]] | None) -> TokenLogprobs | None:
+    return None if entry is None else TokenLogprobs(entry[0], entry[1])

@@ -1,0 +1,81 @@
+"""One layer's round trip to the FFN: dispatch rows out, partial rows back. Two implementations, one contract.
+
+`LocalExchange` runs FFN halves in this process (topology mono, reference, tests); `MeshExchange` sends over
+stepmesh. The engine knows neither transport nor peers.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from afd.model.halves import Dispatch, FFNHalf
+
+
+@dataclass(frozen=True, slots=True)
+class Combined:
+    """All partials of one exchange, in FFN rank order. gang_tokens: rows of the merged batch; compute_s: F's time."""
+
+    stream: int
+    partials: Sequence[Tensor]
+    gang_tokens: int = 0
+    gang_size: int = 1
+    compute_s: float = 0.0
+
+
+class Exchange(Protocol):
+    """Called from the worker's main thread only."""
+
+    @property
+    def ready(self) -> bool:
+        """True when every FFN rank of the epoch can be reached: only then may a step start."""
+
+    def send(self, stream: int, step: int, dispatch: Dispatch) -> None:
+        """Send one layer's rows to every FFN rank. The stream has no exchange in flight."""
+
+    def poll(self, timeout_s: float) -> list[Combined]:
+        """Completed exchanges in order of completion; returns early on any event. PeerLostError: see `cancel`."""
+
+    def idle(self, stream: int) -> None:
+        """Tell the FFN ranks that this stream has nothing to run."""
+
+    def cancel(self) -> None:
+        """Forget every exchange in flight (an FFN rank was lost); late answers are dropped."""
+
+    def close(self) -> None:
+        """Free what the exchange holds."""
+
+
+class LocalExchange:
+    """FFN halves in this process, run when polled (so that attention and FFN time stay apart in traces)."""
+
+    def __init__(self, halves: Sequence[FFNHalf]):
+        self._halves = halves
+        self._queue: deque[tuple[int, Dispatch]] = deque()
+
+    @property
+    def ready(self) -> bool:
+        return True
+
+    def send(self, stream: int, step: int, dispatch: Dispatch) -> None:
+        self._queue.append((stream, dispatch))
+
+    def poll(self, timeout_s: float) -> list[Combined]:
+        if not self._queue:
+            return []
+        stream, dispatch = self._queue.popleft()
+        partials = [half.layer(dispatch) for half in self._halves]
+        return [Combined(stream, partials, gang_tokens=int(dispatch.rows.shape[0]))]
+
+    def idle(self, stream: int) -> None:
+        pass
+
+    def cancel(self) -> None:
+        self._queue.clear()
+
+    def close(self) -> None:
+        self._queue.clear()

@@ -1,0 +1,70 @@
+"""Where the attention worker's time goes: sums for metrics and admission, a ring for traces."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from afd.attention.exchange import Combined
+from afd.events import Stage, TraceRing
+from afd.sched.sequence import MicroBatch
+
+EMA = 0.2  # weight of the newest step in moving averages
+
+
+@dataclass(slots=True)
+class StageTotals:
+    """Seconds and counts since start. wait_s: waiting with work in flight (the bubble)."""
+
+    attention_s: float = 0.0
+    exchange_s: float = 0.0
+    ffn_s: float = 0.0
+    head_s: float = 0.0
+    wait_s: float = 0.0
+    num_steps: int = 0
+    num_tokens: int = 0
+    num_exchanges: int = 0
+    num_gang_members: int = 0  # summed over exchanges: / num_exchanges = mean gang size
+
+
+class StageClock:
+    """Called by the engine at each stage's end; reads the clock once a stage."""
+
+    def __init__(self, clock: Callable[[], float]):
+        self._clock = clock
+        self.totals = StageTotals()
+        self.ring = TraceRing()
+        self.step_s = 0.0  # moving average of one stream's step
+
+    def attention(self, stream: int, layer: int, begun_s: float, num_tokens: int) -> float:
+        """Combine + attention + dispatch of one layer -> now."""
+        now = self._clock()
+        self.totals.attention_s += now - begun_s
+        self.ring.add(Stage("attention", begun_s, now, stream, layer, num_tokens))
+        return now
+
+    def exchange(self, sent_s: float, combined: Combined) -> None:
+        """One round trip, seen from here; combined.compute_s of it was the FFN's computing."""
+        now = self._clock()
+        totals = self.totals
+        totals.exchange_s += now - sent_s
+        totals.ffn_s += combined.compute_s
+        totals.num_exchanges += 1
+        totals.num_gang_members += combined.gang_size
+        self.ring.add(Stage("exchange", sent_s, now, combined.stream, -1, combined.gang_tokens))
+
+    def wait(self, begun_s: float) -> None:
+        """Nothing was ready although work is in flight."""
+        now = self._clock()
+        self.totals.wait_s += now - begun_s
+        self.ring.add(Stage("wait", begun_s, now, -1, -1, 0))
+
+    def finish(self, stream: int, begun_s: float, started_s: float, batch: MicroBatch) -> None:
+        """Head, sampling and commit; ends a step."""
+        now = self._clock()
+        self.totals.head_s += now - begun_s
+        self.totals.num_steps += 1
+        self.totals.num_tokens += batch.num_tokens
+        took_s = now - started_s
+        self.step_s = took_s if self.step_s == 0.0 else (1 - EMA) * self.step_s + EMA * took_s
+        self.ring.add(Stage("head", begun_s, now, stream, -1, batch.num_tokens, batch.step))

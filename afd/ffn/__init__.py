@@ -1,0 +1,1 @@
+"""FFN worker: gangs, merged batches, its shard of the FFN layers; stateless towards requests."""

@@ -1,0 +1,1 @@
+"""KV cache: block pool (pure), cache tensors."""

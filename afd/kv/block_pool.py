@@ -1,0 +1,114 @@
+"""Reference-counted KV blocks with prefix caching. Pure: lists and dicts, no tensor, no clock.
+
+A block is in exactly one of two places: held (reference count >= 1) or free (count 0). A free block may still be
+*cached*: its content is known by hash and a later request with the same prefix takes it back. Free blocks are handed
+out least recently released first, and only then is a cached content forgotten.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections import OrderedDict
+from collections.abc import Sequence
+
+ROOT_HASH = b"\0" * 16
+
+
+def chain_hash(parent: bytes, token_ids: Sequence[int]) -> bytes:
+    """Hash of one full block's tokens after the prefix `parent` (16 bytes, collision resistant)."""
+    return hashlib.blake2b(parent + array("q", token_ids).tobytes(), digest_size=16).digest()
+
+
+class BlockPool:
+    """Allocates block indices 0..num_blocks-1.
+
+    Blocks enter the prefix table only through `publish`, which the scheduler calls at commit: content that
+    is still being computed is never shared.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, *, prefix_cache: bool = True):
+        if num_blocks < 1 or block_size < 1:
+            raise ValueError(f"num_blocks {num_blocks} and block_size {block_size} must be positive")
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self._prefix_cache = prefix_cache
+        self._ref = [0] * num_blocks
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))  # oldest first
+        self._block_of_hash: dict[bytes, int] = {}
+        self._hash_of_block: dict[int, bytes] = {}
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """Blocks that `num_tokens` tokens need."""
+        return -(-num_tokens // self.block_size)
+
+    def match(self, token_ids: Sequence[int]) -> tuple[list[int], list[bytes]]:
+        """Take a reference on the longest cached prefix of `token_ids` in full blocks -> (blocks, hashes).
+
+        At least one token is left to compute, since logits come from computing one.
+        """
+        blocks: list[int] = []
+        hashes: list[bytes] = []
+        if not self._prefix_cache:
+            return blocks, hashes
+        parent = ROOT_HASH
+        for start in range(0, len(token_ids) - self.block_size, self.block_size):
+            parent = chain_hash(parent, token_ids[start : start + self.block_size])
+            block = self._block_of_hash.get(parent)
+            if block is None:
+                break
+            blocks.append(block)
+            hashes.append(parent)
+        for block in blocks:
+            if self._ref[block] == 0:
+                del self._free[block]
+            self._ref[block] += 1
+        return blocks, hashes
+
+    def allocate(self, num_blocks: int) -> list[int] | None:
+        """`num_blocks` blocks with one reference each, or None (and nothing taken) when there are too few."""
+        if num_blocks > len(self._free):
+            return None
+        blocks = []
+        for _ in range(num_blocks):
+            block, _none = self._free.popitem(last=False)
+            self._forget(block)
+            self._ref[block] = 1
+            blocks.append(block)
+        return blocks
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """Give one reference back on each. The tail of a sequence is freed first, so prefixes live longest."""
+        for block in reversed(blocks):
+            self._ref[block] -= 1
+            assert self._ref[block] >= 0, f"block {block} released more often than taken"
+            if self._ref[block] == 0:
+                self._free[block] = None
+                if block not in self._hash_of_block:
+                    self._free.move_to_end(block, last=False)
+
+    def publish(self, block: int, content_hash: bytes) -> None:
+        """Make a held, fully computed block findable by its prefix hash. The first block of a hash stays."""
+        assert self._ref[block] > 0, f"block {block} published while free"
+        if self._prefix_cache and content_hash not in self._block_of_hash and block not in self._hash_of_block:
+            self._block_of_hash[content_hash] = block
+            self._hash_of_block[block] = content_hash
+
+    def check(self, held: Sequence[Sequence[int]]) -> None:
+        """Integrity: reference counts equal the holders' lists, every other block is free (tests, idle times)."""
+        count = [0] * self.num_blocks
+        for blocks in held:
+            for block in blocks:
+                count[block] += 1
+        assert count == self._ref, "reference counts differ from the holders' block lists"
+        assert {b for b, c in enumerate(count) if c == 0} == set(self._free), "free list is wrong"
+        assert {b: h for h, b in self._block_of_hash.items()} == self._hash_of_block, "prefix table is torn"
+
+    def _forget(self, block: int) -> None:
+        content_hash = self._hash_of_block.pop(block, None)
+        if content_hash is not None:
+            del self._block_of_hash[content_hash]

@@ -1,0 +1,269 @@
+"""Continuous batching over pipeline streams: two calls a step, `schedule(stream)` and `commit(batch, tokens)`.
+
+Rules (DESIGN: Pipeline): running decodes first, then the prefill that still fits; a sequence is in at most one
+stream and one micro-batch; blocks are shared only from commit on; abort and preemption of a sequence in flight only
+mark it, and are carried out at that commit; a stream that finds no block sits out; a victim is never older
+or of higher priority than the requester.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from afd.kv.block_pool import ROOT_HASH, BlockPool, chain_hash
+from afd.sched.sequence import BatchItem, MicroBatch, Progress, Sequence, SequenceState
+from afd.types import FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """Token and sequence limits of one worker; see `AttentionConfig` for their meaning."""
+
+    max_step_tokens: int = 256
+    min_chunk_tokens: int = 64
+    max_num_seqs: int = 256
+    max_context: int = 2048
+    num_streams: int = 2
+
+
+class Scheduler:
+    """Owns the worker's sequences and their blocks. Not thread safe: the worker's main thread calls it."""
+
+    def __init__(self, config: SchedulerConfig, pool: BlockPool):
+        self.config = config
+        self.pool = pool
+        self.num_streams = config.num_streams
+        self._waiting: list[Sequence] = []  # ordered by rank_key
+        self._running: list[list[Sequence]] = [[] for _ in range(config.num_streams)]
+        self._by_id: dict[str, Sequence] = {}
+        self._step = 0
+        self.num_preemptions = 0
+        self.prefix_queries = 0
+        self.prefix_hits = 0
+
+    # -- requests -----------------------------------------------------------------------------------------
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return sum(len(seqs) for seqs in self._running)
+
+    @property
+    def idle(self) -> bool:
+        return not self._by_id
+
+    def get(self, req_id: str) -> Sequence | None:
+        return self._by_id.get(req_id)
+
+    def sequences(self) -> list[Sequence]:
+        """All live sequences."""
+        return list(self._by_id.values())
+
+    def refusal(self, num_prompt: int, max_tokens: int) -> str | None:
+        """Why a request of that size can never run here, or None."""
+        total = num_prompt + max_tokens
+        if total > self.config.max_context:
+            return (
+                f"prompt ({num_prompt}) plus max_tokens ({max_tokens}) exceeds the context of {self.config.max_context}"
+            )
+        if self.pool.blocks_for(total) > self.pool.num_blocks:
+            return f"{total} tokens do not fit the KV cache of {self.pool.num_blocks * self.pool.block_size} tokens"
+        return None
+
+    def add(self, seq: Sequence) -> None:
+        """Queue a new sequence; its id must be unknown here."""
+        assert seq.req_id not in self._by_id, f"request {seq.req_id} is already here"
+        self._by_id[seq.req_id] = seq
+        bisect.insort(self._waiting, seq, key=lambda s: s.rank_key)
+
+    def abort(self, req_id: str, reason: FinishReason = FinishReason.ABORT) -> Sequence | None:
+        """Forget a request; its blocks return now, or at its micro-batch's commit. None if unknown."""
+        seq = self._by_id.pop(req_id, None)
+        if seq is None:
+            return None
+        if seq.in_flight:
+            seq.doomed = reason
+        else:
+            self._leave(seq)
+        return seq
+
+    # -- a step -------------------------------------------------------------------------------------------
+
+    def schedule(self, stream: int) -> MicroBatch | None:
+        """The next micro-batch of an idle stream, or None when it has nothing to do now."""
+        self._admit()
+        members = sorted(self._running[stream], key=lambda s: s.rank_key)
+        assert not any(seq.in_flight for seq in members), f"stream {stream} has a micro-batch in flight"
+        items: list[BatchItem] = []
+        budget = self.config.max_step_tokens
+        for seq in [s for s in members if s.decoding]:
+            if budget and seq.state is SequenceState.RUNNING and self._reserve(seq, len(seq.tokens)):
+                items.append(BatchItem(seq, seq.num_computed, 1, True))
+                seq.in_flight = True
+                budget -= 1
+        prefills = [s for s in members if not s.decoding]
+        for idx, seq in enumerate(prefills):
+            if seq.state is not SequenceState.RUNNING:
+                continue  # became a victim above
+            share = budget - self.config.min_chunk_tokens * (len(prefills) - idx - 1)
+            take = min(seq.num_pending, budget, max(share, self.config.min_chunk_tokens))
+            if take > 0 and self._reserve(seq, seq.num_computed + take):
+                done = take == seq.num_pending
+                items.append(BatchItem(seq, seq.num_computed, take, done))
+                seq.in_flight = True
+                budget -= take
+        if not items:
+            return None
+        self._step += 1
+        return MicroBatch(stream, self._step, tuple(items))
+
+    def commit(self, batch: MicroBatch, sampled: Mapping[str, int]) -> list[Progress]:
+        """Book a computed micro-batch. sampled: token by req_id for the items that sample.
+
+        Returns what the clients must hear, in item order; finished and aborted sequences have left.
+        """
+        progress: list[Progress] = []
+        for item in batch.items:
+            seq = item.seq
+            seq.in_flight = False
+            if seq.doomed is not None:
+                self._leave(seq)
+                continue
+            seq.num_computed += item.num_new
+            self._publish(seq)
+            if item.samples:
+                progress.append(self._append(seq, sampled[seq.req_id]))
+            if seq.state is SequenceState.RUNNING and seq.evicted:
+                self._preempt(seq)
+        self._balance(batch.stream)
+        return progress
+
+    def fail_stream(self, batch: MicroBatch) -> None:
+        """Drop a micro-batch whose computation was lost: nothing is booked, its sequences run it again."""
+        for item in batch.items:
+            item.seq.in_flight = False
+            if item.seq.doomed is not None:
+                self._leave(item.seq)
+            elif item.seq.evicted:
+                self._preempt(item.seq)
+
+    def set_num_streams(self, num_streams: int) -> None:
+        """Use streams 0..num_streams-1 from now on; sequences of a closed stream move as they commit."""
+        while len(self._running) < num_streams:
+            self._running.append([])
+        self.num_streams = num_streams
+        for stream in range(num_streams, len(self._running)):
+            self._balance(stream)
+
+    def check(self) -> None:
+        """Integrity of blocks and lists (tests, idle times)."""
+        doomed = [s for seqs in self._running for s in seqs if s.doomed is not None]
+        self.pool.check([s.blocks for s in [*self._by_id.values(), *doomed]])
+        assert all(s.stream == i for i, seqs in enumerate(self._running) for s in seqs)
+        assert len(self._waiting) + self.num_running == len(self._by_id) + len(doomed)
+
+    # -- details ------------------------------------------------------------------------------------------
+
+    def _admit(self) -> None:
+        """Waiting -> running, in service order, while a place and the blocks of the whole text so far are free."""
+        while self._waiting and self.num_running < self.config.max_num_seqs:
+            seq = self._waiting[0]
+            blocks, hashes = self.pool.match(seq.tokens)
+            missing = self.pool.blocks_for(len(seq.tokens) + 1) - len(blocks)
+            if missing > self.pool.num_free:
+                self.pool.release(blocks)
+                return
+            self._waiting.pop(0)
+            seq.blocks, seq.hashes = blocks, hashes
+            seq.num_computed = len(blocks) * self.pool.block_size
+            seq.num_cached = min(seq.num_computed, seq.num_prompt)
+            self.prefix_queries += seq.num_prompt
+            self.prefix_hits += seq.num_cached
+            seq.state = SequenceState.RUNNING
+            seq.stream = self._lightest()
+            self._running[seq.stream].append(seq)
+
+    def _lightest(self) -> int:
+        """Open stream with the fewest sequences, then the fewest context tokens."""
+        return min(
+            range(self.num_streams),
+            key=lambda i: (len(self._running[i]), sum(len(s.tokens) for s in self._running[i]), i),
+        )
+
+    def _reserve(self, seq: Sequence, num_tokens: int) -> bool:
+        """Blocks for the first `num_tokens` tokens; takes them from a younger or less urgent sequence if it must."""
+        missing = self.pool.blocks_for(num_tokens) - len(seq.blocks)
+        while missing > self.pool.num_free:
+            victim = max((s for seqs in self._running for s in seqs), key=lambda s: s.rank_key)
+            if victim is seq:
+                self._preempt(seq)
+                return False
+            if victim.in_flight:
+                victim.evicted = True  # its blocks come back at its commit; sit out until then
+                return False
+            self._preempt(victim)
+        if missing > 0:
+            blocks = self.pool.allocate(missing)
+            assert blocks is not None
+            seq.blocks.extend(blocks)
+        return True
+
+    def _preempt(self, seq: Sequence) -> None:
+        """Back to the queue; its KV is recomputed later (or found again in the prefix cache)."""
+        self._release(seq)
+        seq.evicted = False
+        seq.num_preempted += 1
+        self.num_preemptions += 1
+        seq.state = SequenceState.WAITING
+        bisect.insort(self._waiting, seq, key=lambda s: s.rank_key)
+
+    def _publish(self, seq: Sequence) -> None:
+        size = self.pool.block_size
+        parent = seq.hashes[-1] if seq.hashes else ROOT_HASH
+        for idx in range(len(seq.hashes), seq.num_computed // size):
+            parent = chain_hash(parent, seq.tokens[idx * size : (idx + 1) * size])
+            self.pool.publish(seq.blocks[idx], parent)
+            seq.hashes.append(parent)
+
+    def _append(self, seq: Sequence, token: int) -> Progress:
+        first_idx = seq.num_output
+        seq.tokens.append(token)
+        finish: FinishReason | None = None
+        if token in seq.sampling.stop_token_ids and seq.num_output > seq.sampling.min_tokens:
+            finish = FinishReason.STOP
+        elif seq.num_output >= seq.sampling.max_tokens or len(seq.tokens) >= self.config.max_context:
+            finish = FinishReason.LENGTH
+        if finish is not None:
+            del self._by_id[seq.req_id]
+            self._leave(seq)
+        return Progress(seq, first_idx, (token,), finish)
+
+    def _leave(self, seq: Sequence) -> None:
+        if seq.state is SequenceState.WAITING:
+            self._waiting.remove(seq)
+        else:
+            self._release(seq)
+        seq.state = SequenceState.FINISHED
+
+    def _release(self, seq: Sequence) -> None:
+        self.pool.release(seq.blocks)
+        seq.blocks, seq.hashes, seq.num_computed = [], [], 0
+        self._running[seq.stream].remove(seq)
+        seq.stream = -1
+
+    def _balance(self, stream: int) -> None:
+        """Move committed sequences of `stream` to the lightest one while that evens the load."""
+        for seq in list(self._running[stream]):
+            target = self._lightest()
+            closed = stream >= self.num_streams
+            if seq.in_flight or target == stream:
+                continue
+            if closed or len(self._running[stream]) - len(self._running[target]) > 1:
+                self._running[stream].remove(seq)
+                self._running[target].append(seq)
+                seq.stream = target
