@@ -25,7 +25,7 @@ class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     """Base of all sections: frozen, unknown keys refused."""
 
 
-class ModelConfig(Section):
+class ModelConfig(Section, frozen=True):
     """name: "smollm2-135m-instruct", a Hugging Face folder, or "dummy:<preset>".
 
     max_context: 0 = the model's own.  served_name: what clients call it; "" = derived from `name`.
@@ -37,7 +37,7 @@ class ModelConfig(Section):
     max_context: NonNegativeInt = 0
 
 
-class TopologyConfig(Section):
+class TopologyConfig(Section, frozen=True):
     """topology: xAyF or mono.  transport: of the data plane; auto = shared memory on one host, else TCP."""
 
     topology: str = "1A1F"
@@ -49,7 +49,7 @@ class TopologyConfig(Section):
     recovery_timeout_s: Positive = 60.0
 
 
-class AttentionConfig(Section):
+class AttentionConfig(Section, frozen=True):
     """streams: 0 = auto (up to the plan's maximum).  num_blocks: 0 = as many as kv_cache_gib holds.
 
     max_step_tokens: tokens of one micro-batch (decodes first, then prefill).  max_num_seqs: running requests.
@@ -73,7 +73,7 @@ class AttentionConfig(Section):
     metrics_port: Port = 0
 
 
-class FfnConfig(Section):
+class FfnConfig(Section, frozen=True):
     """gang_window_ms: upper bound of the wait for other attention workers at layer 0 (10 % of a step at most)."""
 
     threads: NonNegativeInt = 0
@@ -84,7 +84,7 @@ class FfnConfig(Section):
     metrics_port: Port = 0
 
 
-class CoordinatorConfig(Section):
+class CoordinatorConfig(Section, frozen=True):
     """address: host:port of the coordinator, as the other roles reach it (port 0 with `afd up`: any)."""
 
     address: str = "127.0.0.1:0"
@@ -96,7 +96,7 @@ class CoordinatorConfig(Section):
     metrics_port: Port = 0
 
 
-class GatewayConfig(Section):
+class GatewayConfig(Section, frozen=True):
     """Limits protect the process: every one is answered with 400 or 503 and its name."""
 
     host: str = "127.0.0.1"
@@ -112,7 +112,7 @@ class GatewayConfig(Section):
     sse_keepalive_s: Positive = 15.0
 
 
-class SlaConfig(Section):
+class SlaConfig(Section, frozen=True):
     """policy: enforce = refuse what would break the target; observe = measure only; off."""
 
     tpot_ms: Positive = 50.0
@@ -120,12 +120,12 @@ class SlaConfig(Section):
     policy: Literal["enforce", "observe", "off"] = "observe"
 
 
-class LogConfig(Section):
+class LogConfig(Section, frozen=True):
     level: Literal["debug", "info", "warning", "error"] = "info"
     format: Literal["text", "json"] = "text"
 
 
-class ClusterConfig(Section):
+class ClusterConfig(Section, frozen=True):
     """The resolved whole."""
 
     model: ModelConfig = ModelConfig()

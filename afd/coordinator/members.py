@@ -1,0 +1,144 @@
+"""What the coordinator knows of one member, and when that member counts as lost. No I/O, no clock."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from afd.config import CoordinatorConfig
+from afd.messages.membership import Member, MemberStatus, PairReport, SyncRequest, WorkerInfo
+
+ATTENTION, FFN, GATEWAY = "attention", "ffn", "gateway"
+ROLES = (ATTENTION, FFN, GATEWAY)
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """The time limits of the membership protocol, in seconds."""
+
+    lost_after_s: float = 1.5
+    stall_timeout_s: float = 5.0
+    restart_grace_s: float = 5.0
+    drain_s: float = 10.0
+
+    @classmethod
+    def of(cls, config: CoordinatorConfig, drain_s: float) -> Timing:
+        """The limits that a configuration asks for."""
+        return cls(config.lost_after_s, config.stall_timeout_s, config.restart_grace_s, drain_s)
+
+
+@dataclass(slots=True)
+class Entry:
+    """One registered process. Times are the coordinator's clock.
+
+    resumed_until: set while this member is known only from the view of an earlier coordinator and has not been
+        heard of since; it is given until then.
+    drain_asked: an operator asked for the drain (`draining` is what the member says of itself).
+    """
+
+    info: WorkerInfo
+    rank: int
+    last_seen: float
+    progress_at: float
+    resumed_until: float | None = None
+    progress: int = 0
+    pending: bool = False
+    loading: float = 0.0
+    ready: bool = False
+    draining: bool = False
+    drain_asked: bool = False
+    stats: dict[str, float] = field(default_factory=dict)
+    broken: dict[str, tuple[float, str]] = field(default_factory=dict)  # peer -> (since, reason)
+
+    @property
+    def name(self) -> str:
+        return f"{self.info.role}/{self.rank}"
+
+    @property
+    def identity(self) -> tuple[str, int, str]:
+        return (self.info.role, self.rank, self.info.incarnation)
+
+    @property
+    def is_worker(self) -> bool:
+        return self.info.role != GATEWAY
+
+    @property
+    def announced(self) -> bool:
+        """Others can reach it: it has bound its ports (a mono worker has no mesh, only a serving endpoint)."""
+        return not self.is_worker or self.info.mesh is not None or self.info.serving != ""
+
+    def heard(self, now: float) -> None:
+        """Any call from this member."""
+        self.last_seen = now
+        self.resumed_until = None
+
+    def beat(self, request: SyncRequest, now: float) -> bool:
+        """Take a heartbeat in; True when something that the view shows, or a pair, changed."""
+        self.heard(now)
+        if request.progress != self.progress or not request.pending:
+            self.progress_at = now
+        self.progress, self.pending = request.progress, request.pending
+        self.loading, self.stats = request.loading, request.stats
+        changed = (request.ready, request.draining) != (self.ready, self.draining)
+        self.ready, self.draining = request.ready, request.draining
+        self._set_broken(request.pairs, now)
+        return changed
+
+    def _set_broken(self, pairs: Iterable[PairReport], now: float) -> None:
+        """Replace the broken pairs by those reported now; one that stays broken keeps its start."""
+        self.broken = {
+            pair.peer: (self.broken[pair.peer][0] if pair.peer in self.broken else now, pair.reason)
+            for pair in pairs
+            if pair.broken
+        }
+
+    def why_lost(self, now: float, timing: Timing) -> str | None:
+        """The reason why this member counts as lost at `now`, or None."""
+        if self.resumed_until is not None:
+            if now > self.resumed_until:
+                return "it did not come back to the restarted coordinator"
+            return None
+        silence = now - self.last_seen
+        if silence > timing.lost_after_s:
+            return f"no heartbeat for {silence:.1f} s"
+        stalled = now - self.progress_at
+        if self.is_worker and self.ready and self.pending and stalled > timing.stall_timeout_s:
+            return f"its main loop has had work but made no progress for {stalled:.1f} s"
+        return None
+
+    def shift_clock(self, gap_s: float) -> None:
+        """The coordinator itself did not run for `gap_s`: that time is nobody's silence."""
+        self.last_seen += gap_s
+        self.progress_at += gap_s
+        if self.resumed_until is not None:
+            self.resumed_until += gap_s
+        self.broken = {peer: (since + gap_s, reason) for peer, (since, reason) in self.broken.items()}
+
+    def member(self) -> Member:
+        return Member(self.info, self.rank, ready=self.ready, draining=self.draining or self.drain_asked)
+
+    def status(self, now: float) -> MemberStatus:
+        return MemberStatus(self.member(), age_s=max(0.0, now - self.last_seen), loading=self.loading, stats=self.stats)
+
+
+def blame(entries: Iterable[Entry], now: float, patience_s: float) -> tuple[Entry, str] | None:
+    """Who leaves because of broken links: the end with more broken pairs; tie: attention (its requests migrate).
+
+    A pair is judged only after it stayed broken for `patience_s`, during which a dead end is found by its silence
+    instead. Complaints about peers that are not members any more do not count.
+    """
+    present = {entry.name: entry for entry in entries if entry.is_worker}
+    pairs: dict[frozenset[str], str] = {}
+    for entry in present.values():
+        for peer, (since, reason) in entry.broken.items():
+            if peer in present and present[peer].info.role != entry.info.role and now - since > patience_s:
+                pairs[frozenset((entry.name, peer))] = reason
+    if not pairs:
+        return None
+    counts = Counter(name for pair in pairs for name in pair)
+    worst = max(counts, key=lambda name: (counts[name], present[name].info.role == ATTENTION, present[name].rank))
+    reasons = sorted({reason for pair, reason in pairs.items() if worst in pair and reason})
+    peers = sorted(name for pair in pairs if worst in pair for name in pair if name != worst)
+    detail = f" ({'; '.join(reasons)})" if reasons else ""
+    return present[worst], f"its links to {', '.join(peers)} are broken{detail}"

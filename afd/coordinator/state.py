@@ -1,0 +1,373 @@
+"""The coordinator's decisions: registrations, heartbeats, control and time in; views and actions out.
+
+Sans-I/O: no socket, clock, thread or random in here. Every call takes `now` (seconds of one monotonic clock), and
+the order of calls is the whole history. Not thread-safe: the service holds one lock around it.
+
+Epochs. The epoch is the number of a membership of the data plane. The first forms when all FFN ranks and at least
+the topology's attention ranks have announced their addresses. From then on one rule holds: whenever every FFN rank
+is present and at least one attention worker is, and the set of (role, rank, incarnation) is not the one that the
+epoch stands for, the epoch rises by one. So a lost attention worker raises it at once, a lost FFN worker when its
+replacement has announced itself; in between the view says `formed == False`.
+
+Restart. A coordinator keeps nothing on disk. Workers register again with the newest view they have, and the first
+such view is resumed whole: same cluster id, epoch, ranks. Its members are given `restart_grace_s` to report.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict, deque
+from dataclasses import dataclass
+from typing import Union
+
+import msgspec
+
+from afd.coordinator.members import ATTENTION, FFN, GATEWAY, ROLES, Entry, Timing, blame
+from afd.coordinator.placement import expert_ranks
+from afd.coordinator.plan import next_plan
+from afd.errors import CoordinatorError
+from afd.messages.membership import (
+    ClusterView,
+    ControlReply,
+    ControlRequest,
+    Plan,
+    RegisterReply,
+    RegisterRequest,
+    StatusReply,
+    SyncReply,
+    SyncRequest,
+    WorkerInfo,
+)
+from afd.types import Topology
+
+MAX_ATTENTION = 128  # width of the gang member mask
+MAX_GATEWAYS = 64
+MAX_EVENTS = 200
+MAX_REMEMBERED_LOST = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterSpec:
+    """What the coordinator is told of the cluster it keeps together."""
+
+    topology: Topology
+    model: str
+    ffn_parallel: str
+    plan: Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """The view changed; nothing to do but count (members fetch it with their next heartbeat)."""
+
+    view: ClusterView
+
+
+@dataclass(frozen=True, slots=True)
+class Log:
+    """Tell the operator. level: of the logging module."""
+
+    level: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """The shutdown is complete (or its time is over): the coordinator's process ends."""
+
+
+Action = Union[Published, Log, Stop]
+
+
+class RefusedError(CoordinatorError):
+    """A registration that cannot be granted. retry: it may be later, without anyone changing anything."""
+
+    def __init__(self, message: str, *, retry: bool = False):
+        super().__init__(message)
+        self.retry = retry
+
+
+class CoordinatorState:
+    """See the module. `cluster_id` names this cluster until an earlier coordinator's view is resumed."""
+
+    def __init__(self, spec: ClusterSpec, timing: Timing, *, cluster_id: str, now: float):
+        self._spec = spec
+        self._timing = timing
+        self._started = now
+        self._last_now = now
+        self._entries: dict[str, Entry] = {}  # by incarnation
+        self._lost: OrderedDict[str, str] = OrderedDict()  # incarnation -> why
+        self._epoch_members: frozenset[tuple[str, int, str]] = frozenset()
+        self._epoch_floor = 0  # largest epoch that anyone has seen
+        self._shutdown_until: float | None = None
+        self._stopped = False
+        self._num_experts = 0
+        self._actions: list[Action] = []
+        self._events: deque[str] = deque(maxlen=MAX_EVENTS)
+        self._view = ClusterView(
+            cluster_id=cluster_id,
+            version=1,
+            epoch=0,
+            num_attention=spec.topology.num_attention,
+            num_ffn=spec.topology.num_ffn,
+            model=spec.model,
+            config_hash="",
+            ffn_parallel=spec.ffn_parallel,
+            plan=spec.plan,
+            members=[],
+        )
+
+    @property
+    def view(self) -> ClusterView:
+        """The published state (immutable)."""
+        return self._view
+
+    def take_actions(self) -> list[Action]:
+        """What the caller must do now, in order; taken once."""
+        actions, self._actions = self._actions, []
+        return actions
+
+    # --- what happens -----------------------------------------------------------------------------------
+
+    def register(self, request: RegisterRequest, now: float) -> RegisterReply:
+        """A process joins, or says again who it is (idempotent; its addresses may have changed)."""
+        self._advance(now)
+        try:
+            return self._register(request, now)
+        except RefusedError as error:
+            info = request.info
+            if not error.retry:
+                self._log(logging.WARNING, f"refused {info.role} from {info.host} (pid {info.pid}): {error}")
+            return RegisterReply(rank=-1, view=None, error=str(error), retry=error.retry)
+
+    def sync(self, request: SyncRequest, now: float) -> SyncReply:
+        """A heartbeat; `leaving` is a goodbye."""
+        self._advance(now)
+        entry = self._entries.get(request.incarnation)
+        if entry is None:
+            why = self._lost.get(request.incarnation)
+            return SyncReply(known=False, lost=why is not None, reason=why or "")
+        self._epoch_floor = max(self._epoch_floor, request.epoch_seen)
+        if request.leaving:
+            self._remove(entry)
+            self._log(logging.INFO, f"{entry.name} left")
+            self._publish()
+        elif entry.beat(request, now):
+            self._publish()
+        return SyncReply(known=True, view=self._view if request.view_version != self._view.version else None)
+
+    def control(self, request: ControlRequest, now: float) -> ControlReply:
+        """An operator's wish: "shutdown", or "drain" of one member."""
+        self._advance(now)
+        if request.action == "shutdown":
+            if self._shutdown_until is None:
+                self._shutdown_until = now + 2 * self._timing.drain_s
+                self._log(logging.INFO, "shutdown asked: draining")
+                self._publish()
+                self._stop_when_done(now)
+            return ControlReply(ok=True)
+        if request.action == "drain":
+            entry = next((e for e in self._entries.values() if e.name == request.target), None)
+            if entry is None:
+                return ControlReply(ok=False, error=f"no member {request.target!r}; members: {self._names()}")
+            if entry.info.role == FFN:
+                return ControlReply(
+                    ok=False, error=f"{entry.name} cannot drain: every FFN rank takes part in every layer"
+                )
+            entry.drain_asked = True
+            self._log(logging.INFO, f"{entry.name} asked to drain")
+            self._publish()
+            return ControlReply(ok=True)
+        return ControlReply(ok=False, error=f"unknown action {request.action!r}; known: shutdown, drain")
+
+    def tick(self, now: float) -> None:
+        """Time passed: declare lost who is lost. Call several times per `lost_after_s`."""
+        self._advance(now)
+        before = len(self._entries)
+        for entry in list(self._entries.values()):
+            why = entry.why_lost(now, self._timing)
+            if why is not None:
+                self._declare_lost(entry, why)
+        while (verdict := blame(self._entries.values(), now, self._timing.lost_after_s)) is not None:
+            self._declare_lost(*verdict)
+        if len(self._entries) != before:
+            self._publish()
+        self._stop_when_done(now)
+
+    def status(self, now: float) -> StatusReply:
+        """Everything an operator may want to see."""
+        order = sorted(self._entries.values(), key=lambda entry: (ROLES.index(entry.info.role), entry.rank))
+        return StatusReply(self._view, [entry.status(now) for entry in order], list(self._events))
+
+    # --- registration -----------------------------------------------------------------------------------
+
+    def _register(self, request: RegisterRequest, now: float) -> RegisterReply:
+        info = request.info
+        if info.role not in ROLES:
+            raise RefusedError(f"unknown role {info.role!r}; known: {', '.join(ROLES)}")
+        if info.incarnation in self._lost:
+            raise RefusedError(f"this process was declared lost ({self._lost[info.incarnation]}); start a new one")
+        if self._shutdown_until is not None:
+            raise RefusedError("the cluster is shutting down")
+        entry = self._entries.get(info.incarnation)
+        if entry is None:
+            self._check_fits(info, request.last_view)
+            if request.last_view is not None:
+                self._resume(request.last_view, now)
+            entry = self._entries.get(info.incarnation)
+        self._epoch_floor = max(self._epoch_floor, request.epoch_seen)
+        if entry is None:
+            entry = Entry(info, self._free_rank(info), last_seen=now, progress_at=now)
+            self._entries[info.incarnation] = entry
+            self._log(logging.INFO, f"{entry.name} joined from {info.host} (pid {info.pid})")
+        elif entry.info.role != info.role:
+            raise RefusedError(f"{entry.name} cannot become {info.role}")
+        entry.info = info
+        entry.heard(now)
+        if info.num_experts:
+            self._num_experts = info.num_experts
+        self._publish()
+        return RegisterReply(rank=entry.rank, view=self._view)
+
+    def _check_fits(self, info: WorkerInfo, last_view: ClusterView | None) -> None:
+        """Refuse a worker of another model or configuration, before anything is changed for it."""
+        if info.role == GATEWAY:
+            return
+        if last_view is not None and last_view.num_ffn != self._view.num_ffn:
+            raise RefusedError(
+                f"this worker's shard is one of {last_view.num_ffn} FFN ranks and the cluster now has "
+                f"{self._view.num_ffn}; restart it"
+            )
+        if self._spec.topology.mono and info.role == FFN:
+            raise RefusedError("topology mono has no FFN workers")
+        holder = next((entry for entry in self._entries.values() if entry.is_worker), None)
+        if holder is not None and holder.info.config_hash != info.config_hash:
+            raise RefusedError(
+                f"config hash {info.config_hash!r} differs from the cluster's {holder.info.config_hash!r} "
+                f"(model {self._spec.model}, held by {holder.name} on {holder.info.host}); it covers model files, "
+                f"wire dtype, shapes, slot sizes and protocol version: start this worker with the same settings"
+            )
+
+    def _free_rank(self, info: WorkerInfo) -> int:
+        """The rank asked for, or the lowest free one; RefusedError when taken, out of range or full."""
+        size = {ATTENTION: MAX_ATTENTION, FFN: self._view.num_ffn, GATEWAY: MAX_GATEWAYS}[info.role]
+        if self._spec.topology.mono and info.role == ATTENTION:
+            size = 1
+        holders = {entry.rank: entry for entry in self._entries.values() if entry.info.role == info.role}
+        if info.rank < 0 or info.role == GATEWAY:
+            free = next((rank for rank in range(size) if rank not in holders), None)
+            if free is None:
+                raise RefusedError(f"all {size} {info.role} ranks are taken", retry=True)
+            return free
+        if info.rank >= size:
+            raise RefusedError(f"rank {info.rank} asked for, but {info.role} ranks end at {size - 1} in this topology")
+        holder = holders.get(info.rank)
+        if holder is not None:
+            raise RefusedError(
+                f"rank {info.rank} is held by another {info.role} worker ({holder.info.host}, pid {holder.info.pid})",
+                retry=True,
+            )
+        return info.rank
+
+    def _resume(self, seen: ClusterView, now: float) -> None:
+        """Take over the view of an earlier coordinator, when it is newer than anything known here."""
+        formed_here = self._view.epoch > 0 and seen.cluster_id != self._view.cluster_id
+        if seen.epoch <= max(self._view.epoch, 0) or formed_here:
+            return
+        identities = frozenset((m.info.role, m.rank, m.info.incarnation) for m in seen.members)
+        places = {(role, rank) for role, rank, _ in identities}
+        for entry in list(self._entries.values()):
+            if entry.identity not in identities and (entry.info.role, entry.rank) in places:
+                self._declare_lost(entry, "its rank belongs to a worker that the restarted coordinator did not know")
+        for member in seen.members:
+            if member.info.incarnation in self._entries or member.info.incarnation in self._lost:
+                continue
+            self._entries[member.info.incarnation] = Entry(
+                member.info,
+                member.rank,
+                last_seen=now,
+                progress_at=now,
+                resumed_until=now + self._timing.restart_grace_s,
+                loading=1.0,
+                ready=member.ready,
+                draining=member.draining,
+            )
+        self._epoch_members = frozenset(i for i in identities if i[0] != GATEWAY)
+        self._num_experts = max(self._num_experts, len(seen.expert_ranks))
+        self._view = msgspec.structs.replace(
+            self._view,
+            cluster_id=seen.cluster_id,
+            epoch=seen.epoch,
+            version=max(seen.version, self._view.version),
+            plan=seen.plan,
+        )
+        self._log(logging.WARNING, f"resumed cluster {seen.cluster_id} at epoch {seen.epoch} from its workers")
+
+    # --- consequences -----------------------------------------------------------------------------------
+
+    def _advance(self, now: float) -> None:
+        """Notice when this process itself was stopped (suspended host, debugger): nobody else is to blame then."""
+        gap = now - self._last_now
+        self._last_now = now
+        if gap > self._timing.lost_after_s:
+            self._log(logging.WARNING, f"the coordinator itself did not run for {gap:.1f} s; nobody is blamed for it")
+            for entry in self._entries.values():
+                entry.shift_clock(gap)
+
+    def _declare_lost(self, entry: Entry, why: str) -> None:
+        """Strike a member out; the caller publishes (several losses at once are one epoch)."""
+        self._remove(entry)
+        self._lost[entry.info.incarnation] = why
+        while len(self._lost) > MAX_REMEMBERED_LOST:
+            self._lost.popitem(last=False)
+        self._log(logging.WARNING, f"{entry.name} lost: {why}")
+
+    def _remove(self, entry: Entry) -> None:
+        del self._entries[entry.info.incarnation]
+
+    def _publish(self) -> None:
+        """Bring the view up to date: members, epoch, plan; one version later if anything differs."""
+        shown = sorted(
+            (entry for entry in self._entries.values() if entry.announced),
+            key=lambda entry: (ROLES.index(entry.info.role), entry.rank),
+        )
+        workers = frozenset(entry.identity for entry in shown if entry.is_worker)
+        num_attention = sum(1 for role, _, _ in workers if role == ATTENTION)
+        num_ffn = len(workers) - num_attention
+        wanted_attention = 1 if self._view.epoch else self._view.num_attention
+        complete = num_ffn == self._view.num_ffn and num_attention >= wanted_attention
+        epoch = self._view.epoch
+        if complete and workers != self._epoch_members:
+            epoch = max(epoch, self._epoch_floor) + 1
+            self._epoch_members = workers
+            self._log(logging.INFO, f"epoch {epoch}: {num_attention} attention, {num_ffn} FFN workers")
+        elif not complete and self._view.formed:
+            missing = "an attention worker" if num_ffn == self._view.num_ffn else "an FFN worker"
+            self._log(logging.WARNING, f"the cluster waits for {missing}")
+        holder = next((entry for entry in self._entries.values() if entry.is_worker), None)
+        candidate = msgspec.structs.replace(
+            self._view,
+            epoch=epoch,
+            config_hash=holder.info.config_hash if holder is not None else "",
+            plan=next_plan(self._spec.plan, self._view.plan, num_attention),
+            members=[entry.member() for entry in shown],
+            shutdown=self._shutdown_until is not None,
+            expert_ranks=expert_ranks(self._num_experts, self._view.num_ffn),
+        )
+        if candidate != self._view:
+            self._view = msgspec.structs.replace(candidate, version=self._view.version + 1)
+            self._actions.append(Published(self._view))
+
+    def _stop_when_done(self, now: float) -> None:
+        """End the process once: after the last member has left a shutdown, or when its time is over."""
+        if self._shutdown_until is None or self._stopped or (self._entries and now < self._shutdown_until):
+            return
+        self._stopped = True
+        self._actions.append(Stop())
+
+    def _names(self) -> str:
+        return ", ".join(sorted(entry.name for entry in self._entries.values())) or "none"
+
+    def _log(self, level: int, text: str) -> None:
+        self._events.append(f"+{self._last_now - self._started:.1f}s {text}")
+        self._actions.append(Log(level, text))
