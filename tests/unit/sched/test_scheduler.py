@@ -163,7 +163,12 @@ def test_refusal_names_the_limit():
 
 
 @settings(max_examples=80, derandomize=True, deadline=None)
-@given(seed=st.integers(0, 10_000), num_blocks=st.sampled_from([16, 24, 64]), streams=st.integers(1, 3), prefix=st.booleans())
+@given(
+    seed=st.integers(0, 10_000),
+    num_blocks=st.sampled_from([16, 24, 64]),
+    streams=st.integers(1, 3),
+    prefix=st.booleans(),
+)
 def test_any_interleaving_gives_each_request_what_it_gets_alone(seed, num_blocks, streams, prefix):
     """Random arrivals, aborts, lost exchanges, stream-count changes, preemption by a small pool."""
     rng = random.Random(seed)

@@ -1,0 +1,166 @@
+"""The exchange over stepmesh: one dispatch to every FFN rank, one partial back from each, summed by the caller.
+
+An FFN rank that drops out voids every exchange in flight: `poll` raises PeerLostError, the worker cancels and runs the
+interrupted steps again once `ready` is true (nothing of them was booked).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from afd.attention.exchange import Combined
+from afd.errors import PeerLostError
+from afd.model.halves import Dispatch
+from stepmesh.mesh import Mesh
+from stepmesh.tensor import to_numpy, to_torch
+from stepmesh.types import (
+    CombineArrived,
+    DispatchMeta,
+    DispatchParts,
+    FrameRejected,
+    Member,
+    PeerDown,
+    PeerUp,
+    RankId,
+    WireDtype,
+)
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _InFlight:
+    """One stream's exchange. gang_id and mask: given by the former's layer-0 answer, echoed for the rest of the step."""
+
+    epoch: int = 0
+    seq: int = -1
+    layer: int = 0
+    gang_id: int = 0
+    mask: int = 0
+    arrived: dict[int, CombineArrived] = field(default_factory=dict)  # by FFN rank
+    waiting: bool = False
+
+
+class MeshExchange:
+    """Main thread only. A new epoch takes effect at each stream's next layer 0."""
+
+    def __init__(self, mesh: Mesh, *, wire_dtype: WireDtype):
+        self._mesh = mesh
+        self._wire_dtype = wire_dtype
+        self._epoch = 0
+        self._peers: tuple[RankId, ...] = ()
+        self._up: set[RankId] = set()
+        self._streams: dict[int, _InFlight] = {}
+        self._completed: deque[Combined] = deque()
+        self.down_reason = "the cluster is not formed yet"
+
+    def adopt(self, epoch: int, members: Sequence[Member]) -> None:
+        """Use `members` (all FFN ranks, in rank order) from the next layer 0 of each stream on."""
+        self._mesh.set_members(epoch, members)
+        peers = tuple(member.id for member in members)
+        if peers != self._peers:
+            self._up &= set(peers)
+        self._epoch, self._peers = epoch, peers
+
+    def suspend(self, reason: str) -> None:
+        """The view has no complete FFN side: nothing may start until `adopt`."""
+        self._peers = ()
+        self.down_reason = reason
+
+    @property
+    def ready(self) -> bool:
+        return bool(self._peers) and self._up.issuperset(self._peers)
+
+    @property
+    def oldest_epoch(self) -> int:
+        """The oldest epoch that an exchange in flight belongs to (the current one if none does)."""
+        return min((s.epoch for s in self._streams.values() if s.waiting), default=self._epoch)
+
+    def send(self, stream: int, step: int, dispatch: Dispatch) -> None:
+        flight = self._streams.setdefault(stream, _InFlight())
+        assert not flight.waiting, f"stream {stream} has an exchange in flight"
+        if dispatch.layer == 0:
+            flight.epoch, flight.gang_id, flight.mask = self._epoch, 0, 0
+        flight.layer = dispatch.layer
+        flight.arrived.clear()
+        meta = DispatchMeta(stream, flight.epoch, step, dispatch.layer, flight.gang_id, flight.mask)
+        ids, weights = dispatch.expert_ids, dispatch.expert_weights
+        parts = DispatchParts(
+            to_numpy(dispatch.rows),
+            None,
+            None if ids is None else ids.numpy(),
+            None if weights is None else weights.numpy(),
+        )
+        flight.seq = self._mesh.dispatch(self._peers, meta, parts)
+        flight.waiting = True
+
+    def poll(self, timeout_s: float) -> list[Combined]:
+        lost: PeerDown | None = None
+        for event in self._mesh.progress(0.0 if self._completed else timeout_s):
+            if isinstance(event, CombineArrived):
+                self._arrived(event)
+            elif isinstance(event, PeerUp):
+                log.info("%s is connected over %s (%s)", event.peer, event.transport, event.reason)
+                self._up.add(event.peer)
+            elif isinstance(event, PeerDown):
+                log.warning("%s is lost: %s", event.peer, event.reason)
+                self._up.discard(event.peer)
+                self.down_reason = f"{event.peer} is lost: {event.reason}"
+                lost = event
+            elif isinstance(event, FrameRejected):
+                log.warning("a frame of %s was rejected: %s", event.peer, event.reason)
+        if lost is not None:
+            raise PeerLostError(self.down_reason)
+        completed = list(self._completed)
+        self._completed.clear()
+        return completed
+
+    def idle(self, stream: int) -> None:
+        if self.ready:
+            self._mesh.idle(stream)
+
+    def cancel(self) -> None:
+        for flight in self._streams.values():
+            flight.waiting = False
+            flight.arrived.clear()
+        self._completed.clear()
+
+    def close(self) -> None:
+        self._mesh.close()
+
+    def _arrived(self, event: CombineArrived) -> None:
+        header = event.header
+        flight = self._streams.get(header.stream)
+        if flight is None or not flight.waiting or header.seq != flight.seq:
+            return  # the answer to an exchange that was cancelled
+        flight.arrived[event.peer.rank] = event
+        if header.layer == 0 and event.peer.rank == header.stream % len(self._peers):
+            flight.gang_id, flight.mask = header.gang_id, header.member_mask
+        if len(flight.arrived) < len(self._peers):
+            return
+        flight.waiting = False
+        answers = [flight.arrived[peer.rank] for peer in self._peers]
+        self._completed.append(
+            Combined(
+                header.stream,
+                [self._tensor(answer) for answer in answers],
+                gang_tokens=max(answer.header.gang_tokens for answer in answers),
+                gang_size=flight.mask.bit_count(),
+                compute_s=max(answer.header.compute_ns for answer in answers) / 1e9,
+            )
+        )
+
+    def _tensor(self, answer: CombineArrived) -> Tensor:
+        rows: Tensor = to_torch(answer.rows, self._wire_dtype)
+        return rows
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """ "bfloat16" or "float32" -> torch dtype."""
+    return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]

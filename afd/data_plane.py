@@ -1,0 +1,76 @@
+"""How a worker's mesh follows the cluster: layout and config hash from the configuration, members from the view."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+from afd.config import ClusterConfig
+from afd.messages.membership import ClusterView, MeshAddress
+from stepmesh.config import MeshConfig
+from stepmesh.layout import PayloadLayout
+from stepmesh.types import Address, Member, RankId, Role, WireDtype
+
+WIRE_DTYPES = {"float32": WireDtype.FP32, "bfloat16": WireDtype.BF16}
+
+
+def payload_layout(config: ClusterConfig, hidden: int, max_top_k: int) -> PayloadLayout:
+    """Slot geometry that both ends must agree on."""
+    dtype = WIRE_DTYPES[config.model.dtype]
+    return PayloadLayout(
+        hidden=hidden,
+        max_tokens=config.attention.max_step_tokens,
+        max_top_k=max_top_k,
+        dispatch_dtype=dtype,
+        combine_dtype=dtype,
+    )
+
+
+def config_hash(config: ClusterConfig, fingerprint: str, hidden: int, max_top_k: int) -> str:
+    """Digest (hex) of all that attention and FFN workers must agree on; not ports, paths or log level."""
+    agreed = {
+        "model": fingerprint,
+        "dtype": config.model.dtype,
+        "hidden": hidden,
+        "top_k": max_top_k,
+        "max_step_tokens": config.attention.max_step_tokens,
+        "ffn_parallel": config.cluster.ffn_parallel,
+        "num_ffn": config.topology.num_ffn,
+    }
+    return hashlib.blake2b(json.dumps(agreed, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def mesh_config(
+    config: ClusterConfig, role: Role, rank: int, incarnation: str, mesh_key: bytes, agreed: str, layout: PayloadLayout
+) -> MeshConfig:
+    """The mesh of one worker process. agreed: `config_hash`."""
+    section = config.attention if role is Role.ATTENTION else config.ffn
+    return MeshConfig(
+        id=RankId(role, rank),
+        incarnation=incarnation,
+        secret=mesh_key,
+        config_hash=bytes.fromhex(agreed),
+        layout=layout,
+        listen_host=section.host,
+        listen_port=section.mesh_port,
+        transport=config.cluster.transport,
+        stall_timeout_s=config.coordinator.stall_timeout_s,
+        checksum=config.cluster.checksum,
+    )
+
+
+def published_address(address: Address) -> MeshAddress:
+    return MeshAddress(address.unix, address.host, address.port)
+
+
+def mesh_members(view: ClusterView, role: Role) -> list[Member]:
+    """The ranks of one role in a view, as the mesh wants them."""
+    return [
+        Member(
+            RankId(role, member.rank),
+            member.info.incarnation,
+            Address(member.info.mesh.unix, member.info.mesh.host, member.info.mesh.port),
+        )
+        for member in view.of_role(role.value)
+        if member.info.mesh is not None
+    ]

@@ -1,0 +1,148 @@
+"""The FFN worker's loop: gather dispatches into gangs, compute one batch, answer every member. Main thread only."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from afd.events import Stage, TraceRing
+from afd.ffn.gang import Arrival, GangBatch, GangTable
+from afd.model.halves import Dispatch, FFNHalf
+from stepmesh.mesh import Mesh
+from stepmesh.tensor import to_numpy, to_torch
+from stepmesh.types import (
+    CombineMeta,
+    DispatchArrived,
+    DispatchParts,
+    Event,
+    FrameRejected,
+    IdleNotice,
+    PeerDown,
+    PeerUp,
+    WireDtype,
+)
+
+MAX_WAIT_S = 0.1  # longest block on file descriptors
+
+
+@dataclass(slots=True)
+class FFNTotals:
+    """Sums since start. busy_s: computing; wait_s: blocked while a dispatch was pending (waiting for a gang)."""
+
+    busy_s: float = 0.0
+    wait_s: float = 0.0
+    num_batches: int = 0
+    num_tokens: int = 0
+    num_members: int = 0  # / num_batches = mean gang size
+    num_full_gangs: int = 0  # batches that held more than one attention worker
+
+
+class FFNEngine:
+    """Merges, computes, answers. Keeps nothing between exchanges but gang timing."""
+
+    def __init__(
+        self,
+        half: FFNHalf,
+        mesh: Mesh,
+        gangs: GangTable,
+        *,
+        dtype: torch.dtype,
+        wire_dtype: WireDtype,
+        clock: Callable[[], float] = time.perf_counter,
+    ):
+        self._half = half
+        self._mesh = mesh
+        self.gangs = gangs
+        self._dtype = dtype
+        self._wire_dtype = wire_dtype
+        self._clock = clock
+        self.totals = FFNTotals()
+        self.ring = TraceRing()
+
+    def run_once(self, timeout_s: float) -> list[Event]:
+        """Wait for work at most `timeout_s`, compute what is complete. Returns peer events for the caller."""
+        now = self._clock()
+        deadline_s = self.gangs.deadline()
+        if deadline_s is not None:
+            timeout_s = min(timeout_s, max(0.0, deadline_s - now))
+        waiting = self.gangs.has_pending
+        notable = self._take_events(min(timeout_s, MAX_WAIT_S))
+        if waiting:
+            self.totals.wait_s += self._clock() - now
+        while (batch := self.gangs.next_batch(self._clock())) is not None:
+            self._compute(batch)
+            notable += self._take_events(0.0)
+        return notable
+
+    def _take_events(self, timeout_s: float) -> list[Event]:
+        notable: list[Event] = []
+        for event in self._mesh.progress(timeout_s):
+            if isinstance(event, DispatchArrived):
+                header = event.header
+                self.gangs.arrive(
+                    Arrival(
+                        event.peer.rank,
+                        header.stream,
+                        header.layer,
+                        header.epoch,
+                        header.gang_id,
+                        header.member_mask,
+                        header.num_tokens,
+                        self._clock(),
+                        event,
+                    )
+                )
+            elif isinstance(event, IdleNotice):
+                self.gangs.idle(event.peer.rank, event.stream)
+            elif isinstance(event, PeerDown):
+                self.gangs.lost(event.peer.rank)
+                notable.append(event)
+            elif isinstance(event, PeerUp | FrameRejected):
+                notable.append(event)
+        return notable
+
+    @torch.inference_mode()
+    def _compute(self, batch: GangBatch) -> None:
+        begun_s = self._clock()
+        arrivals = [a.token for a in batch.arrivals]
+        parts = [a.parts for a in arrivals if isinstance(a, DispatchArrived)]
+        assert len(parts) == len(arrivals)
+        out = self._half.layer(self._merge(batch.layer, parts)).to(self._dtype)
+        rows = to_numpy(out)
+        done_s = self._clock()
+        meta = CombineMeta(batch.gang_id, batch.mask, batch.num_tokens, int((done_s - begun_s) * 1e9))
+        start = 0
+        for arrival in arrivals:
+            assert isinstance(arrival, DispatchArrived)
+            end = start + arrival.header.num_tokens
+            self._mesh.combine(arrival, meta, rows[start:end])
+            start = end
+        self._account(batch, begun_s, done_s)
+
+    def _merge(self, layer: int, parts: Sequence[DispatchParts]) -> Dispatch:
+        """The members' rows as one batch, in rank order."""
+        rows = _cat([to_torch(p.rows, self._wire_dtype) for p in parts])
+        first = parts[0]
+        if first.expert_ids is None or first.expert_weights is None:
+            return Dispatch(layer, rows, None, None)
+        ids = _cat([torch.from_numpy(p.expert_ids) for p in parts if p.expert_ids is not None])
+        weights = _cat([torch.from_numpy(p.expert_weights) for p in parts if p.expert_weights is not None])
+        return Dispatch(layer, rows, ids, weights)
+
+    def _account(self, batch: GangBatch, begun_s: float, done_s: float) -> None:
+        totals = self.totals
+        totals.busy_s += done_s - begun_s
+        totals.num_batches += 1
+        totals.num_tokens += batch.num_tokens
+        totals.num_members += len(batch.arrivals)
+        totals.num_full_gangs += len(batch.arrivals) > 1
+        self.ring.add(Stage("gang_wait", batch.first_s, begun_s, batch.stream, batch.layer, batch.num_tokens))
+        self.ring.add(Stage("ffn", begun_s, done_s, batch.stream, batch.layer, batch.num_tokens))
+
+
+def _cat(tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
