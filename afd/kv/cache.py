@@ -1,0 +1,60 @@
+"""The paged KV cache's memory: one K and one V tensor per layer. Which block is whose is the block pool's business."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class KVLayer(Protocol):
+    """What the cache needs to know of one attention layer."""
+
+    @property
+    def num_kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def v_head_dim(self) -> int: ...
+
+
+class KVModel(Protocol):
+    """What the cache needs to know of a model; a ModelSpec is one."""
+
+    @property
+    def attention_layers(self) -> Sequence[KVLayer]: ...
+
+
+class KVCache:
+    """k[layer], v[layer]: [num_blocks, num_kv_heads, block_size, head_dim], contiguous.
+
+    A token's slot is block * block_size + offset. Zeroed at start: kernels may read (and mask) a block's unwritten
+    slots, and uninitialised memory could hold NaN, which a mask by multiplication would spread.
+    """
+
+    def __init__(self, spec: KVModel, num_blocks: int, block_size: int, dtype: torch.dtype, device: str = "cpu"):
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.k: list[Tensor] = []
+        self.v: list[Tensor] = []
+        for layer in spec.attention_layers:
+            for tensors, width in ((self.k, layer.head_dim), (self.v, layer.v_head_dim)):
+                shape = (num_blocks, layer.num_kv_heads, block_size, width)
+                tensors.append(torch.zeros(shape, dtype=dtype, device=device))
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.k + self.v)
+
+    def close(self) -> None:
+        """Give the memory back; the cache cannot be used afterwards."""
+        self.k.clear()
+        self.v.clear()
+
+
+def num_blocks_for_bytes(spec: KVModel, num_bytes: int, block_size: int, dtype: torch.dtype) -> int:
+    """How many blocks (of all layers together) fit into `num_bytes`."""
+    elements = sum(a.num_kv_heads * (a.head_dim + a.v_head_dim) for a in spec.attention_layers)
+    return num_bytes // (elements * block_size * dtype.itemsize)

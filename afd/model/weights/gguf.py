@@ -1,0 +1,172 @@
+"""GGUF files: metadata and quantised tensors.
+
+The header is parsed here rather than with gguf.GGUFReader, which takes two seconds for a 49k-token vocabulary and
+would be paid by every process of the cluster; the `gguf` package dequantises.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import dequantize
+
+from afd.errors import ModelError
+from afd.model.weights.source import RawTensor, Slices, StoredTensor, TensorSource, bounds
+
+MAX_HEADER_BYTES = 256 << 20
+MAX_DIMENSIONS = 4
+MAX_NESTING = 4
+_STRING, _ARRAY = 8, 9
+_SCALARS = {
+    0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class GgufHeader:
+    """offsets: of each tensor's bytes, from the start of the file."""
+
+    metadata: Mapping[str, Any]
+    tensors: Mapping[str, StoredTensor]
+    offsets: Mapping[str, int]
+
+
+class GgufSource(TensorSource):
+    """One GGUF file. Slices of rows read only those rows; column slices read whole rows and cut after dequantising."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._header = read_gguf_header(path)
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        return self._header.metadata
+
+    @property
+    def tensors(self) -> Mapping[str, StoredTensor]:
+        return self._header.tensors
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return (self._path,)
+
+    def read(self, name: str, slices: Slices = ()) -> RawTensor:
+        tensor = self._header.tensors[name]
+        kind = GGMLQuantizationType[tensor.dtype]
+        row_bytes = _row_bytes(kind, tensor.shape[-1])
+        limits = bounds(tensor.shape, slices)
+        outer = tensor.shape[:-1]
+        mapped = np.memmap(self._path, np.uint8, "r", offset=self._header.offsets[name], shape=(*outer, row_bytes))
+        rows = np.array(mapped[tuple(slice(*limit) for limit in limits[:-1])])
+        if rows.size == 0:
+            return RawTensor(np.empty([stop - start for start, stop in limits], np.float32))
+        try:
+            values = dequantize(rows, kind)
+        except NotImplementedError as error:
+            raise ModelError(f"{self._path}: tensor {name}: {error}") from error
+        return RawTensor(values[..., slice(*limits[-1])])
+
+
+def _row_bytes(kind: GGMLQuantizationType, row_elements: int) -> int:
+    block_elements, block_bytes = GGML_QUANT_SIZES[kind]
+    return int(row_elements // block_elements * block_bytes)
+
+
+def read_gguf_header(path: Path) -> GgufHeader:
+    """Parse and check everything before the tensor data; ModelError when the file is not whole."""
+    file_bytes = path.stat().st_size
+    with path.open("rb") as file:
+        cursor = _Cursor(file.read(min(file_bytes, MAX_HEADER_BYTES)))
+    try:
+        return _parse(cursor, path, file_bytes)
+    except (struct.error, IndexError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path}: truncated or malformed GGUF header at byte {cursor.pos} of {file_bytes}") from error
+
+
+def _parse(cursor: _Cursor, path: Path, file_bytes: int) -> GgufHeader:
+    if cursor.take(4) != b"GGUF":
+        raise ModelError(f"{path}: not a GGUF file")
+    version = cursor.scalar("<I")
+    if version not in (2, 3):
+        raise ModelError(f"{path}: GGUF version {version} is not supported (known: 2, 3)")
+    num_tensors, num_keys = cursor.scalar("<Q"), cursor.scalar("<Q")
+    metadata: dict[str, Any] = {}
+    for _ in range(num_keys):
+        key = cursor.string()
+        metadata[key] = cursor.value(cursor.scalar("<I"))
+    infos = [_tensor_info(cursor, path) for _ in range(num_tensors)]
+    alignment = int(metadata.get("general.alignment", 32))
+    if alignment < 1:
+        raise ModelError(f"{path}: general.alignment is {alignment}")
+    data_start = -(-cursor.pos // alignment) * alignment
+    tensors: dict[str, StoredTensor] = {}
+    offsets: dict[str, int] = {}
+    for tensor, kind, offset in infos:
+        start = data_start + offset
+        end = start + prod(tensor.shape[:-1]) * _row_bytes(kind, tensor.shape[-1])
+        if end > file_bytes:
+            raise ModelError(f"{path}: truncated: tensor {tensor.name} ends at byte {end}, the file has {file_bytes}")
+        tensors[tensor.name], offsets[tensor.name] = tensor, start
+    return GgufHeader(metadata, tensors, offsets)
+
+
+def _tensor_info(cursor: _Cursor, path: Path) -> tuple[StoredTensor, GGMLQuantizationType, int]:
+    name = cursor.string()
+    num_dims = cursor.scalar("<I")
+    if not 1 <= num_dims <= MAX_DIMENSIONS:
+        raise ModelError(f"{path}: tensor {name}: {num_dims} dimensions")
+    shape = tuple(cursor.scalar("<Q") for _ in range(num_dims))[::-1]  # GGUF lists the fastest dimension first
+    code, offset = cursor.scalar("<I"), cursor.scalar("<Q")
+    try:
+        kind = GGMLQuantizationType(code)
+    except ValueError as error:
+        raise ModelError(f"{path}: tensor {name}: unknown quantisation type {code}") from error
+    if shape[-1] % GGML_QUANT_SIZES[kind][0]:
+        raise ModelError(f"{path}: tensor {name}: rows of {shape[-1]} do not fit blocks of {kind.name}")
+    return StoredTensor(name, shape, kind.name, str(path)), kind, offset
+
+
+class _Cursor:
+    """Reads little-endian values from bytes; struct.error or IndexError past the end."""
+
+    def __init__(self, data: bytes):
+        self._data = data
+        self.pos = 0
+
+    def take(self, num_bytes: int) -> bytes:
+        end = self.pos + num_bytes
+        if end > len(self._data):
+            raise IndexError(end)
+        chunk = self._data[self.pos : end]
+        self.pos = end
+        return chunk
+
+    def scalar(self, code: str) -> Any:
+        value = struct.unpack_from(code, self._data, self.pos)[0]
+        self.pos += struct.calcsize(code)
+        return value
+
+    def string(self) -> str:
+        return self.take(self.scalar("<Q")).decode("utf-8")
+
+    def value(self, kind: int, nesting: int = 0) -> Any:
+        if kind == _STRING:
+            return self.string()
+        if kind != _ARRAY:
+            if kind not in _SCALARS:
+                raise IndexError(f"value type {kind}")
+            return self.scalar(_SCALARS[kind])
+        item_kind, count = self.scalar("<I"), self.scalar("<Q")
+        if item_kind in _SCALARS:
+            dtype = np.dtype(_SCALARS[item_kind])
+            return np.frombuffer(self.take(count * dtype.itemsize), dtype).tolist()
+        if nesting == MAX_NESTING or count > len(self._data):
+            raise IndexError(f"array of {count}")
+        return [self.value(item_kind, nesting + 1) for _ in range(count)]
