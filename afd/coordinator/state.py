@@ -72,11 +72,18 @@ class Log:
 
 
 @dataclass(frozen=True, slots=True)
+class Lost:
+    """A member of this role was declared lost (to be counted; the log line comes beside it)."""
+
+    role: str
+
+
+@dataclass(frozen=True, slots=True)
 class Stop:
     """The shutdown is complete (or its time is over): the coordinator's process ends."""
 
 
-Action = Union[Published, Log, Stop]
+Action = Union[Published, Log, Lost, Stop]
 
 
 class RefusedError(CoordinatorError):
@@ -321,6 +328,7 @@ class CoordinatorState:
         while len(self._lost) > MAX_REMEMBERED_LOST:
             self._lost.popitem(last=False)
         self._log(logging.WARNING, f"{entry.name} lost: {why}")
+        self._actions.append(Lost(entry.info.role))
 
     def _remove(self, entry: Entry) -> None:
         del self._entries[entry.info.incarnation]

@@ -1,0 +1,180 @@
+"""gRPC shell around the coordinator's state: authenticates, decodes, locks, answers. Decides nothing.
+
+Generic handlers with msgpack bodies (no generated code): service "afd.Coordinator", methods Register, Sync, Status
+and Control. Every call needs the cluster's bearer token; a stranger gets UNAUTHENTICATED and nothing else.
+"""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from concurrent import futures
+from typing import Any, TypeVar
+
+import grpc
+import msgspec
+
+from afd.config import ClusterConfig
+from afd.coordinator.client import SERVICE
+from afd.coordinator.members import Timing
+from afd.coordinator.metrics import CoordinatorMetrics
+from afd.coordinator.plan import base_plan
+from afd.coordinator.state import Action, ClusterSpec, CoordinatorState, Log, Lost, Published, Stop
+from afd.errors import ConfigError
+from afd.messages.codec import Decoder, MessageError, encode
+from afd.messages.membership import (
+    control_request_decoder,
+    register_request_decoder,
+    status_request_decoder,
+    sync_request_decoder,
+)
+from afd.messages.membership_port import Announce
+from afd.metrics import MetricsServer, process_registry
+from afd.secrets import grpc_token
+
+log = logging.getLogger(__name__)
+
+MAX_REQUEST_BYTES = 1 << 20
+NUM_THREADS = 4  # each call holds the lock for microseconds
+MAX_CONCURRENT_CALLS = 512
+TICK_S = 0.1
+_T = TypeVar("_T")
+
+_SERVER_OPTIONS = [
+    ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
+    ("grpc.max_metadata_size", 16 << 10),
+    ("grpc.so_reuseport", 0),  # a second coordinator on the port is an error, not a silent split
+]
+
+
+class CoordinatorServer:
+    """The state behind a gRPC port. Thread-safe; `step` belongs to one owner thread."""
+
+    def __init__(
+        self,
+        state: CoordinatorState,
+        *,
+        address: str,
+        token: str,
+        clock: Callable[[], float] = time.monotonic,
+        metrics: CoordinatorMetrics | None = None,
+    ):
+        self._state = state
+        self._clock = clock
+        self._expected = f"Bearer {token}".encode()
+        self._lock = threading.Lock()
+        self._metrics = metrics
+        self._refusal_logged_at = float("-inf")
+        self._server = grpc.server(
+            futures.ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="coordinator"),
+            options=_SERVER_OPTIONS,
+            maximum_concurrent_rpcs=MAX_CONCURRENT_CALLS,
+        )
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, self._handlers()),))
+        host = address.rpartition(":")[0]
+        try:
+            port = self._server.add_insecure_port(address)
+        except RuntimeError as error:
+            raise ConfigError(f"the coordinator cannot listen on {address}: the port is in use or not ours") from error
+        self.address = f"{host}:{port}"
+
+    def start(self) -> None:
+        """Answer calls from now on."""
+        self._server.start()
+
+    def step(self) -> bool:
+        """Let time pass in the state and do what it asks for; False once the cluster has been shut down."""
+        with self._lock:
+            self._state.tick(self._clock())
+            actions = self._state.take_actions()
+        stops = [self._perform(action) for action in actions]
+        return not any(stops)
+
+    def close(self) -> None:
+        """Refuse new calls, let those under way finish (1 s at most)."""
+        self._server.stop(grace=0.5).wait(1.0)
+
+    def _handlers(self) -> dict[str, Any]:
+        state = self._state
+        return {
+            "Register": self._method(register_request_decoder, state.register),
+            "Sync": self._method(sync_request_decoder, state.sync),
+            "Status": self._method(status_request_decoder, lambda _, now: state.status(now)),
+            "Control": self._method(control_request_decoder, state.control),
+        }
+
+    def _method(self, decoder: Decoder[_T], act: Callable[[_T, float], msgspec.Struct]) -> Any:
+        def handle(body: bytes, context: grpc.ServicerContext) -> bytes:
+            sent = dict(context.invocation_metadata()).get("authorization", "")
+            if not hmac.compare_digest(str(sent).encode(), self._expected):
+                self._log_refusal(context.peer())
+                context.abort(grpc.StatusCode.UNAUTHENTICATED, "wrong or no cluster secret")
+            try:
+                request = decoder.decode(body)
+            except MessageError as error:
+                context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+            with self._lock:
+                reply = act(request, self._clock())
+            return encode(reply)
+
+        return grpc.unary_unary_rpc_method_handler(handle)
+
+    def _log_refusal(self, peer: str) -> None:
+        """At most one line in five seconds: a stranger cannot fill the log."""
+        now = self._clock()
+        if now - self._refusal_logged_at >= 5.0:
+            self._refusal_logged_at = now
+            log.warning("refused a call from %s: wrong or no secret", peer)
+
+    def _perform(self, action: Action) -> bool:
+        """Do what the state asks; True when it asks to stop."""
+        match action:
+            case Log(level, text):
+                log.log(level, "%s", text)
+            case Published(view):
+                if self._metrics is not None:
+                    self._metrics.published(view)
+            case Lost(role):
+                if self._metrics is not None:
+                    self._metrics.lost(role)
+            case Stop():
+                return True
+        return False
+
+
+def run_coordinator(config: ClusterConfig, secret: bytes, stop: threading.Event, announce: Announce) -> int:
+    """The coordinator's process: serve until `stop` is set or the cluster was shut down; returns the exit code."""
+    timing = Timing.of(config.coordinator, config.gateway.drain_s)
+    spec = ClusterSpec(
+        topology=config.topology,
+        model=config.model.served_name or config.model.name,
+        ffn_parallel=config.cluster.ffn_parallel,
+        plan=base_plan(config),
+    )
+    state = CoordinatorState(spec, timing, cluster_id=uuid.uuid4().hex, now=time.monotonic())
+    registry = process_registry("coordinator")
+    server = CoordinatorServer(
+        state,
+        address=config.coordinator.address,
+        token=grpc_token(secret),
+        metrics=CoordinatorMetrics(registry),
+    )
+    host = server.address.rpartition(":")[0]
+    try:
+        metrics = MetricsServer(host, config.coordinator.metrics_port, registry, lambda: (True, ""))
+        try:
+            server.start()
+            log.info("coordinator listens on %s (metrics on %s)", server.address, metrics.address)
+            announce({"address": server.address, "metrics": metrics.address})
+            interval_s = min(TICK_S, timing.lost_after_s / 4)
+            while server.step() and not stop.wait(interval_s):
+                pass
+        finally:
+            metrics.close()
+    finally:
+        server.close()
+    return 0

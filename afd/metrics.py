@@ -1,0 +1,104 @@
+"""Prometheus metrics of one process: its registry, and a tiny HTTP thread for /metrics, /livez and /readyz.
+
+Each process makes its own registry and passes it down; nothing registers itself globally. The server runs in its own
+thread and renders there, so a scrape never runs on a worker's main thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Info, ProcessCollector
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+
+from afd import __version__
+from afd.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+CLIENT_TIMEOUT_S = 2.0  # one slow client holds the thread for no longer
+Ready = Callable[[], tuple[bool, str]]
+
+
+def process_registry(role: str) -> CollectorRegistry:
+    """A fresh registry with the process's CPU, memory and descriptors, and afd_build_info{version, role}."""
+    registry = CollectorRegistry()
+    ProcessCollector(registry=registry)
+    Info("afd_build", "Version and role of this process", registry=registry).info(
+        {"version": __version__, "role": role}
+    )
+    return registry
+
+
+class MetricsServer:
+    """Serves /metrics, /livez (200 while the process lives) and /readyz (503 with the reason while it is not ready).
+
+    port: 0 = any.  ready: called from the server's thread.  `close()` frees the port and ends the thread.
+    """
+
+    def __init__(self, host: str, port: int, registry: CollectorRegistry, ready: Ready):
+        try:
+            self._server = _Server((host, port), registry, ready)
+        except OSError as error:
+            raise ConfigError(f"metrics cannot listen on {host}:{port}: {error.strerror}") from error
+        self.address = f"{host}:{self._server.server_address[1]}"
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, kwargs={"poll_interval": 0.5}, name="metrics", daemon=True
+        )
+        self._thread.start()
+
+    def close(self) -> None:
+        """Idempotent; returns within about half a second, or after the client being served (2 s)."""
+        if self._thread.is_alive():
+            self._server.shutdown()
+            self._thread.join()
+        self._server.server_close()
+
+
+class _Server(HTTPServer):
+    """Single-threaded: metrics have one reader at a time, and a bounded wait for each."""
+
+    request_queue_size = 16
+
+    def __init__(self, address: tuple[str, int], registry: CollectorRegistry, ready: Ready):
+        self.registry = registry
+        self.ready = ready
+        super().__init__(address, _Handler)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that hangs up or sends garbage is its own problem."""
+        log.debug("metrics client %s failed", client_address, exc_info=True)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: _Server
+    server_version = "afd"
+    sys_version = ""
+    timeout = CLIENT_TIMEOUT_S
+
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0]
+        if path == "/metrics":
+            self._answer(200, CONTENT_TYPE_LATEST, generate_latest(self.server.registry))
+        elif path == "/livez":
+            self._answer(200, "text/plain; charset=utf-8", b"ok\n")
+        elif path == "/readyz":
+            ready, reason = self.server.ready()
+            text = "ok" if ready else reason
+            self._answer(200 if ready else 503, "text/plain; charset=utf-8", f"{text}\n".encode())
+        else:
+            self._answer(404, "text/plain; charset=utf-8", b"try /metrics, /livez or /readyz\n")
+
+    def log_message(self, format: str, *args: Any) -> None:
+        log.debug(format, *args)
+
+    def _answer(self, status: int, content_type: str, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", content_type)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
