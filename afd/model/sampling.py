@@ -154,7 +154,8 @@ def _candidates(row: Row, params: SamplingParams, largest: float) -> tuple[Row, 
 def _weights(values: Row, largest: float, temperature: float) -> Row:
     """exp((value - largest) / temperature): unnormalised probabilities, 1 for the largest."""
     with np.errstate(over="ignore"):  # a tiny temperature sends all but the largest to exp(-inf) = 0
-        return np.exp((values - np.float32(largest)) / np.float32(temperature))
+        weights: Row = np.exp((values - np.float32(largest)) / np.float32(temperature))
+        return weights
 
 
 def _invert(weights: Row, u: float) -> int:

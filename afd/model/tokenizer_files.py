@@ -50,16 +50,15 @@ def _from_gguf(metadata: Mapping[str, Any], path: Path) -> TokenizerFiles:
             f"(known: gpt2 with {', '.join(_PRE_TOKENIZERS)})"
         )
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
-    merges = [tuple(str(merge).split(" ", 1)) for merge in metadata.get("tokenizer.ggml.merges", ())]
-    tokenizer = Tokenizer(BPE({token: i for i, token in enumerate(tokens)}, merges))
+    merges = [str(merge).partition(" ") for merge in metadata.get("tokenizer.ggml.merges", ())]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    tokenizer = Tokenizer(BPE(vocabulary, [(left, right) for left, _, right in merges]))
     tokenizer.pre_tokenizer = _PRE_TOKENIZERS[pre]()
     tokenizer.decoder = ByteLevelDecoder()
     kinds = metadata.get("tokenizer.ggml.token_type", ())
     for kind, add in ((_CONTROL, tokenizer.add_special_tokens), (_USER_DEFINED, tokenizer.add_tokens)):
-        special = kind == _CONTROL
-        add(
-            [AddedToken(t, special=special, normalized=False) for t, k in zip(tokens, kinds, strict=False) if k == kind]
-        )
+        added = [token for token, k in zip(tokens, kinds, strict=False) if k == kind]
+        add([AddedToken(token, special=kind == _CONTROL, normalized=False) for token in added])
     bos, eos = (_token(tokens, metadata.get(f"tokenizer.ggml.{name}_token_id")) for name in ("bos", "eos"))
     if metadata.get("tokenizer.ggml.add_bos_token") and bos is not None:
         tokenizer.post_processor = TemplateProcessing(

@@ -169,4 +169,19 @@ class _Cursor:
             return np.frombuffer(self.take(count * dtype.itemsize), dtype).tolist()
         if nesting == MAX_NESTING or count > len(self._data):
             raise IndexError(f"array of {count}")
+        if item_kind == _STRING:
+            return self._strings(count)
         return [self.value(item_kind, nesting + 1) for _ in range(count)]
+
+    def _strings(self, count: int) -> list[str]:
+        """A vocabulary has tens of thousands: read without a call per string."""
+        data, pos, unpack = self._data, self.pos, struct.Struct("<Q").unpack_from
+        strings = []
+        for _ in range(count):
+            start = pos + 8
+            pos = start + unpack(data, pos)[0]
+            strings.append(data[start:pos].decode("utf-8"))
+        if pos > len(data):
+            raise IndexError(pos)
+        self.pos = pos
+        return strings
