@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from afd.config import ClusterConfig
 from afd.messages.membership import ClusterView, MeshAddress
 from stepmesh.config import MeshConfig
 from stepmesh.layout import PayloadLayout
+from stepmesh.mesh import Mesh
 from stepmesh.types import Address, Member, RankId, Role, WireDtype
 
 WIRE_DTYPES = {"float32": WireDtype.FP32, "bfloat16": WireDtype.BF16}
@@ -74,3 +78,19 @@ def mesh_members(view: ClusterView, role: Role) -> list[Member]:
         for member in view.of_role(role.value)
         if member.info.mesh is not None
     ]
+
+
+def mesh_metrics(mesh: Mesh) -> Iterable[Metric]:
+    """The transport's counters by peer."""
+    up = GaugeMetricFamily("afd_mesh_peer", "1 = connected, by transport", labels=["peer", "transport"])
+    counters: dict[str, CounterMetricFamily] = {}
+    for peer, stats in mesh.stats().get("peers", {}).items():
+        up.add_metric([peer, str(stats.get("transport", ""))], 1)
+        for name, value in stats.items():
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                family = counters.setdefault(
+                    name, CounterMetricFamily(f"afd_mesh_{name}", f"stepmesh: {name}", labels=["peer"])
+                )
+                family.add_metric([peer], value)
+    yield up
+    yield from counters.values()

@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class _InFlight:
-    """One stream's exchange. gang_id and mask: given by the former's layer-0 answer, echoed for the rest of the step."""
+    """One stream's exchange. gang_id, mask: from the former's layer-0 answer, echoed for the rest of the step."""
 
     epoch: int = 0
     seq: int = -1

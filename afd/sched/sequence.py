@@ -27,7 +27,7 @@ class Sequence:
 
     req_id: str
     attempt: int
-    owner: str  # the gateway's ZeroMQ identity, opaque here
+    owner: bytes  # the gateway's ZeroMQ identity, opaque here
     tokens: list[int]
     num_prompt: int
     sampling: SamplingParams

@@ -24,7 +24,7 @@ def make(num_blocks=64, block_size=4, prefix_cache=True, **config):
 
 def sequence(name, prompt, max_tokens=4, *, arrival=0, priority=0, output=(), **sampling):
     params = SamplingParams(max_tokens=max_tokens, seed=1, temperature=0.0, **sampling)
-    return Sequence(name, 0, "gw", [*prompt, *output], len(prompt), params, priority, arrival)
+    return Sequence(name, 0, b"gw", [*prompt, *output], len(prompt), params, priority, arrival)
 
 
 def next_token(tokens):

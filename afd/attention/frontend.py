@@ -1,0 +1,169 @@
+"""The worker's end of the gateway conversation: requests in, tokens out, leases, resends. Main thread only.
+
+Nothing here blocks: a gateway that does not read loses messages, and asks for them again (`Resend`).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import zmq
+
+from afd.messages.codec import MessageError, encode
+from afd.messages.serving import (
+    GatewayMessage,
+    Lease,
+    Refused,
+    TokenChunk,
+    TokenLogprobs,
+    Tokens,
+    WorkerMessage,
+    gateway_message_decoder,
+)
+from afd.types import FinishReason
+
+log = logging.getLogger(__name__)
+
+FINISHED_KEPT = 1024  # ended requests whose tokens a gateway may still ask for again
+RECEIVE_BATCH = 256  # messages taken per call, so that a flood cannot starve the pipeline
+
+
+@dataclass(slots=True)
+class _Record:
+    """All that was sent of one attempt: ids[i] has output index first_idx + i."""
+
+    gateway: bytes
+    attempt: int
+    first_idx: int
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    finish: FinishReason | None = None
+    error: str | None = None
+    retryable: bool = False
+
+
+class Frontend:
+    """Owns the ROUTER socket; knows which gateway each request belongs to."""
+
+    def __init__(self, socket: zmq.Socket[Any]):
+        self._socket = socket
+        self._records: OrderedDict[str, _Record] = OrderedDict()
+        self._finished: OrderedDict[str, None] = OrderedDict()
+        self._outbox: dict[bytes, list[TokenChunk]] = {}
+        self._lease_end_s: dict[bytes, float] = {}
+        self.num_dropped = 0
+
+    @property
+    def fd(self) -> int:
+        """Readable (edge-triggered) when `receive` may have something."""
+        return int(self._socket.getsockopt(zmq.FD))
+
+    def receive(self, now: float) -> list[tuple[bytes, GatewayMessage]]:
+        """Messages that wait, leases already booked. A frame that is no message is dropped and logged."""
+        received: list[tuple[bytes, GatewayMessage]] = []
+        for _ in range(RECEIVE_BATCH):
+            try:
+                frames = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                break
+            if len(frames) != 2:
+                log.warning("dropped a message of %d frames from a gateway (expected 2)", len(frames))
+                continue
+            try:
+                message = gateway_message_decoder.decode(frames[1])
+            except MessageError as error:
+                log.warning("dropped a frame of gateway %s: %s", frames[0].hex(), error)
+                continue
+            if isinstance(message, Lease):
+                self._lease_end_s[frames[0]] = now + message.ttl_s
+            else:
+                self._lease_end_s.setdefault(frames[0], now + 5.0)
+            received.append((frames[0], message))
+        return received
+
+    @property
+    def has_input(self) -> bool:
+        """True when messages wait: must be asked before blocking on `fd`, which is edge-triggered."""
+        return bool(self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN)
+
+    def wait(self, timeout_s: float) -> None:
+        """Block until a message waits, at most `timeout_s`."""
+        self._socket.poll(int(timeout_s * 1e3))
+
+    def ended_leases(self, now: float) -> list[bytes]:
+        """Gateways that went silent; they are forgotten, their requests are the caller's to abort."""
+        ended = [gateway for gateway, end_s in self._lease_end_s.items() if end_s < now]
+        for gateway in ended:
+            del self._lease_end_s[gateway]
+        return ended
+
+    @property
+    def gateways(self) -> Iterable[bytes]:
+        return self._lease_end_s.keys()
+
+    def open(self, req_id: str, gateway: bytes, attempt: int, first_idx: int) -> None:
+        """Start recording an attempt."""
+        self._finished.pop(req_id, None)
+        self._records[req_id] = _Record(gateway, attempt, first_idx)
+
+    def post(self, chunk: TokenChunk) -> None:
+        """Queue new tokens of an open request; `flush` sends one message per gateway."""
+        record = self._records.get(chunk.req_id)
+        if record is None or record.attempt != chunk.attempt:
+            return
+        record.ids.extend(chunk.ids)
+        if chunk.logprobs is not None:
+            record.logprobs.extend(chunk.logprobs)
+        if chunk.finish is not None:
+            record.finish, record.error, record.retryable = chunk.finish, chunk.error, chunk.retryable
+            self._finished[chunk.req_id] = None
+            while len(self._finished) > FINISHED_KEPT:
+                oldest, _none = self._finished.popitem(last=False)
+                self._records.pop(oldest, None)
+        self._outbox.setdefault(record.gateway, []).append(chunk)
+
+    def resend(self, req_id: str, attempt: int, from_idx: int) -> None:
+        """Queue what was sent before, from output index `from_idx` on. Unknown requests are ignored."""
+        record = self._records.get(req_id)
+        if record is None or record.attempt != attempt:
+            return
+        skip = max(0, from_idx - record.first_idx)
+        chunk = TokenChunk(
+            req_id,
+            attempt,
+            record.first_idx + skip,
+            record.ids[skip:],
+            record.logprobs[skip:] or None,
+            record.finish,
+            record.error,
+            record.retryable,
+        )
+        self._outbox.setdefault(record.gateway, []).append(chunk)
+
+    def close_request(self, req_id: str) -> None:
+        """Forget an aborted request."""
+        self._records.pop(req_id, None)
+        self._finished.pop(req_id, None)
+
+    def flush(self) -> None:
+        """Send what is queued: one message per gateway."""
+        for gateway, chunks in self._outbox.items():
+            self.send(gateway, Tokens(chunks))
+        self._outbox.clear()
+
+    def refuse(self, gateway: bytes, refused: Refused) -> None:
+        self.send(gateway, refused)
+
+    def send(self, gateway: bytes, message: WorkerMessage) -> None:
+        """Send now; dropped when the gateway's queue is full or it has gone."""
+        try:
+            self._socket.send_multipart([gateway, encode(message)], zmq.NOBLOCK)
+        except zmq.Again:
+            self.num_dropped += 1
+
+    def close(self) -> None:
+        self._socket.close(linger=200)

@@ -1,0 +1,60 @@
+"""What an attention worker exports. Read from the engine's totals at scrape time: the hot loop knows no Prometheus."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from afd.attention.engine import AttentionEngine
+from afd.data_plane import mesh_metrics
+from stepmesh.mesh import Mesh
+
+
+class AttentionMetrics(Collector):
+    """Collects at scrape, in the metrics thread; reads plain numbers only."""
+
+    def __init__(self, registry: CollectorRegistry, engine: AttentionEngine, mesh: Mesh | None):
+        self._engine = engine
+        self._mesh = mesh
+        registry.register(self)
+
+    def collect(self) -> Iterable[Metric]:
+        totals, scheduler = self._engine.stages.totals, self._engine.scheduler
+        stage = CounterMetricFamily("afd_stage_seconds", "Seconds spent per stage", labels=["role", "stage"])
+        for name, value in (
+            ("attention", totals.attention_s),
+            ("head", totals.head_s),
+            ("exchange", totals.exchange_s),
+            ("ffn", totals.ffn_s),
+            ("wait", totals.wait_s),
+        ):
+            stage.add_metric(["attention", name], value)
+        yield stage
+        gauges = {
+            "afd_requests_running": ("Sequences that hold KV blocks", scheduler.num_running),
+            "afd_requests_waiting": ("Sequences waiting for a place", scheduler.num_waiting),
+            "afd_kv_blocks_total": ("KV blocks", scheduler.pool.num_blocks),
+            "afd_kv_blocks_free": ("Free KV blocks, cached ones included", scheduler.pool.num_free),
+            "afd_pipeline_streams": ("Pipeline streams in use", scheduler.num_streams),
+        }
+        for name, (text, value) in gauges.items():
+            yield GaugeMetricFamily(name, text, value=value)
+        counters = {
+            "afd_steps": ("Micro-batches committed", totals.num_steps),
+            "afd_step_tokens": ("Tokens computed", totals.num_tokens),
+            "afd_exchanges": ("Layer round trips", totals.num_exchanges),
+            "afd_exchange_gang_members": (
+                "Gang size summed over exchanges; / afd_exchanges = mean gang size",
+                totals.num_gang_members,
+            ),
+            "afd_prefix_cache_queries": ("Prompt tokens looked up", scheduler.prefix_queries),
+            "afd_prefix_cache_hits": ("Prompt tokens found", scheduler.prefix_hits),
+            "afd_preemptions": ("Sequences preempted", scheduler.num_preemptions),
+        }
+        for name, (text, value) in counters.items():
+            yield CounterMetricFamily(name, text, value=value)
+        if self._mesh is not None:
+            yield from mesh_metrics(self._mesh)

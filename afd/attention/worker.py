@@ -1,0 +1,299 @@
+"""The attention worker process: seat, weights, KV cache, sockets, loop. What runs when is `engine.AttentionEngine`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+
+import torch
+import zmq
+
+from afd.attention.engine import AttentionEngine
+from afd.attention.exchange import Exchange, LocalExchange
+from afd.attention.frontend import Frontend
+from afd.attention.mesh_exchange import MeshExchange
+from afd.attention.metrics import AttentionMetrics
+from afd.attention.requests import RequestBook
+from afd.config import ClusterConfig
+from afd.data_plane import WIRE_DTYPES, config_hash, mesh_members, payload_layout
+from afd.errors import ConfigError, PeerLostError
+from afd.kv.block_pool import BlockPool
+from afd.kv.cache import KVCache, num_blocks_for_bytes
+from afd.messages.membership import ClusterView, WorkerInfo
+from afd.messages.membership_port import Announce, Join, SyncFields
+from afd.messages.serving import WorkerStats
+from afd.metrics import MetricsServer, process_registry
+from afd.model.loading import ModelFolder, load_attention_half, load_ffn_half, resolve_model
+from afd.model.sharding import ShardSpec
+from afd.sched.scheduler import Scheduler, SchedulerConfig
+from afd.seat import Seat, take_seat
+from afd.zmq_sockets import server_socket
+from stepmesh.types import Role
+
+log = logging.getLogger(__name__)
+
+IDLE_S = 0.1  # longest block of the loop: bounds the reaction to stop and to a new view
+STATS_MIN_S, STATS_MAX_S = 0.1, 0.5
+AUTO_STREAMS = 2
+
+
+def run_attention_worker(
+    config: ClusterConfig, secret: bytes, join: Join, stop: threading.Event, announce: Announce
+) -> int:
+    """Serve until `stop`, then drain. Returns the exit code; raises AfdError with one line for the user."""
+    torch.set_num_threads(config.attention.threads or 1)
+    worker = _Worker(config, resolve_model(config.model.name), stop)
+    try:
+        if not worker.start(secret, join, announce):
+            return 0
+        worker.run()
+    finally:
+        worker.close()
+    return 0
+
+
+class _Worker:
+    """Wires the parts and owns them. Main thread, but for `_fields` and `_ready` (side threads, read only)."""
+
+    def __init__(self, config: ClusterConfig, folder: ModelFolder, stop: threading.Event):
+        self._config = config
+        self._folder = folder
+        self._stop = stop
+        self._progress = 0
+        self._context = zmq.Context(io_threads=1)
+        self._frontend: Frontend | None = None
+        self._server: MetricsServer | None = None
+        self._seat: Seat | None = None
+        self._exchange: Exchange | None = None
+        self._engine: AttentionEngine | None = None
+        self._epoch = 0
+        self._lost_since_s: float | None = None
+        self._stats_sent: tuple[float, WorkerStats | None] = (0.0, None)
+        self._is_ready = False
+        self._why_not = "starting"
+
+    # -- start --------------------------------------------------------------------------------------------
+
+    def start(self, secret: bytes, join: Join, announce: Announce) -> bool:
+        """Bind, join, load, be ready. False when stopped meanwhile."""
+        config, spec = self._config, self._folder.spec
+        section = config.attention
+        registry = process_registry("attention")
+        self._server = MetricsServer(section.host, section.metrics_port, registry, self._ready)
+        socket = server_socket(self._context, secret)
+        try:
+            endpoint = f"tcp://{section.host}:{section.port or '*'}"
+            socket.bind(endpoint)
+        except zmq.ZMQError as error:
+            socket.close()
+            raise ConfigError(f"attention.port: cannot listen on {endpoint}: {error.strerror}") from error
+        self._frontend = Frontend(socket)
+        info = WorkerInfo(
+            role=Role.ATTENTION.value,
+            incarnation="",
+            host=section.host,
+            pid=os.getpid(),
+            config_hash="",
+            serving=socket.getsockopt_string(zmq.LAST_ENDPOINT),
+            metrics=self._server.address,
+        )
+        self._why_not = "waiting for the coordinator"
+        agreed = config_hash(config, self._folder.fingerprint, spec.hidden, spec.max_top_k)
+        layout = payload_layout(config, spec.hidden, spec.max_top_k)
+        seat = take_seat(config, Role.ATTENTION, secret, agreed, layout, info, join, self._fields, self._stop)
+        if seat is None:
+            return False
+        self._seat = seat
+        self._why_not = "loading the model"
+        self._engine = self._load(seat, announce)
+        self._book = RequestBook(
+            self._frontend,
+            self._engine.scheduler,
+            vocab_size=spec.vocab_size,
+            max_waiting=section.max_waiting,
+        )
+        AttentionMetrics(registry, self._engine, seat.mesh)
+        if seat.mesh is not None:
+            seat.mesh.watch_fd(self._frontend.fd)
+        self._why_not = "waiting for the FFN workers"
+        announce({"loading": 1.0})
+        log.info("attention/%d has loaded %s", seat.rank, spec.name)
+        return True
+
+    def _load(self, seat: Seat, announce: Announce) -> AttentionEngine:
+        config, spec = self._config, self._folder.spec
+        section = config.attention
+
+        def loaded(done: int, total: int) -> None:
+            seat.membership.set_loading(done / total)
+            announce({"loading": done / total})
+
+        half = load_attention_half(self._folder, config.model.dtype, section.device, loaded)
+        num_blocks = section.num_blocks or num_blocks_for_bytes(
+            spec, int(section.kv_cache_gib * 2**30), section.block_size, half.dtype
+        )
+        if num_blocks < 1:
+            raise ConfigError(f"attention.kv_cache_gib {section.kv_cache_gib} holds not one block of {spec.name}")
+        max_context = min(config.model.max_context or spec.max_context, spec.max_context)
+        scheduler = Scheduler(
+            SchedulerConfig(
+                max_step_tokens=section.max_step_tokens,
+                min_chunk_tokens=section.min_chunk_tokens,
+                max_num_seqs=section.max_num_seqs,
+                max_context=max_context,
+                num_streams=section.streams or AUTO_STREAMS,
+            ),
+            BlockPool(num_blocks, section.block_size, prefix_cache=section.prefix_cache),
+        )
+        cache = KVCache(spec, num_blocks, section.block_size, half.dtype, section.device)
+        if seat.mesh is None:
+            shard = ShardSpec(0, 1, config.cluster.ffn_parallel)
+            self._exchange = LocalExchange([load_ffn_half(self._folder, shard, config.model.dtype, section.device)])
+        else:
+            self._exchange = MeshExchange(seat.mesh, wire_dtype=WIRE_DTYPES[config.model.dtype])
+        return AttentionEngine(half, cache, scheduler, self._exchange)
+
+    # -- loop ---------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Serve until `stop`; then finish what runs, at most `gateway.drain_s` long."""
+        assert self._engine is not None and self._seat is not None
+        drain_until_s: float | None = None
+        while drain_until_s is None or (time.monotonic() < drain_until_s and not self._engine.scheduler.idle):
+            now = time.monotonic()
+            if drain_until_s is None and self._stop.is_set():
+                drain_until_s = now + self._config.gateway.drain_s
+                self._book.draining = True
+                self._seat.membership.set_draining(True)
+            self._turn(now)
+
+    def _turn(self, now: float) -> None:
+        assert self._engine is not None and self._seat is not None and self._frontend is not None
+        self._progress += 1
+        if self._seat.mesh is not None:
+            self._seat.mesh.tick()
+        view = self._seat.new_view()
+        if view is not None:
+            self._adopt(view)
+        for gateway, message in self._frontend.receive(now):
+            self._book.handle(gateway, message, now)
+        for gateway in self._frontend.ended_leases(now):
+            log.warning("a gateway went silent: %d of its requests aborted", self._book.end_gateway(gateway))
+        self._judge_readiness(now)
+        try:
+            outputs = self._engine.run_once(self._patience())
+        except PeerLostError as error:
+            self._engine.fail()
+            if self._lost_since_s is None:
+                self._lost_since_s = now
+            log.warning("%s; interrupted steps run again when it is back", error)
+            return
+        if outputs:
+            self._book.publish(outputs)
+        self._report(now)
+
+    def _patience(self) -> float:
+        """How long the engine may block: not at all while gateway messages wait (their fd is edge-triggered)."""
+        assert self._frontend is not None and self._engine is not None and self._seat is not None
+        if self._frontend.has_input:
+            return 0.0
+        if self._seat.mesh is None and not self._engine.in_flight:
+            self._frontend.wait(IDLE_S)  # mono has no mesh to wait on
+            return 0.0
+        return IDLE_S
+
+    def _adopt(self, view: ClusterView) -> None:
+        """A new epoch: the exchange uses its FFN ranks from each stream's next layer 0 on."""
+        assert self._seat is not None
+        exchange = self._exchange
+        if not isinstance(exchange, MeshExchange):
+            self._epoch = view.epoch
+            return
+        if not view.formed:
+            exchange.suspend("the cluster is not complete: an FFN worker is missing")
+            return
+        exchange.adopt(view.epoch, mesh_members(view, Role.FFN))
+        if self._epoch and view.epoch != self._epoch and self._seat.mesh is not None:
+            self._seat.mesh.retire_epoch(min(exchange.oldest_epoch, view.epoch) - 1)
+        self._epoch = view.epoch
+
+    def _judge_readiness(self, now: float) -> None:
+        """Ready while every FFN rank answers; give up on the requests when that takes too long."""
+        assert self._seat is not None and self._exchange is not None
+        ready = self._exchange.ready and self._epoch > 0
+        if ready != self._is_ready:
+            self._is_ready = ready
+            self._seat.membership.set_ready(ready)
+            log.info("attention/%d is %s", self._seat.rank, "ready" if ready else "not ready")
+        if ready:
+            self._lost_since_s = None
+            self._book.not_accepting = ""
+            return
+        reason = getattr(self._exchange, "down_reason", "not ready")
+        self._book.not_accepting = self._why_not = str(reason)
+        if self._lost_since_s is None:
+            self._lost_since_s = now
+        if now - self._lost_since_s > self._config.cluster.recovery_timeout_s:
+            failed = self._book.fail_all(f"{reason}; no recovery in time", retryable=False)
+            if failed:
+                log.error("%s: %d requests ended with an error", reason, failed)
+
+    # -- reports ------------------------------------------------------------------------------------------
+
+    def _report(self, now: float) -> None:
+        """Load to every gateway: at once when it changed (at most every 100 ms), else twice a second."""
+        assert self._engine is not None and self._seat is not None and self._frontend is not None
+        sent_s, last = self._stats_sent
+        if now - sent_s < STATS_MIN_S:
+            return
+        scheduler = self._engine.scheduler
+        stats = WorkerStats(
+            rank=self._seat.rank,
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting,
+            kv_blocks_total=scheduler.pool.num_blocks,
+            kv_blocks_free=scheduler.pool.num_free,
+            step_s=self._engine.stages.step_s,
+            num_streams=scheduler.num_streams,
+            draining=self._book.draining,
+            prefix_hits=scheduler.prefix_hits,
+            prefix_queries=scheduler.prefix_queries,
+            num_preemptions=scheduler.num_preemptions,
+        )
+        if stats != last or now - sent_s >= STATS_MAX_S:
+            for gateway in list(self._frontend.gateways):
+                self._frontend.send(gateway, stats)
+            self._stats_sent = (now, stats)
+
+    def _fields(self) -> SyncFields:  # side thread
+        engine = self._engine
+        if engine is None:
+            return SyncFields()
+        totals, scheduler = engine.stages.totals, engine.scheduler
+        return SyncFields(
+            progress=self._progress,
+            pending=engine.in_flight,
+            stats={
+                "running": float(scheduler.num_running),
+                "waiting": float(scheduler.num_waiting),
+                "kv_free": scheduler.pool.num_free / scheduler.pool.num_blocks,
+                "busy_s": totals.attention_s + totals.head_s,
+                "wait_s": totals.wait_s,
+                "step_ms": engine.stages.step_s * 1e3,
+                "gang_size": totals.num_gang_members / max(1, totals.num_exchanges),
+            },
+        )
+
+    def _ready(self) -> tuple[bool, str]:  # metrics thread
+        return self._is_ready, self._why_not
+
+    def close(self) -> None:
+        if self._frontend is not None:
+            self._frontend.close()
+        if self._server is not None:
+            self._server.close()
+        if self._seat is not None:
+            self._seat.close()
+        self._context.term()

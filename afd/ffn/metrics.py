@@ -1,0 +1,44 @@
+"""What an FFN worker exports. Read from the engine's totals at scrape time: the hot loop knows no Prometheus."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import CounterMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from afd.data_plane import mesh_metrics
+from afd.ffn.engine import FFNEngine
+from stepmesh.mesh import Mesh
+
+
+class FFNMetrics(Collector):
+    """Collects at scrape, in the metrics thread; reads plain numbers only."""
+
+    def __init__(self, registry: CollectorRegistry, engine: FFNEngine, mesh: Mesh):
+        self._engine = engine
+        self._mesh = mesh
+        registry.register(self)
+
+    def collect(self) -> Iterable[Metric]:
+        totals = self._engine.totals
+        stage = CounterMetricFamily("afd_stage_seconds", "Seconds spent per stage", labels=["role", "stage"])
+        stage.add_metric(["ffn", "ffn"], totals.busy_s)
+        stage.add_metric(["ffn", "wait"], totals.wait_s)
+        yield stage
+        yield CounterMetricFamily("afd_ffn_batches", "Merged batches computed", value=totals.num_batches)
+        yield CounterMetricFamily("afd_ffn_tokens", "Rows computed, all layers", value=totals.num_tokens)
+        yield CounterMetricFamily(
+            "afd_gang_members",
+            "Members of computed batches (/ afd_ffn_batches: gang size)",
+            value=totals.num_members,
+        )
+        yield CounterMetricFamily(
+            "afd_gang_full_batches", "Batches with more than one attention worker", value=totals.num_full_gangs
+        )
+        stragglers = CounterMetricFamily("afd_gang_stragglers", "Gangs that went on without a member", labels=["peer"])
+        for rank, count in dict(self._engine.gangs.num_stragglers).items():
+            stragglers.add_metric([f"attention/{rank}"], count)
+        yield stragglers
+        yield from mesh_metrics(self._mesh)

@@ -1,0 +1,152 @@
+"""The FFN worker process: seat, weights, loop. What it computes is `engine.FFNEngine`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+
+import torch
+
+from afd.config import ClusterConfig
+from afd.data_plane import WIRE_DTYPES, config_hash, mesh_members, payload_layout
+from afd.ffn.engine import FFNEngine
+from afd.ffn.gang import GangTable
+from afd.ffn.metrics import FFNMetrics
+from afd.messages.membership import ClusterView, WorkerInfo
+from afd.messages.membership_port import Announce, Join, SyncFields
+from afd.metrics import MetricsServer, process_registry
+from afd.model.loading import ModelFolder, load_ffn_half, resolve_model
+from afd.model.sharding import ShardSpec
+from afd.seat import Seat, take_seat
+from stepmesh.types import PeerDown, PeerUp, Role
+
+log = logging.getLogger(__name__)
+
+IDLE_S = 0.1  # longest block of the loop: bounds the reaction to stop and to a new view
+
+
+def run_ffn_worker(config: ClusterConfig, secret: bytes, join: Join, stop: threading.Event, announce: Announce) -> int:
+    """Serve until `stop`. Returns the exit code; raises AfdError with one line for the user."""
+    torch.set_num_threads(config.ffn.threads or 1)
+    folder = resolve_model(config.model.name)
+    worker = _Worker(config, folder, stop)
+    try:
+        if not worker.start(secret, join, announce):
+            return 0
+        worker.run()
+    finally:
+        worker.close()
+    return 0
+
+
+class _Worker:
+    """Wires the parts and owns them. Main thread, but for `_fields` and `_ready` (side threads, read only)."""
+
+    def __init__(self, config: ClusterConfig, folder: ModelFolder, stop: threading.Event):
+        self._config = config
+        self._folder = folder
+        self._stop = stop
+        self._progress = 0
+        self._seat: Seat | None = None
+        self._metrics: FFNMetrics | None = None
+        self._server: MetricsServer | None = None
+        self._engine: FFNEngine | None = None
+        self._epoch = 0
+        self._is_ready = False
+        self._why_not = "starting"
+
+    def start(self, secret: bytes, join: Join, announce: Announce) -> bool:
+        """Join, load, be ready. False when stopped meanwhile."""
+        config, spec = self._config, self._folder.spec
+        registry = process_registry("ffn")
+        self._server = MetricsServer(config.ffn.host, config.ffn.metrics_port, registry, self._ready)
+        info = WorkerInfo(
+            role=Role.FFN.value,
+            incarnation="",
+            host=config.ffn.host,
+            pid=os.getpid(),
+            config_hash="",
+            metrics=self._server.address,
+            num_experts=spec.num_experts,
+        )
+        self._why_not = "waiting for the coordinator"
+        agreed = config_hash(config, self._folder.fingerprint, spec.hidden, spec.max_top_k)
+        layout = payload_layout(config, spec.hidden, spec.max_top_k)
+        seat = take_seat(config, Role.FFN, secret, agreed, layout, info, join, self._fields, self._stop)
+        if seat is None:
+            return False
+        self._seat = seat
+        self._why_not = "loading the model"
+        shard = ShardSpec(seat.rank, config.topology.num_ffn, config.cluster.ffn_parallel)
+
+        def loaded(done: int, total: int) -> None:
+            seat.membership.set_loading(done / total)
+            announce({"loading": done / total})
+
+        half = load_ffn_half(self._folder, shard, config.model.dtype, config.ffn.device, loaded)
+        gangs = GangTable(seat.rank, config.topology.num_ffn, max_window_s=config.ffn.gang_window_ms / 1e3)
+        assert seat.mesh is not None, "an FFN worker has no place in topology mono"
+        self._engine = FFNEngine(half, seat.mesh, gangs, dtype=half.dtype, wire_dtype=WIRE_DTYPES[config.model.dtype])
+        self._metrics = FFNMetrics(registry, self._engine, seat.mesh)
+        seat.membership.set_ready(True)
+        self._is_ready = True
+        announce({"ready": True})
+        log.info(
+            "ffn/%d is ready: %s, shard %d of %d (%s)", seat.rank, spec.name, seat.rank, shard.num_ranks, shard.parallel
+        )
+        return True
+
+    def run(self) -> None:
+        """The loop: new views, dispatches, answers."""
+        assert self._seat is not None and self._seat.mesh is not None and self._engine is not None
+        mesh = self._seat.mesh
+        while not self._stop.is_set():
+            view = self._seat.new_view()
+            if view is not None:
+                self._adopt(view)
+            mesh.tick()
+            self._progress += 1
+            for event in self._engine.run_once(IDLE_S):
+                if isinstance(event, PeerUp):
+                    log.info("%s is connected over %s (%s)", event.peer, event.transport, event.reason)
+                elif isinstance(event, PeerDown):
+                    log.warning("%s is lost: %s", event.peer, event.reason)
+                else:
+                    log.warning("%s", event)
+        mesh.drain()
+
+    def _adopt(self, view: ClusterView) -> None:
+        assert self._seat is not None and self._seat.mesh is not None
+        if view.epoch == self._epoch or view.epoch == 0:
+            return
+        if self._epoch:
+            self._seat.mesh.retire_epoch(self._epoch - 1)
+        self._epoch = view.epoch
+        self._seat.mesh.set_members(view.epoch, mesh_members(view, Role.ATTENTION))
+
+    def _fields(self) -> SyncFields:  # side thread
+        engine = self._engine
+        if engine is None:
+            return SyncFields()
+        totals = engine.totals
+        return SyncFields(
+            progress=self._progress,
+            pending=engine.gangs.has_pending,
+            stats={
+                "busy_s": totals.busy_s,
+                "wait_s": totals.wait_s,
+                "batches": float(totals.num_batches),
+                "tokens": float(totals.num_tokens),
+                "gang_size": totals.num_members / max(1, totals.num_batches),
+            },
+        )
+
+    def _ready(self) -> tuple[bool, str]:  # metrics thread
+        return self._is_ready, self._why_not
+
+    def close(self) -> None:
+        if self._server is not None:
+            self._server.close()
+        if self._seat is not None:
+            self._seat.close()

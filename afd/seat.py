@@ -1,0 +1,83 @@
+"""A worker's seat in the cluster: its rank, its mesh, and the newest view, for the main thread to adopt."""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import msgspec
+
+from afd.config import ClusterConfig
+from afd.data_plane import mesh_config, published_address
+from afd.messages.membership import ClusterView, WorkerInfo
+from afd.messages.membership_port import Join, MembershipLike, SyncFields
+from afd.secrets import mesh_key
+from stepmesh.layout import PayloadLayout
+from stepmesh.mesh import Mesh
+from stepmesh.types import Role
+
+POLL_S = 0.02
+
+
+@dataclass(slots=True)
+class Seat:
+    """Owned by the worker's main thread. mesh is None in topology mono."""
+
+    membership: MembershipLike
+    incarnation: str
+    agreed: str
+    rank: int = -1
+    mesh: Mesh | None = None
+    _fresh: ClusterView | None = None
+
+    def new_view(self) -> ClusterView | None:
+        """The newest view that was not taken yet."""
+        view, self._fresh = self._fresh, None
+        return view
+
+    def _on_view(self, view: ClusterView) -> None:  # side thread
+        self._fresh = view
+        if self.mesh is not None:
+            self.mesh.wake()
+
+    def close(self) -> None:
+        """Leave the cluster, then close the data plane."""
+        self.membership.close()
+        if self.mesh is not None:
+            self.mesh.close()
+
+
+def take_seat(
+    config: ClusterConfig,
+    role: Role,
+    secret: bytes,
+    agreed: str,
+    layout: PayloadLayout,
+    info: WorkerInfo,
+    join: Join,
+    fields: Callable[[], SyncFields],
+    stop: threading.Event,
+) -> Seat | None:
+    """Register, get a rank, bind the mesh, publish its address. None when `stop` was set meanwhile.
+
+    agreed: config hash (hex).  info: what the worker says of itself; incarnation, config hash and mesh address are filled in here.
+    """
+    info = msgspec.structs.replace(info, incarnation=uuid.uuid4().hex, config_hash=agreed)
+    membership = join(info, fields)
+    seat = Seat(membership, info.incarnation, agreed)
+    try:
+        while (rank := membership.rank) < 0:
+            if stop.wait(POLL_S):  # asked to stop, or refused: the role's frame knows which
+                seat.close()
+                return None
+        seat.rank = rank
+        if not config.topology.mono:
+            seat.mesh = Mesh(mesh_config(config, role, seat.rank, info.incarnation, mesh_key(secret), agreed, layout))
+            membership.update_info(msgspec.structs.replace(info, mesh=published_address(seat.mesh.address)))
+        membership.on_view(seat._on_view)
+    except BaseException:
+        seat.close()
+        raise
+    return seat
