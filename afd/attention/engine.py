@@ -23,6 +23,9 @@ from afd.model.halves import AttentionBatch, AttentionHalf
 from afd.model.sampling import Sampler
 from afd.sched.scheduler import Scheduler
 from afd.sched.sequence import BatchItem, MicroBatch, Progress
+from afd.types import FinishReason
+
+NOT_FINITE = "the model produced logits that are not finite: its weights are damaged or overflow in this dtype"
 
 
 @dataclass(slots=True)
@@ -43,6 +46,7 @@ class Output:
 
     progress: Progress
     logprobs: TokenLogprobs | None
+    error: str | None = None
 
 
 class AttentionEngine:
@@ -146,32 +150,40 @@ class AttentionEngine:
     def _finish(self, idx: int, begun_s: float) -> list[Output]:
         """Head, sampling, commit."""
         stream = self._streams.pop(idx)
-        items = stream.micro_batch.items
-        sampling = [item.seq for item in items if item.samples and item.seq.doomed is None]
-        sampled: dict[str, int] = {}
-        logprobs: Sequence[tuple[float, list[tuple[int, float]]] | None] = []
-        if sampling:
-            wanted = {id(seq) for seq in sampling}
-            ends, rows = 0, []
-            for item in items:
-                ends += item.num_new
-                if id(item.seq) in wanted:
-                    rows.append(ends - 1)
-            assert stream.x is not None
-            logits = self._half.logits(stream.x[torch.tensor(rows)])
-            needs_history = any(seq.sampling.needs_history for seq in sampling)
-            result = self._sampler.sample(
-                logits,
-                [seq.sampling for seq in sampling],
-                [seq.num_output for seq in sampling],
-                [(seq.prompt_ids(), seq.output_ids()) for seq in sampling] if needs_history else None,
-            )
-            sampled = dict(zip((seq.req_id for seq in sampling), result.ids, strict=True))
-            logprobs = result.logprobs
-        by_id = dict(zip(sampled, logprobs, strict=True))
-        progress = self.scheduler.commit(stream.micro_batch, sampled)
+        sampled, failed = self._sample(stream)
+        progress = self.scheduler.commit(stream.micro_batch, {req_id: token for req_id, (token, _) in sampled.items()})
         self.stages.finish(idx, begun_s, stream.started_s, stream.micro_batch)
-        return [Output(p, _logprobs(by_id.get(p.seq.req_id))) for p in progress]
+        return [Output(p, sampled[p.seq.req_id][1]) for p in progress] + failed
+
+    def _sample(self, stream: _Stream) -> tuple[dict[str, tuple[int, TokenLogprobs | None]], list[Output]]:
+        """(token, logprobs) by request id; and the requests that end here because their logits are not finite."""
+        seqs, rows, end = [], [], 0
+        for item in stream.micro_batch.items:
+            end += item.num_new
+            if item.samples and item.seq.doomed is None:
+                seqs.append(item.seq)
+                rows.append(end - 1)
+        if not seqs:
+            return {}, []
+        assert stream.x is not None
+        needs_history = any(seq.sampling.needs_history for seq in seqs)
+        result = self._sampler.sample(
+            self._half.logits(stream.x[torch.tensor(rows)]),
+            [seq.sampling for seq in seqs],
+            [seq.num_output for seq in seqs],
+            [(seq.prompt_ids(), seq.output_ids()) for seq in seqs] if needs_history else None,
+        )
+        failed = []
+        for row in result.invalid:
+            seq = seqs[row]
+            self.scheduler.abort(seq.req_id, FinishReason.ERROR)
+            failed.append(Output(Progress(seq, seq.num_output, (), FinishReason.ERROR), None, NOT_FINITE))
+        sampled = {
+            seq.req_id: (token, _logprobs(entry))
+            for seq, token, entry in zip(seqs, result.ids, result.logprobs, strict=True)
+            if seq.doomed is None
+        }
+        return sampled, failed
 
 
 def _new_tokens(item: BatchItem) -> Sequence[int]:

@@ -79,6 +79,7 @@ class RequestBook:
                     list(progress.ids),
                     logprobs=None if output.logprobs is None else [output.logprobs],
                     finish=progress.finish,
+                    error=output.error,
                     cached_tokens=seq.num_cached,
                     preempted=seq.num_preempted,
                 )

@@ -1,0 +1,177 @@
+"""The stream loop over a local exchange: every request gets what the in-process reference gives it."""
+
+import random
+
+import pytest
+import torch
+
+from afd.attention.engine import AttentionEngine
+from afd.attention.exchange import LocalExchange
+from afd.errors import PeerLostError
+from afd.kv.block_pool import BlockPool
+from afd.kv.cache import KVCache
+from afd.model.loading import load_attention_half, load_ffn_half, resolve_model
+from afd.model.reference import compare, reference_generate
+from afd.model.sharding import ShardSpec
+from afd.sched.scheduler import Scheduler, SchedulerConfig
+from afd.sched.sequence import Sequence
+from afd.types import FfnParallel, SamplingParams
+
+
+@pytest.fixture(scope="module")
+def halves():
+    torch.set_num_threads(1)
+    folder = resolve_model("dummy:step3-tiny")
+    attention = load_attention_half(folder, "float32")
+    whole = load_ffn_half(folder, ShardSpec(0, 1, FfnParallel.HYBRID), "float32")
+    pair = [load_ffn_half(folder, ShardSpec(rank, 2, FfnParallel.HYBRID), "float32") for rank in range(2)]
+    return attention, whole, pair
+
+
+def make_engine(
+    attention, ffns, *, num_streams=2, num_blocks=128, prefix_cache=True, max_step_tokens=16, exchange=None
+):
+    scheduler = Scheduler(
+        SchedulerConfig(
+            max_step_tokens=max_step_tokens,
+            min_chunk_tokens=4,
+            max_num_seqs=16,
+            max_context=256,
+            num_streams=num_streams,
+        ),
+        BlockPool(num_blocks, 8, prefix_cache=prefix_cache),
+    )
+    cache = KVCache(attention.spec, num_blocks, 8, attention.dtype)
+    return AttentionEngine(attention, cache, scheduler, exchange or LocalExchange(ffns))
+
+
+def request(idx, rng, vocab, **sampling):
+    prompt = [*([idx % 2] * rng.randrange(1, 30)), *(rng.randrange(vocab) for _ in range(rng.randrange(1, 8)))]
+    params = SamplingParams(**{"max_tokens": rng.randrange(1, 20), "seed": idx, "temperature": 0.0, **sampling})
+    return Sequence(f"r{idx}", 0, b"gw", list(prompt), len(prompt), params, 0, idx)
+
+
+def run_all(engine, limit=5000):
+    outputs, logprobs = {}, {}
+    for _ in range(limit):
+        if engine.scheduler.idle:
+            break
+        for output in engine.run_once(0.0):
+            outputs.setdefault(output.progress.seq.req_id, []).extend(output.progress.ids)
+            logprobs.setdefault(output.progress.seq.req_id, []).append(output.logprobs)
+    assert engine.scheduler.idle, "requests did not finish"
+    engine.scheduler.check()
+    return outputs, logprobs
+
+
+@pytest.mark.parametrize(
+    ("num_streams", "prefix_cache", "num_blocks", "sharded"),
+    [(1, True, 128, False), (2, True, 128, True), (3, False, 128, False), (2, True, 12, False)],
+)
+def test_equals_the_reference(halves, num_streams, prefix_cache, num_blocks, sharded):
+    attention, whole, pair = halves
+    engine = make_engine(
+        attention,
+        pair if sharded else [whole],
+        num_streams=num_streams,
+        num_blocks=num_blocks,
+        prefix_cache=prefix_cache,
+    )
+    rng = random.Random(num_streams)
+    seqs = [request(idx, rng, attention.spec.vocab_size) for idx in range(10)]
+    for seq in seqs:
+        engine.scheduler.add(seq)
+    outputs, _ = run_all(engine)
+    if num_blocks == 12:
+        assert engine.scheduler.num_preemptions, "the small pool was meant to preempt"
+    for seq in seqs:
+        reference = reference_generate(attention, [whole], seq.prompt_ids(), seq.sampling)
+        verdict = compare(reference, outputs[seq.req_id])
+        assert verdict.ok, (seq.req_id, verdict)
+
+
+def test_sampling_is_independent_of_company_and_streams(halves):
+    attention, whole, _ = halves
+    sampling = {"temperature": 0.9, "top_p": 0.9, "top_k": 40, "repetition_penalty": 1.1, "max_tokens": 12}
+    seqs = [request(idx, random.Random(idx), attention.spec.vocab_size, **sampling) for idx in range(6)]
+    engine = make_engine(attention, [whole], num_streams=3)
+    for seq in seqs:
+        engine.scheduler.add(seq)
+    together, _ = run_all(engine)
+    for seq in seqs:
+        alone = reference_generate(attention, [whole], seq.prompt_ids(), seq.sampling)
+        assert compare(alone, together[seq.req_id]).ok
+
+
+def test_logprobs_only_where_asked(halves):
+    attention, whole, _ = halves
+    engine = make_engine(attention, [whole], num_streams=1)
+    rng = random.Random(0)
+    plain, asked = request(0, rng, 50, max_tokens=3), request(1, rng, 50, max_tokens=3, logprobs=4)
+    for seq in (plain, asked):
+        engine.scheduler.add(seq)
+    _, logprobs = run_all(engine)
+    assert logprobs["r0"] == [None] * 3
+    assert all(len(entry.top) == 4 and entry.logprob == entry.top[0][1] for entry in logprobs["r1"])
+
+
+class FlakyExchange(LocalExchange):
+    """Loses every exchange in flight now and then, as a mesh does when an FFN rank drops out."""
+
+    def __init__(self, halves, seed):
+        super().__init__(halves)
+        self._rng = random.Random(seed)
+
+    def poll(self, timeout_s):
+        if self._rng.random() < 0.03:
+            raise PeerLostError("ffn/0 is lost: scripted")
+        return super().poll(timeout_s)
+
+
+def test_interrupted_steps_run_again_and_change_nothing(halves):
+    attention, whole, _ = halves
+    engine = make_engine(attention, [whole], num_streams=2, exchange=FlakyExchange([whole], 5))
+    seqs = [request(idx, random.Random(idx), attention.spec.vocab_size) for idx in range(6)]
+    for seq in seqs:
+        engine.scheduler.add(seq)
+    outputs, losses = {}, 0
+    for _ in range(20_000):
+        if engine.scheduler.idle:
+            break
+        try:
+            for output in engine.run_once(0.0):
+                outputs.setdefault(output.progress.seq.req_id, []).extend(output.progress.ids)
+        except PeerLostError:
+            losses += 1
+            engine.fail()
+    assert losses > 3
+    for seq in seqs:
+        assert compare(reference_generate(attention, [whole], seq.prompt_ids(), seq.sampling), outputs[seq.req_id]).ok
+    engine.scheduler.check()
+
+
+def test_logits_that_are_not_finite_end_only_their_own_request(halves):
+    attention, whole, _ = halves
+    engine = make_engine(attention, [whole], num_streams=1)
+    bad, good = request(0, random.Random(0), 50, max_tokens=3), request(1, random.Random(1), 50, max_tokens=3)
+    for seq in (bad, good):
+        engine.scheduler.add(seq)
+    real = attention.logits
+
+    def poisoned(x_rows):
+        logits = real(x_rows)
+        logits[0] = float("nan")
+        return logits
+
+    attention.logits = poisoned
+    try:
+        [output, _] = sorted((o for _ in range(20) for o in engine.run_once(0.0)), key=lambda o: o.progress.seq.req_id)[
+            :2
+        ]
+    finally:
+        del attention.logits
+    assert output.progress.seq is bad and output.error and output.progress.finish == "error"
+    while not engine.scheduler.idle:
+        engine.run_once(0.0)
+    engine.scheduler.check()
+    assert good.num_output == 3
