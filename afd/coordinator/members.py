@@ -63,10 +63,11 @@ class Entry:
     def is_worker(self) -> bool:
         return self.info.role != GATEWAY
 
-    @property
-    def announced(self) -> bool:
-        """Others can reach it: it has bound its ports (a mono worker has no mesh, only a serving endpoint)."""
-        return not self.is_worker or self.info.mesh is not None or self.info.serving != ""
+    def announced(self, *, mono: bool) -> bool:
+        """Others can reach it: its data plane is bound (a mono worker has none, only a serving endpoint)."""
+        if not self.is_worker:
+            return True
+        return self.info.serving != "" if mono else self.info.mesh is not None
 
     def heard(self, now: float) -> None:
         """Any call from this member."""

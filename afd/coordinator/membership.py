@@ -28,12 +28,17 @@ from afd.messages.membership import (
     SyncRequest,
     WorkerInfo,
 )
-from afd.messages.membership_port import SyncFields, ViewCallback
+from afd.messages.membership_port import Announce, SyncFields, ViewCallback
 
 log = logging.getLogger(__name__)
 
 GOODBYE_TIMEOUT_S = 0.5
+NEWS_STEP = 0.02  # of loading progress
 RETRY_S = 0.25
+
+
+class MembershipLostError(CoordinatorError):
+    """This process cannot be a member (any more), but a fresh one may join: it ends and is started again."""
 
 
 class CoordinatorCalls(Protocol):
@@ -65,7 +70,9 @@ class MembershipTiming:
 class Membership:
     """Implements `afd.messages.membership_port.MembershipLike`; owns the client. Start with `start()`.
 
-    fields: read at each heartbeat, in the side thread.  on_fatal: called once, in the side thread, with one line.
+    fields: read at each heartbeat, in the side thread.
+    on_fatal: called once, in the side thread: MembershipLostError, or CoordinatorError when refused for good.
+    announce: hears of loading and ready (the supervisor's progress line).
     """
 
     def __init__(
@@ -75,13 +82,15 @@ class Membership:
         fields: Callable[[], SyncFields],
         *,
         timing: MembershipTiming | None = None,
-        on_fatal: Callable[[str], None] | None = None,
+        on_fatal: Callable[[CoordinatorError], None] | None = None,
+        announce: Announce | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         self._client = client
         self._fields = fields
         self._timing = timing if timing is not None else MembershipTiming()
         self._on_fatal = on_fatal
+        self._announce = announce
         self._clock = clock
         self._delivery = threading.Lock()  # callbacks see views in order; taken before _changed, never inside it
         self._changed = threading.Condition()
@@ -90,9 +99,10 @@ class Membership:
         self._info_sent: WorkerInfo | None = None
         self._rank = -1
         self._view: ClusterView | None = None
-        self._error: str | None = None
+        self._error: CoordinatorError | None = None
         self._ready = False
         self._loading = 0.0
+        self._loading_told = -1.0
         self._draining = False
         self._broken: dict[str, str] = {}
         self._callbacks: list[ViewCallback] = []
@@ -119,12 +129,6 @@ class Membership:
         with self._changed:
             return self._last_answer is not None and self._clock() - self._last_answer <= self._timing.alive_s
 
-    @property
-    def error(self) -> str | None:
-        """Why this process cannot be a member any more (refused, declared lost); None while it can."""
-        with self._changed:
-            return self._error
-
     def view(self) -> ClusterView | None:
         with self._changed:
             return self._view
@@ -133,9 +137,9 @@ class Membership:
         with self._changed:
             self._changed.wait_for(lambda: self._rank >= 0 or self._error is not None or self._closing, timeout_s)
             if self._error is not None:
-                raise CoordinatorError(self._error)
+                raise self._error
             if self._rank < 0:
-                raise CoordinatorError(
+                raise MembershipLostError(
                     f"no registration with the coordinator {self._client.address} within {timeout_s:.0f} s: "
                     f"is it running and reachable from this host?"
                 )
@@ -152,13 +156,20 @@ class Membership:
 
     def set_ready(self, ready: bool) -> None:
         with self._changed:
+            changed = ready != self._ready
             self._ready = ready
             self._loading = 1.0 if ready else self._loading
             self._wake()
+        if changed and self._announce is not None:
+            self._announce({"ready": ready})
 
     def set_loading(self, fraction: float) -> None:
         with self._changed:
             self._loading = min(max(fraction, 0.0), 1.0)
+            news = abs(self._loading - self._loading_told) >= NEWS_STEP or self._loading in (0.0, 1.0)
+            self._loading_told = self._loading if news else self._loading_told
+        if news and self._announce is not None:
+            self._announce({"loading": round(fraction, 3)})
 
     def set_draining(self, draining: bool) -> None:
         with self._changed:
@@ -205,10 +216,10 @@ class Membership:
                 self._heartbeat()
             self._say_goodbye()
         except CoordinatorError as error:
-            self._fail(str(error))
+            self._fail(error)
         except Exception as error:  # a callback's bug must not become a silent loss of membership
             log.exception("the membership thread failed")
-            self._fail(f"the membership thread failed: {error!r}")
+            self._fail(MembershipLostError(f"the membership thread failed: {error!r}"))
 
     def _pause(self, seconds: float) -> bool:
         """Wait for the next heartbeat or for urgent news; False when closing."""
@@ -240,12 +251,14 @@ class Membership:
                     return
                 conflict_since = now if conflict_since is None else conflict_since
                 self._answered()
-                if not reply.retry or now - conflict_since > self._timing.conflict_patience_s:
+                if not reply.retry:
                     raise CoordinatorError(reply.error)
+                if now - conflict_since > self._timing.conflict_patience_s:
+                    raise MembershipLostError(reply.error)
                 waiting_for = reply.error
             except CoordinatorUnreachableError as error:
                 if view is None and now - started > self._timing.register_timeout_s:
-                    raise CoordinatorError(str(error)) from error
+                    raise MembershipLostError(str(error)) from error
                 conflict_since = None
                 waiting_for = str(error)
             if waiting_for != waiting_logged:
@@ -275,7 +288,7 @@ class Membership:
             return
         self._answered()
         if reply.lost:
-            raise CoordinatorError(f"the coordinator declared this process lost: {reply.reason or 'no heartbeat'}")
+            raise MembershipLostError(f"the coordinator declared this process lost: {reply.reason}")
         if not reply.known:
             log.warning("the coordinator does not know this process (restarted?); registering again")
             self._register()
@@ -335,9 +348,9 @@ class Membership:
         if news:
             log.warning("%s; going on with the last plan", error)
 
-    def _fail(self, why: str) -> None:
+    def _fail(self, error: CoordinatorError) -> None:
         with self._changed:
-            self._error = why
+            self._error = error
             self._changed.notify_all()
         if self._on_fatal is not None:
-            self._on_fatal(why)
+            self._on_fatal(error)

@@ -38,7 +38,7 @@ from afd.messages.membership import (
     SyncRequest,
     WorkerInfo,
 )
-from afd.types import Topology
+from afd.types import FfnParallel, Topology
 
 MAX_ATTENTION = 128  # width of the gang member mask
 MAX_GATEWAYS = 64
@@ -52,7 +52,7 @@ class ClusterSpec:
 
     topology: Topology
     model: str
-    ffn_parallel: str
+    ffn_parallel: FfnParallel
     plan: Plan
 
 
@@ -251,8 +251,9 @@ class CoordinatorState:
         if holder is not None and holder.info.config_hash != info.config_hash:
             raise RefusedError(
                 f"config hash {info.config_hash!r} differs from the cluster's {holder.info.config_hash!r} "
-                f"(model {self._spec.model}, held by {holder.name} on {holder.info.host}); it covers model files, "
-                f"wire dtype, shapes, slot sizes and protocol version: start this worker with the same settings"
+                f"(model {self._spec.model}, held by {holder.name} on {holder.info.host}); it covers the model's "
+                f"files and shapes, dtype, ffn_parallel, max_step_tokens and the number of FFN ranks: "
+                f"start this worker with the same settings"
             )
 
     def _free_rank(self, info: WorkerInfo) -> int:
@@ -336,7 +337,7 @@ class CoordinatorState:
     def _publish(self) -> None:
         """Bring the view up to date: members, epoch, plan; one version later if anything differs."""
         shown = sorted(
-            (entry for entry in self._entries.values() if entry.announced),
+            (entry for entry in self._entries.values() if entry.announced(mono=self._spec.topology.mono)),
             key=lambda entry: (ROLES.index(entry.info.role), entry.rank),
         )
         workers = frozenset(entry.identity for entry in shown if entry.is_worker)
@@ -351,7 +352,7 @@ class CoordinatorState:
             self._log(logging.INFO, f"epoch {epoch}: {num_attention} attention, {num_ffn} FFN workers")
         elif not complete and self._view.formed:
             missing = "an attention worker" if num_ffn == self._view.num_ffn else "an FFN worker"
-            self._log(logging.WARNING, f"the cluster waits for {missing}")
+            self._log(logging.INFO, f"the cluster waits for {missing}")
         holder = next((entry for entry in self._entries.values() if entry.is_worker), None)
         candidate = msgspec.structs.replace(
             self._view,
@@ -360,7 +361,7 @@ class CoordinatorState:
             plan=next_plan(self._spec.plan, self._view.plan, num_attention),
             members=[entry.member() for entry in shown],
             shutdown=self._shutdown_until is not None,
-            expert_ranks=expert_ranks(self._num_experts, self._view.num_ffn),
+            expert_ranks=expert_ranks(self._num_experts, self._view.num_ffn, self._spec.ffn_parallel),
         )
         if candidate != self._view:
             self._view = msgspec.structs.replace(candidate, version=self._view.version + 1)

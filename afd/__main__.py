@@ -1,0 +1,7 @@
+"""`python -m afd`: the same as the `afd` command."""
+
+import sys
+
+from afd.cli import main
+
+sys.exit(main())

@@ -1,0 +1,58 @@
+"""Parse, dispatch, and turn every error that is the user's to fix into one line."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+
+from afd import __version__
+from afd.cli import chat, roles, status, up
+from afd.errors import AfdError
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="afd", description="Serve a language model with attention and FFN in separate processes (AFD)."
+    )
+    parser.add_argument("--version", action="version", version=f"afd {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    up.add_parser(commands)
+    roles.add_parsers(commands)
+    status.add_parsers(commands)
+    chat.add_parser(commands)
+    if importlib.util.find_spec("afd.plan") and importlib.util.find_spec("afd.plan.cli"):
+        from afd.plan.cli import add_parser
+
+        add_parser(commands)
+    version = commands.add_parser("version", help="print the version")
+    version.set_defaults(func=_print_version)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0, 1 for a failure at run time, 2 for what the user has to change."""
+    args = build_parser().parse_args(argv)
+    try:
+        code: int = args.func(args)
+        return code
+    except AfdError as error:
+        print(f"afd: error: {error}", file=sys.stderr)
+        from afd.cluster.role_process import exit_code_of
+
+        return exit_code_of(error) if hasattr(args, "role") else EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # `afd status | head`: stdout is closed, nothing more to say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_INTERRUPTED
+
+
+def _print_version(args: argparse.Namespace) -> int:
+    print(f"afd {__version__}")
+    return 0

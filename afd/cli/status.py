@@ -1,0 +1,102 @@
+"""`afd status`, `afd drain`, `afd stop`: what the coordinator knows, and what an operator may ask of it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import msgspec
+
+from afd.cli.locate import add_locate_flags, locate
+from afd.errors import CoordinatorError
+from afd.messages.membership import ControlRequest, MemberStatus, StatusReply
+
+NUM_EVENTS = 8
+
+
+def add_parsers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    status = commands.add_parser("status", help="members, epoch and load of a running cluster")
+    add_locate_flags(status)
+    status.add_argument("--json", action="store_true", help="everything, as one JSON object")
+    status.set_defaults(func=run_status)
+    drain = commands.add_parser("drain", help="let one attention worker or gateway finish its work and leave")
+    drain.add_argument("target", help='such as "attention/1"')
+    add_locate_flags(drain)
+    drain.set_defaults(func=lambda args: run_control(args, ControlRequest("drain", args.target)))
+    stop = commands.add_parser("stop", help="drain the whole cluster and stop it")
+    add_locate_flags(stop)
+    stop.set_defaults(func=lambda args: run_control(args, ControlRequest("shutdown")))
+
+
+def run_status(args: argparse.Namespace) -> int:
+    """Exit code 0 when the cluster is formed and every member ready, else 1."""
+    from afd.coordinator.client import CoordinatorClient
+    from afd.secrets import grpc_token
+
+    place = locate(args)
+    with CoordinatorClient(place.coordinator, grpc_token(place.secret)) as client:
+        reply = client.status()
+    if args.json:
+        sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(reply)) + b"\n")
+    else:
+        print(status_text(reply, url=place.url))
+    return 0 if reply.view.formed and all(status.member.ready for status in reply.members) else 1
+
+
+def run_control(args: argparse.Namespace, request: ControlRequest) -> int:
+    from afd.coordinator.client import CoordinatorClient
+    from afd.secrets import grpc_token
+
+    place = locate(args)
+    with CoordinatorClient(place.coordinator, grpc_token(place.secret)) as client:
+        reply = client.control(request)
+    if not reply.ok:
+        raise CoordinatorError(reply.error)
+    return 0
+
+
+def status_text(reply: StatusReply, *, url: str = "") -> str:
+    """The view, a table of members, the newest events."""
+    view = reply.view
+    topology = f"{view.num_attention}A{view.num_ffn}F" if view.num_ffn else "mono"
+    formed = "shutting down" if view.shutdown else "formed" if view.formed else "waiting for workers"
+    lines = [
+        f"{topology}  {view.model}  {formed}, epoch {view.epoch}" + (f"  {url}" if url else ""),
+        f"cluster {view.cluster_id[:8]}  view {view.version}  plan {view.plan.version}: "
+        f"up to {view.plan.max_streams} streams of {view.plan.max_step_tokens} tokens",
+        "",
+    ]
+    rows = [("MEMBER", "STATE", "SEEN", "PROCESS", "METRICS", "LOAD")]
+    rows += [_row(status) for status in reply.members]
+    lines += _table(rows)
+    if reply.events:
+        lines += ["", *reply.events[-NUM_EVENTS:]]
+    return "\n".join(lines)
+
+
+def _row(status: MemberStatus) -> tuple[str, ...]:
+    member = status.member
+    if member.draining:
+        state = "draining"
+    elif member.ready:
+        state = "ready"
+    else:
+        state = f"loading {status.loading:.0%}" if status.loading < 1.0 else "connecting"
+    load = "  ".join(f"{key} {value:.4g}" for key, value in sorted(status.stats.items()))
+    return (
+        f"{member.info.role}/{member.rank}",
+        state,
+        f"{status.age_s:.1f} s ago",
+        f"{member.info.host} pid {member.info.pid}",
+        member.info.metrics or "-",
+        load or "-",
+    )
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Columns as wide as their widest cell; the last one free."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
+    return [
+        "  ".join([*(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=False)), row[-1]]) for row in rows
+    ]

@@ -1,0 +1,33 @@
+"""`afd up`: a whole cluster on this host."""
+
+from __future__ import annotations
+
+import argparse
+
+from afd.cli.flags import UP, add_config_flags, config_from_args
+from afd.cli.show import config_toml, process_table
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("up", help="start a cluster on this host and serve", description=__doc__)
+    add_config_flags(parser, UP)
+    parser.add_argument("--dry-run", action="store_true", help="print what each process would get, start nothing")
+    parser.add_argument("--no-restart", action="store_true", help="stop the cluster when a process dies")
+    parser.set_defaults(func=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from afd.cluster.resolve import check_ports, find_model, share_threads, usable_cores
+    from afd.cluster.secret_file import new_secret, read_secret
+    from afd.cluster.supervisor import Supervisor
+
+    config, folder = find_model(config_from_args(args))
+    config = share_threads(config, usable_cores())
+    secret = read_secret(config.cluster.secret_file) if config.cluster.secret_file else new_secret()
+    if args.dry_run:
+        print(config_toml(config))
+        print(process_table(config))
+        return 0
+    check_ports(config)
+    has_tokenizer = folder.tokenizer_path is not None
+    return Supervisor(config, secret, has_tokenizer=has_tokenizer, restart=not args.no_restart).run()

@@ -1,0 +1,99 @@
+"""From the configuration as written to what this host runs: the model found, thread counts shared out, ports free.
+
+Everything that can be wrong before a process starts is found here, as one line.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import socket
+from pathlib import Path
+
+import msgspec
+
+from afd.config import ClusterConfig
+from afd.errors import ConfigError
+from afd.model.loading import ModelFolder, resolve_model
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: its affinity, bounded by a cgroup CPU quota; at least 1."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _cgroup_quota()
+    return max(1, cores if quota is None else min(cores, math.ceil(quota)))
+
+
+def _cgroup_quota() -> float | None:
+    """CPU quota in cores (cgroup v2), None when there is none."""
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()[:2]
+        return None if quota == "max" else int(quota) / int(period)
+    except (OSError, ValueError):
+        return None
+
+
+def share_threads(config: ClusterConfig, cores: int) -> ClusterConfig:
+    """Fill in thread counts left at 0: a fair share of `cores` for each compute process of one host, at least 1."""
+    topology = config.topology
+    share = max(1, cores // (topology.num_attention + topology.num_ffn))
+    return msgspec.structs.replace(
+        config,
+        attention=msgspec.structs.replace(config.attention, threads=config.attention.threads or share),
+        ffn=msgspec.structs.replace(config.ffn, threads=config.ffn.threads or share),
+    )
+
+
+def whole_host_threads(config: ClusterConfig, cores: int) -> ClusterConfig:
+    """For a worker that has its host to itself."""
+    return msgspec.structs.replace(
+        config,
+        attention=msgspec.structs.replace(config.attention, threads=config.attention.threads or cores),
+        ffn=msgspec.structs.replace(config.ffn, threads=config.ffn.threads or cores),
+    )
+
+
+def find_model(config: ClusterConfig) -> tuple[ClusterConfig, ModelFolder]:
+    """Resolve the model (ModelError when it cannot be served) and name it for the clients."""
+    folder = resolve_model(config.model.name)
+    model = msgspec.structs.replace(config.model, served_name=config.model.served_name or folder.name)
+    return msgspec.structs.replace(config, model=model), folder
+
+
+def check_port(host: str, port: int, what: str, remedy: str) -> None:
+    """ConfigError when `port` cannot be bound now. Port 0 is always free."""
+    if port == 0:
+        return
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise ConfigError(f"{what}: cannot resolve host {host!r}: {error.strerror}") from error
+    with socket.socket(family, kind, proto) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(address)
+            probe.listen(1)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise ConfigError(f"{what}: port {port} on {host} is in use; {remedy}") from error
+            raise ConfigError(f"{what}: cannot listen on {host}:{port}: {error.strerror}") from error
+
+
+def check_ports(config: ClusterConfig) -> None:
+    """The fixed ports of `afd up`, before anything starts."""
+    host, _, port = config.coordinator.address.rpartition(":")
+    gateway = config.gateway
+    check_port(gateway.host, gateway.port, "gateway", "choose another with --port (0 = any)")
+    check_port(host, int(port), "coordinator", "choose another coordinator.address (port 0 = any)")
+    check_port(host, config.coordinator.metrics_port, "coordinator metrics", "change coordinator.metrics_port")
+    topology = config.topology
+    for section, count, name in (
+        (config.attention, topology.num_attention, "attention"),
+        (config.ffn, topology.num_ffn, "ffn"),
+    ):
+        fixed = {key: getattr(section, key) for key in ("port", "mesh_port", "metrics_port") if hasattr(section, key)}
+        for key, value in fixed.items():
+            if value and count > 1:
+                raise ConfigError(f"{name}.{key} = {value} cannot serve {count} processes on one host; use 0 (any)")
+            check_port(section.host, value, f"{name}.{key}", "use 0 (any)")

@@ -1,0 +1,162 @@
+"""The frame of every role's process: logging, signals, the supervisor's pipe, deadlines and exit codes.
+
+Two threads watch for the end. One reads the supervisor's pipe: at its end of file the process stops, within
+ORPHAN_LIMIT_S in any case. One gives a stop, from wherever it came, a deadline. On Linux the kernel kills a worker
+whose supervisor dies; the coordinator is only asked to end, so that it can remove the run file.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from types import FrameType
+
+from afd.cluster.launch import (
+    EXIT_CONFIG,
+    EXIT_FAILURE,
+    EXIT_LOST,
+    EXIT_OK,
+    RoleLaunch,
+    read_launch,
+    write_news,
+)
+from afd.cluster.roles import RoleContext, RoleEntry
+from afd.cluster.run_file import remove_run_file
+from afd.coordinator.membership import MembershipLostError
+from afd.errors import AfdError, ConfigError, CoordinatorError, ModelError
+from afd.log import setup_logging
+
+log = logging.getLogger(__name__)
+
+ORPHAN_LIMIT_S = 2.0
+STOP_MARGIN_S = 8.0
+FATAL_LIMIT_S = 5.0
+MAX_ERROR_CHARS = 1000
+_PR_SET_PDEATHSIG = 1
+_SUPERVISOR_FD = 0
+
+
+def run_supervised(role: str, entry: RoleEntry, *, preload: Callable[[], None] | None = None) -> int:
+    """A child of `afd up`: read the launch frame from standard input, run, return the exit code.
+
+    preload: imports what the role needs while the frame is on its way.
+    """
+    _die_with_parent(signal.SIGTERM if role == "coordinator" else signal.SIGKILL)
+    if preload is not None:
+        preload()
+    launch = read_launch(_SUPERVISOR_FD)
+    if launch is None or (launch.supervisor_pid and os.getppid() != launch.supervisor_pid):
+        return EXIT_OK  # the supervisor was gone before we began
+    if launch.role != role:
+        raise ConfigError(f"a launch frame for {launch.role} was given to {role}")
+    try:
+        return run_role(launch, entry)
+    except AfdError as error:
+        log.error("%s", error)
+        if launch.announce_fd >= 0:
+            write_news(launch.announce_fd, {"error": str(error)[:MAX_ERROR_CHARS]})
+        return exit_code_of(error)
+
+
+def run_role(launch: RoleLaunch, entry: RoleEntry) -> int:
+    """Run one role to its end, in the main thread; returns the exit code. AfdError is the caller's to report."""
+    setup_logging(launch.name, level=launch.config.log.level, fmt=launch.config.log.format)
+    process = _Process(launch)
+    process.install_signals()
+    process.start_watching()
+    try:
+        exit_code = entry(process.context())
+    except AfdError:
+        raise
+    except Exception:
+        log.exception("%s failed", launch.name)
+        return EXIT_FAILURE
+    finally:
+        process.ended.set()
+    if process.fatal is not None:
+        raise process.fatal
+    return exit_code
+
+
+def exit_code_of(error: AfdError) -> int:
+    """EXIT_CONFIG where the user must act, EXIT_LOST where a fresh process may do better, else EXIT_FAILURE."""
+    if isinstance(error, MembershipLostError):
+        return EXIT_LOST
+    if isinstance(error, ConfigError | ModelError | CoordinatorError):
+        return EXIT_CONFIG
+    return EXIT_FAILURE
+
+
+class _Process:
+    """The stop event of one process, and everything that sets it."""
+
+    def __init__(self, launch: RoleLaunch):
+        self._launch = launch
+        self._stop = threading.Event()
+        self._num_signals = 0
+        self.ended = threading.Event()
+        self.fatal: CoordinatorError | None = None
+
+    def context(self) -> RoleContext:
+        """What the role's entry function is given."""
+        return RoleContext(
+            name=self._launch.name,
+            rank=self._launch.rank,
+            config=self._launch.config,
+            secret=bytes.fromhex(self._launch.secret),
+            stop=self._stop,
+            announce=self._announce,
+            on_fatal=self._on_fatal,
+        )
+
+    def install_signals(self) -> None:
+        """SIGTERM and SIGINT ask for a graceful stop; a second one ends the process at once."""
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signum, self._on_signal)
+
+    def start_watching(self) -> None:
+        """Daemon threads: a blocked main thread cannot keep them from ending the process."""
+        threading.Thread(target=self._enforce_stop, name="stop-deadline", daemon=True).start()
+        if self._launch.supervisor_pid:
+            threading.Thread(target=self._watch_supervisor, name="supervisor-watch", daemon=True).start()
+
+    def _announce(self, news: dict[str, object]) -> None:
+        if self._launch.announce_fd >= 0:
+            write_news(self._launch.announce_fd, news)
+
+    def _on_fatal(self, error: CoordinatorError) -> None:
+        self.fatal = error
+        self._stop.set()
+
+    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        self._num_signals += 1
+        if self._num_signals > 1:
+            os._exit(128 + signum)
+        self._stop.set()
+
+    def _enforce_stop(self) -> None:
+        self._stop.wait()
+        limit_s = FATAL_LIMIT_S if self.fatal is not None else self._launch.config.gateway.drain_s + STOP_MARGIN_S
+        if not self.ended.wait(limit_s):
+            log.error("did not stop within %.0f s%s", limit_s, f" after: {self.fatal}" if self.fatal else "")
+            os._exit(EXIT_LOST if self.fatal is not None else EXIT_FAILURE)
+
+    def _watch_supervisor(self) -> None:
+        while os.read(_SUPERVISOR_FD, 64):
+            pass  # nothing but the end of file is expected
+        if self._launch.run_file:
+            remove_run_file(self._launch.run_file)
+        self._stop.set()
+        if not self.ended.wait(ORPHAN_LIMIT_S):
+            os._exit(EXIT_FAILURE)
+
+
+def _die_with_parent(signum: signal.Signals) -> None:
+    """Linux: the kernel sends us `signum` when the supervisor dies, even if every thread of ours is stuck."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signum), 0, 0, 0)

@@ -1,0 +1,105 @@
+"""Role name -> the function that runs it, wired to configuration, secret and membership.
+
+Each entry imports its role's package only when called: no process loads another role's libraries.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import msgspec
+
+from afd.cluster.stop_policy import why_stop
+from afd.config import ClusterConfig
+from afd.coordinator.client import CoordinatorClient
+from afd.coordinator.membership import Membership, MembershipTiming
+from afd.errors import CoordinatorError
+from afd.messages.membership import ClusterView, WorkerInfo
+from afd.messages.membership_port import Announce, SyncFields
+from afd.secrets import grpc_token
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class RoleContext:
+    """What a role's process works with.
+
+    rank: asked for; -1 = any.  stop: set when the process shall end gracefully.
+    on_fatal: the cluster does not want this process any more.
+    """
+
+    name: str
+    rank: int
+    config: ClusterConfig
+    secret: bytes
+    stop: threading.Event
+    announce: Announce
+    on_fatal: Callable[[CoordinatorError], None]
+
+    def join(self, info: WorkerInfo, fields: Callable[[], SyncFields]) -> Membership:
+        """Enter the cluster: returns at once, registration and heartbeats go on in a side thread."""
+        if info.rank < 0:
+            info = msgspec.structs.replace(info, rank=self.rank)
+        client = CoordinatorClient(self.config.coordinator.address, grpc_token(self.secret))
+        membership = Membership(
+            client,
+            info,
+            fields,
+            timing=MembershipTiming.of(self.config.coordinator),
+            on_fatal=self.on_fatal,
+            announce=self.announce,
+        )
+
+        def follow(view: ClusterView) -> None:
+            reason = why_stop(view, info.role, info.incarnation)
+            if reason is not None and not self.stop.is_set():
+                log.info("stopping: %s", reason)
+                self.stop.set()
+
+        membership.on_view(follow)
+        return membership.start()
+
+
+RoleEntry = Callable[[RoleContext], int]
+
+
+def run_coordinator_role(context: RoleContext) -> int:
+    from afd.coordinator.service import run_coordinator
+
+    return run_coordinator(context.config, context.secret, context.stop, context.announce)
+
+
+def run_attention_role(context: RoleContext) -> int:
+    from afd.attention.worker import run_attention_worker
+
+    return run_attention_worker(context.config, context.secret, context.join, context.stop, context.announce)
+
+
+def run_ffn_role(context: RoleContext) -> int:
+    from afd.ffn.worker import run_ffn_worker
+
+    return run_ffn_worker(context.config, context.secret, context.join, context.stop, context.announce)
+
+
+ROLE_ENTRIES: dict[str, RoleEntry] = {
+    "coordinator": run_coordinator_role,
+    "attention": run_attention_role,
+    "ffn": run_ffn_role,
+}
+
+_MODULES = {
+    "coordinator": "afd.coordinator.service",
+    "attention": "afd.attention.worker",
+    "ffn": "afd.ffn.worker",
+    "gateway": "afd.gateway.serve",
+}
+
+
+def preload(role: str) -> None:
+    """Import a role's libraries ahead of its launch frame."""
+    importlib.import_module(_MODULES[role])

@@ -1,0 +1,303 @@
+"""`afd up`: one cluster on this host, from the first process to the last.
+
+A single-threaded loop over the children's pipes, SIGCHLD and deadlines. Start: every child is spawned at once; the
+coordinator is told its configuration first, and the others when it has announced its address. Run: a child that dies
+is reported with its last lines and started again. Stop: gateway, workers, coordinator, each within bounds.
+"""
+
+from __future__ import annotations
+
+import http.client
+import os
+import selectors
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+from urllib.parse import urlsplit
+
+import msgspec
+
+from afd.cluster.console import Console
+from afd.cluster.launch import EXIT_CONFIG, EXIT_FAILURE, EXIT_OK
+from afd.cluster.launcher import Child, Command, describe_exit, role_command
+from afd.cluster.progress import ChildProgress, progress_line, ready_text
+from afd.cluster.restart import RestartPolicy, worth_restarting
+from afd.cluster.run_file import RunInfo, process_start_time, remove_run_file, run_directory, write_run_file
+from afd.cluster.shutdown import StopSequence, stages
+from afd.config import ClusterConfig
+
+POLL_S = 0.2
+PROBE_TIMEOUT_S = 0.5
+
+
+class Supervisor:
+    """Owns the children of one cluster. `run` blocks in the main thread until all have ended.
+
+    restart: start dead children again.  command: how a role's process is started (tests put fakes there).
+    """
+
+    def __init__(
+        self,
+        config: ClusterConfig,
+        secret: bytes,
+        *,
+        has_tokenizer: bool = True,
+        restart: bool = True,
+        command: Command = role_command,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._config = config
+        self._secret = secret
+        self._has_tokenizer = has_tokenizer
+        self._restart = restart
+        self._command = command
+        self._console = console if console is not None else Console(sys.stdout, sys.stderr)
+        self._clock = clock
+        self._started = clock()
+        self._selector = selectors.DefaultSelector()
+        self._children: dict[str, Child] = {}
+        self._progress: dict[str, ChildProgress] = {}
+        self._policies: dict[str, RestartPolicy] = {}
+        self._due: dict[str, float] = {}  # dead children by the time of their next start
+        self._coordinator = ""  # its address, once announced
+        self._url = ""
+        self._answers = False  # /readyz said 200 at least once
+        self._run_file: Path | None = None
+        self._stopping: StopSequence | None = None
+        self._num_interrupts = 0
+        self._exit_code = EXIT_OK
+
+    def run(self) -> int:
+        """Bring the cluster up, keep it up, take it down; the exit code of `afd up`."""
+        try:
+            with self._signals() as signals:
+                for role, rank in self._places():
+                    self._start(role, rank)
+                self._configure(self._children["coordinator"])
+                while self._children or self._due:
+                    self._turn(signals)
+        finally:
+            for child in self._children.values():
+                child.close()
+            self._selector.close()
+            if self._run_file is not None:
+                remove_run_file(self._run_file)
+            self._console.close()
+        return self._exit_code
+
+    # --- one turn of the loop -------------------------------------------------------------------------------
+
+    def _turn(self, signals: socket.socket) -> None:
+        for key, _ in self._selector.select(self._patience()):
+            if key.fileobj is signals:
+                signals.recv(4096)
+            else:
+                self._hear(key.data)
+        self._reap()
+        self._handle_interrupts()
+        now = self._clock()
+        if self._stopping is not None:
+            self._send(self._stopping.step(self._alive(), now))
+            return
+        for name in [name for name, due in self._due.items() if due <= now]:
+            del self._due[name]
+            role, rank = self._place_of(name)
+            self._start(role, rank)
+            self._configure(self._children[name])
+        if not self._answers:
+            self._console.progress(progress_line(self._config.model.served_name, self._progress, now - self._started))
+            if self._url and answers(self._url):
+                self._announce_ready()
+
+    def _patience(self) -> float:
+        soonest = min(self._due.values(), default=float("inf")) - self._clock()
+        return max(0.0, min(POLL_S, soonest))
+
+    def _hear(self, child: Child) -> None:
+        """Forward what a child wrote, take its news in; forget a pipe that has ended."""
+        for line in child.read_output():
+            self._console.line(line)
+        for news in child.read_news():
+            self._take_news(child, news)
+        for lines in (child.output, child.news):
+            if lines.ended and lines.fd in self._selector.get_map():
+                self._selector.unregister(lines.fd)
+
+    def _take_news(self, child: Child, news: dict[str, Any]) -> None:
+        was_ready = self._progress[child.name].ready
+        self._progress[child.name].update(news)
+        if child.role == "coordinator" and "address" in news:
+            self._coordinator = str(news["address"])
+            self._progress[child.name].ready = True
+            self._write_run_file()
+            for other in self._children.values():
+                if other is not child:
+                    self._configure(other)
+        if child.role == "gateway" and "url" in news:
+            self._url = str(news["url"])
+            self._progress[child.name].ready = True
+        if self._answers and not was_ready and self._progress[child.name].ready:
+            self._console.line(f"afd up: {child.name} is back")
+
+    # --- children -------------------------------------------------------------------------------------------
+
+    def _places(self) -> Iterator[tuple[str, int]]:
+        topology = self._config.topology
+        yield "coordinator", -1
+        for rank in range(topology.num_attention):
+            yield "attention", rank
+        for rank in range(topology.num_ffn):
+            yield "ffn", rank
+        yield "gateway", 0
+
+    def _place_of(self, name: str) -> tuple[str, int]:
+        role, _, rank = name.partition("/")
+        return role, int(rank) if rank else -1
+
+    def _start(self, role: str, rank: int) -> None:
+        threads = {"attention": self._config.attention.threads, "ffn": self._config.ffn.threads}.get(role, 1)
+        child = Child(role, rank, self._command(role, rank), threads=threads)
+        self._children[child.name] = child
+        self._progress[child.name] = ChildProgress()
+        self._policies.setdefault(child.name, RestartPolicy())
+        for lines in (child.output, child.news):
+            self._selector.register(lines.fd, selectors.EVENT_READ, child)
+
+    def _configure(self, child: Child) -> None:
+        """The coordinator comes first; the others need its address, and it keeps that address when restarted."""
+        config = self._config
+        if self._coordinator:
+            section = msgspec.structs.replace(config.coordinator, address=self._coordinator)
+            config = msgspec.structs.replace(config, coordinator=section)
+        elif child.role != "coordinator":
+            return
+        run_file = run_directory() / f"{os.getpid()}.json" if child.role == "coordinator" else ""
+        child.configure(config, self._secret, run_file=str(run_file))
+
+    def _reap(self) -> None:
+        for child in list(self._children.values()):
+            exit_code = child.poll()
+            if exit_code is None:
+                continue
+            self._hear(child)
+            for lines in (child.output, child.news):
+                if lines.fd in self._selector.get_map():
+                    self._selector.unregister(lines.fd)
+            child.close()
+            del self._children[child.name]
+            self._progress[child.name] = ChildProgress()
+            if self._stopping is None:
+                self._bury(child, exit_code)
+
+    def _bury(self, child: Child, exit_code: int) -> None:
+        """An end that nobody asked the supervisor for: report it, then heal or give up."""
+        now = self._clock()
+        if exit_code == EXIT_OK:
+            self._console.line(f"afd up: {child.name} has left the cluster")
+            if child.role in ("coordinator", "gateway") or not self._alive():
+                self._stop(EXIT_OK)
+            return
+        self._console.line(f"afd up: {child.name} (pid {child.pid}) died: {describe_exit(exit_code)}")
+        for line in child.tail:
+            self._console.line(f"    {child.name} | {line}")
+        if not worth_restarting(exit_code):
+            self._stop(EXIT_CONFIG)
+            return
+        due = self._policies[child.name].next_start(now) if self._restart else None
+        if due is None:
+            why = "it dies again and again" if self._restart else "--no-restart"
+            self._console.line(f"afd up: {child.name} is not started again ({why}); stopping the cluster")
+            self._stop(EXIT_FAILURE)
+            return
+        self._console.line(f"afd up: starting {child.name} again in {due - now:.1f} s")
+        self._due[child.name] = due
+
+    def _alive(self) -> list[tuple[str, str]]:
+        return [(child.name, child.role) for child in self._children.values()]
+
+    def _send(self, orders: list[tuple[str, signal.Signals]]) -> None:
+        for name, signum in orders:
+            if signum is signal.SIGKILL:
+                self._console.line(f"afd up: killing {name}")
+            self._children[name].signal(signum)
+
+    # --- ready and stop -------------------------------------------------------------------------------------
+
+    def _announce_ready(self) -> None:
+        self._answers = True
+        self._write_run_file()
+        self._console.say(ready_text(self._config, self._url, has_tokenizer=self._has_tokenizer))
+
+    def _write_run_file(self) -> None:
+        """Let `afd status` find this cluster: as soon as it has a coordinator, and again with its URL."""
+        info = RunInfo(
+            pid=os.getpid(),
+            started=process_start_time(os.getpid()),
+            coordinator=self._coordinator,
+            secret=self._secret.hex(),
+            url=self._url,
+            topology=str(self._config.topology),
+            model=self._config.model.served_name,
+        )
+        self._run_file = write_run_file(info)
+
+    def _stop(self, exit_code: int) -> None:
+        """Begin to stop; the first reason decides the exit code."""
+        if self._stopping is None:
+            self._exit_code = exit_code
+            self._stopping = StopSequence(stages(self._config.gateway.drain_s))
+            self._due.clear()
+
+    def _handle_interrupts(self) -> None:
+        if self._num_interrupts and self._stopping is None:
+            self._console.line("afd up: draining and stopping (again: stop at once)")
+            self._stop(EXIT_OK)
+        elif self._num_interrupts > 1 and self._stopping is not None and not self._stopping.killing:
+            self._send(self._stopping.kill(self._alive()))
+
+    @contextmanager
+    def _signals(self) -> Iterator[socket.socket]:
+        """SIGINT and SIGTERM count as interrupts; they and SIGCHLD wake the loop through a socket pair."""
+        reader, writer = socket.socketpair()
+        for end in (reader, writer):
+            end.setblocking(False)
+
+        def interrupt(signum: int, frame: FrameType | None) -> None:
+            self._num_interrupts += 1
+
+        def wake(signum: int, frame: FrameType | None) -> None:
+            return None  # the wake-up descriptor has it
+
+        handlers = {signal.SIGINT: interrupt, signal.SIGTERM: interrupt, signal.SIGHUP: interrupt, signal.SIGCHLD: wake}
+        before = {signum: signal.signal(signum, handler) for signum, handler in handlers.items()}
+        wakeup_fd = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+        self._selector.register(reader, selectors.EVENT_READ)
+        try:
+            yield reader
+        finally:
+            signal.set_wakeup_fd(wakeup_fd)
+            for signum, old in before.items():
+                signal.signal(signum, old)
+            self._selector.unregister(reader)
+            reader.close()
+            writer.close()
+
+
+def answers(url: str) -> bool:
+    """True when the gateway's /readyz says 200 now."""
+    parts = urlsplit(url)
+    connection = http.client.HTTPConnection(parts.hostname or "127.0.0.1", parts.port, timeout=PROBE_TIMEOUT_S)
+    try:
+        connection.request("GET", "/readyz")
+        return connection.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
