@@ -1,0 +1,182 @@
+"""How pairs come to be and come back: the attention rank dials its members, the FFN rank receives visits.
+
+Both connectors take `now` and what has become readable, and hand back pairs that are up, or PeerDown for peers that
+cannot be reached. Main thread only.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from stepmesh.errors import HandshakeError, MeshError
+from stepmesh.handshake import Hello
+from stepmesh.pair import AttentionPair, Environment, FfnPair
+from stepmesh.peering import Dialling, Visit
+from stepmesh.stats import MeshStats
+from stepmesh.topology import Membership, Refusal, admit
+from stepmesh.transports.base import Link
+from stepmesh.types import Member, PeerDown, RankId
+
+log = logging.getLogger("stepmesh")
+
+_FIRST_BACKOFF_S = 0.05
+_LONGEST_BACKOFF_S = 0.5  # a link that broke is to be back within a second
+
+
+@dataclass(slots=True)
+class _Target:
+    """One member that this attention rank wants to be connected to."""
+
+    member: Member
+    attempt: Dialling | None = None
+    up: bool = False
+    refused: bool = False  # for good: only another incarnation can change it
+    retry_at: float = 0.0
+    backoff_s: float = _FIRST_BACKOFF_S
+    failing_since: float | None = None
+    reported: bool = False
+
+
+class Dialler:
+    """Attention side: keeps one connection, or one attempt, to every member."""
+
+    def __init__(self, env: Environment, stats: MeshStats) -> None:
+        self._env = env
+        self._stats = stats
+        self._targets: dict[RankId, _Target] = {}
+        self._generations: dict[RankId, int] = {}  # the last one used; never goes back, over all incarnations
+
+    def want(self, member: Member) -> None:
+        """A member is to be reached; the next step dials."""
+        self._targets[member.id] = _Target(member)
+
+    def forget(self, rank_id: RankId) -> None:
+        """The rank is no member any more."""
+        target = self._targets.pop(rank_id, None)
+        if target is not None and target.attempt is not None:
+            target.attempt.abandon()
+
+    def lost(self, rank_id: RankId, *, retryable: bool) -> None:
+        """The pair is down; the next step dials again, unless it went for good."""
+        target = self._targets.get(rank_id)
+        if target is not None:
+            self._targets[rank_id] = _Target(target.member, refused=not retryable)
+
+    def step(self, now: float, readable: Collection[Link]) -> list[AttentionPair | PeerDown]:
+        """Begin due attempts and carry on those that something has happened to."""
+        outcomes: list[AttentionPair | PeerDown] = []
+        for target in self._targets.values():
+            if target.up or target.refused:
+                continue
+            try:
+                pair = self._advance(target, now, readable)
+            except MeshError as error:
+                outcomes.extend(self._failed(target, error, now))
+            else:
+                if pair is not None:
+                    outcomes.append(pair)
+        return outcomes
+
+    def close(self) -> None:
+        for rank_id in list(self._targets):
+            self.forget(rank_id)
+
+    def _advance(self, target: _Target, now: float, readable: Collection[Link]) -> AttentionPair | None:
+        rank_id = target.member.id
+        if target.attempt is None:
+            if now < target.retry_at:
+                return None
+            if target.failing_since is None:
+                target.failing_since = now
+            generation = self._generations.get(rank_id, 0) + 1
+            target.attempt = Dialling(self._env, target.member, generation, self._stats.peer(str(rank_id)))
+        elif target.attempt.link not in readable and now <= target.attempt.deadline:
+            return None
+        attempt = target.attempt
+        pair = attempt.advance()
+        if attempt.accepted:
+            self._generations[rank_id] = attempt.generation
+        if pair is not None:
+            target.attempt = None
+            target.up = True
+        return pair
+
+    def _failed(self, target: _Target, error: MeshError, now: float) -> list[PeerDown]:
+        attempt, target.attempt = target.attempt, None
+        if attempt is not None:
+            if attempt.accepted:
+                self._generations[target.member.id] = attempt.generation
+            attempt.abandon()
+        peer, reason = target.member.id, str(error)
+        if not error.retryable:
+            target.refused = True
+            return [PeerDown(peer, reason, retryable=False)]
+        target.retry_at = now + target.backoff_s
+        target.backoff_s = min(2 * target.backoff_s, _LONGEST_BACKOFF_S)
+        failing_s = now - (now if target.failing_since is None else target.failing_since)
+        if target.reported or failing_s < self._env.config.connect_timeout_s:
+            log.debug("%s: %s: %s", self._env.config.id, peer, reason)
+            return []
+        target.reported = True
+        address = target.member.address
+        where = f"{address.host}:{address.port}" + (f" or {address.unix}" if address.unix else "")
+        return [PeerDown(peer, f"cannot be reached at {where} for {failing_s:.1f} s: {reason}", retryable=True)]
+
+
+class Doorman:
+    """FFN side: carries handshakes with whoever connects, and turns strangers away."""
+
+    def __init__(self, env: Environment, stats: MeshStats, membership: Membership) -> None:
+        self._env = env
+        self._stats = stats
+        self._membership = membership
+        self._visits: list[Visit] = []
+        # The last generation that was up, of the incarnation that had it.
+        self._generations: dict[RankId, tuple[str, int]] = {}
+
+    def receive(self, link: Link) -> None:
+        """Somebody has connected. With too many strangers at the door the one who waits longest has to go."""
+        strangers = [visit for visit in self._visits if not visit.authenticated]
+        if len(strangers) >= self._env.config.max_pending:
+            self._turn_away(strangers[0], HandshakeError("too many unauthenticated connections"))
+        self._visits.append(
+            Visit(self._env, link, self._membership, self._decide, lambda peer: self._stats.peer(str(peer)))
+        )
+
+    def step(self, now: float, readable: Collection[Link]) -> list[FfnPair | PeerDown]:
+        outcomes: list[FfnPair | PeerDown] = []
+        for visit in list(self._visits):
+            if visit.link not in readable and not visit.awaits_channel and now <= visit.deadline:
+                continue
+            try:
+                pair = visit.advance()
+            except MeshError as error:
+                self._turn_away(visit, error)
+                if visit.hello is not None and not error.retryable:
+                    outcomes.append(PeerDown(visit.hello.id, str(error), retryable=False))
+                continue
+            if pair is not None:
+                self._visits.remove(visit)
+                self._generations[pair.peer] = (pair.identity.incarnation, pair.generation)
+                outcomes.append(pair)
+        return outcomes
+
+    def close(self) -> None:
+        for visit in self._visits:
+            visit.abandon()
+        self._visits.clear()
+
+    def _decide(self, hello: Hello) -> Refusal | None:
+        incarnation, generation = self._generations.get(hello.id, ("", 0))
+        last = generation if incarnation == hello.incarnation else 0
+        return admit(hello, self._env.config, self._membership.members(), last)
+
+    def _turn_away(self, visit: Visit, error: MeshError) -> None:
+        self._visits.remove(visit)
+        visit.abandon()
+        self._stats.turned_away += 1
+        who = str(visit.hello.id) if visit.hello is not None else visit.link.peer_name
+        level = logging.DEBUG if visit.hello is not None and error.retryable else logging.WARNING
+        log.log(level, "%s: turned away %s: %s", self._env.config.id, who, error)

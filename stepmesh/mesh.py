@@ -1,0 +1,441 @@
+"""The user's object: one rank of the mesh.
+
+    mesh = Mesh(config)                      # listens (FFN) at mesh.address
+    mesh.set_members(epoch, members)         # the other role's ranks; attention ranks connect
+    while serving:
+        for event in mesh.progress(0.1): ...
+
+Thread rule: one thread, the main thread, calls everything; only `wake` may come from any other. The mesh itself runs a
+thread for heartbeats and, once a tcp pair exists, one for tcp transfers; neither touches what the main thread owns.
+"""
+
+from __future__ import annotations
+
+import logging
+import struct
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from stepmesh.config import MeshConfig
+from stepmesh.connector import Dialler, Doorman
+from stepmesh.errors import (
+    ConfigError,
+    FrameError,
+    MeshClosedError,
+    PeerNotConnectedError,
+    ProtocolError,
+    StaleArrivalError,
+)
+from stepmesh.pair import AttentionPair, Environment, FfnPair, Pair
+from stepmesh.session import Draining, Ended, Idle, Notice
+from stepmesh.slots import copy_section
+from stepmesh.stats import MeshStats
+from stepmesh.topology import Membership, MembershipChange
+from stepmesh.trace import Stage, Trace
+from stepmesh.transports.base import Fabric, Link
+from stepmesh.transports.host import HostFabric
+from stepmesh.types import (
+    Address,
+    CombineMeta,
+    DispatchArrived,
+    DispatchMeta,
+    DispatchParts,
+    Event,
+    FrameRejected,
+    IdleNotice,
+    Member,
+    PeerDown,
+    PeerDraining,
+    PeerUp,
+    RankId,
+    Role,
+    Rows,
+)
+from stepmesh.wire import ControlFrame, ControlKind, encode_control, encode_idle
+
+log = logging.getLogger("stepmesh")
+
+MAX_WAIT_S = 0.1  # no blocking wait is longer, whatever happens to a wake-up
+_LOOK_S = 0.02  # control sockets are looked at this often even when data never pauses
+
+
+class Mesh:
+    """One rank. Raises ConfigError or TransportError when it cannot listen. Close it, or use it in a `with`."""
+
+    def __init__(self, config: MeshConfig, fabric: Fabric | None = None) -> None:
+        self.config = config
+        self.id = config.id
+        self.trace = Trace(config.trace_events)
+        self._fabric = fabric if fabric is not None else HostFabric(config)
+        self._env = Environment(config, self._fabric, self.trace)
+        self._stats = MeshStats()
+        self._membership = Membership(config)
+        self._dialler = Dialler(self._env, self._stats)
+        self._doorman = Doorman(self._env, self._stats, self._membership)
+        self._pairs: dict[RankId, Pair] = {}
+        self._live: tuple[Pair, ...] = ()  # the same pairs, for loops and for the heartbeat thread
+        self._of_link: dict[Link, Pair] = {}
+        self._spins = False
+        self._events: list[Event] = []
+        self._seq = [0] * config.num_streams  # attention: last seq of each stream
+        self._active = [False] * config.num_streams  # attention: dispatched, and not idle since
+        self._counter = 0
+        self._look_at = 0.0
+        self._judge_at = 0.0
+        self._closed = False
+        self._fabric.every(config.heartbeat_s, self._beat)
+
+    def __enter__(self) -> Mesh:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def address(self) -> Address:
+        """Where others reach this rank; pass it on in its `Member`."""
+        return self._fabric.address
+
+    @property
+    def peers(self) -> tuple[RankId, ...]:
+        """Peers that are up now."""
+        return tuple(self._pairs)
+
+    # Membership
+
+    def set_members(self, epoch: int, members: Iterable[Member]) -> None:
+        """Make an epoch live: the whole list of the other role's ranks. Idempotent. Raises ConfigError.
+
+        Older epochs stay live until they are retired. A rank with another incarnation replaces its predecessor.
+        """
+        self._check_open()
+        self._apply(self._membership.set_members(epoch, members))
+        for pair in self._live:
+            if isinstance(pair, FfnPair):
+                self._take_from(pair, parked=True)
+
+    def retire_epoch(self, epoch: int) -> None:
+        """This epoch and all before it are over: ranks that are in no other are dropped. Idempotent."""
+        self._check_open()
+        self._apply(self._membership.retire_epoch(epoch))
+
+    def _apply(self, change: MembershipChange) -> None:
+        for rank_id in change.dropped:
+            pair = self._pairs.get(rank_id)
+            self._dialler.forget(rank_id)
+            if pair is not None:
+                self._drop(pair, f"{rank_id} is no member of a live epoch any more", retryable=False)
+        if self.id.role is Role.ATTENTION:
+            for member in change.added:
+                self._dialler.want(member)
+        self._look_at = 0.0  # dial in the very next progress
+
+    # Progress
+
+    def progress(self, timeout_s: float, *, spin: bool = True) -> list[Event]:
+        """Do what is due and return at the first events, at the time-out, on wake() or when a watched fd is readable.
+
+        Blocks at most MAX_WAIT_S at a time inside, spins for config.spin_us first when every pair is in shared
+        memory. A mesh on a virtual clock never waits.
+        """
+        self._check_open()
+        self._counter += 1
+        fabric = self._fabric
+        start = fabric.now()
+        deadline = start + timeout_s
+        self._poll()
+        if not self._events and spin and self._spins and timeout_s > 0.0 and start < self._look_at:
+            self._spin(min(deadline, start + self.config.spin_us * 1e-6))
+        if self._events and start < self._look_at:
+            return self._take_events()
+        while True:
+            now = fabric.now()
+            wait_s = 0.0 if self._events else min(deadline - now, MAX_WAIT_S, self._judge_at - now)
+            woken = self._look(max(wait_s, 0.0))
+            self._poll()
+            if self._events or woken or not fabric.waits or fabric.now() >= deadline:
+                return self._take_events()
+
+    def watch_fd(self, fd: int) -> None:
+        """Let progress return when `fd` is readable (it says nothing more; the caller looks itself)."""
+        self._fabric.watch(fd)
+
+    def unwatch_fd(self, fd: int) -> None:
+        """Undo watch_fd. Idempotent."""
+        self._fabric.unwatch(fd)
+
+    def wake(self) -> None:
+        """Make a running progress return, or the next one. Any thread."""
+        self._fabric.wake()
+
+    def tick(self) -> None:
+        """The main loop is alive: call it in long computations between calls of progress (which does it, too)."""
+        self._counter += 1
+
+    # Exchange, attention side
+
+    def dispatch(self, peers: Sequence[RankId], meta: DispatchMeta, parts: DispatchParts) -> int:
+        """Send one micro-batch's rows to `peers` and return its seq, the same for all of them.
+
+        All or nothing: raises PeerNotConnectedError, SlotBusyError or ConfigError before anything was sent. `parts` may
+        be the views that dispatch_view(peers[0], ...) gave; then nothing is copied for that peer.
+        """
+        stream = meta.stream
+        seq = self._next_seq(stream)
+        if meta.epoch not in self._membership.live_epochs:
+            raise ConfigError(f"epoch {meta.epoch} is not live here")
+        pairs = [self._attention_pair(peer, stream, seq) for peer in peers]
+        if not pairs:
+            raise ConfigError("dispatch to no peer at all")
+        num_tokens = parts.rows.shape[0]
+        top_k = 0 if parts.expert_ids is None else parts.expert_ids.shape[1]
+        first = pairs[0].tx_slot(stream, seq)
+        view, payload_bytes = first.dispatch(num_tokens, top_k)
+        if parts is not view:
+            copy_section(view.rows, parts.rows, "rows")
+            copy_section(view.scales, parts.scales, "scales")
+            copy_section(view.expert_ids, parts.expert_ids, "expert_ids")
+            copy_section(view.expert_weights, parts.expert_weights, "expert_weights")
+        self._seq[stream] = seq
+        self._active[stream] = True
+        now_ns = int(self._fabric.now() * 1e9)
+        try:
+            for pair in pairs:
+                slot = pair.tx_slot(stream, seq)
+                if slot is not first:
+                    slot.payload[:payload_bytes] = first.payload[:payload_bytes]
+                pair.post_dispatch(seq, meta, num_tokens, top_k, payload_bytes, now_ns)
+        except struct.error as error:
+            raise ConfigError(f"{meta} does not fit the header: {error}") from None
+        return seq
+
+    def dispatch_view(self, peer: RankId, stream: int, num_tokens: int, top_k: int) -> DispatchParts:
+        """Writable views of the slot that the stream's next dispatch to `peer` will use. Raises as dispatch does."""
+        seq = self._next_seq(stream)
+        return self._attention_pair(peer, stream, seq).tx_slot(stream, seq).dispatch(num_tokens, top_k).parts
+
+    def idle(self, stream: int) -> None:
+        """Tell all FFN peers that nothing more comes on this stream for now, so that no gang waits for this rank."""
+        frame = encode_idle(stream, self._next_seq(stream) - 1)
+        self._active[stream] = False
+        for pair in self._live:
+            pair.link.send(frame)
+
+    # Exchange, FFN side
+
+    def combine(self, arrival: DispatchArrived, meta: CombineMeta, rows: Rows, scales: Rows | None = None) -> None:
+        """Answer a dispatch with one row per token. Raises StaleArrivalError (drop the answer) or ConfigError.
+
+        `rows` may be the view that combine_view gave; then nothing is copied.
+        """
+        try:
+            self._ffn_pair(arrival).post_combine(arrival, meta, rows, scales)
+        except struct.error as error:
+            raise ConfigError(f"{meta} does not fit the header: {error}") from None
+
+    def combine_view(self, arrival: DispatchArrived) -> Rows:
+        """Writable rows [num_tokens, hidden] of the slot that the answer will use. Raises StaleArrivalError."""
+        return self._ffn_pair(arrival).combine_slot(arrival).rows
+
+    # Ending
+
+    def drain(self) -> None:
+        """Ask all peers to leave this rank out from now on; exchanges in flight are still served."""
+        self._check_open()
+        for pair in self._live:
+            pair.link.send(encode_control(ControlKind.DRAIN))
+
+    def close(self) -> None:
+        """Leave: peers see PeerDown (not retryable). Frees everything; views that are still held stay readable."""
+        if self._closed:
+            return
+        self._closed = True
+        pairs, self._live = self._live, ()
+        for pair in pairs:
+            pair.close(f"{self.id} closed its mesh", retryable=False)
+        self._pairs.clear()
+        self._of_link.clear()
+        self._dialler.close()
+        self._doorman.close()
+        self._fabric.close()
+
+    def stats(self) -> dict[str, Any]:
+        """Counters as plain values: the mesh's own, and under "peers" those of every peer by name."""
+        return {"id": str(self.id), "progress_counter": self._counter, **self._stats.snapshot()}
+
+    # Inside
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise MeshClosedError(f"the mesh of {self.id} is closed")
+
+    def _take_events(self) -> list[Event]:
+        events, self._events = self._events, []
+        return events
+
+    def _next_seq(self, stream: int) -> int:
+        if self.id.role is not Role.ATTENTION:
+            raise ConfigError(f"{self.id} cannot dispatch: only attention ranks do")
+        if not 0 <= stream < self.config.num_streams:
+            raise ConfigError(f"stream {stream} is not in 0..{self.config.num_streams - 1}")
+        return self._seq[stream] + 1
+
+    def _attention_pair(self, peer: RankId, stream: int, seq: int) -> AttentionPair:
+        pair = self._pairs.get(peer)
+        if not isinstance(pair, AttentionPair):
+            self._check_open()
+            raise PeerNotConnectedError(f"{peer} is not up")
+        pair.window.check_free(stream, seq)
+        return pair
+
+    def _ffn_pair(self, arrival: DispatchArrived) -> FfnPair:
+        pair = self._pairs.get(arrival.peer)
+        if not isinstance(pair, FfnPair):
+            self._check_open()
+            raise StaleArrivalError(f"{arrival.peer} is not up any more")
+        return pair
+
+    def _poll(self) -> None:
+        for pair in self._live:
+            self._take_from(pair)
+
+    def _take_from(self, pair: Pair, *, parked: bool = False) -> None:
+        try:
+            arrived = pair.unpark() if parked and isinstance(pair, FfnPair) else pair.poll()
+        except FrameError as error:
+            self._reject(pair, str(error))
+            return
+        if arrived:
+            self._events.extend(arrived)
+
+    def _spin(self, until: float) -> None:
+        now = self._fabric.now
+        while not self._events and now() < until:
+            self._poll()
+
+    def _look(self, timeout_s: float) -> bool:
+        """Wait, read every control socket that has something, let connections progress, judge. True: woken."""
+        began = self._fabric.now()
+        wakeups = self._fabric.wait(timeout_s)
+        now = self._fabric.now()
+        self._stats.polls += 1
+        self._stats.blocked_ns += int((now - began) * 1e9)
+        self._look_at = now + _LOOK_S
+        for link in wakeups.accepted:
+            self._doorman.receive(link)
+        for link in wakeups.readable:
+            if (pair := self._of_link.get(link)) is not None:
+                frames, closed = link.receive()
+                self._take_control(pair, frames, closed, now)
+        for outcome in (*self._dialler.step(now, wakeups.readable), *self._doorman.step(now, wakeups.readable)):
+            if isinstance(outcome, PeerDown):
+                self._report_down(outcome)
+            else:
+                self._bring_up(outcome, now)
+        for pair in self._live:
+            if (failure := pair.channel.failure) is not None:
+                if failure.rejected:
+                    self._reject(pair, failure.reason)
+                else:
+                    self._drop(pair, failure.reason, retryable=True)
+        # Only here, behind the reading: a peer's heartbeats may have waited while this thread computed.
+        if now >= self._judge_at:
+            self._judge(now)
+        return wakeups.external
+
+    def _take_control(self, pair: Pair, frames: Sequence[ControlFrame], closed: str | None, now: float) -> None:
+        try:
+            notices = pair.receive(frames, now)
+        except ProtocolError as error:
+            self._drop(pair, f"protocol: {error}", retryable=True)
+            return
+        for notice in notices:
+            self._heed(pair, notice)
+        if closed is not None and self._pairs.get(pair.peer) is pair:
+            self._take_from(pair)  # what it sent before it went
+        if closed is not None:
+            self._drop(pair, closed, retryable=True)
+
+    def _heed(self, pair: Pair, notice: Notice) -> None:
+        if isinstance(notice, Idle):
+            if isinstance(pair, FfnPair) and pair.window.idle_is_current(notice.stream, notice.after_seq):
+                self._events.append(IdleNotice(pair.peer, notice.stream, notice.after_seq))
+        elif isinstance(notice, Draining):
+            self._events.append(PeerDraining(pair.peer))
+        elif isinstance(notice, Ended):
+            self._take_from(pair)
+            self._drop(pair, notice.reason, retryable=notice.retryable)
+
+    def _bring_up(self, pair: Pair, now: float) -> None:
+        peer, generation = pair.peer, pair.generation
+        member = self._membership.members().get(peer)
+        if member is None or member.incarnation != pair.identity.incarnation:
+            pair.close(f"{peer} is no member of a live epoch any more", retryable=True)
+            return
+        former = self._pairs.get(peer)
+        if former is not None:
+            self._drop(former, f"superseded by generation {generation}", retryable=True)
+        self._pairs[peer] = pair
+        self._of_link[pair.link] = pair
+        self._refresh()
+        stats = pair.stats
+        stats.up, stats.generation, stats.connects = True, generation, stats.connects + 1
+        stats.transport, stats.transport_reason = pair.channel.kind, pair.identity.transport_reason
+        self.trace.record(int(now * 1e9), Stage.PEER_UP, peer, 0, 0, generation)
+        log.info(
+            "%s: %s up over %s (%s), generation %d", self.id, peer, stats.transport, stats.transport_reason, generation
+        )
+        self._events.append(PeerUp(peer, stats.transport, stats.transport_reason, generation))
+        leftover, pair.leftover = pair.leftover, []
+        self._take_control(pair, leftover, None, now)
+
+    def _reject(self, pair: Pair, reason: str) -> None:
+        if self._pairs.get(pair.peer) is pair:
+            pair.stats.rejected_frames += 1
+            self._events.append(FrameRejected(pair.peer, reason))
+            self._drop(pair, f"rejected a frame: {reason}", retryable=True)
+
+    def _drop(self, pair: Pair, reason: str, *, retryable: bool) -> None:
+        """Revoke a generation: answers to its arrivals are refused from now on."""
+        if self._pairs.get(pair.peer) is not pair:
+            return
+        del self._pairs[pair.peer], self._of_link[pair.link]
+        self._refresh()
+        pair.close(reason, retryable=True)
+        pair.stats.up = False
+        pair.stats.last_down_reason = reason
+        pair.stats.losses += retryable
+        self._dialler.lost(pair.peer, retryable=retryable)
+        self._look_at = 0.0  # dial again in the very next progress
+        self._report_down(PeerDown(pair.peer, reason, retryable))
+
+    def _report_down(self, down: PeerDown) -> None:
+        if down.peer in self._pairs:
+            log.warning("%s: another process that calls itself %s: %s", self.id, down.peer, down.reason)
+            return
+        log.warning("%s: %s down (%s): %s", self.id, down.peer, "retryable" if down.retryable else "final", down.reason)
+        self.trace.record(int(self._fabric.now() * 1e9), Stage.PEER_DOWN, down.peer, 0, 0, 0)
+        self._stats.peer(str(down.peer)).last_down_reason = down.reason
+        self._events.append(down)
+
+    def _refresh(self) -> None:
+        self._live = tuple(self._pairs.values())
+        self._spins = bool(self._live) and all(pair.channel.spins for pair in self._live)
+
+    def _judge(self, now: float) -> None:
+        self._judge_at = now + self.config.heartbeat_s / 2
+        for pair in self._live:
+            lost = pair.session.judge(now, oldest_sent_at=pair.oldest_sent_at())
+            if lost is not None:
+                self._drop(pair, lost, retryable=True)
+            elif isinstance(pair, FfnPair):
+                try:
+                    pair.check_parked(now, self.config.stall_timeout_s)
+                except FrameError as error:
+                    self._reject(pair, str(error))
+
+    def _beat(self) -> None:
+        """Send heartbeats. Heartbeat thread: reads the tuple of pairs, which is replaced and never changed."""
+        pending = any(self._active)
+        for pair in self._live:
+            pair.beat(self._counter, pending)

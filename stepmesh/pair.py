@@ -1,0 +1,344 @@
+"""A pair that is up: one generation of this rank and one peer. Joins link, session, channel, window and slots.
+
+`AttentionPair` sends dispatches and takes combines, `FfnPair` the other way round. Everything here runs in the
+mesh's main thread, but for `beat`. A FrameError out of `poll`, or any failure the mesh sees, ends the generation.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from stepmesh.config import MeshConfig
+from stepmesh.errors import FrameError, StaleArrivalError
+from stepmesh.layout import NUM_PARITIES, frame_bytes
+from stepmesh.session import Notice, Session
+from stepmesh.slots import CombineView, Slot, copy_section
+from stepmesh.stats import PeerStats
+from stepmesh.topology import Membership
+from stepmesh.trace import Stage, Trace
+from stepmesh.transports.base import Channel, Fabric, Link, Posted, close_fds
+from stepmesh.types import (
+    CombineArrived,
+    CombineMeta,
+    DispatchArrived,
+    DispatchMeta,
+    FrameKind,
+    Header,
+    RankId,
+    Rows,
+)
+from stepmesh.window import CombineWindow, DispatchWindow, Verdict
+from stepmesh.wire import (
+    CHECKSUM_CRC32,
+    CHECKSUM_NONE,
+    DATA_MAGIC,
+    HEADER,
+    PROTOCOL_VERSION,
+    ControlFrame,
+    Heartbeat,
+    check_header,
+    encode_close,
+    encode_heartbeat,
+    frame_crc32,
+    read_header,
+    read_trailer,
+    seal_checksum,
+    write_trailer,
+)
+
+_LOW64 = (1 << 64) - 1
+
+
+class Environment(NamedTuple):
+    """What every pair of a mesh shares."""
+
+    config: MeshConfig
+    fabric: Fabric
+    trace: Trace
+
+
+class Identity(NamedTuple):
+    """Which peer, which process of it, which generation of the pair, over what and why."""
+
+    peer: RankId
+    incarnation: str
+    generation: int
+    transport_reason: str
+
+
+class Pair(ABC):
+    """What both roles have in common."""
+
+    receives: FrameKind
+
+    def __init__(self, env: Environment, identity: Identity, link: Link, channel: Channel, stats: PeerStats) -> None:
+        config = env.config
+        self.env = env
+        self.identity = identity
+        self.peer = identity.peer
+        self.generation = identity.generation
+        self.link = link
+        self.channel = channel
+        self.stats = stats
+        self.session = Session(config, env.fabric.now())
+        self.leftover: list[ControlFrame] = []  # frames that came right behind the handshake
+        self._layout = config.layout
+        self._checksum_kind = CHECKSUM_CRC32 if config.checksum else CHECKSUM_NONE
+        places = [(stream, parity) for stream in range(config.num_streams) for parity in range(NUM_PARITIES)]
+        self._tx = [Slot(channel.outgoing(*place), config.layout) for place in places]
+        self._rx = [Slot(channel.incoming(*place), config.layout) for place in places]
+
+    @property
+    @abstractmethod
+    def pending(self) -> bool:
+        """This rank owes the peer an answer, or waits for one. Any thread."""
+
+    @abstractmethod
+    def poll(self) -> Sequence[DispatchArrived | CombineArrived]:
+        """What has arrived in this rank's slots; cheap when there is nothing. Raises FrameError."""
+
+    def oldest_sent_at(self) -> float | None:
+        """When this rank's oldest unanswered dispatch was sent, in seconds."""
+        return None
+
+    def tx_slot(self, stream: int, seq: int) -> Slot:
+        return self._tx[NUM_PARITIES * stream + (seq & 1)]
+
+    def beat(self, counter: int, pending: bool) -> None:
+        """Send a heartbeat. Any thread."""
+        self.link.send(encode_heartbeat(Heartbeat(counter, pending or self.pending)))
+
+    def receive(self, frames: Sequence[ControlFrame], now: float) -> list[Notice]:
+        """Take control frames; what they mean for the mesh. Raises ProtocolError."""
+        notices = []
+        for frame in frames:
+            close_fds(frame.fds)
+            notice = self.session.receive(frame, now)
+            if notice is not None:
+                notices.append(notice)
+        return notices
+
+    def close(self, reason: str, *, retryable: bool) -> None:
+        """Tell the peer why, then revoke: nothing it writes from now on is ever looked at."""
+        self.link.send(encode_close(reason, retryable=retryable))
+        self.link.close()
+        self.channel.close()
+
+    def _read_frame(self, posted: Posted) -> tuple[Slot, Header]:
+        """The frame in a slot of ours, checked in everything but its sequence. Raises FrameError."""
+        slot = self._rx[NUM_PARITIES * posted.stream + posted.parity]
+        header = read_header(slot.memory)
+        check_header(
+            header,
+            kind=self.receives,
+            layout=self._layout,
+            num_streams=self.env.config.num_streams,
+            generation=self.generation,
+        )
+        if header.stream != posted.stream or header.seq & 1 != posted.parity or header.seq != posted.seq:
+            raise FrameError(
+                f"frame says stream {header.stream} seq {header.seq}, its slot stream {posted.stream} seq {posted.seq}"
+            )
+        trailer = read_trailer(slot.memory, header.payload_bytes)
+        if trailer != header.seq:
+            raise FrameError(f"incomplete frame: seq {header.seq} in front of the payload, {trailer} behind it")
+        if header.checksum_kind == CHECKSUM_CRC32:
+            crc = frame_crc32(slot.memory, header.payload_bytes)
+            if crc != header.checksum:
+                raise FrameError(f"checksum {crc:#010x}, the header says {header.checksum:#010x}")
+        return slot, header
+
+    def _post(self, slot: Slot, stream: int, seq: int, payload_bytes: int) -> None:
+        write_trailer(slot.memory, payload_bytes, seq)
+        if self._checksum_kind is CHECKSUM_CRC32:
+            seal_checksum(slot.memory, payload_bytes)
+        self.channel.post(stream, seq & 1, seq, frame_bytes(payload_bytes))
+        self.stats.sent_messages += 1
+        self.stats.sent_bytes += payload_bytes
+
+
+class AttentionPair(Pair):
+    """Attention rank's end: dispatches out, combines in."""
+
+    receives = FrameKind.COMBINE
+
+    def __init__(self, env: Environment, identity: Identity, link: Link, channel: Channel, stats: PeerStats) -> None:
+        super().__init__(env, identity, link, channel, stats)
+        self.window = DispatchWindow(env.config.num_streams)
+        self._dtype = int(self._layout.dispatch_dtype)
+
+    @property
+    def pending(self) -> bool:
+        return self.window.pending
+
+    def oldest_sent_at(self) -> float | None:
+        oldest_ns = self.window.oldest_sent_ns()
+        return None if oldest_ns is None else oldest_ns / 1e9
+
+    def post_dispatch(
+        self, seq: int, meta: DispatchMeta, num_tokens: int, top_k: int, payload_bytes: int, now_ns: int
+    ) -> None:
+        """Publish the payload that lies in the slot of `seq`."""
+        slot = self.tx_slot(meta.stream, seq)
+        HEADER.pack_into(
+            slot.memory,
+            0,
+            DATA_MAGIC,
+            PROTOCOL_VERSION,
+            FrameKind.DISPATCH,
+            meta.flags,
+            meta.epoch,
+            self.generation,
+            seq,
+            meta.step,
+            meta.gang_id,
+            0,
+            meta.member_mask & _LOW64,
+            meta.member_mask >> 64,
+            num_tokens,
+            0,
+            payload_bytes,
+            0,
+            meta.stream,
+            meta.layer,
+            top_k,
+            self._dtype,
+            self._checksum_kind,
+        )
+        self.window.sent(meta.stream, seq, meta.epoch, num_tokens, now_ns)
+        self._post(slot, meta.stream, seq, payload_bytes)
+        self.env.trace.record(now_ns, Stage.DISPATCH_POSTED, self.peer, meta.stream, meta.layer, seq)
+
+    def poll(self) -> list[CombineArrived]:
+        posts = self.channel.poll()
+        return self._take(posts) if posts else []
+
+    def _take(self, posts: Sequence[Posted]) -> list[CombineArrived]:
+        arrived = []
+        for posted in posts:
+            slot, header = self._read_frame(posted)
+            verdict, sent_ns = self.window.accept(header)
+            if verdict is Verdict.SUPERSEDED:
+                self.stats.superseded += 1
+                continue
+            now_ns = int(self.env.fabric.now() * 1e9)
+            self.stats.received_messages += 1
+            self.stats.received_bytes += header.payload_bytes
+            self.stats.answers_waited_ns += now_ns - sent_ns
+            self.env.trace.record(now_ns, Stage.COMBINE_ARRIVED, self.peer, header.stream, header.layer, header.seq)
+            view = slot.combine(header.num_tokens)
+            arrived.append(CombineArrived(self.peer, header, view.rows, view.scales))
+        return arrived
+
+
+class FfnPair(Pair):
+    """FFN rank's end: dispatches in, combines out."""
+
+    receives = FrameKind.DISPATCH
+
+    def __init__(
+        self,
+        env: Environment,
+        identity: Identity,
+        link: Link,
+        channel: Channel,
+        stats: PeerStats,
+        membership: Membership,
+    ) -> None:
+        super().__init__(env, identity, link, channel, stats)
+        self._membership = membership
+        self.window = CombineWindow(env.config.num_streams)
+        self._dtype = int(self._layout.combine_dtype)
+        # The header handed out last for each slot: an arrival is answerable only while it is that very object.
+        self._delivered: list[Header | None] = [None] * len(self._rx)
+        self._parked: list[tuple[Posted, float]] = []  # dispatches of an epoch not heard of yet, and since when
+
+    @property
+    def pending(self) -> bool:
+        return self.window.pending
+
+    def poll(self) -> list[DispatchArrived]:
+        posts = self.channel.poll()
+        return self._take(posts) if posts else []
+
+    def unpark(self) -> list[DispatchArrived]:
+        """A new epoch is live: take what waited for it. Raises FrameError."""
+        parked, self._parked = self._parked, []
+        return self._take([posted for posted, _ in parked])
+
+    def check_parked(self, now: float, limit_s: float) -> None:
+        """Raise FrameError when a dispatch has waited longer than `limit_s` for its epoch."""
+        for posted, since in self._parked:
+            if now - since > limit_s:
+                raise FrameError(f"seq {posted.seq} of stream {posted.stream} is of an epoch that never became live")
+
+    def combine_slot(self, arrival: DispatchArrived) -> CombineView:
+        """Where to write the answer. Raises StaleArrivalError."""
+        header = self._check_answerable(arrival)
+        return self.tx_slot(header.stream, header.seq).combine(header.num_tokens)
+
+    def post_combine(self, arrival: DispatchArrived, meta: CombineMeta, rows: Rows, scales: Rows | None) -> None:
+        """Answer a dispatch. Raises StaleArrivalError, or ConfigError for wrong rows."""
+        header = self._check_answerable(arrival)
+        stream, seq = header.stream, header.seq
+        slot = self.tx_slot(stream, seq)
+        view = slot.combine(header.num_tokens)
+        copy_section(view.rows, rows, "rows")
+        copy_section(view.scales, scales, "scales")
+        HEADER.pack_into(
+            slot.memory,
+            0,
+            DATA_MAGIC,
+            PROTOCOL_VERSION,
+            FrameKind.COMBINE,
+            meta.flags,
+            header.epoch,
+            self.generation,
+            seq,
+            header.step,
+            meta.gang_id,
+            meta.compute_ns,
+            meta.member_mask & _LOW64,
+            meta.member_mask >> 64,
+            header.num_tokens,
+            meta.gang_tokens,
+            view.payload_bytes,
+            0,
+            stream,
+            header.layer,
+            header.top_k,
+            self._dtype,
+            self._checksum_kind,
+        )
+        self.window.answered(stream, seq)
+        self._delivered[NUM_PARITIES * stream + (seq & 1)] = None
+        self._post(slot, stream, seq, view.payload_bytes)
+        now_ns = int(self.env.fabric.now() * 1e9)
+        self.env.trace.record(now_ns, Stage.COMBINE_POSTED, self.peer, stream, header.layer, seq)
+
+    def _take(self, posts: Sequence[Posted]) -> list[DispatchArrived]:
+        arrived = []
+        membership = self._membership
+        for posted in posts:
+            slot, header = self._read_frame(posted)
+            verdict = self.window.accept(header, membership.live_epochs, membership.newest_epoch)
+            if verdict is Verdict.FUTURE_EPOCH:
+                self._parked.append((posted, self.env.fabric.now()))
+                continue
+            self._delivered[NUM_PARITIES * posted.stream + posted.parity] = header
+            self.stats.received_messages += 1
+            self.stats.received_bytes += header.payload_bytes
+            now_ns = int(self.env.fabric.now() * 1e9)
+            self.env.trace.record(now_ns, Stage.DISPATCH_ARRIVED, self.peer, header.stream, header.layer, header.seq)
+            view = slot.dispatch(header.num_tokens, header.top_k)
+            arrived.append(DispatchArrived(self.peer, header, view.parts))
+        return arrived
+
+    def _check_answerable(self, arrival: DispatchArrived) -> Header:
+        header = arrival.header
+        if self._delivered[NUM_PARITIES * header.stream + (header.seq & 1)] is not header:
+            raise StaleArrivalError(f"seq {header.seq} of stream {header.stream} of {arrival.peer} is void")
+        self.window.check_answerable(header.stream, header.seq)
+        return header

@@ -1,0 +1,159 @@
+"""Who may talk to whom, and over what. Pure.
+
+`Membership` holds the epochs that are live (two at most in ordinary operation) and tells which peers to reach and
+which to drop. `admit` is an FFN rank's decision about an authenticated hello; `choose_transport` picks the
+transport of a pair by what both ends offer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from stepmesh.config import MeshConfig
+from stepmesh.errors import ConfigError
+from stepmesh.handshake import Hello
+from stepmesh.types import Member, RankId
+
+
+class MembershipChange(NamedTuple):
+    """What a new member list asks for. A replaced rank (another incarnation) is in both lists."""
+
+    dropped: tuple[RankId, ...]
+    added: tuple[Member, ...]
+
+
+class Membership:
+    """The other role's ranks, by live epoch."""
+
+    def __init__(self, config: MeshConfig) -> None:
+        self._role = config.id.role
+        self._epochs: dict[int, dict[RankId, Member]] = {}
+        self._retired = -1
+        self.live_epochs: frozenset[int] = frozenset()
+        self.newest_epoch = -1
+
+    def members(self) -> dict[RankId, Member]:
+        """Every rank of any live epoch; where epochs disagree the newer one counts."""
+        merged: dict[RankId, Member] = {}
+        for epoch in sorted(self._epochs):
+            merged.update(self._epochs[epoch])
+        return merged
+
+    def set_members(self, epoch: int, members: Iterable[Member]) -> MembershipChange:
+        """Add an epoch. Idempotent. Raises ConfigError for a contradiction."""
+        table = {member.id: member for member in members}
+        for rank_id in table:
+            if rank_id.role is self._role:
+                raise ConfigError(f"{rank_id} cannot be a peer of an {self._role.value} rank")
+        if not 0 <= epoch < 1 << 32:
+            raise ConfigError(f"epoch {epoch} does not fit 32 bits")
+        if epoch <= self._retired:
+            raise ConfigError(f"epoch {epoch} was retired already (up to {self._retired})")
+        known = self._epochs.get(epoch)
+        if known is not None and known != table:
+            raise ConfigError(f"epoch {epoch} already has other members: a new list needs a new epoch")
+        before = self.members()
+        self._epochs[epoch] = table
+        self._refresh()
+        return _difference(before, self.members())
+
+    def retire_epoch(self, epoch: int) -> MembershipChange:
+        """Forget this epoch and all before it. Idempotent."""
+        before = self.members()
+        self._retired = max(self._retired, epoch)
+        for old in [number for number in self._epochs if number <= epoch]:
+            del self._epochs[old]
+        self._refresh()
+        return _difference(before, self.members())
+
+    def _refresh(self) -> None:
+        self.live_epochs = frozenset(self._epochs)
+        self.newest_epoch = max(self._epochs, default=self._retired)
+
+
+def _difference(before: dict[RankId, Member], after: dict[RankId, Member]) -> MembershipChange:
+    dropped = tuple(
+        rank_id
+        for rank_id, member in before.items()
+        if rank_id not in after or after[rank_id].incarnation != member.incarnation
+    )
+    added = tuple(
+        member
+        for rank_id, member in after.items()
+        if rank_id not in before or before[rank_id].incarnation != member.incarnation
+    )
+    return MembershipChange(dropped, added)
+
+
+class Choice(NamedTuple):
+    """A transport and why it was chosen, in words for logs and metrics."""
+
+    transport: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a hello is turned away. `retryable`: it may be accepted later."""
+
+    reason: str
+    retryable: bool
+
+
+def geometry(config: MeshConfig) -> dict[str, int]:
+    """The numbers that fix slot sizes: both ends must have the same."""
+    return {**config.layout.to_dict(), "num_streams": config.num_streams}
+
+
+def admit(hello: Hello, config: MeshConfig, members: dict[RankId, Member], last_generation: int) -> Refusal | None:
+    """An FFN rank's answer to an authenticated hello: None to accept. `last_generation` of that very incarnation."""
+    if hello.target != config.id or hello.target_incarnation != config.incarnation:
+        return Refusal(
+            f"{hello.id} wants {hello.target} incarnation {hello.target_incarnation}, "
+            f"this is {config.id} incarnation {config.incarnation}",
+            retryable=True,
+        )
+    if hello.id.role is config.id.role:
+        return Refusal(f"{hello.id} and {config.id} have the same role", retryable=False)
+    if hello.config_hash != config.config_hash.hex():
+        return Refusal(
+            f"configuration differs: {hello.id} has {hello.config_hash[:16]}, "
+            f"{config.id} has {config.config_hash.hex()[:16]} (another model, dtype or shape?)",
+            retryable=False,
+        )
+    own = geometry(config)
+    differing = [
+        name for name in sorted(own.keys() | hello.geometry.keys()) if own.get(name) != hello.geometry.get(name)
+    ]
+    if differing:
+        sides = ", ".join(f"{name} {hello.geometry.get(name)} against {own.get(name)}" for name in differing)
+        return Refusal(f"slot geometry differs, {hello.id} against {config.id}: {sides}", retryable=False)
+    member = members.get(hello.id)
+    if member is None or member.incarnation != hello.incarnation:
+        return Refusal(f"{hello.id} incarnation {hello.incarnation} is in no live epoch here (yet)", retryable=True)
+    if hello.generation <= last_generation:
+        return Refusal(f"generation {hello.generation} is not above {last_generation}", retryable=True)
+    return None
+
+
+_LINK_OF = {"shm": "unix", "tcp": "tcp"}  # shm passes descriptors, tcp dials where its control link goes
+
+
+def choose_transport(offered: Sequence[str], own: Sequence[str], link_kind: str) -> Choice | Refusal:
+    """The first transport in the initiator's order that both ends offer and that the control link can serve."""
+    common = [name for name in offered if name in own]
+    usable = [name for name in common if _LINK_OF.get(name, link_kind) == link_kind]
+    if not usable:
+        return Refusal(
+            f"no transport in common: the initiator offers {list(offered)}, the responder {list(own)}, "
+            f"the control link is {link_kind}",
+            retryable=False,
+        )
+    name = usable[0]
+    if name == "shm":
+        return Choice(name, "same host: the peer's UNIX socket connects")
+    if "shm" in common:
+        return Choice(name, "the peer's UNIX socket cannot be reached: another host or network namespace")
+    return Choice(name, f"the only one in common (initiator {list(offered)}, responder {list(own)})")

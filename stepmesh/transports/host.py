@@ -1,0 +1,314 @@
+"""The real world of a rank: monotonic time, sockets, epoll, an eventfd as bell, threads; shm and tcp channels."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hmac
+import logging
+import os
+import secrets
+import select
+import socket
+import threading
+import time
+from collections.abc import Callable
+
+from stepmesh.config import MeshConfig
+from stepmesh.errors import ConfigError, TransportError
+from stepmesh.transports.base import Channel, ChannelSpec, Fabric, Link, Wakeups
+from stepmesh.transports.shm import ShmChannel, unsupported_reason
+from stepmesh.transports.sockets import SocketLink, dial_tcp, dial_unix, listen_tcp, listen_unix
+from stepmesh.transports.tcp import TcpChannel, TcpIo
+from stepmesh.types import Address, Role
+from stepmesh.wire import ATTACH_MAGIC, MAC_BYTES
+
+log = logging.getLogger("stepmesh")
+
+_TOKEN_BYTES = len(ATTACH_MAGIC) + MAC_BYTES
+_ACCEPT_PAUSE_S = 1.0  # after running out of descriptors: accepting again at once would only spin
+
+
+class HostFabric(Fabric):
+    """Used by every rank that runs for real. Raises ConfigError when the forced transport cannot work here."""
+
+    waits = True
+
+    def __init__(self, config: MeshConfig) -> None:
+        self._config = config
+        self._transports = _offered(config)
+        self._epoll = select.epoll()
+        self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._epoll.register(self._bell, select.EPOLLIN)
+        self._woken = False
+        self._links: dict[int, SocketLink] = {}
+        self._watched: set[int] = set()
+        self._io: TcpIo | None = None
+        self._listeners: dict[int, socket.socket] = {}
+        self._paused_until: float | None = None
+        self._newcomers: dict[int, _Newcomer] = {}
+        self._awaiting_data: list[TcpChannel] = []
+        self._periodic: list[_Periodic] = []
+        self._open = True
+        try:
+            self.address = self._listen()
+        except TransportError:
+            self.close()
+            raise
+
+    def now(self) -> float:
+        return time.monotonic()
+
+    def nonce(self, num_bytes: int) -> bytes:
+        return secrets.token_bytes(num_bytes)
+
+    @property
+    def transports(self) -> tuple[str, ...]:
+        return self._transports
+
+    def connect(self, address: Address) -> Link:
+        unreachable = "the peer listens on no UNIX socket"
+        if "shm" in self._transports and address.unix:
+            try:
+                return self._track(SocketLink(dial_unix(address), self._epoll))
+            except TransportError as error:
+                unreachable = str(error)
+        if "tcp" not in self._transports:
+            raise TransportError(f"transport 'shm' is forced, but {unreachable}")
+        if not address.port:
+            raise TransportError(f"the peer listens on no TCP port ({unreachable})")
+        return self._track(SocketLink(dial_tcp(address.host, address.port), self._epoll, connecting=True))
+
+    def open_channel(self, transport: str, spec: ChannelSpec, link: Link) -> Channel:
+        if transport == "shm":
+            return ShmChannel(spec, self._bell)
+        if transport != "tcp":
+            raise TransportError(f"transport {transport!r} does not exist here")
+        if self._io is None:
+            self._io = TcpIo(str(self._config.id), self._ring)
+        token = ATTACH_MAGIC + hmac.digest(spec.session_secret, b"data connection", "sha256")
+        if self._config.id.role is Role.ATTENTION:
+            dial = _data_dialler(link)
+            return TcpChannel(spec, self._io, token, dial)
+        channel = TcpChannel(spec, self._io, token, None)
+        self._awaiting_data = [*(other for other in self._awaiting_data if other.expected), channel]
+        return channel
+
+    def wait(self, timeout_s: float) -> Wakeups:
+        wakeups = Wakeups()
+        self._resume_accepting()
+        for fd, mask in self._epoll.poll(timeout_s):
+            if fd == self._bell:
+                with contextlib.suppress(BlockingIOError):
+                    os.eventfd_read(self._bell)
+            elif (link := self._links.get(fd)) is not None and link.fileno() == fd:
+                if mask & select.EPOLLOUT:
+                    link.flush()
+                wakeups.readable.append(link)
+            elif fd in self._watched:
+                wakeups.external = True
+            elif (listener := self._listeners.get(fd)) is not None:
+                self._accept(listener, wakeups)
+            elif (newcomer := self._newcomers.get(fd)) is not None:
+                self._greet(newcomer, wakeups)
+        if self._woken:
+            self._woken = False
+            wakeups.external = True
+        return wakeups
+
+    def every(self, interval_s: float, call: Callable[[], None]) -> None:
+        self._periodic.append(_Periodic(f"stepmesh-beat {self._config.id}", interval_s, call))
+
+    def watch(self, fd: int) -> None:
+        if fd not in self._watched:
+            self._epoll.register(fd, select.EPOLLIN)
+            self._watched.add(fd)
+
+    def unwatch(self, fd: int) -> None:
+        if fd in self._watched:
+            self._watched.discard(fd)
+            # The owner may have closed it already, which takes it out of the epoll.
+            with contextlib.suppress(OSError):
+                self._epoll.unregister(fd)
+
+    def wake(self) -> None:
+        self._woken = True
+        self._ring()
+
+    def close(self) -> None:
+        if not self._open:
+            return
+        self._open = False
+        for periodic in self._periodic:
+            periodic.stop()
+        if self._io is not None:
+            self._io.close()
+        for newcomer in list(self._newcomers.values()):
+            self._dismiss(newcomer)
+        for listener in self._listeners.values():
+            listener.close()
+        self._epoll.close()
+        os.close(self._bell)
+
+    def _listen(self) -> Address:
+        """FFN ranks listen; attention ranks only connect, and leave no port open."""
+        host = self._config.advertise_host or self._config.listen_host
+        if self._config.id.role is not Role.FFN:
+            return Address("", host, 0)
+        unix, port = "", 0
+        if "shm" in self._transports:
+            unix = f"stepmesh-{secrets.token_hex(16)}"
+            self._add_listener(listen_unix(unix))
+        if "tcp" in self._transports:
+            listener = listen_tcp(self._config.listen_host, self._config.listen_port)
+            self._add_listener(listener)
+            port = listener.getsockname()[1]
+        return Address(unix, host, port)
+
+    def _add_listener(self, listener: socket.socket) -> None:
+        self._listeners[listener.fileno()] = listener
+        self._epoll.register(listener, select.EPOLLIN)
+
+    def _track(self, link: SocketLink) -> SocketLink:
+        self._links = {fd: other for fd, other in self._links.items() if other.fileno() == fd}
+        self._links[link.fileno()] = link
+        return link
+
+    def _ring(self) -> None:
+        with contextlib.suppress(OSError):  # full: it rings already; closed: nobody waits any more
+            os.eventfd_write(self._bell, 1)
+
+    def _accept(self, listener: socket.socket, wakeups: Wakeups) -> None:
+        for _ in range(self._config.max_pending):
+            try:
+                sock, _ = listener.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                    self._pause_accepting(error)
+                return
+            sock.setblocking(False)
+            if sock.family == socket.AF_UNIX:
+                wakeups.accepted.append(self._track(SocketLink(sock, self._epoll)))
+                continue
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if len(self._newcomers) >= self._config.max_pending:
+                self._dismiss(next(iter(self._newcomers.values())))
+            self._newcomers[sock.fileno()] = _Newcomer(sock, self.now())
+            self._epoll.register(sock, select.EPOLLIN)
+
+    def _greet(self, newcomer: _Newcomer, wakeups: Wakeups) -> None:
+        """Tell by its first bytes whether a TCP connection is a control link or a pair's data connection."""
+        if not newcomer.read():
+            self._dismiss(newcomer)
+        elif not newcomer.seen.startswith(ATTACH_MAGIC[: len(newcomer.seen)]):
+            sock = self._forget(newcomer)
+            wakeups.accepted.append(self._track(SocketLink(sock, self._epoll, initial=bytes(newcomer.seen))))
+        elif len(newcomer.seen) == _TOKEN_BYTES:
+            sock = self._forget(newcomer)
+            for channel in self._awaiting_data:
+                if channel.expected and hmac.compare_digest(channel.token, newcomer.seen):
+                    channel.adopt(sock)
+                    self._ring()  # the mesh looks whether a handshake can be completed
+                    return
+            log.warning("%s: closed a data connection that belongs to no session", self._config.id)
+            sock.close()
+
+    def _forget(self, newcomer: _Newcomer) -> socket.socket:
+        del self._newcomers[newcomer.sock.fileno()]
+        self._epoll.unregister(newcomer.sock)
+        return newcomer.sock
+
+    def _dismiss(self, newcomer: _Newcomer) -> None:
+        self._forget(newcomer).close()
+
+    def _pause_accepting(self, error: OSError) -> None:
+        log.error(
+            "%s: cannot accept connections: %s; trying again in %.0f s",
+            self._config.id,
+            error.strerror,
+            _ACCEPT_PAUSE_S,
+        )
+        self._paused_until = self.now() + _ACCEPT_PAUSE_S
+        for fd in self._listeners:
+            self._epoll.modify(fd, 0)
+
+    def _resume_accepting(self) -> None:
+        if self._paused_until is not None and self.now() >= self._paused_until:
+            self._paused_until = None
+            for fd in self._listeners:
+                self._epoll.modify(fd, select.EPOLLIN)
+        if self._newcomers:
+            limit = self.now() - self._config.connect_timeout_s
+            for newcomer in [n for n in self._newcomers.values() if n.since < limit]:
+                self._dismiss(newcomer)
+
+
+class _Newcomer:
+    """A TCP connection that has not yet said what it is."""
+
+    def __init__(self, sock: socket.socket, since: float) -> None:
+        self.sock = sock
+        self.since = since
+        self.seen = bytearray()
+
+    def read(self) -> bool:
+        """Read on, never past what tells the two kinds apart or past the token. False: closed."""
+        while True:
+            wanted = (len(ATTACH_MAGIC) if len(self.seen) < len(ATTACH_MAGIC) else _TOKEN_BYTES) - len(self.seen)
+            if wanted == 0 or not self.seen.startswith(ATTACH_MAGIC[: len(self.seen)]):
+                return True
+            try:
+                data = self.sock.recv(wanted)
+            except BlockingIOError:
+                return True
+            except OSError:
+                return False
+            if not data:
+                return False
+            self.seen += data
+
+
+class _Periodic:
+    """A thread that calls back at a steady pace until stopped."""
+
+    def __init__(self, name: str, interval_s: float, call: Callable[[], None]) -> None:
+        self._stopped = threading.Event()
+        self._interval_s = interval_s
+        self._call = call
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stopped.wait(self._interval_s):
+            self._call()
+
+
+def _offered(config: MeshConfig) -> tuple[str, ...]:
+    """Transports in order of preference."""
+    if config.transport == "inproc":
+        raise ConfigError("transport 'inproc' needs an InprocNetwork's fabric: Mesh(config, network.fabric(config))")
+    if config.transport == "tcp":
+        return ("tcp",)
+    missing = unsupported_reason()
+    if config.transport == "shm":
+        if missing:
+            raise ConfigError(f"transport 'shm' is forced: {missing}")
+        return ("shm",)
+    if missing:
+        log.info("%s: offers tcp only: %s", config.id, missing)
+        return ("tcp",)
+    return ("shm", "tcp")
+
+
+def _data_dialler(link: Link) -> Callable[[], socket.socket]:
+    """The data connection goes where the control link goes."""
+    if not isinstance(link, SocketLink) or link.kind != "tcp":
+        raise TransportError(f"tcp needs a control link over TCP, this one is {link.kind}")
+    host, port = link.peer_endpoint()
+    return lambda: dial_tcp(host, port)

@@ -1,0 +1,236 @@
+"""Bytes on the wire: the data header and the control frames. Pure: bytes in, values out.
+
+Everything is little-endian. Parsing never trusts a length: control bodies are bounded (tightly so before the
+peer has authenticated), and a header is checked field by field against what both ends agreed on.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import zlib
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+from stepmesh.errors import FrameError, ProtocolError
+from stepmesh.layout import HEADER_BYTES, TRAILER_BYTES, PayloadLayout, trailer_offset
+from stepmesh.types import FrameKind, Header
+
+PROTOCOL_VERSION = 1
+OLDEST_VERSION = 1  # N-1 is accepted, for rolling updates; there is no version 0
+DATA_MAGIC = b"SMDF"
+HELLO_MAGIC = b"SMSH"
+ATTACH_MAGIC = b"SMDA"  # opens a tcp data connection
+
+HEADER = struct.Struct("<4sHBBIIQQQQQQIIIIHHHBB8x")
+SEQ = struct.Struct("<Q")
+CHECKSUM_NONE = 0
+CHECKSUM_CRC32 = 1
+_CHECKSUM_OFFSET = 76
+_U32 = struct.Struct("<I")
+assert HEADER.size == 96 <= HEADER_BYTES
+assert SEQ.size == TRAILER_BYTES
+
+
+def read_header(memory: memoryview) -> Header:
+    """The header at the start of a slot or frame; nothing is checked yet."""
+    return Header._make(HEADER.unpack_from(memory))
+
+
+def check_header(header: Header, *, kind: FrameKind, layout: PayloadLayout, num_streams: int, generation: int) -> None:
+    """Raise FrameError unless the header is one that this pair may carry. Sequence is the window's business."""
+    if header.magic != DATA_MAGIC:
+        raise FrameError(f"bad magic {header.magic!r}")
+    if not OLDEST_VERSION <= header.version <= PROTOCOL_VERSION:
+        raise FrameError(f"frame version {header.version}, this end speaks {OLDEST_VERSION}..{PROTOCOL_VERSION}")
+    if header.kind != kind:
+        raise FrameError(f"frame kind {header.kind}, expected {kind.name}")
+    if header.generation != generation:
+        raise FrameError(f"generation {header.generation}, the pair is in generation {generation}")
+    if header.stream >= num_streams:
+        raise FrameError(f"stream {header.stream} of {num_streams}")
+    if header.num_tokens > layout.max_tokens or header.top_k > layout.max_top_k:
+        raise FrameError(
+            f"{header.num_tokens} tokens x top_k {header.top_k} exceed the slot "
+            f"({layout.max_tokens} x {layout.max_top_k})"
+        )
+    if kind is FrameKind.DISPATCH:
+        dtype, size = layout.dispatch_dtype, layout.dispatch(header.num_tokens, header.top_k).total
+    else:
+        dtype, size = layout.combine_dtype, layout.combine(header.num_tokens).total
+    if header.wire_dtype != dtype:
+        raise FrameError(f"wire dtype {header.wire_dtype}, agreed on {dtype.name}")
+    if header.payload_bytes != size:
+        raise FrameError(f"payload of {header.payload_bytes} bytes, {header.num_tokens} tokens need {size}")
+    if header.checksum_kind not in (CHECKSUM_NONE, CHECKSUM_CRC32):
+        raise FrameError(f"unknown checksum algorithm {header.checksum_kind}")
+
+
+def write_trailer(memory: memoryview, payload_bytes: int, seq: int) -> None:
+    """Put the copy of seq behind the payload."""
+    SEQ.pack_into(memory, trailer_offset(payload_bytes), seq)
+
+
+def read_trailer(memory: memoryview, payload_bytes: int) -> int:
+    return int(SEQ.unpack_from(memory, trailer_offset(payload_bytes))[0])
+
+
+def frame_crc32(memory: memoryview, payload_bytes: int) -> int:
+    """crc32 of the packed header with its checksum field zero, then the payload."""
+    header = bytearray(memory[: HEADER.size])
+    _U32.pack_into(header, _CHECKSUM_OFFSET, 0)
+    return zlib.crc32(memory[HEADER_BYTES : HEADER_BYTES + payload_bytes], zlib.crc32(header))
+
+
+def seal_checksum(memory: memoryview, payload_bytes: int) -> None:
+    """Compute the checksum of a complete frame and store it in its header."""
+    _U32.pack_into(memory, _CHECKSUM_OFFSET, frame_crc32(memory, payload_bytes))
+
+
+class ControlKind(IntEnum):
+    """Frames of the control socket, in the order of a session's life."""
+
+    HELLO = 1  # initiator: magic, version, nonce, mac
+    CHALLENGE = 2  # responder: version, nonce, mac
+    PROOF = 3  # initiator: mac, json
+    ACCEPT = 4  # responder: mac, json (with slot descriptor)
+    REJECT = 5  # responder: mac, json
+    ATTACH = 6  # initiator: json (slot descriptor)
+    READY = 7  # responder: empty
+    HEARTBEAT = 8  # both: progress counter, work pending
+    IDLE = 9  # attention: stream, after_seq
+    DRAIN = 10  # both: empty
+    CLOSE = 11  # both: retryable, reason
+
+
+class ControlFrame(NamedTuple):
+    """One control frame. `fds` are open descriptors that arrived with it; the receiver owns them."""
+
+    kind: int
+    body: bytes
+    fds: tuple[int, ...] = ()
+
+
+PREFIX = struct.Struct("<BBH")  # kind, number of descriptors that travel with it, body length
+HELLO = struct.Struct("<4sH32s32s")
+CHALLENGE = struct.Struct("<H32s32s")
+MAC_BYTES = 32
+NONCE_BYTES = 32
+MAX_BODY_BYTES = 16 * 1024
+MAX_FDS = 4
+_HEARTBEAT = struct.Struct("<QB")
+_IDLE = struct.Struct("<HQ")
+
+
+def encode_control(kind: ControlKind, body: bytes = b"", num_fds: int = 0) -> bytes:
+    """A control frame ready to send."""
+    if len(body) > MAX_BODY_BYTES:
+        raise ProtocolError(f"{kind.name} body of {len(body)} bytes exceeds {MAX_BODY_BYTES}")
+    return PREFIX.pack(kind, num_fds, len(body)) + body
+
+
+class ControlParser:
+    """Cuts a byte stream into control frames. Bounded: holds at most one incomplete frame.
+
+    Until `trusted` is set only HELLO and CHALLENGE may arrive whole, whose sizes are fixed, plus the authenticated
+    frames that follow them within the same bounds; anything else raises ProtocolError at its first four bytes.
+    """
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+        self._fds: list[int] = []
+        self.trusted = False
+
+    def feed(self, data: bytes, fds: tuple[int, ...] = ()) -> None:
+        self._buffer += data
+        self._fds.extend(fds)
+
+    def next_frame(self) -> ControlFrame | None:
+        """The next complete frame, or None. Raises ProtocolError on garbage."""
+        if len(self._buffer) < PREFIX.size:
+            return None
+        kind, num_fds, length = PREFIX.unpack_from(self._buffer)
+        self._check_prefix(kind, num_fds, length)
+        end = PREFIX.size + length
+        if len(self._buffer) < end:
+            return None
+        if num_fds > len(self._fds):
+            raise ProtocolError(f"{ControlKind(kind).name} names {num_fds} descriptors, {len(self._fds)} arrived")
+        body = bytes(self._buffer[PREFIX.size : end])
+        fds = tuple(self._fds[:num_fds])
+        del self._buffer[:end], self._fds[:num_fds]
+        return ControlFrame(kind, body, fds)
+
+    def take_fds(self) -> list[int]:
+        """Descriptors that no frame has claimed: the owner of the link closes them."""
+        left, self._fds = self._fds, []
+        return left
+
+    def _check_prefix(self, kind: int, num_fds: int, length: int) -> None:
+        if not ControlKind.HELLO <= kind <= ControlKind.CLOSE:
+            raise ProtocolError("not a stepmesh control connection (unknown frame kind)")
+        if num_fds > MAX_FDS or length > MAX_BODY_BYTES:
+            raise ProtocolError(f"frame of {length} bytes with {num_fds} descriptors is out of bounds")
+        expected = {ControlKind.HELLO: HELLO.size, ControlKind.CHALLENGE: CHALLENGE.size}.get(ControlKind(kind))
+        if expected is not None and length != expected:
+            raise ProtocolError(f"{ControlKind(kind).name} of {length} bytes, expected {expected}")
+        if not self.trusted and kind > ControlKind.REJECT:
+            raise ProtocolError(f"{ControlKind(kind).name} before authentication")
+
+
+def encode_json(fields: dict[str, Any]) -> bytes:
+    return json.dumps(fields, sort_keys=True, separators=(",", ":")).encode("ascii")
+
+
+def decode_json(body: bytes) -> dict[str, Any]:
+    """Parse a body that an authenticated peer sent. Raises ProtocolError."""
+    try:
+        fields = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise ProtocolError(f"control body is not JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise ProtocolError("control body is not a JSON object")
+    return fields
+
+
+class Heartbeat(NamedTuple):
+    """counter: the main thread's progress; pending: it has work to do."""
+
+    counter: int
+    pending: bool
+
+
+def encode_heartbeat(beat: Heartbeat) -> bytes:
+    return encode_control(ControlKind.HEARTBEAT, _HEARTBEAT.pack(beat.counter, beat.pending))
+
+
+def decode_heartbeat(body: bytes) -> Heartbeat:
+    counter, pending = _unpack(_HEARTBEAT, body, "HEARTBEAT")
+    return Heartbeat(counter, bool(pending))
+
+
+def encode_idle(stream: int, after_seq: int) -> bytes:
+    return encode_control(ControlKind.IDLE, _IDLE.pack(stream, after_seq))
+
+
+def decode_idle(body: bytes) -> tuple[int, int]:
+    """(stream, after_seq)."""
+    stream, after_seq = _unpack(_IDLE, body, "IDLE")
+    return stream, after_seq
+
+
+def encode_close(reason: str, *, retryable: bool) -> bytes:
+    return encode_control(ControlKind.CLOSE, bytes([retryable]) + reason.encode()[:1000])
+
+
+def decode_close(body: bytes) -> tuple[str, bool]:
+    """(reason, retryable)."""
+    if not body:
+        raise ProtocolError("empty CLOSE")
+    return body[1:].decode(errors="replace"), bool(body[0])
+
+
+def _unpack(shape: struct.Struct, body: bytes, name: str) -> tuple[Any, ...]:
+    if len(body) != shape.size:
+        raise ProtocolError(f"{name} of {len(body)} bytes, expected {shape.size}")
+    return shape.unpack(body)
