@@ -5,7 +5,7 @@
     while serving:
         for event in mesh.progress(0.1): ...
 
-Thread rule: one thread, the main thread, calls everything; only `wake` may come from any other. The mesh itself runs a
+Thread rule: one thread, the main thread, calls everything; only `wake` and `stats` may come from any other. The mesh itself runs a
 thread for heartbeats and, once a tcp pair exists, one for tcp transfers; neither touches what the main thread owns.
 """
 
@@ -260,7 +260,7 @@ class Mesh:
         self._fabric.close()
 
     def stats(self) -> dict[str, Any]:
-        """Counters as plain values: the mesh's own, and under "peers" those of every peer by name."""
+        """Counters as plain values: the mesh's own, and under "peers" those of every peer by name. Any thread."""
         return {"id": str(self.id), "progress_counter": self._counter, **self._stats.snapshot()}
 
     # Inside

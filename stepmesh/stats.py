@@ -40,4 +40,6 @@ class MeshStats:
         return self.peers.setdefault(name, PeerStats())
 
     def snapshot(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """Plain values. Any thread: a counter may be a moment old."""
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "peers"}
+        return {**own, "peers": {name: dataclasses.asdict(peer) for name, peer in self.peers.copy().items()}}

@@ -31,17 +31,20 @@ def torch_dtype(dtype: WireDtype) -> torch.dtype:
     return _TORCH[dtype]
 
 
-def as_tensor(rows: npt.NDArray[Any], dtype: WireDtype) -> torch.Tensor:
-    """A tensor on the same memory as `rows`. Valid for as long as the rows are."""
+def to_torch(rows: npt.NDArray[Any], dtype: WireDtype) -> torch.Tensor:
+    """A tensor on the same memory as `rows`, valid for as long as they are. Raises ConfigError for another dtype."""
     if rows.dtype != dtype.numpy:
         raise ConfigError(f"rows are {rows.dtype}, {dtype.name} on the wire is {dtype.numpy}")
     return torch.from_numpy(rows.view(_NUMPY_BITS[dtype])).view(_TORCH[dtype])
 
 
-def as_rows(tensor: torch.Tensor, dtype: WireDtype) -> npt.NDArray[Any]:
-    """Wire rows on the same memory as a CPU tensor. Raises ConfigError for another dtype or device."""
-    if tensor.dtype is not _TORCH[dtype]:
-        raise ConfigError(f"tensor is {tensor.dtype}, the wire carries {_TORCH[dtype]}")
+def to_numpy(tensor: torch.Tensor) -> npt.NDArray[Any]:
+    """Wire rows on the same memory as a contiguous or strided CPU tensor. Raises ConfigError for what has no wire type."""
+    for dtype, torch_type in _TORCH.items():
+        if tensor.dtype is torch_type:
+            break
+    else:
+        raise ConfigError(f"{tensor.dtype} has no wire type: convert to one of {[str(t) for t in _TORCH.values()]}")
     if tensor.device.type != "cpu":
         raise ConfigError(f"tensor is on {tensor.device}: copy it to host memory first")
     bits: npt.NDArray[Any] = tensor.detach().view(_TORCH_BITS[dtype]).numpy()
