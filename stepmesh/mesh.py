@@ -5,8 +5,9 @@
     while serving:
         for event in mesh.progress(0.1): ...
 
-Thread rule: one thread, the main thread, calls everything; only `wake` and `stats` may come from any other. The mesh itself runs a
-thread for heartbeats and, once a tcp pair exists, one for tcp transfers; neither touches what the main thread owns.
+Thread rule: one thread, the main thread, calls everything; only `wake` and `stats` may come from any other. The mesh
+itself runs a thread for heartbeats and, once a tcp pair exists, one for tcp transfers; neither touches what the main
+thread owns.
 """
 
 from __future__ import annotations

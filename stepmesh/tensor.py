@@ -21,6 +21,7 @@ _TORCH = {
     WireDtype.BF16: torch.bfloat16,
     WireDtype.FP8_E4M3: torch.float8_e4m3fn,
 }
+_WIRE = {torch_type: dtype for dtype, torch_type in _TORCH.items()}
 # numpy has no such types: the bits travel as integers of the same size.
 _TORCH_BITS = {WireDtype.FP32: torch.float32, WireDtype.BF16: torch.int16, WireDtype.FP8_E4M3: torch.uint8}
 _NUMPY_BITS = {WireDtype.FP32: np.float32, WireDtype.BF16: np.int16, WireDtype.FP8_E4M3: np.uint8}
@@ -39,12 +40,10 @@ def to_torch(rows: npt.NDArray[Any], dtype: WireDtype) -> torch.Tensor:
 
 
 def to_numpy(tensor: torch.Tensor) -> npt.NDArray[Any]:
-    """Wire rows on the same memory as a contiguous or strided CPU tensor. Raises ConfigError for what has no wire type."""
-    for dtype, torch_type in _TORCH.items():
-        if tensor.dtype is torch_type:
-            break
-    else:
-        raise ConfigError(f"{tensor.dtype} has no wire type: convert to one of {[str(t) for t in _TORCH.values()]}")
+    """Wire rows on the same memory as a CPU tensor. Raises ConfigError for a dtype that the wire cannot carry."""
+    dtype = _WIRE.get(tensor.dtype)
+    if dtype is None:
+        raise ConfigError(f"{tensor.dtype} has no wire type: convert to one of {[str(known) for known in _WIRE]}")
     if tensor.device.type != "cpu":
         raise ConfigError(f"tensor is on {tensor.device}: copy it to host memory first")
     bits: npt.NDArray[Any] = tensor.detach().view(_TORCH_BITS[dtype]).numpy()
