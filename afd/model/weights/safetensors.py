@@ -103,6 +103,8 @@ def _entry(path: Path, name: str, value: Any, data_start: int, file_bytes: int) 
     dtype = str(value["dtype"])
     shape = tuple(int(size) for size in value["shape"])
     begin, end = (int(offset) for offset in value["data_offsets"])
+    if not 0 <= begin <= end or min(shape, default=0) < 0:
+        raise ValueError(f"{name}: shape {list(shape)}, data_offsets {[begin, end]}")
     if data_start + end > file_bytes:
         raise ModelError(f"{path}: truncated: tensor {name} ends at byte {data_start + end}, the file has {file_bytes}")
     known = _NUMPY_DTYPES.get(dtype)

@@ -1,0 +1,218 @@
+"""resolve_model and the load functions: what is found, what is refused, and how little of the weights is read."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from afd.errors import ConfigError, ModelError
+from afd.model.inventory import Half, inventory
+from afd.model.loading import DEFAULT_MODEL, load_attention_half, load_ffn_half, resolve_model
+from afd.model.presets import PRESETS
+from afd.model.sharding import ShardSpec
+from afd.model.weights.checkpoint import Checkpoint
+from afd.model.weights.source import Slices
+from afd.types import FfnParallel
+from tests.unit.model.model_files import STEP3_TINY
+
+MakeFolder = Callable[..., Path]
+
+
+def test_torch_free_modules_import_no_torch() -> None:
+    """The gateway, the coordinator and the CLI rely on it."""
+    code = (
+        "import sys, afd.model.loading, afd.model.tokenizer_files, afd.model.inventory, afd.model.sharding\n"
+        f"afd.model.loading.resolve_model({str(STEP3_TINY)!r})\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_the_default_model_resolves() -> None:
+    folder = resolve_model(DEFAULT_MODEL)
+    spec = folder.spec
+    assert (spec.num_layers, spec.hidden, spec.vocab_size, spec.max_context) == (30, 576, 49152, 8192)
+    assert (spec.bos_token_id, spec.eos_token_ids, spec.tie_embeddings) == (1, (2,), True)
+    assert folder.tokenizer_path == folder.path
+    assert folder.path is not None
+    assert resolve_model(str(folder.path)).fingerprint == folder.fingerprint
+
+
+def test_a_hf_folder_resolves() -> None:
+    folder = resolve_model(str(STEP3_TINY))
+    assert (folder.name, folder.spec.family, folder.spec.torch_dtype) == ("step3-tiny", "step3", "bfloat16")
+    assert folder.tokenizer_path is None
+    assert len(folder.fingerprint) == 64
+
+
+def test_generation_config_adds_eos_ids(make_folder: MakeFolder) -> None:
+    path = make_folder("llama-tiny")
+    (path / "generation_config.json").write_text('{"eos_token_id": [2, 9]}')
+    assert resolve_model(str(path)).spec.eos_token_ids == (2, 9)
+
+
+def test_the_fingerprint_sees_config_and_weights_not_the_place(make_folder: MakeFolder, tmp_path: Path) -> None:
+    path = make_folder("llama-tiny")
+    first = resolve_model(str(path)).fingerprint
+    moved = path.rename(tmp_path / "moved")
+    assert resolve_model(str(moved)).fingerprint == first
+    weights = moved / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    second = resolve_model(str(moved)).fingerprint
+    config = moved / "config.json"
+    config.write_text(config.read_text() + " ")
+    assert len({first, second, resolve_model(str(moved)).fingerprint}) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no-such-model", "is neither 'smollm2-135m-instruct', nor a folder"),
+        ("dummy:huge", "unknown preset .known: llama-tiny, .*step3"),
+    ],
+)
+def test_an_unknown_name_lists_what_there_is(name: str, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        resolve_model(name)
+
+
+def test_broken_folders_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"no config\.json"):
+        resolve_model(str(tmp_path))
+    config = tmp_path / "config.json"
+    config.write_text("{")
+    with pytest.raises(ModelError, match=r"config\.json: not JSON"):
+        resolve_model(str(tmp_path))
+    config.write_text("[]")
+    with pytest.raises(ModelError, match=r"config\.json: expected a JSON object, found list"):
+        resolve_model(str(tmp_path))
+    config.write_text(json.dumps(PRESETS["llama-tiny"]))
+    with pytest.raises(ModelError, match=r"has neither model\.safetensors nor"):
+        resolve_model(str(tmp_path))
+
+
+def _drop(tensors: dict[str, np.ndarray]) -> None:
+    del tensors["model.layers.1.self_attn.k_proj.weight"]
+
+
+def _add(tensors: dict[str, np.ndarray]) -> None:
+    tensors["model.layers.1.self_attn.q_proj.bias"] = np.zeros(64, np.float32)
+
+
+def _reshape(tensors: dict[str, np.ndarray]) -> None:
+    tensors["model.norm.weight"] = np.zeros(32, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (_drop, r"missing tensor model.layers.1.self_attn.k_proj.weight, expected shape [32, 64]"),
+        (_add, r"extra tensor model.layers.1.self_attn.q_proj.bias of shape [64]"),
+        (_reshape, r"model.safetensors: tensor model.norm.weight: expected shape [64], found [32]"),
+    ],
+)
+def test_missing_extra_and_misshaped_tensors_are_named(make_folder: MakeFolder, edit: Any, message: str) -> None:
+    path = make_folder("llama-tiny", edit_tensors=edit)
+    with pytest.raises(ModelError) as error:
+        resolve_model(str(path))
+    assert message in str(error.value) and str(path) in str(error.value)
+
+
+def test_a_layer_too_many_is_one_error(make_folder: MakeFolder) -> None:
+    def deeper(config: dict[str, Any]) -> None:
+        config["num_hidden_layers"] = 4
+
+    path = make_folder("llama-tiny", edit_config=deeper)
+    with pytest.raises(ModelError, match=r"missing tensor model\.layers\.3.*\(and 6 more\)$"):
+        resolve_model(str(path))
+
+
+def test_a_tied_model_may_carry_its_head_and_vision_parts_are_ignored(make_folder: MakeFolder) -> None:
+    def add_head(tensors: dict[str, np.ndarray]) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+
+    resolve_model(str(make_folder("llama-tiny", edit_tensors=add_head)))
+
+    def add_vision(tensors: dict[str, np.ndarray]) -> None:
+        tensors["vision_model.embeddings.class_embedding"] = np.zeros((1, 8), np.float32)
+
+    resolve_model(str(make_folder("step3-tiny", edit_tensors=add_vision)))
+
+
+class _RecordingSource:
+    """Stands before a source and notes the elements read under each name."""
+
+    def __init__(self, checkpoint: Checkpoint):
+        self.reads: dict[str, int] = {}
+        self._source = checkpoint.source
+        self.tensors = checkpoint.source.tensors
+
+    def read(self, name: str, slices: Slices = ()) -> Any:
+        raw = self._source.read(name, slices)
+        self.reads[name] = self.reads.get(name, 0) + raw.array.size
+        return raw
+
+
+def _recorded(name: str) -> tuple[Any, _RecordingSource]:
+    folder = resolve_model(name)
+    recorder = _RecordingSource(folder.checkpoint)
+    object.__setattr__(folder.checkpoint, "source", recorder)
+    return folder, recorder
+
+
+def test_the_attention_loader_reads_no_ffn_weight() -> None:
+    folder, recorder = _recorded(str(STEP3_TINY))
+    steps: list[tuple[int, int]] = []
+    load_attention_half(folder, "float32", progress=lambda done, total: steps.append((done, total)))
+    wanted = [t for t in inventory(folder.spec) if t.half is Half.ATTENTION]
+    expected = {folder.checkpoint.naming.stored_name(t): t.num_elements for t in wanted}
+    assert recorder.reads == expected
+    assert steps == [(i + 1, len(wanted)) for i in range(len(wanted))]
+
+
+@pytest.mark.parametrize("parallel", FfnParallel)
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_ffn_shards_together_read_each_weight_once(parallel: FfnParallel, num_ranks: int) -> None:
+    """With ep the shared expert is whole on every rank; everything else is read by exactly one."""
+    total: dict[str, int] = {}
+    spec = resolve_model(str(STEP3_TINY)).spec
+    for rank in range(num_ranks):
+        folder, recorder = _recorded(str(STEP3_TINY))
+        steps: list[tuple[int, int]] = []
+        load_ffn_half(
+            folder, ShardSpec(rank, num_ranks, parallel), "float32", progress=lambda d, t, s=steps: s.append((d, t))
+        )
+        assert steps[-1][0] == steps[-1][1] == len(steps)
+        for name, count in recorder.reads.items():
+            total[name] = total.get(name, 0) + count
+    for tensor in inventory(spec):
+        name = folder.checkpoint.naming.stored_name(tensor)
+        if tensor.half is Half.ATTENTION:
+            assert name not in total
+            continue
+        copies = num_ranks if parallel is FfnParallel.EP and tensor.part.startswith("shared_") else 1
+        assert total[name] == copies * tensor.num_elements, name
+
+
+def test_dtypes_by_name_or_as_torch_dtypes_and_nothing_else() -> None:
+    folder = resolve_model("dummy:llama-tiny")
+    assert load_attention_half(folder, "bfloat16").dtype is torch.bfloat16
+    assert load_ffn_half(folder, ShardSpec(), torch.float32).dtype is torch.float32
+    for wrong in ("float16", torch.float64):
+        with pytest.raises(ModelError, match=r"compute dtype .* is not supported"):
+            load_attention_half(folder, wrong)
+
+
+def test_a_rank_outside_its_world_is_refused() -> None:
+    with pytest.raises(ConfigError, match="rank 2 is not among 2"):
+        ShardSpec(2, 2)

@@ -1,0 +1,226 @@
+"""The sampler against an obvious twin, its independence of the batch, and the random numbers under it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from afd.model.philox import philox4x32, uniforms
+from afd.model.sampling import FIRST_CANDIDATES, Sampler
+from afd.types import SamplingParams
+
+GREEDY = SamplingParams(max_tokens=8, seed=0, temperature=0.0)
+
+
+def words(*values: int) -> np.ndarray:
+    return np.array([values], np.uint32)
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "expected"),
+    [
+        ((0,) * 4, (0,) * 2, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        ((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0),
+         (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)),
+    ],
+)  # fmt: skip
+def test_philox_known_answers(counter: tuple[int, ...], key: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    """The test vectors published with the algorithm."""
+    assert philox4x32(words(*counter), words(*key))[0].tolist() == list(expected)
+
+
+def test_uniforms_depend_on_seed_choice_and_position_only() -> None:
+    keys = [(seed, choice, position) for seed in (0, 7, -1, 2**40) for choice in (0, 1) for position in (0, 5)]
+    together = uniforms(*zip(*keys, strict=True))
+    alone = [uniforms([s], [c], [p])[0] for s, c, p in keys]
+    assert together.tolist() == alone
+    assert len(set(alone)) == len(alone)
+    assert uniforms([], [], []).shape == (0,)
+
+
+def test_uniforms_are_uniform() -> None:
+    values = uniforms([3] * 20000, [0] * 20000, range(20000))
+    counts = np.histogram(values, 20, (0, 1))[0]
+    chi_square = ((counts - 1000) ** 2 / 1000).sum()
+    assert chi_square < 43.8  # 19 degrees of freedom, p = 0.001
+
+
+def _logits(seed: int, vocab: int, ties: bool) -> torch.Tensor:
+    logits = torch.randn(vocab, generator=torch.Generator().manual_seed(seed)) * 2
+    return logits.bfloat16().float() if ties else logits
+
+
+def _twin_probabilities(
+    row: torch.Tensor, params: SamplingParams, position: int, prompt: list[int], output: list[int]
+) -> tuple[list[int], np.ndarray]:
+    """(ids by falling logit then rising id, their probabilities), by sorting everything and loops over tokens."""
+    logits = row.double().tolist()
+    for token, bias in params.logit_bias:
+        logits[token] += bias
+    for token in set(prompt + output):
+        factor = params.repetition_penalty
+        logits[token] = logits[token] / factor if logits[token] > 0 else logits[token] * factor
+    for token in set(output):
+        logits[token] -= params.frequency_penalty * output.count(token) + params.presence_penalty
+    if position < params.min_tokens:
+        for token in params.stop_token_ids:
+            logits[token] = -math.inf
+    order = sorted(range(len(logits)), key=lambda i: (-logits[i], i))
+    if params.greedy:
+        return order[:1], np.ones(1)
+    weights = np.array([math.exp((logits[i] - logits[order[0]]) / params.temperature) for i in order])
+    keep = np.ones(len(order), bool)
+    if params.top_k:
+        keep[params.top_k :] = False
+    keep &= weights >= params.min_p
+    mass, kept = weights[keep].sum(), 0.0
+    for rank in np.flatnonzero(keep):
+        if kept >= params.top_p * mass:
+            keep[rank] = False
+        kept += weights[rank]
+    return order, np.where(keep, weights, 0.0) / weights[keep].sum()
+
+
+PARAMS = st.builds(
+    SamplingParams,
+    max_tokens=st.just(8),
+    seed=st.integers(0, 2**63),
+    choice=st.integers(0, 3),
+    temperature=st.sampled_from([0.0, 0.3, 1.0, 2.5]),
+    top_p=st.sampled_from([0.05, 0.5, 0.95, 1.0]),
+    top_k=st.sampled_from([0, 1, 5, 40, 10_000]),
+    min_p=st.sampled_from([0.0, 0.02, 0.3]),
+    stop_token_ids=st.just((3, 7)),
+    min_tokens=st.sampled_from([0, 4]),
+    presence_penalty=st.sampled_from([0.0, 0.7]),
+    frequency_penalty=st.sampled_from([0.0, -0.4]),
+    repetition_penalty=st.sampled_from([1.0, 1.3]),
+    logit_bias=st.sampled_from([(), ((0, 5.0), (9, -100.0))]),
+)
+
+
+@settings(max_examples=250, deadline=None, derandomize=True)
+@given(
+    params=PARAMS,
+    position=st.integers(0, 8),
+    logits_seed=st.integers(0, 10_000),
+    vocab=st.sampled_from([11, 200, 3 * FIRST_CANDIDATES]),
+    ties=st.booleans(),
+    prompt=st.lists(st.integers(0, 10), max_size=5),
+    output=st.lists(st.integers(0, 10), max_size=5),
+)
+def test_against_the_twin(
+    params: SamplingParams, position: int, logits_seed: int, vocab: int, ties: bool,
+    prompt: list[int], output: list[int],
+) -> None:  # fmt: skip
+    """The drawn token is the twin's, whichever way (rank order or id order) the distribution is inverted."""
+    row = _logits(logits_seed, vocab, ties)
+    got = Sampler().sample(row[None], [params], [position], [(prompt, output)]).ids[0]
+    ids, probabilities = _twin_probabilities(row, params, position, prompt, output)
+    if params.greedy:
+        assert got == ids[0]
+        return
+    u = uniforms([params.seed], [params.choice], [position])[0]
+    if params.top_k == 0 and params.top_p == 1.0 and params.min_p == 0.0:
+        by_id = np.zeros(vocab)
+        by_id[ids] = probabilities
+        ids, probabilities = list(range(vocab)), by_id
+    cumulative = np.cumsum(probabilities)
+    assume(np.abs(cumulative - u).min() > 1e-5)  # on an edge, rounding may decide
+    kept_mass = np.cumsum(np.exp(np.log(np.maximum(probabilities, 1e-300))))
+    assume(params.top_p == 1.0 or np.isclose(kept_mass[-1], 1.0))
+    expected = ids[int(np.searchsorted(cumulative, u, side="right"))]
+    assert got == expected or _nucleus_edge(row, params, position, prompt, output)
+
+
+def _nucleus_edge(
+    row: torch.Tensor, params: SamplingParams, position: int, prompt: list[int], output: list[int]
+) -> bool:
+    """True when a cut of top_p or min_p falls within rounding of a token's edge."""
+    wide = replace(params, top_p=1.0)
+    _, probabilities = _twin_probabilities(row, wide, position, prompt, output)
+    on_top_p = np.abs(np.cumsum(probabilities) - params.top_p).min() < 1e-5
+    _, all_probabilities = _twin_probabilities(row, replace(wide, min_p=0.0), position, prompt, output)
+    on_min_p = np.abs(all_probabilities / all_probabilities[0] - params.min_p).min() < 1e-5
+    return bool(on_top_p or on_min_p)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(rows=st.lists(st.tuples(PARAMS, st.integers(0, 8)), min_size=2, max_size=6), seed=st.integers(0, 1000))
+def test_a_row_does_not_depend_on_its_batch(rows: list[tuple[SamplingParams, int]], seed: int) -> None:
+    params = [replace(p, logprobs=2) for p, _ in rows]
+    positions = [position for _, position in rows]
+    logits = torch.stack([_logits(seed + i, 700, ties=i % 2 == 0) for i in range(len(rows))])
+    histories = [([1, 2], [3] * i) for i in range(len(rows))]
+    together = Sampler().sample(logits, params, positions, histories)
+    for i in range(len(rows)):
+        alone = Sampler().sample(logits[i : i + 1], params[i : i + 1], positions[i : i + 1], histories[i : i + 1])
+        assert alone.ids == [together.ids[i]] and alone.logprobs == [together.logprobs[i]]
+
+
+def test_samples_follow_the_distribution() -> None:
+    row = torch.tensor([0.0, 1.0, 2.0, -1.0])
+    params = [SamplingParams(max_tokens=1, seed=seed, top_k=3) for seed in range(4000)]
+    ids = Sampler().sample(row.expand(4000, 4), params, [0] * 4000).ids
+    expected = torch.softmax(row[:3], 0) * 4000
+    counts = torch.bincount(torch.tensor(ids), minlength=4)
+    assert counts[3] == 0
+    assert (((counts[:3] - expected) ** 2) / expected).sum() < 13.8  # 2 degrees of freedom, p = 0.001
+
+
+def test_greedy_ties_go_to_the_lower_id_and_logits_stay_untouched() -> None:
+    logits = torch.tensor([[1.0, 3.0, 3.0, 0.0]])
+    before = logits.clone()
+    biased = replace(GREEDY, logit_bias=((3, 9.0),))
+    got = Sampler().sample(logits.expand(2, 4), [GREEDY, biased], [0, 0])
+    assert got.ids == [1, 3]
+    assert torch.equal(logits, before)
+
+
+def test_min_tokens_masks_stop_ids_until_reached() -> None:
+    params = replace(GREEDY, stop_token_ids=(2,), min_tokens=3)
+    logits = torch.tensor([[0.0, 1.0, 5.0]]).expand(2, 3)
+    assert Sampler().sample(logits, [params, params], [2, 3]).ids == [1, 2]
+
+
+def test_logprobs_are_of_the_models_own_logits() -> None:
+    logits = torch.randn(1, 300, generator=torch.Generator().manual_seed(1))
+    params = replace(GREEDY, temperature=0.2, logprobs=3, logit_bias=((17, 50.0),))
+    got = Sampler().sample(logits, [params], [0])
+    assert got.ids == [17]
+    expected = torch.log_softmax(logits[0], 0)
+    sampled, top = got.logprobs[0] or (0.0, [])
+    assert sampled == pytest.approx(float(expected[17]), abs=1e-5)
+    best = expected.topk(3)
+    assert [token for token, _ in top] == best.indices.tolist()
+    assert [value for _, value in top] == pytest.approx(best.values.tolist(), abs=1e-5)
+    none, zero = Sampler().sample(logits.expand(2, 300), [GREEDY, replace(GREEDY, logprobs=0)], [0, 0]).logprobs
+    assert none is None and zero is not None and zero[1] == []
+
+
+def test_gaps_on_request() -> None:
+    logits = torch.tensor([[1.0, 4.0, 3.5], [2.0, 2.0, 0.0]])
+    assert Sampler().sample(logits, [GREEDY] * 2, [0, 0], with_gaps=True).top2_gaps == [0.5, 0.0]
+    assert Sampler().sample(logits, [GREEDY] * 2, [0, 0]).top2_gaps is None
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_rows_that_are_not_finite_are_reported_and_the_others_served(bad: float) -> None:
+    logits = torch.tensor([[0.0, bad, 1.0], [0.0, 2.0, 1.0], [-math.inf] * 3])
+    got = Sampler().sample(logits, [replace(GREEDY, logprobs=1)] * 3, [0] * 3)
+    assert got.ids == [-1, 1, -1] and got.invalid == (0, 2)
+    assert got.logprobs[0] is None and got.logprobs[1] is not None
+
+
+def test_a_tiny_temperature_is_greedy_and_an_empty_batch_ordinary() -> None:
+    logits = torch.randn(1, 5000, generator=torch.Generator().manual_seed(2))
+    params = SamplingParams(max_tokens=1, seed=4, temperature=1e-40, top_p=0.9)
+    assert Sampler().sample(logits, [params], [0]).ids == [int(logits.argmax())]
+    assert Sampler().sample(torch.empty(0, 10), [], []).ids == []

@@ -1,0 +1,156 @@
+"""The default model against Hugging Face transformers: tokens, logits, and its tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import regex
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from transformers import GPT2Tokenizer, LlamaForCausalLM
+
+from afd.errors import ModelError
+from afd.kv.cache import KVCache
+from afd.model.batch import AttentionBatch
+from afd.model.halves import AttentionHalf, FFNHalf
+from afd.model.loading import DEFAULT_MODEL, ModelFolder, load_attention_half, load_ffn_half, resolve_model
+from afd.model.reference import compare, forward, reference_generate
+from afd.model.sharding import ShardSpec
+from afd.model.tokenizer_files import TokenizerFiles, load_tokenizer
+from afd.types import SamplingParams
+from tests.oracles.hf import hf_greedy, hf_logits, load_hf_llama
+
+CHAT = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
+PROMPTS = (CHAT, "def fibonacci(n):\n    ", "In 1969, 2 men walked on the")
+
+
+@pytest.fixture(scope="module")
+def folder() -> ModelFolder:
+    return resolve_model(DEFAULT_MODEL)
+
+
+@pytest.fixture(scope="module")
+def files(folder: ModelFolder) -> TokenizerFiles:
+    loaded = load_tokenizer(folder)
+    assert loaded is not None
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def halves(folder: ModelFolder) -> tuple[AttentionHalf, FFNHalf]:
+    return load_attention_half(folder, "float32"), load_ffn_half(folder, ShardSpec(), "float32")
+
+
+@pytest.fixture(scope="module")
+def hf_model(folder: ModelFolder) -> LlamaForCausalLM:
+    assert folder.path is not None
+    return load_hf_llama(folder.path)
+
+
+def test_greedy_tokens_equal_transformers(
+    halves: tuple[AttentionHalf, FFNHalf], hf_model: LlamaForCausalLM, files: TokenizerFiles
+) -> None:
+    prompts = [files.tokenizer.encode(text).ids for text in PROMPTS]
+    params = SamplingParams(max_tokens=16, seed=0, temperature=0.0)
+    for prompt, expected in zip(prompts, hf_greedy(hf_model, prompts, 16), strict=True):
+        got = reference_generate(halves[0], [halves[1]], prompt, params)
+        assert compare(got, expected.token_ids).ok
+        assert got.top2_gaps == pytest.approx(expected.top2_gaps, abs=1e-3)
+    assert "Paris" in files.tokenizer.decode(reference_generate(halves[0], [halves[1]], prompts[0], params).token_ids)
+
+
+@torch.inference_mode()
+def test_logits_of_a_mixed_batch_equal_transformers(
+    halves: tuple[AttentionHalf, FFNHalf], hf_model: LlamaForCausalLM, files: TokenizerFiles
+) -> None:
+    """All prompts in one batch, cut in two steps, every position: relative L2 below 1e-5."""
+    attention, ffn = halves
+    prompts = [files.tokenizer.encode(text).ids for text in PROMPTS]
+    cache = KVCache(attention.spec, 12, 16, torch.float32)
+    blocks = [list(range(4 * i, 4 * i + 4)) for i in range(len(prompts))]
+    rows: list[list[torch.Tensor]] = [[] for _ in prompts]
+    for part in (0, 1):
+        pieces = [(0, 5) if part == 0 else (5, len(prompt) - 5) for prompt in prompts]
+        layout = [(start, count, own) for (start, count), own in zip(pieces, blocks, strict=True)]
+        tokens = [t for prompt, (start, n) in zip(prompts, pieces, strict=True) for t in prompt[start : start + n]]
+        x = forward(attention, [ffn], torch.tensor(tokens), AttentionBatch.build(layout, 16), cache)
+        for own, piece in zip(rows, torch.split(attention.logits(x), [count for _, count in pieces]), strict=True):
+            own.append(piece)
+    for prompt, own in zip(prompts, rows, strict=True):
+        expected = hf_logits(hf_model, prompt)
+        assert (torch.cat(own) - expected).norm() < 1e-5 * expected.norm()
+
+
+@pytest.fixture(scope="module")
+def gpt2(files: TokenizerFiles, folder: ModelFolder) -> GPT2Tokenizer:
+    """transformers' own GPT-2 tokenizer over SmolLM2's vocabulary."""
+    metadata = folder.checkpoint.source.metadata  # type: ignore[attr-defined]
+    vocabulary = {token: i for i, token in enumerate(metadata["tokenizer.ggml.tokens"])}
+    merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
+    return GPT2Tokenizer(vocab=vocabulary, merges=merges)
+
+
+TEXTS = [
+    "Hello 12345 world",
+    "it's  3.14\n\n  def f(x):\treturn x  ",
+    "naïve café 日本語 🤖 ½ ٣ x²",
+    "  leading and trailing   ",
+    "",
+]
+
+
+def _oracle(gpt2: GPT2Tokenizer, text: str) -> list[int]:
+    """SmolLM2's rule: every numeric character stands alone, what lies between is GPT-2's."""
+    return [token for piece in regex.split(r"(\p{N})", text) if piece for token in gpt2.encode(piece)]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_the_tokenizer_equals_gpt2_between_digits(files: TokenizerFiles, gpt2: GPT2Tokenizer, text: str) -> None:
+    ids = files.tokenizer.encode(text).ids
+    assert ids == _oracle(gpt2, text)
+    assert files.tokenizer.decode(ids) == text
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(text=st.text(st.characters(codec="utf-8", exclude_characters="<"), max_size=30))
+def test_the_tokenizer_equals_gpt2_on_any_text(files: TokenizerFiles, gpt2: GPT2Tokenizer, text: str) -> None:
+    assert files.tokenizer.encode(text).ids == _oracle(gpt2, text)
+
+
+def test_digits_and_special_tokens(files: TokenizerFiles) -> None:
+    tokenizer = files.tokenizer
+    assert [tokenizer.id_to_token(i) for i in tokenizer.encode("2024").ids] == ["2", "0", "2", "4"]
+    assert tokenizer.encode(CHAT).ids[:2] == [1, 4093]
+    assert tokenizer.decode(tokenizer.encode(CHAT).ids).startswith("user\nWhat")
+    assert tokenizer.get_vocab_size() == 49152
+    assert (files.bos_token, files.eos_token) == ("<|im_start|>", "<|im_end|>")
+    assert files.chat_template is not None and "add_generation_prompt" in files.chat_template
+
+
+def test_a_hf_folder_with_a_tokenizer(files: TokenizerFiles, make_folder: Callable[..., Path]) -> None:
+    path = make_folder("llama-tiny")
+    assert load_tokenizer(resolve_model(str(path))) is None
+    (path / "tokenizer.json").write_text(files.tokenizer.to_str())
+    loaded = load_tokenizer(resolve_model(str(path)))
+    assert loaded is not None and loaded.chat_template is None and loaded.eos_token is None
+    assert isinstance(loaded.tokenizer, Tokenizer)
+    assert loaded.tokenizer.encode(CHAT).ids == files.tokenizer.encode(CHAT).ids
+    config = path / "tokenizer_config.json"
+    config.write_text(
+        '{"chat_template": [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}],'
+        ' "bos_token": "<s>", "eos_token": {"content": "</s>"}}'
+    )
+    loaded = load_tokenizer(resolve_model(str(path)))
+    assert loaded is not None
+    assert (loaded.chat_template, loaded.bos_token, loaded.eos_token) == ("D", "<s>", "</s>")
+    (path / "chat_template.jinja").write_text("J")
+    loaded = load_tokenizer(resolve_model(str(path)))
+    assert loaded is not None and loaded.chat_template == "J"
+    for file, name in ((config, "tokenizer_config.json: not JSON"), (path / "tokenizer.json", "not a tokenizer")):
+        file.write_text("{")
+        with pytest.raises(ModelError, match=name):
+            load_tokenizer(resolve_model(str(path)))
