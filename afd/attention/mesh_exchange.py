@@ -6,32 +6,28 @@ interrupted steps again once `ready` is true (nothing of them was booked).
 
 from __future__ import annotations
 
-import logging
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from afd.attention.exchange import Combined
 from afd.errors import PeerLostError
 from afd.model.halves import Dispatch
+from stepmesh.errors import PeerNotConnectedError, SlotBusyError
 from stepmesh.mesh import Mesh
 from stepmesh.tensor import to_numpy, to_torch
 from stepmesh.types import (
     CombineArrived,
     DispatchMeta,
     DispatchParts,
-    FrameRejected,
     Member,
     PeerDown,
     PeerUp,
     RankId,
     WireDtype,
 )
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -97,7 +93,10 @@ class MeshExchange:
             None if ids is None else ids.numpy(),
             None if weights is None else weights.numpy(),
         )
-        flight.seq = self._mesh.dispatch(self._peers, meta, parts)
+        try:
+            flight.seq = self._mesh.dispatch(self._peers, meta, parts)
+        except (PeerNotConnectedError, SlotBusyError) as error:
+            raise PeerLostError(str(error)) from error
         flight.waiting = True
 
     def poll(self, timeout_s: float) -> list[Combined]:
@@ -106,15 +105,11 @@ class MeshExchange:
             if isinstance(event, CombineArrived):
                 self._arrived(event)
             elif isinstance(event, PeerUp):
-                log.info("%s is connected over %s (%s)", event.peer, event.transport, event.reason)
                 self._up.add(event.peer)
             elif isinstance(event, PeerDown):
-                log.warning("%s is lost: %s", event.peer, event.reason)
                 self._up.discard(event.peer)
                 self.down_reason = f"{event.peer} is lost: {event.reason}"
                 lost = event
-            elif isinstance(event, FrameRejected):
-                log.warning("a frame of %s was rejected: %s", event.peer, event.reason)
         if lost is not None:
             raise PeerLostError(self.down_reason)
         completed = list(self._completed)
@@ -157,10 +152,4 @@ class MeshExchange:
         )
 
     def _tensor(self, answer: CombineArrived) -> Tensor:
-        rows: Tensor = to_torch(answer.rows, self._wire_dtype)
-        return rows
-
-
-def dtype_of(name: str) -> torch.dtype:
-    """ "bfloat16" or "float32" -> torch dtype."""
-    return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
+        return to_torch(answer.rows, self._wire_dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,17 +13,15 @@ from torch import Tensor
 from afd.events import Stage, TraceRing
 from afd.ffn.gang import Arrival, GangBatch, GangTable
 from afd.model.halves import Dispatch, FFNHalf
+from stepmesh.errors import StaleArrivalError
 from stepmesh.mesh import Mesh
 from stepmesh.tensor import to_numpy, to_torch
 from stepmesh.types import (
     CombineMeta,
     DispatchArrived,
     DispatchParts,
-    Event,
-    FrameRejected,
     IdleNotice,
     PeerDown,
-    PeerUp,
     WireDtype,
 )
 
@@ -50,36 +49,32 @@ class FFNEngine:
         mesh: Mesh,
         gangs: GangTable,
         *,
-        dtype: torch.dtype,
         wire_dtype: WireDtype,
         clock: Callable[[], float] = time.perf_counter,
     ):
         self._half = half
         self._mesh = mesh
         self.gangs = gangs
-        self._dtype = dtype
         self._wire_dtype = wire_dtype
         self._clock = clock
         self.totals = FFNTotals()
         self.ring = TraceRing()
 
-    def run_once(self, timeout_s: float) -> list[Event]:
-        """Wait for work at most `timeout_s`, compute what is complete. Returns peer events for the caller."""
+    def run_once(self, timeout_s: float) -> None:
+        """Wait for work at most `timeout_s`, then compute and answer what is complete."""
         now = self._clock()
         deadline_s = self.gangs.deadline()
         if deadline_s is not None:
             timeout_s = min(timeout_s, max(0.0, deadline_s - now))
         waiting = self.gangs.has_pending
-        notable = self._take_events(min(timeout_s, MAX_WAIT_S))
+        self._take_events(min(timeout_s, MAX_WAIT_S))
         if waiting:
             self.totals.wait_s += self._clock() - now
         while (batch := self.gangs.next_batch(self._clock())) is not None:
             self._compute(batch)
-            notable += self._take_events(0.0)
-        return notable
+            self._take_events(0.0)
 
-    def _take_events(self, timeout_s: float) -> list[Event]:
-        notable: list[Event] = []
+    def _take_events(self, timeout_s: float) -> None:
         for event in self._mesh.progress(timeout_s):
             if isinstance(event, DispatchArrived):
                 header = event.header
@@ -100,10 +95,6 @@ class FFNEngine:
                 self.gangs.idle(event.peer.rank, event.stream)
             elif isinstance(event, PeerDown):
                 self.gangs.lost(event.peer.rank)
-                notable.append(event)
-            elif isinstance(event, PeerUp | FrameRejected):
-                notable.append(event)
-        return notable
 
     @torch.inference_mode()
     def _compute(self, batch: GangBatch) -> None:
@@ -111,15 +102,15 @@ class FFNEngine:
         arrivals = [a.token for a in batch.arrivals]
         parts = [a.parts for a in arrivals if isinstance(a, DispatchArrived)]
         assert len(parts) == len(arrivals)
-        out = self._half.layer(self._merge(batch.layer, parts)).to(self._dtype)
-        rows = to_numpy(out)
+        rows = to_numpy(self._half.layer(self._merge(batch.layer, parts)))
         done_s = self._clock()
         meta = CombineMeta(batch.gang_id, batch.mask, batch.num_tokens, int((done_s - begun_s) * 1e9))
         start = 0
         for arrival in arrivals:
             assert isinstance(arrival, DispatchArrived)
             end = start + arrival.header.num_tokens
-            self._mesh.combine(arrival, meta, rows[start:end])
+            with contextlib.suppress(StaleArrivalError):  # the peer was lost meanwhile; the answer has no reader
+                self._mesh.combine(arrival, meta, rows[start:end])
             start = end
         self._account(batch, begun_s, done_s)
 

@@ -19,7 +19,7 @@ from afd.metrics import MetricsServer, process_registry
 from afd.model.loading import ModelFolder, load_ffn_half, resolve_model
 from afd.model.sharding import ShardSpec
 from afd.seat import Seat, take_seat
-from stepmesh.types import PeerDown, PeerUp, Role
+from stepmesh.types import Role
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ class _Worker:
         half = load_ffn_half(self._folder, shard, config.model.dtype, config.ffn.device, loaded)
         gangs = GangTable(seat.rank, config.topology.num_ffn, max_window_s=config.ffn.gang_window_ms / 1e3)
         assert seat.mesh is not None, "an FFN worker has no place in topology mono"
-        self._engine = FFNEngine(half, seat.mesh, gangs, dtype=half.dtype, wire_dtype=WIRE_DTYPES[config.model.dtype])
+        self._engine = FFNEngine(half, seat.mesh, gangs, wire_dtype=WIRE_DTYPES[config.model.dtype])
         self._metrics = FFNMetrics(registry, self._engine, seat.mesh)
         seat.membership.set_ready(True)
         self._is_ready = True
@@ -107,13 +107,7 @@ class _Worker:
                 self._adopt(view)
             mesh.tick()
             self._progress += 1
-            for event in self._engine.run_once(IDLE_S):
-                if isinstance(event, PeerUp):
-                    log.info("%s is connected over %s (%s)", event.peer, event.transport, event.reason)
-                elif isinstance(event, PeerDown):
-                    log.warning("%s is lost: %s", event.peer, event.reason)
-                else:
-                    log.warning("%s", event)
+            self._engine.run_once(IDLE_S)
         mesh.drain()
 
     def _adopt(self, view: ClusterView) -> None:

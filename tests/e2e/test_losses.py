@@ -1,0 +1,123 @@
+"""kill -9 of every kind of process: what clients see, how fast, and that nothing is left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+
+import httpx
+import psutil
+import pytest
+
+from tests.e2e.conftest import STEP3_TINY
+from tests.e2e.local_cluster import LocalCluster, eventually
+
+MODEL = ("--model", STEP3_TINY, "--dtype", "float32")
+LONG = 1900  # tokens: a stream that surely runs while a process is killed
+
+
+class Stream(threading.Thread):
+    """A client that reads a stream to its end and notes what came when."""
+
+    def __init__(self, cluster, prompt):
+        super().__init__(daemon=True)
+        self.cluster, self.prompt = cluster, prompt
+        self.ids: list[int] = []
+        self.error: dict | None = None
+        self.done = False
+        self.broken: Exception | None = None
+        self.ended_s = 0.0
+        self.running = threading.Event()
+        self.start()
+
+    def run(self):
+        try:
+            for event in self.cluster.stream(self.prompt, LONG):
+                if event == "[DONE]":
+                    self.done = True
+                elif "error" in event:
+                    self.error = event["error"]
+                else:
+                    for choice in event["choices"]:
+                        self.ids += choice.get("token_ids") or []
+                    if len(self.ids) > 3:
+                        self.running.set()
+        except httpx.HTTPError as error:
+            self.broken = error
+        self.ended_s = time.monotonic()
+
+
+def start_streams(cluster, count):
+    streams = [Stream(cluster, [5 + idx, 7, 9]) for idx in range(count)]
+    for stream in streams:
+        assert stream.running.wait(30), "the stream did not begin"
+    return streams
+
+
+@pytest.mark.parametrize(("topology", "role"), [("1A1F", "attention"), ("1A2F", "ffn")])
+def test_a_killed_worker_ends_its_requests_with_an_error_event(topology, role, tmp_path):
+    """Within 3 s; the cluster then heals (the supervisor starts the worker again) and serves."""
+    with LocalCluster(tmp_path, *MODEL, "--topology", topology) as cluster:
+        streams = start_streams(cluster, 3)
+        killed_s = time.monotonic()
+        os.kill(cluster.pid_of(role), signal.SIGKILL)
+        for stream in streams:
+            stream.join(10)
+            assert stream.error is not None and stream.done, (stream.error, stream.broken)
+            assert stream.ended_s - killed_s < 3.0
+            assert stream.error["type"] and stream.error["message"]
+        eventually(lambda: httpx.get(f"{cluster.url}/readyz").status_code == 200, 40, "the cluster heals")
+        assert len(cluster.greedy_ids([1, 2, 3], 8)) == 8
+
+
+def test_a_killed_attention_worker_of_two_loses_nothing(tmp_path, reference):
+    """Its requests go on at the other one: the client sees one unbroken, right stream."""
+    with LocalCluster(tmp_path, *MODEL, "--topology", "2A1F") as cluster:
+        streams = start_streams(cluster, 4)
+        os.kill(cluster.pid_of("attention", 0), signal.SIGKILL)
+        for stream in streams:
+            stream.join(90)
+            assert stream.done and stream.error is None, (stream.error, stream.broken)
+    for stream in streams:
+        reference.check(STEP3_TINY, stream.prompt, stream.ids, LONG)
+
+
+def test_a_killed_coordinator_stops_no_stream_and_new_requests_get_503(tmp_path):
+    with LocalCluster(tmp_path, *MODEL, "--topology", "1A1F") as cluster:
+        streams = start_streams(cluster, 2)
+        coordinator = psutil.Process(cluster.pid_of("coordinator"))
+        coordinator.suspend()  # silent, and not started again: what a hung or unreachable coordinator is
+        try:
+            body = {"model": cluster.model, "prompt": [1, 2], "max_tokens": 1}
+
+            def refused():
+                answer = httpx.post(f"{cluster.url}/v1/completions", json=body, timeout=30)
+                return answer if answer.status_code == 503 else None
+
+            answer = eventually(refused, 15, "503 without a coordinator")
+            assert answer.headers["retry-after"] and answer.json()["error"]["message"]
+            for stream in streams:
+                stream.join(90)
+                assert stream.done and stream.error is None and len(stream.ids) == LONG
+        finally:
+            coordinator.resume()
+        coordinator.kill()
+        eventually(lambda: httpx.get(f"{cluster.url}/readyz").status_code == 200, 40, "the coordinator is back")
+        assert len(cluster.greedy_ids([1, 2, 3], 8)) == 8
+
+
+@pytest.mark.parametrize("victim", ["gateway", "supervisor"])
+def test_a_killed_gateway_or_supervisor_closes_connections_and_leaves_nothing(victim, tmp_path):
+    cluster = LocalCluster(tmp_path, *MODEL, "--topology", "1A1F", "--no-restart", expect_exit=None)
+    with cluster:
+        streams = start_streams(cluster, 2)
+        os.kill(cluster.process.pid if victim == "supervisor" else cluster.pid_of("gateway"), signal.SIGKILL)
+        for stream in streams:
+            stream.join(5)
+            assert not stream.is_alive() and stream.broken is not None
+        _, alive = psutil.wait_procs(cluster.members, timeout=5)
+        assert not alive, [p.cmdline() for p in alive]
+        for path in cluster.run_dir.rglob("*.json"):
+            path.unlink()  # the supervisor itself is gone: `afd status` clears its stale run file

@@ -1,0 +1,97 @@
+"""Greedy float32 output through real processes equals the in-process reference, whatever the topology.
+
+`make test` runs a pairwise cover of the options, `make test-matrix` every combination.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+
+from tests.e2e.conftest import SMOLLM2, STEP3_TINY
+from tests.e2e.local_cluster import LocalCluster
+
+OPTIONS = {
+    "topology": ["1A1F", "2A1F", "1A2F", "2A2F"],
+    "transport": ["shm", "tcp"],
+    "streams": [1, 2, 3],
+    "prefix_cache": [True, False],
+    "max_step_tokens": [128, 12],
+    "ffn_parallel": ["hybrid", "tp"],
+    "model": ["step3-tiny", "smollm2"],
+}
+MODELS = {"step3-tiny": STEP3_TINY, "smollm2": SMOLLM2}
+
+
+def pairwise_cover(options: dict[str, list], seed: int = 0) -> list[tuple]:
+    """Combinations in which every pair of values of two options occurs (greedy, deterministic)."""
+    rng = random.Random(seed)
+    names = list(options)
+    everything = list(itertools.product(*options.values()))
+
+    def pairs(combination):
+        return set(itertools.combinations(zip(names, combination, strict=True), 2))
+
+    missing = set().union(*(pairs(c) for c in everything))
+    cover = []
+    while missing:
+        best = max(rng.sample(everything, len(everything)), key=lambda c: len(pairs(c) & missing))
+        missing -= pairs(best)
+        cover.append(best)
+    return cover
+
+
+COVER = pairwise_cover(OPTIONS)
+
+
+def cases():
+    for combination in itertools.product(*OPTIONS.values()):
+        marks = [] if combination in COVER else [pytest.mark.matrix]
+        yield pytest.param(
+            dict(zip(OPTIONS, combination, strict=True)), marks=marks, id="-".join(map(str, combination))
+        )
+
+
+def workload(vocab_size: int) -> tuple[list[list[int]], list[int]]:
+    """Prompts of mixed lengths, some with a shared prefix, and how many tokens each wants."""
+    rng = random.Random(7)
+    shared = [rng.randrange(10, vocab_size) for _ in range(40)]
+    prompts = [[rng.randrange(10, vocab_size) for _ in range(length)] for length in (1, 3, 17, 60)]
+    prompts += [[*shared, *(rng.randrange(10, vocab_size) for _ in range(length))] for length in (1, 9)]
+    return prompts, [12, 20, 8, 16, 10, 5]
+
+
+def test_the_cover_is_small_and_complete():
+    assert 12 <= len(COVER) <= 16
+    for first, second in itertools.combinations(range(len(OPTIONS)), 2):
+        wanted = set(itertools.product(list(OPTIONS.values())[first], list(OPTIONS.values())[second]))
+        assert {(c[first], c[second]) for c in COVER} == wanted
+
+
+@pytest.mark.parametrize("case", cases())
+def test_equals_the_reference(case, tmp_path, reference):
+    model = MODELS[case["model"]]
+    toml = f"""
+        [model]
+        name = "{model}"
+        dtype = "float32"
+        [cluster]
+        topology = "{case["topology"]}"
+        transport = "{case["transport"]}"
+        ffn_parallel = "{case["ffn_parallel"]}"
+        [attention]
+        streams = {case["streams"]}
+        prefix_cache = {str(case["prefix_cache"]).lower()}
+        max_step_tokens = {case["max_step_tokens"]}
+        min_chunk_tokens = 4
+        kv_cache_gib = 0.25
+    """
+    attention, _ = reference.halves(model)
+    prompts, lengths = workload(attention.spec.vocab_size)
+    with LocalCluster(tmp_path, toml=toml) as cluster:
+        for _ in range(2):  # the second round meets the prefix cache and settled gangs
+            outputs = cluster.greedy_ids_of_all(prompts, lengths)
+            for prompt, length, output in zip(prompts, lengths, outputs, strict=True):
+                reference.check(model, prompt, output, length)
