@@ -1,0 +1,1 @@
+"""HTTP shapes: request bodies, checks, response and chunk formats, routes."""

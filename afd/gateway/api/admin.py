@@ -1,0 +1,100 @@
+"""Routes for operators: liveness, readiness, metrics, version, the cluster's state, and a page for humans."""
+
+from __future__ import annotations
+
+from importlib import resources
+from typing import Any
+
+from fastapi import FastAPI, Request
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from starlette.responses import Response
+
+from afd import __version__
+from afd.errors import UnavailableError
+from afd.gateway.api.errors import error_response
+from afd.gateway.api.formats import json
+from afd.gateway.service import GatewayService
+
+
+class AdminRoutes:
+    """Handlers bound to one service."""
+
+    def __init__(self, service: GatewayService):
+        self._service = service
+        self._page = (resources.files("afd.gateway") / "static" / "index.html").read_bytes()
+
+    def install(self, app: FastAPI) -> None:
+        for path, handler in (
+            ("/", self.page),
+            ("/livez", self.livez),
+            ("/readyz", self.readyz),
+            ("/health", self.readyz),
+            ("/metrics", self.metrics),
+            ("/version", self.version),
+            ("/cluster", self.cluster),
+        ):
+            app.add_api_route(path, handler, methods=["GET"], response_model=None)
+
+    async def livez(self, request: Request) -> Response:
+        """The process answers."""
+        return _json_response({"status": "ok"})
+
+    async def readyz(self, request: Request) -> Response:
+        """Requests are taken; 503 with the reason otherwise."""
+        reason = self._service.unready_reason()
+        if reason is not None:
+            return error_response(UnavailableError(reason, code="not_ready"))
+        return _json_response({"status": "ok"})
+
+    async def metrics(self, request: Request) -> Response:
+        """Prometheus text."""
+        return Response(generate_latest(self._service.registry), media_type=CONTENT_TYPE_LATEST)
+
+    async def version(self, request: Request) -> Response:
+        """Of this software."""
+        return _json_response({"version": __version__})
+
+    async def cluster(self, request: Request) -> Response:
+        """Topology, members and load, as the gateway sees them."""
+        return _json_response(self._cluster_state())
+
+    async def page(self, request: Request) -> Response:
+        """A chat box and the cluster's state."""
+        headers = {
+            "content-security-policy": "default-src 'self'; script-src 'unsafe-inline'; style-src 'unsafe-inline'"
+        }
+        return Response(self._page, headers=headers, media_type="text/html")
+
+    def _cluster_state(self) -> dict[str, Any]:
+        service = self._service
+        view = service.view()
+        workers = {worker.key: worker for worker in service.dispatcher.workers.values()}
+        members = []
+        for member in view.members if view is not None else ():
+            entry: dict[str, Any] = {
+                "role": member.info.role,
+                "rank": member.rank,
+                "host": member.info.host,
+                "ready": member.ready,
+                "draining": member.draining,
+            }
+            worker = workers.get(member.info.incarnation)
+            if worker is not None:
+                entry["serving"] = worker.serving
+                entry["stats"] = worker.stats
+            members.append(entry)
+        return {
+            "model": service.model.name,
+            "max_context": service.model.max_context,
+            "topology": str(service.config.topology),
+            "ready": service.unready_reason() is None,
+            "reason": service.unready_reason(),
+            "epoch": view.epoch if view is not None else 0,
+            "queued": len(service.dispatcher.queue),
+            "running": service.dispatcher.num_running,
+            "members": members,
+        }
+
+
+def _json_response(value: object) -> Response:
+    return Response(json(value), media_type="application/json")

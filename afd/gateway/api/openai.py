@@ -1,0 +1,206 @@
+"""OpenAI's routes: /v1/chat/completions, /v1/completions, /v1/models; /tokenize and /detokenize beside them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+from fastapi import FastAPI, Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from afd.errors import RequestError
+from afd.gateway.api.chat_format import ChatFormat
+from afd.gateway.api.completion_format import CompletionFormat
+from afd.gateway.api.formats import ResponseFormat, json
+from afd.gateway.api.parameters import (
+    chat_job,
+    check_prompt_chars,
+    check_token_ids,
+    completion_job,
+    split_prompts,
+    template_messages,
+)
+from afd.gateway.api.schema import (
+    BodyDecoder,
+    SamplingBody,
+    TokenizeBody,
+    chat_decoder,
+    completion_decoder,
+    detokenize_decoder,
+    tokenize_decoder,
+)
+from afd.gateway.body import read_body
+from afd.gateway.generation import GenerationJob
+from afd.gateway.service import GatewayService
+from afd.gateway.stream import GenerationResponse
+
+INLINE_ENCODE_CHARS = 8_192  # longer texts are tokenised in a thread: the event loop has streams to serve
+
+
+class _Reply(Response):
+    """Hands the connection to a `GenerationResponse` (FastAPI wants a Response from a route)."""
+
+    def __init__(self, inner: GenerationResponse):
+        super().__init__()
+        self._inner = inner
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._inner(scope, receive, send)
+
+
+class OpenAiRoutes:
+    """Handlers bound to one service."""
+
+    def __init__(self, service: GatewayService):
+        self._service = service
+        self._model = service.model
+        self._limits = service.config.gateway
+
+    def install(self, app: FastAPI) -> None:
+        def post(path: str, handler: Any, decoder: BodyDecoder[Any]) -> None:
+            schema = {"$ref": f"#/components/schemas/{decoder.body_type.__name__}"}
+            body = {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+            app.add_api_route(path, handler, methods=["POST"], response_model=None, openapi_extra=body)
+
+        post("/v1/chat/completions", self.chat, chat_decoder)
+        post("/v1/completions", self.completions, completion_decoder)
+        post("/tokenize", self.tokenize, tokenize_decoder)
+        post("/detokenize", self.detokenize, detokenize_decoder)
+        app.add_api_route("/v1/models", self.models, methods=["GET"], response_model=None)
+        app.add_api_route("/v1/models/{model_name:path}", self.model, methods=["GET"], response_model=None)
+
+    # --- generation -------------------------------------------------------------------------------------
+
+    async def chat(self, request: Request) -> Response:
+        """Chat completion, streamed or not."""
+        body = chat_decoder.decode(await read_body(request, self._limits.max_body_bytes))
+        self._model.check_name(body.model)
+        template = self._model.need_template()
+        add_prompt = body.add_generation_prompt is not False
+        messages = template_messages(body.messages)
+        text = template.render(messages, add_generation_prompt=add_prompt, extra=body.chat_template_kwargs)
+        prompt_ids = await self._encode(text, "messages", add_special_tokens=False)
+        job = chat_job(body, prompt_ids, request.headers, self._model, self._limits)
+        response_format = ChatFormat(
+            f"chatcmpl-{request.state.request_id}",
+            int(time.time()),
+            self._model.name,
+            self._model.need_tokenizer("messages"),
+            prompt_ids=prompt_ids,
+            top_logprobs=job.prompts[0][1].logprobs,
+            include_usage=_include_usage(body),
+            return_token_ids=bool(body.return_token_ids),
+        )
+        return self._reply(body, job, response_format)
+
+    async def completions(self, request: Request) -> Response:
+        """Text completion of one or several prompts, given as texts or as token ids."""
+        body = completion_decoder.decode(await read_body(request, self._limits.max_body_bytes))
+        self._model.check_name(body.model)
+        special = body.add_special_tokens is not False
+        prompts = []
+        for prompt in split_prompts(body.prompt):
+            if isinstance(prompt, str):
+                prompts.append(await self._encode(prompt, "prompt", add_special_tokens=special))
+            else:
+                prompts.append(prompt)
+        job = completion_job(body, prompts, request.headers, self._model, self._limits)
+        tokenizer = self._model.tokenizer
+        echoed = None
+        if body.echo:
+            decode = self._model.need_tokenizer("echo").decode
+            echoed = [decode(prompt) for prompt in prompts]
+        response_format = CompletionFormat(
+            f"cmpl-{request.state.request_id}",
+            int(time.time()),
+            self._model.name,
+            tokenizer,
+            prompts=prompts,
+            num_choices=job.num_choices,
+            num_logprobs=job.prompts[0][1].logprobs,
+            include_usage=_include_usage(body),
+            return_token_ids=tokenizer is None if body.return_token_ids is None else body.return_token_ids,
+            echoed=echoed,
+        )
+        return self._reply(body, job, response_format)
+
+    def _reply(self, body: SamplingBody, job: GenerationJob, response_format: ResponseFormat) -> Response:
+        options = body.stream_options
+        response = GenerationResponse(
+            self._service.generate(job),
+            response_format,
+            self._service.metrics,
+            num_choices=job.num_choices,
+            stream=bool(body.stream),
+            include_usage=_include_usage(body),
+            continuous_usage=bool(options and options.continuous_usage_stats),
+        )
+        return _Reply(response)
+
+    async def _encode(self, text: str, param: str, *, add_special_tokens: bool) -> list[int]:
+        tokenizer = self._model.need_tokenizer(param)
+        check_prompt_chars(text, self._model, param)
+        if len(text) <= INLINE_ENCODE_CHARS:
+            return tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=add_special_tokens)
+
+    # --- models and tokens ------------------------------------------------------------------------------
+
+    async def models(self, request: Request) -> Response:
+        """The one model served."""
+        return _json_response({"object": "list", "data": [self._model_card()]})
+
+    async def model(self, request: Request) -> Response:
+        """One model by name."""
+        self._model.check_name(request.path_params["model_name"])
+        return _json_response(self._model_card())
+
+    async def tokenize(self, request: Request) -> Response:
+        """Token ids of a prompt or of templated messages."""
+        body = tokenize_decoder.decode(await read_body(request, self._limits.max_body_bytes))
+        self._model.check_name(body.model)
+        ids = await self._tokenized(body)
+        answer: dict[str, Any] = {"count": len(ids), "max_model_len": self._model.max_context, "tokens": ids}
+        if body.return_token_strs:
+            tokenizer = self._model.need_tokenizer("return_token_strs")
+            answer["token_strs"] = [tokenizer.token_text(token_id) for token_id in ids]
+        return _json_response(answer)
+
+    async def _tokenized(self, body: TokenizeBody) -> list[int]:
+        if (body.prompt is None) == (body.messages is None):
+            raise RequestError("give either prompt or messages", param="prompt")
+        if body.messages is None:
+            assert body.prompt is not None
+            return await self._encode(body.prompt, "prompt", add_special_tokens=body.add_special_tokens is not False)
+        text = self._model.need_template().render(
+            template_messages(body.messages), add_generation_prompt=body.add_generation_prompt is not False
+        )
+        return await self._encode(text, "messages", add_special_tokens=bool(body.add_special_tokens))
+
+    async def detokenize(self, request: Request) -> Response:
+        """Text of token ids."""
+        body = detokenize_decoder.decode(await read_body(request, self._limits.max_body_bytes))
+        self._model.check_name(body.model)
+        tokenizer = self._model.need_tokenizer("tokens")
+        check_token_ids(body.tokens, self._model, "tokens")
+        return _json_response({"prompt": tokenizer.decode(body.tokens, skip_special_tokens=False)})
+
+    def _model_card(self) -> dict[str, Any]:
+        return {
+            "id": self._model.name,
+            "object": "model",
+            "created": self._model.created,
+            "owned_by": "afd",
+            "root": self._model.names[-1],
+            "max_model_len": self._model.max_context,
+        }
+
+
+def _include_usage(body: SamplingBody) -> bool:
+    return bool(body.stream_options and body.stream_options.include_usage)
+
+
+def _json_response(value: object) -> Response:
+    return Response(json(value), media_type="application/json")

@@ -1,0 +1,144 @@
+"""Request bodies as msgspec structs: decoded and checked in one pass. Unknown fields are ignored, as vLLM does."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Generic, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from afd.errors import RequestError
+
+T = TypeVar("T")
+
+Text = str
+Probability = Annotated[float, Meta(ge=0, le=1)]
+Penalty = Annotated[float, Meta(ge=-2, le=2)]
+Count = Annotated[int, Meta(ge=0, le=1 << 31)]
+Positive = Annotated[int, Meta(ge=1, le=1 << 31)]
+Seed = Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
+TokenIdField = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
+
+
+class StreamOptions(msgspec.Struct):
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class SamplingBody(msgspec.Struct, kw_only=True):
+    """Fields that chat and text completions share. None = not given: each has its default in `parameters`."""
+
+    model: str | None = None
+    max_tokens: Positive | None = None
+    n: Positive | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[TokenIdField] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    min_tokens: Count | None = None
+    temperature: Annotated[float, Meta(ge=0, le=100)] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Meta(ge=-1, le=1 << 31)] | None = None
+    min_p: Probability | None = None
+    seed: Seed | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: Annotated[float, Meta(gt=0, le=100)] | None = None
+    logit_bias: dict[str, float] | None = None
+    priority: Annotated[int, Meta(ge=-(1 << 31), le=1 << 31)] | None = None
+    return_token_ids: bool | None = None
+    user: str | None = None
+
+
+class ContentPart(msgspec.Struct):
+    """One part of a message's content; only type "text" can be served."""
+
+    type: str
+    text: str | None = None
+
+
+class ChatMessage(msgspec.Struct, omit_defaults=True):
+    """tool_calls and the like are handed to the chat template as they are."""
+
+    role: str
+    content: str | list[ContentPart] | None = None
+    name: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+
+
+class ChatBody(SamplingBody, kw_only=True):
+    """POST /v1/chat/completions"""
+
+    messages: Annotated[list[ChatMessage], Meta(min_length=1)]
+    max_completion_tokens: Positive | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    response_format: dict[str, Any] | None = None
+    add_generation_prompt: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class CompletionBody(SamplingBody, kw_only=True):
+    """POST /v1/completions. prompt: a text, texts, one list of token ids, or several."""
+
+    prompt: str | list[str | TokenIdField | list[TokenIdField]]
+    logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    echo: bool | None = None
+    suffix: str | None = None
+    best_of: Positive | None = None
+    add_special_tokens: bool | None = None
+
+
+class TokenizeBody(msgspec.Struct, kw_only=True):
+    """POST /tokenize: either prompt or messages."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[ChatMessage], Meta(min_length=1)] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeBody(msgspec.Struct, kw_only=True):
+    """POST /detokenize"""
+
+    tokens: list[TokenIdField]
+    model: str | None = None
+
+
+class BodyDecoder(Generic[T]):
+    """Bytes -> body of one type; RequestError (400) names the parameter."""
+
+    def __init__(self, body_type: type[T]):
+        self.body_type = body_type
+        self._decoder: msgspec.json.Decoder[T] = msgspec.json.Decoder(body_type)
+
+    def decode(self, data: bytes) -> T:
+        try:
+            return self._decoder.decode(data)
+        except msgspec.ValidationError as error:
+            message, _, path = str(error).partition(" - at `$")
+            param = path.removesuffix("`").removeprefix(".") or _missing_field(message)
+            where = f"{param}: " if param else ""
+            raise RequestError(f"{where}{message}", param=param, code="invalid_value") from error
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise RequestError(f"the body is not valid JSON: {error}", code="invalid_json") from error
+
+
+def _missing_field(message: str) -> str | None:
+    """ "Object missing required field `messages`" names the field in the message itself."""
+    before, _, name = message.partition("missing required field `")
+    return name.rstrip("`") if before != message and name else None
+
+
+chat_decoder = BodyDecoder(ChatBody)
+completion_decoder = BodyDecoder(CompletionBody)
+tokenize_decoder = BodyDecoder(TokenizeBody)
+detokenize_decoder = BodyDecoder(DetokenizeBody)

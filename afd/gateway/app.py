@@ -1,0 +1,46 @@
+"""The FastAPI application: routes, error shape, middleware. Everything it needs comes with the service."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from starlette.exceptions import HTTPException
+
+from afd import __version__
+from afd.errors import AfdError
+from afd.gateway.api.admin import AdminRoutes
+from afd.gateway.api.errors import on_afd_error, on_http_error, on_unexpected_error
+from afd.gateway.api.openai import OpenAiRoutes
+from afd.gateway.api.schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from afd.gateway.api_keys import ApiKeys
+from afd.gateway.middleware import RequestGate
+from afd.gateway.service import GatewayService
+
+
+def build_app(service: GatewayService, keys: ApiKeys) -> FastAPI:
+    """The ASGI application. The caller starts and closes the service."""
+    app = FastAPI(title="AFD gateway", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
+    AdminRoutes(service).install(app)
+    OpenAiRoutes(service).install(app)
+    app.add_exception_handler(AfdError, on_afd_error)
+    app.add_exception_handler(HTTPException, on_http_error)
+    app.add_exception_handler(Exception, on_unexpected_error)
+    paths = frozenset(getattr(route, "path", "") for route in app.routes)
+    app.add_middleware(RequestGate, keys=keys, metrics=service.metrics, paths=paths)
+    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    return app
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    """FastAPI's schema plus the request bodies, which msgspec decodes and therefore describes."""
+    if app.openapi_schema is None:
+        schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
+        _, components = msgspec.json.schema_components(
+            [ChatBody, CompletionBody, TokenizeBody, DetokenizeBody], ref_template="#/components/schemas/{name}"
+        )
+        schema.setdefault("components", {}).setdefault("schemas", {}).update(components)
+        app.openapi_schema = schema
+    return app.openapi_schema

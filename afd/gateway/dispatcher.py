@@ -1,0 +1,374 @@
+"""Which worker runs which sequence, from submission to the last token: routing, queue, refusals, gaps, migration.
+
+Pure: messages, views and `now` come in; messages to workers go out through a `WorkerPort`, output and errors through
+each sequence's sink. No socket, clock or task in here; one thread (the event loop's) calls it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+from afd.errors import AfdError, PeerLostError, RequestError, UnavailableError
+from afd.gateway.admission import AdmissionQueue
+from afd.gateway.router import Worker, choose_worker
+from afd.gateway.sequence import Delta, Sequence, Verdict
+from afd.messages.membership import ClusterView
+from afd.messages.serving import (
+    Abort,
+    GatewayMessage,
+    Lease,
+    Refused,
+    Resend,
+    TokenChunk,
+    Tokens,
+    WorkerMessage,
+    WorkerStats,
+)
+from afd.types import FinishReason
+
+SILENCE_S = 2.0  # a worker that says nothing for so long is lost (it reports at least every second)
+LEASE_INTERVAL_S = 1.0
+LIVE_IDS_EVERY = 5  # every so many leases carry the list of live requests
+RESEND_INTERVAL_S = 0.25
+PROBE_S = 5.0  # a sequence without news for so long is asked after
+PROBE_INTERVAL_S = 1.0
+COOLING_MIN_S, COOLING_MAX_S = 0.05, 1.0
+MAX_ATTEMPTS = 5  # a request that takes so many workers down with it is not tried again
+
+
+class WorkerError(AfdError):
+    """A worker failed this request for good (HTTP 500): its own words."""
+
+
+class WorkerPort(Protocol):
+    """The way to the workers. Calls return at once; what cannot be sent is dropped (the protocol recovers)."""
+
+    def connect(self, key: str, endpoint: str) -> None: ...
+
+    def disconnect(self, key: str) -> None: ...
+
+    def send(self, key: str, message: GatewayMessage) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class DispatchLimits:
+    """ttft_s: target of a first token; with `enforce` it is a deadline, else `request_timeout_s` is."""
+
+    lease_s: float = 3.0
+    max_queue: int = 1024
+    ttft_s: float = 5.0
+    enforce: bool = False
+    request_timeout_s: float = 600.0
+    migration_timeout_s: float = 60.0
+
+
+@dataclass(slots=True)
+class DispatchCounters:
+    """Cumulative, for /metrics."""
+
+    placed: int = 0
+    refused: int = 0  # by a worker
+    migrated: int = 0
+    workers_lost: int = 0
+    gaps: int = 0
+    stale_chunks: int = 0
+    rejected_queue_full: int = 0
+    rejected_ttft: int = 0
+
+
+class Dispatcher:
+    def __init__(self, gateway_id: str, limits: DispatchLimits, port: WorkerPort):
+        self.limits = limits
+        self.workers: dict[str, Worker] = {}
+        self.queue = AdmissionQueue(limits.max_queue)
+        self.counters = DispatchCounters()
+        self._gateway_id = gateway_id
+        self._port = port
+        self._num_submitted = 0
+        self._ticked_at: float | None = None
+        self._probed_at = 0.0
+
+    # --- requests ---------------------------------------------------------------------------------------
+
+    @property
+    def num_running(self) -> int:
+        """Sequences placed at a worker."""
+        return sum(len(worker.active) for worker in self.workers.values())
+
+    def submit(self, sequences: list[Sequence], now: float, *, ttft_s: float | None = None) -> None:
+        """Take one request's sequences: all or none. UnavailableError when there is no place for them in time."""
+        serving = [worker for worker in self.workers.values() if worker.serving]
+        if not serving:
+            raise UnavailableError("no attention worker is serving", code="not_ready")
+        if not self.queue.room_for(len(sequences)):
+            self.counters.rejected_queue_full += 1
+            raise UnavailableError(
+                f"the queue is full ({len(self.queue)} of {self.queue.max_sequences} sequences wait)",
+                retry_after_s=max(1.0, min(worker.predicted_wait_s for worker in serving)),
+                code="queue_full",
+            )
+        target_s = self.limits.ttft_s if ttft_s is None else ttft_s
+        if self.limits.enforce:
+            wait_s = min(worker.predicted_wait_s for worker in serving)
+            if wait_s > target_s:
+                self.counters.rejected_ttft += 1
+                raise self._too_late(wait_s, target_s)
+        for sequence in sequences:
+            self._num_submitted += 1
+            sequence.order = self._num_submitted
+            sequence.created_at = now
+            sequence.deadline = now + (target_s if self.limits.enforce else self.limits.request_timeout_s)
+            self.queue.push(sequence)
+        self._pump(now)
+
+    def abort(self, sequences: Iterable[Sequence], now: float) -> None:
+        """The client has gone, or its request failed: free whatever of it still runs."""
+        by_worker: dict[str, list[str]] = {}
+        for sequence in sequences:
+            if sequence.done:
+                continue
+            sequence.done = True
+            self.queue.discard(sequence)
+            worker = self.workers.get(sequence.worker_key)
+            if worker is not None:
+                worker.remove(sequence)
+                worker.grant(now)
+                by_worker.setdefault(worker.key, []).append(sequence.req_id)
+        for key, req_ids in by_worker.items():
+            self._port.send(key, Abort(req_ids))
+        if by_worker:
+            self._pump(now)
+
+    # --- workers ----------------------------------------------------------------------------------------
+
+    def on_view(self, view: ClusterView, now: float) -> None:
+        """Follow the published membership: connect to new workers, give up those that left."""
+        members = {m.info.incarnation: m for m in view.of_role("attention") if m.info.serving}
+        for key in [key for key in self.workers if key not in members]:
+            gone = self.workers.pop(key)
+            self._port.disconnect(key)
+            self._abandon(gone, "it left the cluster", now)
+        for key, member in members.items():
+            worker = self.workers.get(key)
+            if worker is None:
+                worker = Worker(key, member.rank, member.info.serving, connected_at=now)
+                self.workers[key] = worker
+                self._port.connect(key, worker.endpoint)
+                self._send_lease(worker, now)
+            elif worker.endpoint != member.info.serving:
+                worker.endpoint = member.info.serving
+                self._port.disconnect(key)
+                self._port.connect(key, worker.endpoint)
+            worker.rank, worker.ready, worker.draining = member.rank, member.ready, member.draining
+        self._pump(now)
+
+    def on_message(self, key: str, message: WorkerMessage, now: float) -> None:
+        """A worker spoke."""
+        worker = self.workers.get(key)
+        if worker is None:
+            return
+        first_word = worker.heard_at is None or worker.lost
+        worker.heard_at, worker.lost = now, False
+        if isinstance(message, Tokens):
+            for chunk in message.chunks:
+                self._on_chunk(worker, chunk, now)
+        elif isinstance(message, Refused):
+            self._on_refused(worker, message, now)
+        elif isinstance(message, WorkerStats):
+            worker.stats = message
+        if self.queue and (first_word or not isinstance(message, Tokens)):
+            self._pump(now)
+
+    def tick(self, now: float) -> None:
+        """Call about ten times a second: leases, silence, deadlines, questions about silent sequences."""
+        paused_s = 0.0 if self._ticked_at is None else now - self._ticked_at
+        self._ticked_at = now
+        for worker in list(self.workers.values()):
+            if worker.heard_at is not None and paused_s > 0.5:
+                worker.heard_at += paused_s  # this process stood still: nobody could be heard
+            if now >= worker.lease_at:
+                self._send_lease(worker, now)
+            if worker.heard_at is not None and not worker.lost and now - worker.heard_at > SILENCE_S:
+                worker.lost = True
+                self._tell_gone(worker)
+                self._abandon(worker, f"silent for {now - worker.heard_at:.1f} s", now)
+            worker.renew(now, COOLING_MIN_S)
+        for sequence in self.queue.take_expired(now):
+            self._expire(sequence, now)
+        if now - self._probed_at >= PROBE_INTERVAL_S:
+            self._probed_at = now
+            self._probe_silent(now)
+        self._pump(now)
+
+    # --- internals --------------------------------------------------------------------------------------
+
+    def _on_chunk(self, worker: Worker, chunk: TokenChunk, now: float) -> None:
+        sequence = worker.active.get(chunk.req_id)
+        if sequence is None:
+            self.counters.stale_chunks += 1
+            return
+        outcome = sequence.accept(chunk)
+        if outcome is not Verdict.STALE:
+            sequence.heard_at = now
+        if isinstance(outcome, Delta):
+            failed = outcome.finish in (FinishReason.ERROR, FinishReason.ABORT)
+            if failed:
+                outcome.finish = None
+            sequence.sink.push(sequence, outcome, now)
+            if failed:
+                self._on_failed(worker, sequence, chunk, now)
+            elif sequence.done:
+                worker.remove(sequence)
+                worker.grant(now)
+                if chunk.finish is None:  # a stop string: the worker does not know yet
+                    self._port.send(worker.key, Abort([sequence.req_id]))
+                self._pump(now)
+        elif outcome is Verdict.GAP:
+            self.counters.gaps += 1
+            if chunk.finish in (FinishReason.ERROR, FinishReason.ABORT):
+                self._on_failed(worker, sequence, chunk, now)
+            elif now - sequence.resend_at >= RESEND_INTERVAL_S:
+                self._ask_again(worker, sequence, now)
+        else:
+            self.counters.stale_chunks += 1
+
+    def _on_failed(self, worker: Worker, sequence: Sequence, chunk: TokenChunk, now: float) -> None:
+        worker.remove(sequence)
+        detail = chunk.error or "the worker gave no reason"
+        if chunk.retryable or chunk.finish is FinishReason.ABORT:
+            self._relocate(sequence, f"attention worker {worker.rank} gave up the request: {detail}", now, worker.key)
+            self._pump(now)
+        else:
+            self._fail(sequence, WorkerError(f"attention worker {worker.rank}: {detail}"))
+
+    def _on_refused(self, worker: Worker, message: Refused, now: float) -> None:
+        sequence = worker.active.get(message.req_id)
+        if sequence is None or sequence.attempt != message.attempt:
+            return
+        worker.remove(sequence)
+        sequence.worker_key = ""
+        self.counters.refused += 1
+        if message.reason == "invalid":
+            self._fail(sequence, RequestError(message.detail))
+        elif message.reason == "unknown":  # the answer to a Resend: the Submit never arrived
+            self._relocate(sequence, f"attention worker {worker.rank} does not know the request", now)
+        else:
+            worker.cool(now + min(max(message.retry_after_s, COOLING_MIN_S), COOLING_MAX_S))
+            elsewhere = any(other.has_room(now) for other in self.workers.values())
+            fresh = self.limits.enforce and sequence.attempt == 0
+            if fresh and not elsewhere and now + message.retry_after_s > sequence.deadline:
+                self.counters.rejected_ttft += 1
+                self._fail(sequence, self._too_late(message.retry_after_s, sequence.deadline - now))
+            else:
+                self.queue.push(sequence)
+
+    def _pump(self, now: float) -> None:
+        """Place whatever is queued and fits somewhere."""
+        if not self.queue:
+            for worker in self.workers.values():
+                worker.uncool()
+            return
+        if not any(self._hopeful(worker, now) for worker in self.workers.values()):
+            for sequence in self.queue.take_all():
+                self._fail(sequence, self._nobody(sequence))
+            return
+        for sequence in self.queue.in_order():
+            rooms = [worker for worker in self.workers.values() if worker.has_room(now)]
+            if not rooms:
+                return
+            choice = choose_worker([room for room in rooms if room.key != sequence.avoid_key], now)
+            if choice is not None:
+                self._place(sequence, choice, now)
+
+    def _place(self, sequence: Sequence, worker: Worker, now: float) -> None:
+        self.queue.discard(sequence)
+        worker.add(sequence)
+        sequence.worker_key = worker.key
+        sequence.placed_at = sequence.heard_at = now
+        self.counters.placed += 1
+        fresh = self.limits.enforce and sequence.attempt == 0
+        self._port.send(worker.key, sequence.submit_message(max(0.001, sequence.deadline - now) if fresh else 0.0))
+
+    def _tell_gone(self, worker: Worker) -> None:
+        """Should a silent worker come back, it need not finish what others have taken over."""
+        if worker.active:
+            self._port.send(worker.key, Abort(list(worker.active)))
+
+    def _abandon(self, worker: Worker, why: str, now: float) -> None:
+        """A worker is lost: its sequences go elsewhere, or end."""
+        self.counters.workers_lost += 1
+        for sequence in list(worker.active.values()):
+            worker.remove(sequence)
+            self._relocate(sequence, f"attention worker {worker.rank} was lost ({why})", now, worker.key)
+
+    def _relocate(self, sequence: Sequence, why: str, now: float, avoid_key: str = "") -> None:
+        """Run the rest of a sequence somewhere else: same seed, prompt and output so far, next attempt."""
+        sequence.worker_key = ""
+        num_done = len(sequence.output_ids)
+        if num_done >= sequence.sampling.max_tokens:  # only the word that it is finished was lost
+            last = TokenChunk(sequence.req_id, sequence.attempt, num_done, [], finish=FinishReason.LENGTH)
+            delta = sequence.accept(last)
+            assert isinstance(delta, Delta)
+            sequence.sink.push(sequence, delta, now)
+            return
+        others = (worker for worker in self.workers.values() if worker.key != avoid_key)
+        if not any(self._hopeful(worker, now) for worker in others):
+            self._fail(sequence, PeerLostError(f"{why}, and no other worker can take over"))
+        elif sequence.attempt + 1 >= MAX_ATTEMPTS:
+            self._fail(sequence, PeerLostError(f"{why}; given up after {MAX_ATTEMPTS} attempts"))
+        else:
+            sequence.attempt += 1
+            sequence.avoid_key = avoid_key
+            sequence.deadline = now + self.limits.migration_timeout_s
+            self.counters.migrated += 1
+            self.queue.push(sequence)
+
+    def _hopeful(self, worker: Worker, now: float) -> bool:
+        """Serving, or so new that it cannot have answered yet."""
+        connecting = worker.heard_at is None and now - worker.connected_at <= SILENCE_S
+        return worker.serving or (worker.ready and not worker.draining and connecting)
+
+    def _probe_silent(self, now: float) -> None:
+        for worker in self.workers.values():
+            for sequence in worker.active.values():
+                if now - sequence.heard_at >= PROBE_S:
+                    sequence.heard_at = now
+                    self._ask_again(worker, sequence, now)
+
+    def _ask_again(self, worker: Worker, sequence: Sequence, now: float) -> None:
+        sequence.resend_at = now
+        self._port.send(worker.key, Resend(sequence.req_id, sequence.attempt, len(sequence.output_ids)))
+
+    def _send_lease(self, worker: Worker, now: float) -> None:
+        live = list(worker.active) if worker.num_leases % LIVE_IDS_EVERY == 0 else None
+        worker.num_leases += 1
+        worker.lease_at = now + LEASE_INTERVAL_S
+        self._port.send(worker.key, Lease(self._gateway_id, self.limits.lease_s, live))
+
+    def _expire(self, sequence: Sequence, now: float) -> None:
+        if sequence.attempt > 0:
+            self._fail(sequence, PeerLostError("no worker had room to take the request over in time"))
+        else:
+            self.counters.rejected_ttft += 1
+            self._fail(sequence, self._too_late(1.0, now - sequence.created_at))
+
+    def _nobody(self, sequence: Sequence) -> AfdError:
+        if sequence.attempt > 0:
+            return PeerLostError("the request's worker was lost and no other can take over")
+        return UnavailableError("no attention worker is serving", code="not_ready")
+
+    @staticmethod
+    def _too_late(wait_s: float, target_s: float) -> UnavailableError:
+        return UnavailableError(
+            f"no worker has room within {target_s:.1f} s (time to first token); retry later",
+            retry_after_s=math.ceil(wait_s),
+            code="overloaded",
+        )
+
+    @staticmethod
+    def _fail(sequence: Sequence, error: AfdError) -> None:
+        sequence.done = True
+        sequence.sink.fail(error)

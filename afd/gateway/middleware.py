@@ -1,0 +1,55 @@
+"""Around every request: its id (X-Request-Id in and out), the API key, the count by path and status.
+
+Plain ASGI: it costs a streamed token one function call.
+"""
+
+from __future__ import annotations
+
+import re
+import uuid
+
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from afd.errors import RequestError
+from afd.gateway.api.errors import error_response
+from afd.gateway.api_keys import ApiKeys
+from afd.gateway.metrics import GatewayMetrics
+
+OPEN_PATHS = frozenset({"/", "/livez", "/readyz", "/health", "/metrics", "/version"})
+_REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
+
+
+class RequestGate:
+    """ASGI middleware. paths: the routes counted by name; all others count as "other"."""
+
+    def __init__(self, app: ASGIApp, keys: ApiKeys, metrics: GatewayMetrics, paths: frozenset[str]):
+        self._app = app
+        self._keys = keys
+        self._metrics = metrics
+        self._paths = paths
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        given_id = headers.get(b"x-request-id", b"")
+        request_id = given_id.decode() if _REQUEST_ID.fullmatch(given_id) else uuid.uuid4().hex
+        scope.setdefault("state", {})["request_id"] = request_id
+        path = scope["path"] if scope["path"] in self._paths else "other"
+
+        async def counted_send(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                # A copy: streams share one start message.
+                message = {**message, "headers": list(message["headers"])}
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+                self._metrics.http_request(path, message["status"])
+            await send(message)
+
+        needs_key = self._keys.required and scope["path"] not in OPEN_PATHS
+        if needs_key and not self._keys.accepts(headers.get(b"authorization", b"")):
+            error = RequestError("missing or wrong API key", code="invalid_api_key", status=401)
+            await error_response(error)(scope, receive, counted_send)
+            return
+        await self._app(scope, receive, counted_send)

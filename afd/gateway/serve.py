@@ -1,0 +1,117 @@
+"""The gateway process: bind, serve, drain. Everything with a lifetime is made and closed here."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+import threading
+from collections.abc import Callable, Iterator
+
+import uvicorn
+import uvloop
+
+from afd.config import ClusterConfig
+from afd.errors import ConfigError
+from afd.gateway.api_keys import load_api_keys
+from afd.gateway.app import build_app
+from afd.gateway.http_protocol import BoundedHttpProtocol
+from afd.gateway.served_model import ServedModel, load_served_model
+from afd.gateway.service import GatewayService
+from afd.messages.membership_port import MembershipLike
+
+log = logging.getLogger(__name__)
+
+STOP_POLL_S = 0.1
+FAREWELL_S = 2  # for the last events of ended streams to leave
+BACKLOG = 1024
+
+
+def run_gateway(
+    config: ClusterConfig,
+    membership: MembershipLike,
+    secret: bytes,
+    on_ready: Callable[[str], None],
+    stop: threading.Event,
+    model: ServedModel | None = None,
+) -> int:
+    """Serve until `stop` is set (or the cluster shuts down), drain, return the exit code 0.
+
+    on_ready: called once with the URL as soon as connections are accepted (not: as soon as the cluster is ready).
+    model: None = resolve the configured one. ConfigError: port in use, bad key file. ModelError: bad model files.
+    """
+    keys = load_api_keys(config.gateway.api_keys_file)
+    served = model if model is not None else load_served_model(config.model)
+    listener = bind(config.gateway.host, config.gateway.port)
+
+    async def serve() -> None:
+        service = GatewayService(config, served, membership, secret)
+        server = _Server(
+            uvicorn.Config(
+                build_app(service, keys),
+                http=BoundedHttpProtocol,
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=FAREWELL_S,
+            )
+        )
+        service.start()
+        serving = asyncio.get_running_loop().create_task(server.serve(sockets=[listener]))
+        try:
+            while not server.started and not serving.done():
+                await asyncio.sleep(0.01)
+            on_ready(url_of(listener))
+            while not (stop.is_set() or serving.done() or _shut_down(membership)):
+                await asyncio.sleep(STOP_POLL_S)
+            log.info("draining: %d requests are running", service.num_requests_running)
+            await service.drain(config.gateway.drain_s)
+        finally:
+            server.should_exit = True
+            await serving
+            await service.close()
+
+    try:
+        uvloop.run(serve())
+    finally:
+        listener.close()
+    return 0
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket (port 0 = any free one); ConfigError when the address cannot be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(f"the gateway cannot listen on {host}:{port}: {error.strerror or error}") from error
+    listener.setblocking(False)
+    return listener
+
+
+def url_of(listener: socket.socket) -> str:
+    """http://host:port of a listening socket; a wildcard address is shown as localhost."""
+    host, port = listener.getsockname()[:2]
+    if host in ("0.0.0.0", "::"):
+        host = "localhost"
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _shut_down(membership: MembershipLike) -> bool:
+    view = membership.view()
+    return view is not None and view.shutdown
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals to the process that owns us (it sets `stop`)."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield

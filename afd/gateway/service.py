@@ -1,0 +1,207 @@
+"""The gateway as one object: model, workers, queue, metrics and its clock. HTTP handlers call it; `serve` owns it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+import uuid
+from dataclasses import replace
+
+from prometheus_client import CollectorRegistry
+
+from afd.config import ClusterConfig
+from afd.errors import UnavailableError
+from afd.gateway.dispatcher import Dispatcher, DispatchLimits
+from afd.gateway.generation import Generation, GenerationJob
+from afd.gateway.metrics import DispatchCollector, GatewayMetrics
+from afd.gateway.sequence import Sequence
+from afd.gateway.served_model import ServedModel
+from afd.gateway.sla import SlaWindow
+from afd.gateway.stop import StopMatcher
+from afd.gateway.worker_client import WorkerClient
+from afd.messages.membership import ClusterView
+from afd.messages.membership_port import MembershipLike
+from afd.messages.serving import WorkerMessage
+from afd.metrics import process_registry
+from afd.types import SamplingParams
+
+log = logging.getLogger(__name__)
+
+TICK_S = 0.1
+
+
+class GatewayService:
+    """Event-loop thread only, except that the membership calls back from its own thread.
+
+    `start` once, then `generate` per request, `drain` before `close`.
+    """
+
+    def __init__(self, config: ClusterConfig, model: ServedModel, membership: MembershipLike, secret: bytes):
+        self.config = config
+        self.model = model
+        self.gateway_id = uuid.uuid4().hex
+        self.draining = False
+        self._membership = membership
+        self._client = WorkerClient(secret, self.gateway_id.encode(), self._on_message)
+        self.dispatcher = Dispatcher(self.gateway_id, _limits(config), self._client)
+        self.registry: CollectorRegistry = process_registry("gateway")
+        sla = SlaWindow(config.sla.tpot_ms / 1e3, config.sla.ttft_ms / 1e3)
+        self.metrics = GatewayMetrics(self.registry, model.name, sla)
+        self.registry.register(DispatchCollector(self.dispatcher, model.name, sla))
+        self._generations: set[Generation] = set()
+        self._num_requests = 0
+        self._ticker: asyncio.Task[None] | None = None
+        self._published_ready = False
+
+    def start(self) -> None:
+        """Begin to follow the membership and to tick; call inside the running loop."""
+        loop = asyncio.get_running_loop()
+
+        def on_view(view: ClusterView) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended: so has this gateway
+                loop.call_soon_threadsafe(self._on_view, view)
+
+        self._membership.on_view(on_view)
+        self._ticker = loop.create_task(self._tick_forever(), name="gateway clock")
+
+    async def close(self) -> None:
+        """Abort what runs, close the links."""
+        for generation in list(self._generations):
+            generation.fail(UnavailableError("the gateway is shutting down", code="shutdown"))
+            self.abort(generation)
+        if self._ticker is not None:
+            self._ticker.cancel()
+            await asyncio.gather(self._ticker, return_exceptions=True)
+        await self._client.close()
+
+    # --- requests ---------------------------------------------------------------------------------------
+
+    def generate(self, job: GenerationJob) -> Generation:
+        """Start a request. UnavailableError when the cluster cannot take it; the caller must `close` the result."""
+        reason = self.unready_reason()
+        if reason is not None:
+            raise UnavailableError(reason, code="shutdown" if self.draining else "not_ready")
+        self._num_requests += 1
+        generation = Generation(self.metrics, self.abort)
+        for prompt_ids, sampling in job.prompts:
+            for choice in range(job.num_choices):
+                generation.add(self._sequence(generation, job, prompt_ids, replace(sampling, choice=choice)))
+        now = time.monotonic()
+        generation.expires_at = now + self.config.gateway.request_timeout_s
+        self.dispatcher.submit(generation.sequences, now, ttft_s=job.ttft_s)
+        for sequence in generation.sequences:
+            self.metrics.submitted(sequence)
+        self._generations.add(generation)
+        return generation
+
+    def abort(self, generation: Generation) -> None:
+        """Free whatever of a request still runs. Idempotent."""
+        self._generations.discard(generation)
+        self.dispatcher.abort(generation.sequences, time.monotonic())
+
+    async def drain(self, timeout_s: float) -> None:
+        """Take no new requests; wait for the running ones, then end the rest with an error event."""
+        self.draining = True
+        self._publish_ready()
+        deadline = time.monotonic() + timeout_s
+        while self._generations and time.monotonic() < deadline:
+            await asyncio.sleep(TICK_S / 2)
+        if self._generations:
+            log.warning("%d requests did not finish within %.0f s: ended", len(self._generations), timeout_s)
+        for generation in list(self._generations):
+            generation.fail(UnavailableError("the gateway is shutting down", code="shutdown"))
+            self.abort(generation)
+
+    @property
+    def num_requests_running(self) -> int:
+        return len(self._generations)
+
+    # --- state ------------------------------------------------------------------------------------------
+
+    def view(self) -> ClusterView | None:
+        return self._membership.view()
+
+    def unready_reason(self) -> str | None:
+        """Why new requests are refused, in one line; None when they are taken."""
+        if self.draining:
+            return "the gateway is shutting down"
+        view = self._membership.view()
+        if view is None:
+            return "the coordinator has not answered yet"
+        if not self._membership.coordinator_alive:
+            return "the coordinator does not answer: running requests go on, new ones wait for it"
+        if view.shutdown:
+            return "the cluster is shutting down"
+        if not view.formed:
+            found = f"{len(view.of_role('attention'))} of {view.num_attention} attention workers"
+            found += f" and {len(view.of_role('ffn'))} of {view.num_ffn} FFN workers"
+            return f"the cluster is not complete: {found} are here"
+        if not any(worker.serving for worker in self.dispatcher.workers.values()):
+            return "no attention worker is ready"
+        return None
+
+    # --- internals --------------------------------------------------------------------------------------
+
+    def _sequence(
+        self, generation: Generation, job: GenerationJob, prompt_ids: list[int], sampling: SamplingParams
+    ) -> Sequence:
+        tokenizer = self.model.tokenizer
+        choice_idx = len(generation.sequences)
+        return Sequence(
+            f"{self.gateway_id}-{self._num_requests}-{choice_idx}",
+            choice_idx,
+            prompt_ids,
+            sampling,
+            generation,
+            detokenizer=tokenizer.detokenizer(prompt_ids) if tokenizer is not None else None,
+            stop=StopMatcher(job.stops, include=job.include_stop) if job.stops else None,
+            own_stop_ids=job.own_stop_ids,
+            priority=job.priority,
+            tpot_s=job.tpot_s,
+        )
+
+    def _on_view(self, view: ClusterView) -> None:
+        self.dispatcher.on_view(view, time.monotonic())
+        self._publish_ready()
+
+    def _on_message(self, key: str, message: WorkerMessage) -> None:
+        self.dispatcher.on_message(key, message, time.monotonic())
+
+    async def _tick_forever(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            try:
+                self._tick(time.monotonic())
+            except Exception:  # a bug of ours must not stop leases and deadlines of all requests
+                log.exception("the gateway's clock failed")
+
+    def _tick(self, now: float) -> None:
+        self.dispatcher.tick(now)
+        keepalive_s = self.config.gateway.sse_keepalive_s
+        for generation in list(self._generations):
+            if now >= generation.expires_at:
+                limit = f"{self.config.gateway.request_timeout_s:.0f} s (gateway.request_timeout_s)"
+                generation.fail(UnavailableError(f"the request took longer than {limit}", code="timeout"))
+                self.abort(generation)
+            elif now - generation.read_at >= keepalive_s:
+                generation.nudge()
+        self._publish_ready()
+
+    def _publish_ready(self) -> None:
+        ready = self.unready_reason() is None
+        if ready != self._published_ready:
+            self._published_ready = ready
+            self._membership.set_ready(ready)
+
+
+def _limits(config: ClusterConfig) -> DispatchLimits:
+    return DispatchLimits(
+        lease_s=config.gateway.lease_s,
+        max_queue=config.gateway.max_queue,
+        ttft_s=config.sla.ttft_ms / 1e3,
+        enforce=config.sla.policy == "enforce",
+        request_timeout_s=config.gateway.request_timeout_s,
+        migration_timeout_s=config.cluster.recovery_timeout_s,
+    )

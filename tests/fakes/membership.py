@@ -1,0 +1,61 @@
+"""A membership that a test publishes by hand."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+
+from afd.messages.membership import ClusterView, Member, Plan, WorkerInfo
+from afd.messages.membership_port import ViewCallback
+
+
+def ffn_member(rank: int = 0) -> Member:
+    """An FFN worker, as the coordinator would publish it."""
+    info = WorkerInfo(role="ffn", incarnation=uuid.uuid4().hex, host="127.0.0.1", pid=1, config_hash="fake")
+    return Member(info=info, rank=rank, ready=True)
+
+
+class FakeMembership:
+    """Has the parts of `MembershipLike` that a gateway uses."""
+
+    def __init__(self) -> None:
+        self.rank = 0
+        self.coordinator_alive = True
+        self.published_ready: list[bool] = []
+        self._view: ClusterView | None = None
+        self._callbacks: list[ViewCallback] = []
+        self._version = 0
+
+    def view(self) -> ClusterView | None:
+        return self._view
+
+    def on_view(self, callback: ViewCallback) -> None:
+        self._callbacks.append(callback)
+        if self._view is not None:
+            callback(self._view)
+
+    def set_ready(self, ready: bool) -> None:
+        self.published_ready.append(ready)
+
+    def publish(self, members: Sequence[Member], *, num_attention: int = 1, shutdown: bool = False) -> ClusterView:
+        """A new view with these members (and one FFN worker, unless one is among them)."""
+        self._version += 1
+        everyone = list(members)
+        if not any(member.info.role == "ffn" for member in everyone):
+            everyone.append(ffn_member())
+        self._view = ClusterView(
+            cluster_id="test",
+            version=self._version,
+            epoch=self._version,
+            num_attention=num_attention,
+            num_ffn=1,
+            model="fake",
+            config_hash="fake",
+            ffn_parallel="hybrid",
+            plan=Plan(),
+            members=everyone,
+            shutdown=shutdown,
+        )
+        for callback in self._callbacks:
+            callback(self._view)
+        return self._view
