@@ -1,0 +1,68 @@
+"""Does it fit: weights, KV cache and workspace per chip of each role."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from afd.errors import ConfigError
+from afd.plan.deployment import Deployment
+from afd.plan.efficiency import Efficiency
+from afd.plan.hardware import Chip
+
+HEAD_BYTES = 2
+"""Embedding and LM head stay 16-bit; both are sliced over the ranks of an attention instance."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryUse:
+    """Bytes of one chip. free_bytes: what is left of the usable share; negative = does not fit."""
+
+    capacity_bytes: float
+    weight_bytes: float
+    kv_bytes: float
+    workspace_bytes: float
+    free_bytes: float
+
+
+def attention_memory(deployment: Deployment, efficiency: Efficiency, context: int, num_requests: int) -> MemoryUse:
+    """`num_requests` resident requests of `context` tokens on one attention chip."""
+    model = deployment.model
+    head = model.embedding_weights * HEAD_BYTES / deployment.ranks_per_instance
+    weights = model.linear_weights * deployment.weight_bytes + head
+    kv_bytes = num_requests * model.kv_resident_bytes(context, deployment.kv_dtype.bytes_per_element)
+    return _use(deployment.attention_chip, efficiency, weights, kv_bytes)
+
+
+def ffn_memory(deployment: Deployment, efficiency: Efficiency) -> MemoryUse:
+    """One FFN chip: its shard of the experts."""
+    weights = deployment.model.ffn_weights * deployment.weight_bytes / deployment.ffn_ranks
+    return _use(deployment.ffn_chip, efficiency, weights, 0.0)
+
+
+def max_requests(deployment: Deployment, efficiency: Efficiency, context: int) -> int:
+    """Requests of `context` tokens that one attention chip holds; 0 when a role does not fit at all."""
+    if ffn_memory(deployment, efficiency).free_bytes < 0:
+        return 0
+    free = attention_memory(deployment, efficiency, context, 0).free_bytes
+    one = attention_memory(deployment, efficiency, context, 1).kv_bytes
+    return max(0, int(free // one)) if one else 1 << 20
+
+
+def require_weights_fit(deployment: Deployment, efficiency: Efficiency) -> None:
+    """ConfigError naming the role whose weights do not fit its chips."""
+    for role, use, chip in (
+        ("attention", attention_memory(deployment, efficiency, 1, 0), deployment.attention_chip),
+        ("ffn", ffn_memory(deployment, efficiency), deployment.ffn_chip),
+    ):
+        if use.free_bytes < 0:
+            room = use.free_bytes + use.weight_bytes
+            raise ConfigError(
+                f"{deployment.topology}: {deployment.model.name} needs {use.weight_bytes / 1e9:.1f} GB of {role} "
+                f"weights per {chip.title}, which leaves {room / 1e9:.1f} GB for them"
+            )
+
+
+def _use(chip: Chip, efficiency: Efficiency, weights: float, kv_bytes: float) -> MemoryUse:
+    workspace = min(efficiency.workspace_bytes, 0.1 * chip.memory_bytes)
+    free = chip.memory_bytes * efficiency.memory - weights - kv_bytes - workspace
+    return MemoryUse(chip.memory_bytes, weights, kv_bytes, workspace, free)

@@ -1,0 +1,139 @@
+"""Results as plain values: the JSON of `--json`, and what to type to deploy a plan."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import asdict
+from typing import Any
+
+from afd.plan.advice import Advice
+from afd.plan.colocated import Colocated
+from afd.plan.estimate import Estimate, Estimator
+
+
+def estimate_payload(estimate: Estimate, estimator: Estimator) -> dict[str, Any]:
+    """One deployment. Times in the unit of their name; bytes and tokens are per chip where the name says so."""
+    deployment, stage = estimate.deployment, estimate.stage
+    cycle_s = estimate.cycle.seconds
+    memory = estimator.memory_report(estimate)
+    return {
+        "tgs": estimate.tgs,
+        "tpot_ms": estimate.tpot_s * 1e3,
+        "batch": estimate.batch,
+        "bound": str(estimate.bound),
+        "feasible": estimate.holds_sla,
+        "model": deployment.model.name,
+        "topology": str(deployment.topology),
+        "attention_chip": deployment.attention_chip.name,
+        "ffn_chip": deployment.ffn_chip.name,
+        "chips": deployment.num_chips,
+        "ranks_per_instance": deployment.ranks_per_instance,
+        "context": estimate.objective.context,
+        "attention_dtype": str(deployment.kv_dtype),
+        "streams": deployment.streams,
+        "micro_batch": estimate.micro_batch,
+        "tokens_per_attention_chip": estimate.num_tokens,
+        "requests_per_attention_chip": estimate.requests_per_chip,
+        "pipeline": str(estimate.cycle.kind),
+        "min_streams_to_hide_transfer": estimate.cycle.min_streams,
+        "stage_us": {
+            "attention": stage.attention_s * 1e6,
+            "ffn": stage.ffn_s * 1e6,
+            "to_ffn": stage.to_ffn_s * 1e6,
+            "to_attention": stage.to_attention_s * 1e6,
+            "head": stage.head_s * 1e6,
+            "cycle": cycle_s * 1e6,
+        },
+        "utilisation": {
+            "attention": stage.attention_s / cycle_s,
+            "ffn": stage.ffn_s / cycle_s,
+            "network": stage.transfer_s / cycle_s,
+        },
+        "headroom": {
+            "sla": estimate.headroom,
+            "attention_memory_bytes": memory["attention"]["free_bytes"],
+            "ffn_memory_bytes": memory["ffn"]["free_bytes"],
+        },
+        "memory": memory,
+        "tpot_ms_with_step_barrier": estimate.barrier_tpot_s * 1e3,
+        "sla_tpot_ms": estimate.objective.sla_tpot_s * 1e3,
+        "usd_per_mtok": estimate.usd_per_mtok,
+    }
+
+
+def advice_payload(advice: Advice, estimator: Estimator, model_argument: str, top: int) -> dict[str, Any]:
+    """The search's answer: `plans` best first (at most `top`), how the winner compares, and how to start it."""
+    best = advice.plans[0] if advice.plans else None
+    return {
+        "plans": [estimate_payload(plan, estimator) for plan in advice.plans[:top]],
+        "num_plans": len(advice.plans),
+        "reason": advice.reason,
+        "colocated": None if advice.colocated is None else colocated_payload(advice.colocated),
+        "comparison": comparison_payload(advice),
+        "analytic_ratio": advice.analytic_ratio,
+        "tcp": [asdict(fallback) for fallback in advice.tcp],
+        "deploy": None if best is None else deploy_payload(best, model_argument),
+    }
+
+
+def colocated_payload(colocated: Colocated) -> dict[str, Any]:
+    return {
+        "chip": colocated.chip,
+        "chips": colocated.num_chips,
+        "micro_batches": colocated.micro_batches,
+        "requests_per_chip": colocated.requests_per_chip,
+        "tgs": colocated.tgs,
+        "tpot_ms": colocated.tpot_s * 1e3,
+        "compute_us": colocated.compute_s * 1e6,
+        "transfer_us": colocated.transfer_s * 1e6,
+        "usd_per_mtok": colocated.usd_per_mtok,
+    }
+
+
+def comparison_payload(advice: Advice) -> dict[str, Any] | None:
+    comparison = advice.comparison
+    if comparison is None:
+        return None
+    return {
+        "afd_gain": comparison.gain,
+        "worth_it": comparison.gain > 1.0,
+        "batch_ratio": comparison.batch_ratio,
+        "attention_share": comparison.attention_share,
+        "step_ratio": comparison.step_ratio,
+        "break_even_batch_ratio": comparison.break_even_batch_ratio,
+        "break_even_context": comparison.break_even_context,
+        "by_context": [asdict(point) for point in comparison.curve],
+    }
+
+
+def deploy_payload(plan: Estimate, model_argument: str) -> dict[str, Any]:
+    """Command line and Helm values that start the plan."""
+    deployment = plan.deployment
+    command = [
+        "afd",
+        "up",
+        "--topology",
+        str(deployment.topology),
+        "--model",
+        model_argument,
+        "--streams",
+        str(deployment.streams),
+    ]
+    values: dict[str, Any] = {
+        "topology": str(deployment.topology),
+        "model": {"name": model_argument},
+        "streams": deployment.streams,
+    }
+    return {"command": shlex.join(command), "helm_values": values, "helm_yaml": _yaml(values)}
+
+
+def _yaml(values: dict[str, Any], indent: str = "") -> str:
+    """Block YAML of nested mappings; scalars as JSON, which YAML reads as it is."""
+    lines = []
+    for key, value in values.items():
+        if isinstance(value, dict):
+            lines.append(f"{indent}{key}:\n{_yaml(value, indent + '  ')}")
+        else:
+            lines.append(f"{indent}{key}: {json.dumps(value)}\n")
+    return "".join(lines)

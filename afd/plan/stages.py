@@ -1,0 +1,153 @@
+"""Stage times of one micro-batch in one layer, from rooflines and efficiency factors.
+
+Times are averages over the layers ("a stage summed over all layers", report section 5): layers of different cost are
+smoothed by the micro-batches in flight. `num_tokens` is always the micro-batch of one attention rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from afd.plan.attention import AttentionGroup
+from afd.plan.deployment import Deployment
+from afd.plan.efficiency import Efficiency
+from afd.plan.hardware import Chip
+
+SCALE_GROUP = 128
+"""fp8 rows carry one float32 scale per 128 elements."""
+
+EXPERT_META_BYTES = 8
+"""Per selected expert: an int32 id and a float32 weight."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageTimes:
+    """Seconds per layer and micro-batch; head_s per micro-batch and step (LM head and sampling)."""
+
+    attention_s: float
+    ffn_s: float
+    to_ffn_s: float
+    to_attention_s: float
+    head_s: float
+
+    @property
+    def transfer_s(self) -> float:
+        """Both directions."""
+        return self.to_ffn_s + self.to_attention_s
+
+
+class StageModel(Protocol):
+    """Where stage times come from: rooflines, or a calibration on top of them."""
+
+    @property
+    def jitter(self) -> float:
+        """Share by which the mean TPOT exceeds the sum of the stages."""
+        ...
+
+    def times(self, deployment: Deployment, context: int, num_tokens: int) -> StageTimes:
+        """Stage times of `num_tokens` tokens per attention rank, each with `context` cached tokens."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class RooflineStages:
+    """StageModel from data sheets: each part takes its bytes or its FLOPs, whichever is slower, over a factor."""
+
+    efficiency: Efficiency
+
+    @property
+    def jitter(self) -> float:
+        return self.efficiency.jitter
+
+    def times(self, deployment: Deployment, context: int, num_tokens: int) -> StageTimes:
+        to_ffn_s, to_attention_s = transfer_times(deployment, self.efficiency, num_tokens)
+        return StageTimes(
+            attention_s=attention_time(deployment, self.efficiency, context, num_tokens),
+            ffn_s=ffn_time(deployment, self.efficiency, num_tokens),
+            to_ffn_s=to_ffn_s,
+            to_attention_s=to_attention_s,
+            head_s=head_time(deployment, self.efficiency, num_tokens),
+        )
+
+
+def gemm_time(chip: Chip, efficiency: Efficiency, weight_bytes: float, flops: float) -> float:
+    """Seconds to stream `weight_bytes` or to compute `flops`, whichever is longer."""
+    return max(weight_bytes / chip.memory_bytes_per_s, flops / chip.peak_flops) / efficiency.gemm
+
+
+def core_time(
+    chip: Chip, efficiency: Efficiency, group: AttentionGroup, context: int, num_tokens: float, kv_bytes: float | None
+) -> float:
+    """Attention core of all layers of a group, one chip. A 16-bit cache computes at the 16-bit peak."""
+    width = group.kv_bytes if kv_bytes is None else kv_bytes
+    peak = chip.peak_flops if width <= 1 else chip.bf16_flops
+    moved = num_tokens * group.moved_bytes(context, width) / chip.memory_bytes_per_s / efficiency.core_bandwidth(width)
+    return max(moved, num_tokens * group.core_flops(context) / peak / efficiency.core_flops)
+
+
+def attention_time(deployment: Deployment, efficiency: Efficiency, context: int, num_tokens: int) -> float:
+    """Core, projections, and the sum of the FFN instances' partial rows into the residual stream."""
+    model, chip = deployment.model, deployment.attention_chip
+    kv_bytes = deployment.kv_dtype.bytes_per_element
+    core_s = sum(core_time(chip, efficiency, group, context, num_tokens, kv_bytes) for group in model.attention)
+    linear_s = gemm_time(
+        chip, efficiency, model.linear_weights * deployment.weight_bytes, num_tokens * model.linear_flops
+    )
+    rows = deployment.topology.num_ffn + 2  # partials read, residual read and written
+    combine_s = num_tokens * 2 * model.hidden * rows / chip.memory_bytes_per_s / efficiency.core_16bit
+    return (core_s + linear_s) / model.num_layers + combine_s + efficiency.launch_s
+
+
+def ffn_time(deployment: Deployment, efficiency: Efficiency, num_tokens: int) -> float:
+    """Experts on the weight shard of one rank, plus what shows of the all-gather before and reduce-scatter after.
+
+    Both collectives run over the server's interconnect beside other micro-batches' GEMMs; an instance can still not
+    be faster than its busier direction.
+    """
+    model, chip, ranks = deployment.model, deployment.ffn_chip, deployment.ffn_ranks
+    batch = num_tokens * deployment.attention_ranks
+    touched = sum(
+        g.layers * (g.fixed_weights(model.hidden) + g.experts_hit(batch) * g.expert_weights(model.hidden))
+        for g in model.ffn
+    )
+    gemm_s = gemm_time(chip, efficiency, touched * deployment.weight_bytes / ranks, batch * model.ffn_flops / ranks)
+    gather_s, scatter_s = collective_times(deployment, efficiency, batch)
+    busy_s = gemm_s / model.num_layers + efficiency.launch_s
+    return max(busy_s + efficiency.collective_exposed * (gather_s + scatter_s), gather_s, scatter_s)
+
+
+def collective_times(deployment: Deployment, efficiency: Efficiency, num_rows: float) -> tuple[float, float]:
+    """All-gather of 8-bit rows and reduce-scatter of 16-bit rows inside an FFN instance."""
+    ranks = deployment.ranks_per_instance
+    row_bytes = num_rows * deployment.model.hidden * (ranks - 1) / ranks
+    gather_s = row_bytes / (deployment.ffn_chip.interconnect_bytes_per_s * efficiency.interconnect)
+    return gather_s, 2 * gather_s
+
+
+def dispatch_row_bytes(deployment: Deployment) -> float:
+    """One row to the FFN: 8-bit values, group scales, expert ids and weights."""
+    hidden, top_k = deployment.model.hidden, deployment.model.max_top_k
+    return hidden + 4 * -(-hidden // SCALE_GROUP) + EXPERT_META_BYTES * top_k
+
+
+def transfer_times(deployment: Deployment, efficiency: Efficiency, num_tokens: int) -> tuple[float, float]:
+    """To the FFN and back, whichever end of the pair has more to move; the directions of a link do not compete."""
+    topology = deployment.topology
+    share = deployment.sent_share()
+    per_row = max(
+        topology.num_ffn / deployment.attention_chip.network_bytes_per_s,
+        topology.num_attention / deployment.ffn_chip.network_bytes_per_s,
+    )
+    seconds_per_byte = num_tokens * share * per_row / efficiency.network
+    return (
+        efficiency.wire_s + seconds_per_byte * dispatch_row_bytes(deployment),
+        efficiency.wire_s + seconds_per_byte * 2 * deployment.model.hidden,
+    )
+
+
+def head_time(deployment: Deployment, efficiency: Efficiency, num_tokens: int) -> float:
+    """LM head, 16-bit, its vocabulary sliced over the ranks of an attention instance."""
+    chip, weights = deployment.attention_chip, deployment.model.head_weights
+    read_s = 2 * weights / deployment.ranks_per_instance / chip.memory_bytes_per_s
+    return max(read_s, 2 * weights * num_tokens / chip.bf16_flops) / efficiency.gemm
