@@ -20,7 +20,7 @@ from afd.model.spec import AttentionKind, AttentionSpec, FfnKind, FfnSpec
 from afd.model.weights.checkpoint import Checkpoint
 from afd.model.weights.source import RawTensor, Slices
 
-PIECE_ELEMENTS = 8 << 20
+PIECE_ELEMENTS = 1 << 20
 """Elements read at once: bounds what loading holds beyond the half itself."""
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -23,6 +23,7 @@ class Checkpoint:
     def verify(self) -> None:
         """Compare the whole header with the spec's inventory; every difference found is in one ModelError."""
         stored = self.source.tensors
+        readable = self.source.readable_dtypes
         problems: list[str] = []
         expected: set[str] = set()
         for tensor in inventory(self.spec):
@@ -30,10 +31,16 @@ class Checkpoint:
             expected.add(name)
             if name not in stored:
                 problems.append(f"missing tensor {name}, expected shape {list(tensor.shape)}")
-            elif stored[name].shape != tensor.shape:
+                continue
+            found = stored[name]
+            if found.shape != tensor.shape:
                 problems.append(
-                    f"{stored[name].file}: tensor {name}: expected shape {list(tensor.shape)}, "
-                    f"found {list(stored[name].shape)}"
+                    f"{found.file}: tensor {name}: expected shape {list(tensor.shape)}, found {list(found.shape)}"
+                )
+            elif found.dtype not in readable:
+                problems.append(
+                    f"{found.file}: tensor {name}: dtype {found.dtype} is not supported "
+                    f"(readable here: {', '.join(sorted(readable))})"
                 )
         tied_head = self.naming.names["head"] if self.spec.tie_embeddings else None
         for name in stored:

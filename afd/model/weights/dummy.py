@@ -37,6 +37,10 @@ class DummySource(TensorSource):
     def files(self) -> tuple[Path, ...]:
         return ()
 
+    @property
+    def readable_dtypes(self) -> frozenset[str]:
+        return frozenset(("F32",))
+
     def read(self, name: str, slices: Slices = ()) -> RawTensor:
         shape = self._tensors[name].shape
         limits = bounds(shape, slices)

@@ -57,6 +57,11 @@ class GgufSource(TensorSource):
     def files(self) -> tuple[Path, ...]:
         return (self._path,)
 
+    @property
+    def readable_dtypes(self) -> frozenset[str]:
+        """Those of the file's types that the gguf package dequantises, found by asking it for one block."""
+        return frozenset(dtype for dtype in {t.dtype for t in self.tensors.values()} if _can_dequantize(dtype))
+
     def read(self, name: str, slices: Slices = ()) -> RawTensor:
         tensor = self._header.tensors[name]
         kind = GGMLQuantizationType[tensor.dtype]
@@ -67,11 +72,16 @@ class GgufSource(TensorSource):
         rows = np.array(mapped[tuple(slice(*limit) for limit in limits[:-1])])
         if rows.size == 0:
             return RawTensor(np.empty([stop - start for start, stop in limits], np.float32))
-        try:
-            values = dequantize(rows, kind)
-        except NotImplementedError as error:
-            raise ModelError(f"{self._path}: tensor {name}: {error}") from error
-        return RawTensor(values[..., slice(*limits[-1])])
+        return RawTensor(dequantize(rows, kind)[..., slice(*limits[-1])])
+
+
+def _can_dequantize(dtype: str) -> bool:
+    kind = GGMLQuantizationType[dtype]
+    try:
+        dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True
 
 
 def _row_bytes(kind: GGMLQuantizationType, row_elements: int) -> int:

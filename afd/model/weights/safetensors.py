@@ -47,12 +47,13 @@ class SafetensorsSource(TensorSource):
     def files(self) -> tuple[Path, ...]:
         return self._files
 
+    @property
+    def readable_dtypes(self) -> frozenset[str]:
+        return frozenset(_NUMPY_DTYPES)
+
     def read(self, name: str, slices: Slices = ()) -> RawTensor:
         tensor = self._tensors[name]
-        dtype = _NUMPY_DTYPES.get(tensor.dtype)
-        if dtype is None:
-            known = ", ".join(_NUMPY_DTYPES)
-            raise ModelError(f"{tensor.file}: tensor {name}: dtype {tensor.dtype} is not supported (known: {known})")
+        dtype = _NUMPY_DTYPES[tensor.dtype]
         if prod(tensor.shape) == 0:
             array = np.empty(tensor.shape, dtype)
         else:

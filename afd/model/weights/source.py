@@ -48,6 +48,11 @@ class TensorSource(ABC):
     def files(self) -> tuple[Path, ...]:
         """Files that hold the bytes, for the fingerprint; empty when there are none."""
 
+    @property
+    @abstractmethod
+    def readable_dtypes(self) -> frozenset[str]:
+        """Stored dtypes that `read` can hand out."""
+
     @abstractmethod
     def read(self, name: str, slices: Slices = ()) -> RawTensor:
         """A copy of tensor[slices] (step 1; missing trailing slices mean all), in the stored precision or float32."""

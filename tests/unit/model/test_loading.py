@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -128,6 +129,30 @@ def test_missing_extra_and_misshaped_tensors_are_named(make_folder: MakeFolder, 
     assert message in str(error.value) and str(path) in str(error.value)
 
 
+def test_a_dtype_that_cannot_be_read_is_named(make_folder: MakeFolder) -> None:
+    path = make_folder("llama-tiny")
+    weights = path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes().replace(b'"F32"', b'"I32"', 1))
+    with pytest.raises(ModelError, match=r"tensor model.embed_tokens.weight: dtype I32 is not supported .*BF16"):
+        resolve_model(str(path))
+
+
+def test_a_gguf_type_that_cannot_be_dequantised_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    for key in ("block_count", "embedding_length", "feed_forward_length", "attention.head_count", "context_length"):
+        writer.add_uint32(f"llama.{key}", 1)
+    writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
+    writer.add_uint32("llama.vocab_size", 2)
+    writer.add_tensor("token_embd.weight", np.ones((2, 1), np.int32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ModelError, match=r"m\.gguf: .*tensor token_embd\.weight: dtype I32 is not supported"):
+        resolve_model(str(path))
+
+
 def test_a_layer_too_many_is_one_error(make_folder: MakeFolder) -> None:
     def deeper(config: dict[str, Any]) -> None:
         config["num_hidden_layers"] = 4
@@ -216,3 +241,30 @@ def test_dtypes_by_name_or_as_torch_dtypes_and_nothing_else() -> None:
 def test_a_rank_outside_its_world_is_refused() -> None:
     with pytest.raises(ConfigError, match="rank 2 is not among 2"):
         ShardSpec(2, 2)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_loading_a_shard_peaks_near_its_size() -> None:
+    """Peak resident memory over an idle process, of one of two FFN ranks of the default model: within 1.3x."""
+    code = """
+import torch
+from afd.model.loading import load_ffn_half, resolve_model
+from afd.model.sharding import ShardSpec
+
+def status_bytes(key):
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) << 10 for line in file if line.startswith(key))
+
+torch.set_num_threads(1)
+folder = resolve_model("smollm2-135m-instruct")
+load_ffn_half(resolve_model("dummy:llama-tiny"), ShardSpec(), "bfloat16")
+with open("/proc/self/clear_refs", "w") as file:
+    file.write("5")
+idle = status_bytes("VmRSS")
+half = load_ffn_half(folder, ShardSpec(0, 2), "bfloat16")
+print(status_bytes("VmHWM") - idle)
+"""
+    peak = int(subprocess.run([sys.executable, "-c", code], check=True, timeout=60, capture_output=True).stdout)
+    spec = resolve_model(DEFAULT_MODEL).spec
+    shard_bytes = sum(t.num_elements for t in inventory(spec) if t.half is Half.FFN) // 2 * 2
+    assert peak < 1.3 * shard_bytes

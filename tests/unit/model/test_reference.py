@@ -65,7 +65,7 @@ def test_bfloat16_stays_near_float32(golden_cases: list[dict[str, Any]]) -> None
         assert got.logprobs[0] is not None
         values = dict(got.logprobs[0][1])
         errors += [abs(values[int(token)] - expected) for token, expected in case["top_logprobs"][0].items()]
-    assert sum(errors) / len(errors) < 0.06
+    assert sum(errors) / len(errors) < 0.1
 
 
 def test_the_same_seed_gives_the_same_text_and_stop_ids_end_it(attention: AttentionHalf) -> None:

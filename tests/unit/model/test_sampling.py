@@ -134,8 +134,6 @@ def test_against_the_twin(
         ids, probabilities = list(range(vocab)), by_id
     cumulative = np.cumsum(probabilities)
     assume(np.abs(cumulative - u).min() > 1e-5)  # on an edge, rounding may decide
-    kept_mass = np.cumsum(np.exp(np.log(np.maximum(probabilities, 1e-300))))
-    assume(params.top_p == 1.0 or np.isclose(kept_mass[-1], 1.0))
     expected = ids[int(np.searchsorted(cumulative, u, side="right"))]
     assert got == expected or _nucleus_edge(row, params, position, prompt, output)
 
