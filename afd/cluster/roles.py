@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import threading
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -86,10 +89,34 @@ def run_ffn_role(context: RoleContext) -> int:
     return run_ffn_worker(context.config, context.secret, context.join, context.stop, context.announce)
 
 
+def run_gateway_role(context: RoleContext) -> int:
+    from afd.gateway.serve import run_gateway
+
+    config = context.config
+    info = WorkerInfo(
+        role="gateway",
+        incarnation=uuid.uuid4().hex,
+        host=config.gateway.host,
+        pid=os.getpid(),
+        config_hash="",
+    )
+    membership = context.join(info, SyncFields)
+
+    def on_ready(url: str) -> None:
+        membership.update_info(msgspec.structs.replace(info, metrics=urlsplit(url).netloc))
+        context.announce({"url": url})
+
+    try:
+        return run_gateway(config, membership, context.secret, on_ready, context.stop)
+    finally:
+        membership.close()
+
+
 ROLE_ENTRIES: dict[str, RoleEntry] = {
     "coordinator": run_coordinator_role,
     "attention": run_attention_role,
     "ffn": run_ffn_role,
+    "gateway": run_gateway_role,
 }
 
 _MODULES = {

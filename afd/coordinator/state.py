@@ -154,6 +154,8 @@ class CoordinatorState:
         if entry is None:
             why = self._lost.get(request.incarnation)
             return SyncReply(known=False, lost=why is not None, reason=why or "")
+        if entry.resumed_until is not None and request.epoch_seen > self._view.epoch:
+            return SyncReply(known=False)  # it has a newer view than the one resumed here: have it registered
         self._epoch_floor = max(self._epoch_floor, request.epoch_seen)
         if request.leaving:
             self._remove(entry)
@@ -216,12 +218,11 @@ class CoordinatorState:
             raise RefusedError(f"this process was declared lost ({self._lost[info.incarnation]}); start a new one")
         if self._shutdown_until is not None:
             raise RefusedError("the cluster is shutting down")
-        entry = self._entries.get(info.incarnation)
-        if entry is None:
+        if info.incarnation not in self._entries:
             self._check_fits(info, request.last_view)
-            if request.last_view is not None:
-                self._resume(request.last_view, now)
-            entry = self._entries.get(info.incarnation)
+        if request.last_view is not None:
+            self._resume(request.last_view, now)
+        entry = self._entries.get(info.incarnation)
         self._epoch_floor = max(self._epoch_floor, request.epoch_seen)
         if entry is None:
             entry = Entry(info, self._free_rank(info), last_seen=now, progress_at=now)
@@ -285,7 +286,11 @@ class CoordinatorState:
         identities = frozenset((m.info.role, m.rank, m.info.incarnation) for m in seen.members)
         places = {(role, rank) for role, rank, _ in identities}
         for entry in list(self._entries.values()):
-            if entry.identity not in identities and (entry.info.role, entry.rank) in places:
+            if entry.identity in identities:
+                continue
+            if entry.resumed_until is not None:
+                self._remove(entry)  # of an older view, and gone in this one
+            elif (entry.info.role, entry.rank) in places:
                 self._declare_lost(entry, "its rank belongs to a worker that the restarted coordinator did not know")
         for member in seen.members:
             if member.info.incarnation in self._entries or member.info.incarnation in self._lost:

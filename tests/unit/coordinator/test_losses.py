@@ -1,0 +1,171 @@
+"""Silence, stalls, broken links, and the coordinator's own absence."""
+
+from __future__ import annotations
+
+from afd.coordinator.state import Lost, Stop
+from tests.unit.coordinator.scenario import BEAT_S, TIMING, formed
+
+
+def test_heartbeats_keep_a_member_for_ever() -> None:
+    scenario = formed("2A2F")
+    scenario.wait(60.0)
+    assert scenario.view.epoch == 1 and len(scenario.view.members) == 5
+
+
+def test_silence_is_a_loss_after_its_limit_and_not_before() -> None:
+    scenario = formed("2A1F")
+    scenario.silent.add("a1")
+    scenario.wait(TIMING.lost_after_s)
+    assert "a1" in scenario.ranks("attention")
+    scenario.wait(2 * BEAT_S)
+    assert "a1" not in scenario.ranks("attention")
+    assert [action.role for action in scenario.actions if isinstance(action, Lost)] == ["attention"]
+
+
+def test_the_lost_one_is_told_and_may_not_come_back() -> None:
+    scenario = formed("2A1F")
+    scenario.silent.add("a1")
+    scenario.wait(2.0)
+    reply = scenario.sync("a1")
+    assert not reply.known and reply.lost and "no heartbeat" in reply.reason
+    assert "declared lost" in scenario.register("a1", again=True).error
+
+
+def test_a_worker_with_work_that_makes_no_progress_is_stalled() -> None:
+    scenario = formed("2A1F")
+    scenario.sync("a1", pending=True, progress=7)
+    scenario.wait(TIMING.stall_timeout_s - BEAT_S)
+    assert "a1" in scenario.ranks("attention")
+    scenario.wait(3 * BEAT_S)
+    assert "a1" not in scenario.ranks("attention")
+    assert "no progress" in scenario.lost.get("a1", scenario.sync("a1").reason)
+
+
+def test_an_idle_worker_or_one_that_moves_is_not_stalled() -> None:
+    scenario = formed("2A1F")
+    scenario.sync("a0", pending=False, progress=7)
+    for progress in range(8):
+        scenario.sync("a1", pending=True, progress=progress)
+        scenario.wait(TIMING.stall_timeout_s - 1.0)
+    assert len(scenario.ranks("attention")) == 2
+
+
+def test_the_time_before_work_arrived_does_not_count_as_a_stall() -> None:
+    scenario = formed("2A1F")
+    scenario.sync("a1", pending=False, progress=7)
+    scenario.wait(20.0)
+    scenario.sync("a1", pending=True)
+    scenario.wait(TIMING.stall_timeout_s - BEAT_S)
+    assert "a1" in scenario.ranks("attention")
+
+
+def test_of_a_broken_pair_the_end_with_more_broken_pairs_leaves() -> None:
+    scenario = formed("3A2F")
+    for name in ("a0", "a1", "a2"):
+        scenario.report(name, "ffn/1")
+    scenario.wait(TIMING.lost_after_s + 2 * BEAT_S)
+    assert scenario.ranks("ffn") == {"f0": 0}
+    assert len(scenario.ranks("attention")) == 3
+    assert "links to attention/0, attention/1, attention/2 are broken (link error)" in scenario.log()
+
+
+def test_a_tie_goes_against_the_attention_worker() -> None:
+    scenario = formed("2A2F")
+    scenario.report("f1", "attention/0")
+    scenario.wait(TIMING.lost_after_s + 2 * BEAT_S)
+    assert scenario.ranks("attention") == {"a1": 1}
+    assert len(scenario.ranks("ffn")) == 2
+
+
+def test_a_pair_that_heals_in_time_costs_nobody() -> None:
+    scenario = formed("2A1F")
+    scenario.report("a0", "ffn/0")
+    scenario.wait(TIMING.lost_after_s - 2 * BEAT_S)
+    scenario.report("a0")
+    scenario.wait(5.0)
+    assert scenario.view.epoch == 1
+
+
+def test_a_dead_peer_is_found_by_its_silence_not_blamed_on_the_reporter() -> None:
+    scenario = formed("1A1F")
+    scenario.silent.add("f0")
+    scenario.report("a0", "ffn/0")
+    scenario.wait(3.0)
+    assert scenario.ranks("attention") == {"a0": 0} and scenario.ranks("ffn") == {}
+    scenario.register("f1")
+    scenario.report("a0")
+    scenario.wait(5.0)
+    assert scenario.view.formed and scenario.view.epoch == 2
+
+
+def test_complaints_about_strangers_and_about_ones_own_role_do_not_count() -> None:
+    scenario = formed("2A1F")
+    scenario.report("a0", "ffn/9", "attention/1", "gateway/0", "nonsense")
+    scenario.report("g0", "ffn/0")
+    scenario.wait(5.0)
+    assert scenario.view.epoch == 1
+
+
+def test_a_coordinator_that_was_stopped_itself_blames_nobody() -> None:
+    scenario = formed("2A1F")
+    scenario.sync("a0", pending=True, progress=3)
+    scenario.now += 60.0
+    scenario.state.tick(scenario.now)
+    assert len(scenario.view.members) == 4
+    assert "itself did not run for 60.0 s" in scenario.log()
+    scenario.silent.add("a1")
+    scenario.wait(2.0)
+    assert scenario.ranks("attention") == {"a0": 0}
+
+
+def test_drain_is_published_and_refused_for_ffn() -> None:
+    scenario = formed("2A1F")
+    assert scenario.control("drain", "attention/1").ok
+    assert [m.draining for m in scenario.view.of_role("attention")] == [False, True]
+    assert scenario.view.epoch == 1
+    assert "every FFN rank" in scenario.control("drain", "ffn/0").error
+    assert "attention/0" in scenario.control("drain", "attention/7").error
+    assert "known: shutdown, drain" in scenario.control("explode").error
+
+
+def test_shutdown_stops_the_coordinator_when_the_last_member_has_left() -> None:
+    scenario = formed("1A1F")
+    assert scenario.control("shutdown").ok
+    assert scenario.view.shutdown
+    for name in ("g0", "a0", "f0"):
+        scenario.wait(BEAT_S)
+        assert Stop() not in scenario.actions
+        scenario.sync(name, leaving=True)
+        scenario.silent.add(name)
+    scenario.wait(BEAT_S)
+    assert scenario.actions.count(Stop()) == 1
+
+
+def test_shutdown_does_not_wait_for_ever() -> None:
+    scenario = formed("1A1F")
+    scenario.control("shutdown")
+    scenario.wait(2 * TIMING.drain_s + 1.0)
+    assert scenario.actions.count(Stop()) == 1
+
+
+def test_status_has_every_member_with_what_it_said() -> None:
+    scenario = formed("1A1F")
+    scenario.register("f1", bound=False)
+    scenario.sync("a0", stats={"running": 3.0}, loading=1.0)
+    scenario.now += 0.5
+    status = scenario.state.status(scenario.now)
+    assert [(m.member.info.role, m.member.rank) for m in status.members] == [
+        ("attention", 0),
+        ("ffn", 0),
+        ("gateway", 0),
+    ]
+    assert status.members[0].stats == {"running": 3.0}
+    assert status.members[0].age_s == 0.5
+
+
+def test_the_event_history_is_bounded() -> None:
+    scenario = formed("1A1F")
+    for idx in range(300):
+        scenario.register(f"g{idx + 1}")
+        scenario.sync(f"g{idx + 1}", leaving=True)
+    assert len(scenario.state.status(scenario.now).events) == 200
