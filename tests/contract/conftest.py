@@ -1,0 +1,27 @@
+"""One world per test and transport, closed and checked for leaks afterwards."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+
+import pytest
+
+from tests.contract.world import Holdings, World
+
+TRANSPORTS = ("inproc", "shm", "tcp")
+
+
+@pytest.fixture(params=TRANSPORTS)
+def transport(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def world(transport: str) -> Iterator[World]:
+    before = Holdings.now()
+    world = World(transport)
+    yield world
+    world.close()
+    gc.collect()
+    assert Holdings.now() == before
