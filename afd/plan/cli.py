@@ -24,7 +24,10 @@ prints how to start the winner."""
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds `plan` and its sub-commands; each sets `func`, a callable from the Namespace to an exit code."""
+    """Adds `plan` and its sub-commands; each sets `func`, a callable from the Namespace to an exit code.
+
+    `func` raises ConfigError on bad input; the caller prints it (one line) and exits with 2.
+    """
     parser = subparsers.add_parser(
         "plan", help="size a cluster: cost, throughput and topology", description=_DESCRIPTION
     )
@@ -37,23 +40,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _build(parser)
     namespace = parser.parse_args(arguments)
     run: Command = namespace.func
-    return run(namespace)
-
-
-def guarded(command: Command) -> Command:
-    """Turns bad input into one line on stderr and exit code 2; a reader that went away (`| head`) ends quietly."""
-
-    def run(arguments: argparse.Namespace) -> int:
-        try:
-            return command(arguments)
-        except ConfigError as error:
-            print(f"afd plan: {error}", file=sys.stderr)
-            return EXIT_BAD_INPUT
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit fails again
-            return EXIT_BROKEN_PIPE
-
-    return run
+    try:
+        return run(namespace)
+    except ConfigError as error:
+        print(f"afd plan: error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except BrokenPipeError:  # `| head`: nobody reads the rest; without this the flush at exit fails once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
 
 
 def _build(parser: argparse.ArgumentParser) -> None:
@@ -65,7 +59,7 @@ def _build(parser: argparse.ArgumentParser) -> None:
         "--heterogeneous", action="store_true", help="also try every pair of the named and of the report's four chips"
     )
     parser.add_argument("--top", type=_positive, default=10, metavar="N", help="plans to print (10)")
-    parser.set_defaults(func=guarded(commands.run_search))
+    parser.set_defaults(func=commands.run_search)
 
     subcommands = parser.add_subparsers(title="sub-commands", metavar="COMMAND", dest="plan_command")
     cost = subcommands.add_parser("cost", help="theoretical USD per 1e6 decoded tokens, by model and chip")
@@ -80,7 +74,7 @@ def _build(parser: argparse.ArgumentParser) -> None:
         default="homogeneous",
         help="both parts on each chip, or each part on its cheapest chip",
     )
-    cost.set_defaults(func=guarded(commands.run_cost))
+    cost.set_defaults(func=commands.run_cost)
 
     tgs = subcommands.add_parser("tgs", help="throughput of one topology under the SLA")
     _add_output(tgs)
@@ -88,7 +82,7 @@ def _build(parser: argparse.ArgumentParser) -> None:
     _add_target(tgs)
     tgs.add_argument("--topology", required=True, metavar="xAyF")
     tgs.add_argument("--batch", type=_positive, default=None, metavar="N", help="requests in all (the best)")
-    tgs.set_defaults(func=guarded(commands.run_tgs))
+    tgs.set_defaults(func=commands.run_tgs)
 
     limits = subcommands.add_parser("limits", help="minimum MoE sparsity, and which chips can take part at all")
     _add_output(limits)
@@ -96,13 +90,13 @@ def _build(parser: argparse.ArgumentParser) -> None:
     limits.add_argument("--model", default="step3", metavar="NAME|PATH")
     limits.add_argument("--chip", type=_names, default=None, metavar="A,B", help="chips (all)")
     limits.add_argument("--stage-ms", type=_positive_number, default=16.6, help="one pipeline stage of a step (16.6)")
-    limits.set_defaults(func=guarded(commands.run_limits))
+    limits.set_defaults(func=commands.run_limits)
 
     figures = subcommands.add_parser("figures", help="draw the figures of docs/planning.md (needs matplotlib)")
     _add_output(figures)
     _add_catalog(figures)
     figures.add_argument("--out", default="docs/figures", metavar="DIR")
-    figures.set_defaults(func=guarded(commands.run_figures))
+    figures.set_defaults(func=commands.run_figures)
 
 
 def _add_output(parser: argparse.ArgumentParser, default: bool | str = argparse.SUPPRESS) -> None:

@@ -32,9 +32,6 @@ TGS_CONTEXTS = (2048, 4096, 8192, 16384, 32768, 65536)
 REPORT_ROWS = ((4096, 4039, "2A2F"), (8192, 2643, "4A2F"), (32768, 898, "16A2F"))
 """Published tokens/GPU/s of Step-3 with fp8 attention (report Table 8)."""
 
-SVG_SETTINGS = {"svg.hashsalt": "afd-plan", "svg.fonttype": "path"}
-"""Equal inputs give equal files."""
-
 
 def draw_all(models: Models, chips: Chips, out: str) -> list[Path]:
     """Writes every figure as PNG and SVG into `out`; returns the paths. ConfigError when `out` cannot be written."""
@@ -49,7 +46,7 @@ def draw_all(models: Models, chips: Chips, out: str) -> list[Path]:
     written = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with matplotlib.rc_context(SVG_SETTINGS):
+        with matplotlib.rc_context({"svg.hashsalt": "afd-plan", "svg.fonttype": "path"}):  # equal inputs, equal files
             for name, figure in drawings.items():
                 png, svg = folder / f"{name}.png", folder / f"{name}.svg"
                 figure.savefig(png, dpi=120, metadata={"Software": None})
@@ -73,7 +70,7 @@ def cost_frontier(models: Models, chips: Chips) -> Figure:
     for x, y, name in points:
         axes.scatter(x, y, color=COLOURS[1] if name == "step3" else COLOURS[0], zorder=3)
         axes.annotate(models[name].title, (x, y), textcoords="offset points", xytext=(6, 4))
-    axes.set(xlabel="activated parameters (1e9)", ylabel="USD per 1e6 decoded tokens", ylim=(0, None), xlim=(10, 52))
+    axes.set(xlabel="activated parameters (1e9)", ylabel="USD per 1e6 decoded tokens", ylim=(0, 0.11), xlim=(12, 54))
     axes.set_title("Decoding cost at 8K context, best chip for each part")
     axes.legend()
     return figure
@@ -108,7 +105,8 @@ def cost_by_chip(models: Models, chips: Chips) -> Figure:
         titles = [models[name].title for name in REPORT_MODELS]
         axes.set_xticks(range(len(titles)), titles, rotation=30, ha="right")
         axes.set(ylabel="USD per 1e6 decoded tokens", title=f"{context // 1024}K context (solid attention, pale FFN)")
-        axes.legend()
+        axes.set_ylim(0, 1.18 * axes.get_ylim()[1])
+        axes.legend(ncols=len(labels), fontsize=8, loc="upper center")
     return figure
 
 
@@ -142,7 +140,13 @@ def intensity(models: Models, chips: Chips) -> Figure:
     for i, name in enumerate(REPORT_CHIPS):
         ridge = chips[name].ridge_flop_per_byte
         axes.plot(span, [b * ridge for b in span], color=COLOURS[6], linestyle=("-", "--", "-.", ":")[i], linewidth=1)
-        axes.annotate(f"{chips[name].title} {ridge:.0f} FLOP/B", (span[1], span[1] * ridge), ha="right", fontsize=8)
+        axes.annotate(
+            f"{chips[name].title} {ridge:.0f} FLOP/B",
+            (span[0], span[0] * ridge),
+            xytext=(0, (4, 4, -8, 3)[i]),
+            textcoords="offset points",
+            fontsize=7,
+        )
     axes.set(xscale="log", yscale="log", xlabel="KV bytes per decoded token", ylabel="attention core FLOPs per token")
     axes.set_title("Arithmetic intensity of the attention core")
     axes.legend()
@@ -165,6 +169,7 @@ def tgs_by_topology(models: Models, chips: Chips) -> Figure:
         axes.annotate(f"report {shape}", (context / 1024, tgs), textcoords="offset points", xytext=(8, 4))
     axes.set(xscale="log", xlabel="context (1024 tokens)", ylabel="tokens/s per GPU", ylim=(0, None))
     axes.set_xticks([c / 1024 for c in TGS_CONTEXTS], [str(c // 1024) for c in TGS_CONTEXTS])
+    axes.minorticks_off()
     axes.set_title("Step-3 on H800, TPOT within 50 ms, best batch of each topology")
     axes.legend()
     return figure
