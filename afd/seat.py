@@ -62,7 +62,7 @@ def take_seat(
 ) -> Seat | None:
     """Register, get a rank, bind the mesh, publish its address. None when `stop` was set meanwhile.
 
-    agreed: config hash (hex).  info: what the worker says of itself; incarnation, config hash and mesh address are filled in here.
+    agreed: config hash (hex).  info: what the worker says of itself; incarnation, hash and mesh address are filled in.
     """
     info = msgspec.structs.replace(info, incarnation=uuid.uuid4().hex, config_hash=agreed)
     membership = join(info, fields)

@@ -25,6 +25,7 @@ from afd.messages.membership import ClusterView, WorkerInfo
 from afd.messages.membership_port import Announce, Join, SyncFields
 from afd.messages.serving import WorkerStats
 from afd.metrics import MetricsServer, process_registry
+from afd.model.device import check_device
 from afd.model.loading import ModelFolder, load_attention_half, load_ffn_half, resolve_model
 from afd.model.sharding import ShardSpec
 from afd.sched.scheduler import Scheduler, SchedulerConfig
@@ -43,6 +44,7 @@ def run_attention_worker(
     config: ClusterConfig, secret: bytes, join: Join, stop: threading.Event, announce: Announce
 ) -> int:
     """Serve until `stop`, then drain. Returns the exit code; raises AfdError with one line for the user."""
+    check_device(config.attention.device, "attention.device")
     torch.set_num_threads(config.attention.threads or 1)
     worker = _Worker(config, resolve_model(config.model.name), stop)
     try:

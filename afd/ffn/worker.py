@@ -16,6 +16,7 @@ from afd.ffn.metrics import FFNMetrics
 from afd.messages.membership import ClusterView, WorkerInfo
 from afd.messages.membership_port import Announce, Join, SyncFields
 from afd.metrics import MetricsServer, process_registry
+from afd.model.device import check_device
 from afd.model.loading import ModelFolder, load_ffn_half, resolve_model
 from afd.model.sharding import ShardSpec
 from afd.seat import Seat, take_seat
@@ -28,6 +29,7 @@ IDLE_S = 0.1  # longest block of the loop: bounds the reaction to stop and to a 
 
 def run_ffn_worker(config: ClusterConfig, secret: bytes, join: Join, stop: threading.Event, announce: Announce) -> int:
     """Serve until `stop`. Returns the exit code; raises AfdError with one line for the user."""
+    check_device(config.ffn.device, "ffn.device")
     torch.set_num_threads(config.ffn.threads or 1)
     folder = resolve_model(config.model.name)
     worker = _Worker(config, folder, stop)

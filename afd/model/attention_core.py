@@ -1,4 +1,7 @@
-"""Paged attention and KV writes: the one place where the model meets the attention kernels."""
+"""Paged attention and KV writes: the one place where the model meets the attention kernels.
+
+On the CPU these are AFD's native kernels; elsewhere, and for shapes that those do not take, plain torch.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +9,75 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from afd import kernels
 from afd.model.batch import AttentionBatch
+from afd.model.rope import rotate
+
+_NATIVE_MULTIPLE = 8  # of block size and head dimensions, as afd.kernels asks
+
+
+def rope_write_kv(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tables: tuple[Tensor, Tensor],
+    interleaved: bool,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    batch: AttentionBatch,
+) -> Tensor:
+    """Rotate q [n, num_heads, head_dim] and k [n, num_kv_heads, head_dim], store k and v at their slots, return q.
+
+    tables: (cos, sin) of the batch's positions, [n, rotary_dim / 2] float32.  q may be rotated in place.
+    """
+    cos, sin = tables
+    if _native(k_cache, v_cache) and not interleaved:
+        rows = torch.arange(q.shape[0])
+        kernels.rope_write_kv(q, k, v, cos, sin, rows, k_cache, v_cache, batch.slot_mapping)
+        return q
+    write_kv(rotate(k, cos, sin, interleaved), v, k_cache, v_cache, batch.slot_mapping)
+    return rotate(q, cos, sin, interleaved)
 
 
 def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
     """Store k [n, num_kv_heads, head_dim] and v at their slots of [num_blocks, num_kv_heads, block_size, head_dim]."""
+    if _native(k_cache, v_cache):
+        kernels.write_kv(k, v, k_cache, v_cache, slot_mapping)
+        return
     block_size = k_cache.shape[2]
     blocks, offsets = slot_mapping // block_size, slot_mapping % block_size
-    k_cache[blocks, :, offsets] = k.to(k_cache.dtype)
-    v_cache[blocks, :, offsets] = v.to(v_cache.dtype)
+    k_cache[blocks, :, offsets] = k
+    v_cache[blocks, :, offsets] = v
 
 
 def paged_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch, scale: float, window: int = 0
 ) -> Tensor:
-    """Causal attention of q [n, num_heads, head_dim] over each sequence's cached context -> [n, num_heads, v_head_dim].
+    """Causal attention of q [n, num_heads, head_dim] over each sequence's cached context -> [n, num_heads, v_head_dim]."""
+    if _native(k_cache, v_cache):
+        return kernels.paged_attention(
+            q,
+            k_cache,
+            v_cache,
+            batch.block_table,
+            batch.seq_lens,
+            batch.query_start,
+            scale,
+            window,
+            num_threads=torch.get_num_threads(),
+        )
+    return torch_paged_attention(q, k_cache, v_cache, batch, scale, window)
+
+
+def _native(k_cache: Tensor, v_cache: Tensor) -> bool:
+    multiples = (k_cache.shape[2], k_cache.shape[3], v_cache.shape[3])
+    return k_cache.is_cpu and all(size % _NATIVE_MULTIPLE == 0 for size in multiples)
+
+
+def torch_paged_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch, scale: float, window: int = 0
+) -> Tensor:
+    """`paged_attention` in torch, one sequence at a time.
 
     The query heads of one KV head are folded into rows, so that K and V are never repeated.
     """

@@ -9,14 +9,13 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from afd.kv.cache import KVCache
-from afd.model.attention_core import paged_attention, write_kv
+from afd.model.attention_core import paged_attention, rope_write_kv
 from afd.model.batch import AttentionBatch
-from afd.model.norm import rms_norm
-from afd.model.rope import inverse_frequencies, rotate
+from afd.model.primitives import linear, rms_norm
+from afd.model.rope import inverse_frequencies
 from afd.model.spec import AttentionKind, AttentionSpec
 
 
@@ -37,14 +36,14 @@ class _RotaryAttention:
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, batch: AttentionBatch, cache: KVCache, layer_idx: int) -> Tensor:
         """q, k, v [n, heads * width] -> [n, hidden]."""
         spec = self._spec
-        cos, sin = batch.rope_tables(spec.rope, self._inv_freq)
-        q = rotate(q.view(-1, spec.num_heads, spec.head_dim), cos, sin, spec.rope.interleaved)
-        k = rotate(k.view(-1, spec.num_kv_heads, spec.head_dim), cos, sin, spec.rope.interleaved)
+        q = q.view(-1, spec.num_heads, spec.head_dim)
+        k = k.view(-1, spec.num_kv_heads, spec.head_dim)
         v = v.view(-1, spec.num_kv_heads, spec.v_head_dim)
         k_cache, v_cache = cache.k[layer_idx], cache.v[layer_idx]
-        write_kv(k, v, k_cache, v_cache, batch.slot_mapping)
+        tables = batch.rope_tables(spec.rope, self._inv_freq)
+        q = rope_write_kv(q, k, v, tables, spec.rope.interleaved, k_cache, v_cache, batch)
         out = paged_attention(q, k_cache, v_cache, batch, spec.scale, spec.window)
-        return F.linear(out.flatten(1), self._o)
+        return linear(out.flatten(1), self._o)
 
 
 class GqaAttention(_RotaryAttention):
@@ -56,7 +55,7 @@ class GqaAttention(_RotaryAttention):
         self._widths = _qkv_widths(spec, spec.num_heads * spec.head_dim)
 
     def __call__(self, h: Tensor, batch: AttentionBatch, cache: KVCache, layer_idx: int) -> Tensor:
-        q, k, v = torch.split(F.linear(h, self._qkv), self._widths, dim=1)
+        q, k, v = torch.split(linear(h, self._qkv), self._widths, dim=1)
         return self._attend(q, k, v, batch, cache, layer_idx)
 
 
@@ -75,8 +74,8 @@ class MfaAttention(_RotaryAttention):
         self._widths = _qkv_widths(spec, spec.q_rank)
 
     def __call__(self, h: Tensor, batch: AttentionBatch, cache: KVCache, layer_idx: int) -> Tensor:
-        c, k, v = torch.split(F.linear(h, self._qkv), self._widths, dim=1)
-        q = F.linear(rms_norm(c, self._q_norm, self._eps), self._q_up)
+        c, k, v = torch.split(linear(h, self._qkv), self._widths, dim=1)
+        q = linear(rms_norm(c.contiguous(), self._q_norm, self._eps), self._q_up)
         return self._attend(q, k, v, batch, cache, layer_idx)
 
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from afd.model.primitives import linear, silu_mul
 
 
 @dataclass(slots=True)
@@ -42,8 +43,7 @@ class SwiGlu:
     down: Tensor
 
     def __call__(self, rows: Tensor) -> Tensor:
-        gate, up = F.linear(rows, self.gate_up).chunk(2, dim=-1)
-        return F.linear(F.silu(gate) * up, self.down)
+        return linear(silu_mul(linear(rows, self.gate_up)), self.down)
 
 
 @dataclass(slots=True)

@@ -31,14 +31,15 @@ def _llama3(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
 
 
 def cos_sin(inv_freq: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Two [num_tokens, 1, rotary_dim / 2] float32 tables for integer `positions` [num_tokens]."""
+    """Two [num_tokens, rotary_dim / 2] float32 tables for integer `positions` [num_tokens]."""
     angles = positions.float()[:, None] * inv_freq
-    return angles.cos()[:, None, :], angles.sin()[:, None, :]
+    return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     """Rotate the first rotary_dim dimensions of x [num_tokens, num_heads, head_dim]; float32 inside."""
     half = cos.shape[-1]
+    cos, sin = cos[:, None], sin[:, None]
     rotary, rest = x[..., : 2 * half].float(), x[..., 2 * half :]
     if interleaved:
         first, second = rotary[..., 0::2], rotary[..., 1::2]

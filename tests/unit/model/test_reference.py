@@ -87,7 +87,7 @@ def test_the_context_bounds_the_output(attention: AttentionHalf) -> None:
 
 
 def test_combine_adds_in_float32_in_rank_order(attention: AttentionHalf) -> None:
-    x = torch.ones(1, 2, dtype=torch.bfloat16)
+    x = torch.ones(1, 2)
     partials = [torch.full((1, 2), value, dtype=torch.bfloat16) for value in (256.0, 1.0, -256.0)]
     attention.combine(x, partials)
     assert x.tolist() == [[2.0, 2.0]]  # in bfloat16, 256 + 1 = 256 and the result would be 1
