@@ -268,10 +268,17 @@ class Membership:
 
     def _accept(self, info: WorkerInfo, reply: RegisterReply) -> None:
         with self._changed:
+            again = self._info_sent is not None
             self._info_sent = info
             self._rank = reply.rank
         self._answered()
-        log.info("registered as %s/%d with the coordinator %s", info.role, reply.rank, self._client.address)
+        log.log(
+            logging.DEBUG if again else logging.INFO,
+            "registered as %s/%d with the coordinator %s",
+            info.role,
+            reply.rank,
+            self._client.address,
+        )
         if reply.view is not None:
             self._take(reply.view)
 
