@@ -31,9 +31,8 @@ def rope_write_kv(
     tables: (cos, sin) of the batch's positions, [n, rotary_dim / 2] float32.  q may be rotated in place.
     """
     cos, sin = tables
-    if _native(k_cache, v_cache) and not interleaved:
-        rows = torch.arange(q.shape[0])
-        kernels.rope_write_kv(q, k, v, cos, sin, rows, k_cache, v_cache, batch.slot_mapping)
+    if _native(k_cache, v_cache):
+        kernels.rope_write_kv(q, k, v, cos, sin, k_cache, v_cache, batch.slot_mapping, interleaved)
         return q
     write_kv(rotate(k, cos, sin, interleaved), v, k_cache, v_cache, batch.slot_mapping)
     return rotate(q, cos, sin, interleaved)
@@ -53,7 +52,7 @@ def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mappin
 def paged_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch, scale: float, window: int = 0
 ) -> Tensor:
-    """Causal attention of q [n, num_heads, head_dim] over each sequence's cached context -> [n, num_heads, v_head_dim]."""
+    """Causal attention of q [n, num_heads, head_dim] over the cached contexts -> [n, num_heads, v_head_dim]."""
     if _native(k_cache, v_cache):
         return kernels.paged_attention(
             q,
