@@ -155,16 +155,30 @@ def resolve_config(file: str | None, overrides: dict[str, Any]) -> ClusterConfig
     for path, value in overrides.items():
         section, key = path.split(".")
         table = tree.setdefault(section, {})
-        if not isinstance(table, dict):
-            raise ConfigError(f"{section} must be a section ([{section}]), not a value")
-        table[key] = value
+        if isinstance(table, dict):
+            table[key] = value
+    where = f"{file}: " if file is not None else ""
+    _check_keys(tree, where)
     try:
         config = msgspec.convert(tree, ClusterConfig)
     except msgspec.ValidationError as error:
-        where = f"{file}: " if file is not None else ""
-        raise ConfigError(f"{where}{error}") from error
+        raise ConfigError(f"{where}{str(error).replace('$.', '')}") from error
     check_config(config)
     return config
+
+
+def _check_keys(tree: dict[str, Any], where: str) -> None:
+    """An unknown section or key is named together with those that exist; ConfigError."""
+    sections = {field.name: field.type for field in msgspec.structs.fields(ClusterConfig)}
+    for section, table in tree.items():
+        if section not in sections:
+            raise ConfigError(f"{where}unknown section [{section}]; sections: {', '.join(sections)}")
+        if not isinstance(table, dict):
+            raise ConfigError(f"{where}{section} must be a section ([{section}]), not a value")
+        keys = [field.name for field in msgspec.structs.fields(sections[section])]
+        for key in table:
+            if key not in keys:
+                raise ConfigError(f"{where}unknown key {section}.{key}; keys of [{section}]: {', '.join(keys)}")
 
 
 def check_config(config: ClusterConfig) -> None:

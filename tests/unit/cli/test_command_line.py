@@ -1,0 +1,138 @@
+"""The `afd` command line: flags reach their keys, errors are one line, help needs no heavy library."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from afd.cli.flags import EVERY, FLAGS, config_from_args
+from afd.cli.main import build_parser, main
+from afd.cli.status import status_text
+from afd.config import ClusterConfig, config_to_toml_dict
+from afd.messages.membership import ClusterView, Member, MemberStatus, Plan, StatusReply, WorkerInfo
+
+MODEL = "dummy:llama-tiny"
+
+
+def resolved(*argv: str) -> ClusterConfig:
+    return config_from_args(build_parser().parse_args(argv))
+
+
+def test_every_flag_names_a_key_that_exists() -> None:
+    known = {f"{section}.{key}" for section, table in config_to_toml_dict(ClusterConfig()).items() for key in table}
+    assert {key for flag in FLAGS for key in flag.keys} <= known
+    for command in EVERY:
+        names = [flag.name for flag in FLAGS if command in flag.commands]
+        assert len(names) == len(set(names)), f"{command} takes a flag twice"
+
+
+def test_flags_reach_their_keys() -> None:
+    config = resolved(
+        *("up", "--topology", "2A1F", "--model", MODEL, "--port", "0", "--dtype", "float32", "--transport", "tcp"),
+        *("--streams", "2", "--ffn-parallel", "tp", "--threads", "3", "--checksum", "true", "--log-level", "debug"),
+    )
+    assert str(config.topology) == "2A1F" and config.model.name == MODEL and config.gateway.port == 0
+    assert config.model.dtype == "float32" and config.cluster.transport == "tcp" and config.cluster.checksum is True
+    assert config.attention.streams == 2 and config.cluster.ffn_parallel == "tp"
+    assert config.attention.threads == config.ffn.threads == 3 and config.log.level == "debug"
+
+
+def test_the_same_flag_means_the_roles_own_key() -> None:
+    assert resolved("gateway", "--host", "h", "--port", "1").gateway.host == "h"
+    assert resolved("attention", "--host", "h", "--port", "1").attention.port == 1
+    assert resolved("ffn", "--host", "h", "--coordinator", "c:1").coordinator.address == "c:1"
+
+
+def test_set_reaches_every_key_and_comes_last(tmp_path: Path) -> None:
+    file = tmp_path / "cluster.toml"
+    file.write_text("[attention]\nblock_size = 8\nstreams = 1\n")
+    config = resolved(
+        *("up", "--config", str(file), "--streams", "2"),
+        *("--set", "attention.streams=3", "--set", "model.name=plain text", "--set", "cluster.checksum=true"),
+    )
+    assert (config.attention.block_size, config.attention.streams) == (8, 3)
+    assert config.model.name == "plain text" and config.cluster.checksum is True
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("up", "--topology", "3"), "topology '3'"),
+        (("up", "--set", "gateway.prot=1"), "unknown key gateway.prot"),
+        (("up", "--set", "nonsense"), "section.key=value"),
+        (("up", "--config", "/nowhere.toml"), "cannot read config file /nowhere.toml"),
+        (("up", "--model", "/no/such/model"), "/no/such/model"),
+        (("up", "--secret-file", "/nowhere"), "cannot read secret file"),
+        (("attention", "--model", MODEL), "--coordinator HOST:PORT is needed"),
+        (("ffn", "--model", MODEL, "--coordinator", "127.0.0.1:1"), "--secret-file is needed"),
+        (("coordinator",), "--secret-file is needed"),
+        (("status",), "no `afd up` runs on this host"),
+        (("chat", "--pid", "1"), "no `afd up` with pid 1"),
+        (("status", "--coordinator", "127.0.0.1:1"), "--secret-file is needed"),
+    ],
+)
+def test_errors_are_one_line_and_exit_code_2(
+    argv: tuple[str, ...],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    assert main(argv) == 2
+    output = capsys.readouterr()
+    assert output.err.startswith("afd: error: ") and output.err.count("\n") == 1
+    assert message in output.err and output.out == ""
+
+
+def test_an_unreachable_coordinator_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    secret = tmp_path / "secret"
+    secret.write_bytes(b"x" * 32)
+    secret.chmod(0o600)
+    assert main(["status", "--coordinator", "127.0.0.1:1", "--secret-file", str(secret)]) == 2
+    assert "127.0.0.1:1" in capsys.readouterr().err
+
+
+def test_dry_run_prints_what_each_process_gets(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["up", "--dry-run", "--model", MODEL, "--topology", "2A2F", "--threads", "2", "--port", "0"]) == 0
+    output = capsys.readouterr().out
+    assert 'topology = "2A2F"' in output and "attention/1" in output and "FFN shard 1 of 2, 2 threads" in output
+    assert main(["attention", "--dry-run", "--model", MODEL, "--coordinator", "h:1"]) == 0
+    assert 'address = "h:1"' in capsys.readouterr().out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["version"]) == 0
+    assert capsys.readouterr().out.startswith("afd 0.")
+
+
+@pytest.mark.parametrize("heavy", ["torch", "transformers"])
+def test_the_command_line_imports_nothing_heavy(heavy: str) -> None:
+    script = (
+        "import sys; from afd.cli.main import main\n"
+        f"main(['up', '--dry-run', '--model', '{MODEL}'])\n"
+        "import afd.cluster.supervisor, afd.cli.status\n"
+        f"sys.exit('{heavy}' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, timeout=60)
+
+
+def test_status_shows_every_member_in_a_table() -> None:
+    infos = [
+        WorkerInfo("attention", "a", "10.0.0.1", 11, "h", metrics="10.0.0.1:90"),
+        WorkerInfo("ffn", "f", "10.0.0.2", 12, "h"),
+    ]
+    members = [Member(infos[0], 0, ready=True), Member(infos[1], 0)]
+    view = ClusterView("c" * 32, 7, 0, 1, 1, "smol", "h", "hybrid", Plan(), members[:1])
+    reply = StatusReply(
+        view,
+        [MemberStatus(members[0], 0.11, 1.0, {"running": 3.0}), MemberStatus(members[1], 0.2, 0.5, {})],
+        ["+0.0s attention/0 joined"],
+    )
+    lines = status_text(reply, url="http://x").splitlines()
+    assert lines[0] == "1A1F  smol  waiting for workers, epoch 0  http://x"
+    assert " ".join(lines[4].split()) == "attention/0 ready 0.1 s ago 10.0.0.1 pid 11 10.0.0.1:90 running 3"
+    assert "loading 50%" in lines[5] and lines[-1] == "+0.0s attention/0 joined"

@@ -1,0 +1,284 @@
+"""What touches the host: pipes and their frames, the run file, the secret file, threads and ports, the console."""
+
+from __future__ import annotations
+
+import io
+import os
+import socket
+import stat
+from pathlib import Path
+
+import pytest
+
+from afd.cluster import resolve
+from afd.cluster.console import Console
+from afd.cluster.launch import RoleLaunch, parse_news, read_launch, write_launch, write_news
+from afd.cluster.launcher import MAX_LINE_BYTES, Lines, child_environment, describe_exit
+from afd.cluster.progress import ChildProgress, curl_line, progress_line
+from afd.cluster.run_file import (
+    RunInfo,
+    process_start_time,
+    remove_run_file,
+    run_directory,
+    running_clusters,
+    write_run_file,
+)
+from afd.cluster.secret_file import new_secret, read_secret, require_secret
+from afd.config import ClusterConfig, resolve_config
+from afd.errors import ConfigError, ModelError
+
+
+@pytest.fixture
+def pipe() -> object:
+    read_fd, write_fd = os.pipe()
+    fds = [read_fd, write_fd]
+    yield fds
+    for fd in fds:
+        os.close(fd)
+
+
+# --- frames ---------------------------------------------------------------------------------------------
+
+
+def test_a_launch_frame_survives_the_pipe(pipe: list[int]) -> None:
+    launch = RoleLaunch("ffn", 3, ClusterConfig(), "ab" * 16, announce_fd=7, supervisor_pid=1)
+    write_launch(pipe[1], launch)
+    assert read_launch(pipe[0]) == launch
+    assert launch.name == "ffn/3" and RoleLaunch("coordinator", -1, ClusterConfig(), "").name == "coordinator"
+
+
+def test_a_supervisor_that_goes_away_first_is_no_error(pipe: list[int]) -> None:
+    os.write(pipe[1], b"\x10\x00\x00\x00{")
+    os.close(pipe.pop())
+    assert read_launch(pipe[0]) is None
+
+
+@pytest.mark.parametrize("data", [b"GET / HTTP/1.1\r\n", b"\x02\x00\x00\x00{}", b"\x03\x00\x00\x00abc"])
+def test_something_else_on_standard_input_is_named(pipe: list[int], data: bytes) -> None:
+    os.write(pipe[1], data)
+    with pytest.raises(ConfigError, match="launch frame"):
+        read_launch(pipe[0])
+
+
+def test_news_are_lines_and_broken_ones_are_none(pipe: list[int]) -> None:
+    write_news(pipe[1], {"loading": 0.5, "what": "é"})
+    assert parse_news(os.read(pipe[0], 4096)) == {"loading": 0.5, "what": "é"}
+    assert parse_news(b'{"load') == {} and parse_news(b"3") == {} and parse_news(b"\xff") == {}
+    with pytest.raises(ValueError, match="bytes"):
+        write_news(pipe[1], {"error": "x" * 5000})
+
+
+def test_news_to_a_dead_supervisor_are_nobodys_business(pipe: list[int]) -> None:
+    os.close(pipe.pop(0))
+    write_news(pipe[0], {"ready": True})
+
+
+def test_lines_are_split_cut_and_finished(pipe: list[int]) -> None:
+    os.set_blocking(pipe[0], False)
+    lines = Lines(pipe[0], 10)
+    os.write(pipe[1], b"one\ntw")
+    assert list(lines.read()) == [b"one"]
+    os.write(pipe[1], b"o\n" + b"x" * 25)
+    assert list(lines.read()) == [b"two", b"x" * 10], "an overlong line is cut, not collected"
+    os.write(pipe[1], b"\nlast")
+    assert list(lines.read()) == [b""] and not lines.ended
+    os.close(pipe.pop())
+    assert list(lines.read()) == [b"last"] and lines.ended
+    assert list(lines.read()) == []
+
+
+def test_a_child_environment_bounds_thread_pools() -> None:
+    assert child_environment(3)["OMP_NUM_THREADS"] == "3"
+    assert MAX_LINE_BYTES >= 4096
+
+
+def test_exits_in_words() -> None:
+    assert [describe_exit(code) for code in (1, -9, -200)] == [
+        "exit code 1",
+        "killed by SIGKILL",
+        "killed by signal 200",
+    ]
+
+
+# --- run file -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    return tmp_path
+
+
+def run_info(pid: int = 0, started: int = 0) -> RunInfo:
+    pid = pid or os.getpid()
+    return RunInfo(pid, started or process_start_time(pid), "127.0.0.1:1", "ab", "http://x", "1A1F", "m")
+
+
+def test_a_run_file_is_private_found_and_gone(run_base: Path) -> None:
+    assert running_clusters() == [] and list(run_base.iterdir()) == [], "looking leaves nothing behind"
+    path = write_run_file(run_info())
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600 and stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    assert write_run_file(run_info()) == path, "written again with the URL"
+    assert running_clusters() == [run_info()]
+    remove_run_file(path)
+    remove_run_file(path)
+    assert running_clusters() == [] and list(run_base.iterdir()) == []
+
+
+def test_files_of_dead_supervisors_and_garbage_are_not_clusters(run_base: Path) -> None:
+    dead = write_run_file(run_info(pid=os.getpid(), started=1))  # this pid, but another process
+    assert running_clusters() == [] and not dead.exists()
+    kept = write_run_file(run_info())
+    kept.with_name("1.json").write_bytes(b"{")
+    assert running_clusters() == [run_info()]
+    assert process_start_time(2**22 + 1) == 0
+
+
+def test_a_directory_of_someone_else_is_refused(run_base: Path) -> None:
+    run_directory().mkdir(mode=0o755)
+    with pytest.raises(ConfigError, match="not private"):
+        write_run_file(run_info())
+    with pytest.raises(ConfigError, match="not private"):
+        running_clusters()
+
+
+def test_without_a_runtime_directory_the_temporary_one_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    assert run_directory().name == f"afd-{os.getuid()}"
+
+
+# --- secret file ----------------------------------------------------------------------------------------
+
+
+def test_a_secret_is_read_without_white_space(tmp_path: Path) -> None:
+    path = tmp_path / "secret"
+    path.write_text("  0123456789abcdef\n")
+    path.chmod(0o600)
+    assert read_secret(str(path)) == b"0123456789abcdef"
+    assert len(new_secret()) >= 16 and new_secret() != new_secret()
+
+
+@pytest.mark.parametrize("content", [b"", b"short", b"x" * 5000])
+def test_a_useless_secret_is_refused_with_a_remedy(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "secret"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match="make one"):
+        read_secret(str(path))
+
+
+def test_a_missing_secret_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="nowhere"):
+        read_secret(str(tmp_path / "nowhere"))
+    with pytest.raises(ConfigError, match="--secret-file is needed"):
+        require_secret("")
+
+
+def test_a_secret_that_everyone_can_read_is_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "secret"
+    path.write_bytes(b"x" * 32)
+    path.chmod(0o644)
+    read_secret(str(path))
+    assert "chmod 600" in caplog.text
+
+
+# --- threads, model, ports ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("topology", "cores", "share"), [("1A1F", 2, 1), ("1A1F", 8, 4), ("2A3F", 16, 3), ("4A4F", 2, 1), ("mono", 6, 6)]
+)
+def test_threads_are_a_fair_share(topology: str, cores: int, share: int) -> None:
+    config = resolve.share_threads(resolve_config(None, {"cluster.topology": topology}), cores)
+    assert (config.attention.threads, config.ffn.threads) == (share, share)
+
+
+def test_threads_that_were_given_stay() -> None:
+    config = resolve_config(None, {"attention.threads": 3})
+    assert resolve.share_threads(config, 8).attention.threads == 3
+    whole = resolve.whole_host_threads(config, 8)
+    assert (whole.attention.threads, whole.ffn.threads) == (3, 8)
+    assert resolve.usable_cores() >= 1
+
+
+def test_the_model_is_found_early_and_named() -> None:
+    config, folder = resolve.find_model(resolve_config(None, {"model.name": "dummy:llama-tiny"}))
+    assert config.model.served_name == folder.name
+    named = resolve_config(None, {"model.name": "dummy:llama-tiny", "model.served_name": "mine"})
+    assert resolve.find_model(named)[0].model.served_name == "mine"
+    with pytest.raises(ModelError, match="nothing-here"):
+        resolve.find_model(resolve_config(None, {"model.name": "/nothing-here"}))
+
+
+def test_a_port_in_use_is_one_clear_line() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(
+            ConfigError, match=f"gateway: port {port} on 127.0.0.1 is in use; choose another with --port"
+        ):
+            resolve.check_ports(resolve_config(None, {"gateway.port": port}))
+        with pytest.raises(ConfigError, match=f"coordinator: port {port}"):
+            config = {"coordinator.address": f"127.0.0.1:{port}", "gateway.port": 0}
+            resolve.check_ports(resolve_config(None, config))
+    resolve.check_ports(resolve_config(None, {"gateway.port": port}))
+
+
+def test_addresses_that_cannot_be_listened_on_are_named() -> None:
+    with pytest.raises(ConfigError, match=r"cannot listen on 203\.0\.113\.1"):
+        resolve.check_port("203.0.113.1", 8000, "gateway", "")
+
+
+def test_one_fixed_port_cannot_serve_two_workers() -> None:
+    config = {"cluster.topology": "1A2F", "ffn.mesh_port": 7000, "gateway.port": 0}
+    with pytest.raises(ConfigError, match=r"ffn.mesh_port = 7000 cannot serve 2 processes"):
+        resolve.check_ports(resolve_config(None, config))
+
+
+# --- text -----------------------------------------------------------------------------------------------
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_of_a_child() -> None:
+    progress = ChildProgress()
+    assert str(progress) == "starting"
+    assert progress.update({"loading": 0.42}) and str(progress) == "42%"
+    assert not progress.update({"loading": 0.42, "other": 1})
+    assert progress.update({"loading": 1.0}) and str(progress) == "loaded"
+    assert progress.update({"ready": True}) and str(progress) == "ready"
+    assert progress_line("m", {"ffn/0": progress}, 1.25) == "loading m: ffn/0 ready  (1.2 s)"
+
+
+def test_the_curl_line_fits_the_model() -> None:
+    config = resolve_config(None, {"model.served_name": "mine"})
+    assert "/v1/chat/completions" in curl_line(config, "http://h:1", has_tokenizer=True)
+    ids = curl_line(config, "http://h:1", has_tokenizer=False)
+    assert "/v1/completions" in ids and '"prompt": [1, 2, 3]' in ids
+
+
+def test_the_progress_line_stays_below_the_log() -> None:
+    out, err = io.StringIO(), Terminal()
+    console = Console(out, err)
+    console.progress("50%")
+    console.line("a log line")
+    console.say("ready")
+    console.line("later")
+    assert err.getvalue() == "\r\x1b[2K50%\r\x1b[2Ka log line\n50%\r\x1b[2Klater\n"
+    assert out.getvalue() == "ready\n"
+
+
+def test_without_a_terminal_progress_is_logged_now_and_then() -> None:
+    err = io.StringIO()
+    console = Console(io.StringIO(), err)
+    for percent in range(100):
+        console.progress(f"{percent}%")
+    assert err.getvalue() == "0%\n"
+
+
+def test_a_terminal_that_goes_away_is_no_reason_to_end() -> None:
+    closed = io.StringIO()
+    console = Console(closed, closed)
+    closed.close()
+    console.line("nobody reads this")
