@@ -1,0 +1,1 @@
+"""`afd bench`: load generator and latency report for any OpenAI-compatible endpoint. No torch."""
