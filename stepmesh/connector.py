@@ -179,4 +179,5 @@ class Doorman:
         self._stats.turned_away += 1
         who = str(visit.hello.id) if visit.hello is not None else visit.link.peer_name
         level = logging.DEBUG if visit.hello is not None and error.retryable else logging.WARNING
-        log.log(level, "%s: turned away %s: %s", self._env.config.id, who, error)
+        # As text: an exception kept by a log handler would keep the frames it came through, and their mappings.
+        log.log(level, "%s: turned away %s: %s", self._env.config.id, who, str(error))

@@ -251,8 +251,8 @@ class Mesh:
         if self._closed:
             return
         self._closed = True
-        pairs, self._live = self._live, ()
-        for pair in pairs:
+        self._live = ()
+        for pair in self._pairs.values():
             pair.close(f"{self.id} closed its mesh", retryable=False)
         self._pairs.clear()
         self._of_link.clear()

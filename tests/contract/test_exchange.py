@@ -335,9 +335,8 @@ def test_progress_wakes_on_request(world: World) -> None:
     assert mesh.progress(10.0) == []  # the test's time limit is what fails otherwise
 
 
+@pytest.mark.parametrize("transport", ("shm", "tcp"), indirect=True)  # a virtual clock waits for no descriptor
 def test_progress_returns_for_a_watched_descriptor(world: World) -> None:
-    if world.virtual:
-        pytest.skip("a virtual clock waits for no descriptor")
     world.build(1, 1)
     mesh = world.meshes[A0]
     readable, writable = os.pipe()

@@ -116,13 +116,16 @@ class World:
 
     def turn(self) -> None:
         """One round: every mesh makes progress once."""
+        quiet = True
         for rank_id, mesh in self.meshes.items():
             if rank_id not in self.frozen:
-                self.events[rank_id].extend(mesh.progress(0.0))
+                events = mesh.progress(0.0)
+                self.events[rank_id].extend(events)
+                quiet = quiet and not events
         if self.virtual:
             self.network.advance(STEP_S)
-        else:
-            time.sleep(0)  # the I/O threads need the interpreter
+        elif quiet:
+            time.sleep(0.0002)  # leave the core to the I/O and heartbeat threads
 
     def until(self, condition: Callable[[], object], limit_s: float = LIMIT_S) -> None:
         """Turn until the condition holds."""
@@ -209,6 +212,10 @@ class World:
         """The process stops without a sign: no progress, no heartbeats, sockets open."""
         self.frozen.add(rank_id)
         self.meshes[rank_id]._live = ()
+
+    def stop(self, rank_id: RankId) -> None:
+        """The process ends in good order."""
+        self.meshes.pop(rank_id).close()
 
     def stall(self, rank_id: RankId) -> None:
         """The main loop hangs; the heartbeat thread goes on."""
