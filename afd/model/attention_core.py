@@ -40,9 +40,6 @@ def rope_write_kv(
 
 def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
     """Store k [n, num_kv_heads, head_dim] and v at their slots of [num_blocks, num_kv_heads, block_size, head_dim]."""
-    if _native(k_cache, v_cache):
-        kernels.write_kv(k, v, k_cache, v_cache, slot_mapping)
-        return
     block_size = k_cache.shape[2]
     blocks, offsets = slot_mapping // block_size, slot_mapping % block_size
     k_cache[blocks, :, offsets] = k

@@ -12,13 +12,11 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from afd.kv.cache import KVCache, num_blocks_for_bytes
-from afd.model.attention_core import paged_attention, write_kv
+from afd.model.attention_core import paged_attention, rope_write_kv, write_kv
 from afd.model.batch import AttentionBatch
 from afd.model.loading import resolve_model
 from afd.model.rope import cos_sin, inverse_frequencies, rotate
 from afd.model.spec import RopeScaling, RopeSpec
-
-BLOCK = 8
 
 
 def test_batch_of_a_decode_and_a_chunk() -> None:
@@ -65,22 +63,26 @@ def _twin(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> tor
     heads=st.sampled_from([(4, 4), (6, 2), (8, 1)]),
     window=st.sampled_from([0, 1, 7, 16]),
     seed=st.integers(0, 1000),
+    block_size=st.sampled_from([8, 4]),
 )
 def test_paged_attention_against_the_twin(
-    seqs: list[tuple[int, int]], heads: tuple[int, int], window: int, seed: int
+    seqs: list[tuple[int, int]], heads: tuple[int, int], window: int, seed: int, block_size: int
 ) -> None:
-    """Mixed batches: contexts written in two parts, blocks in random order, every query compared on its own."""
+    """Mixed batches: contexts written in two parts, blocks in random order, every query compared on its own.
+
+    Blocks of 8 go through the native kernels, blocks of 4 through torch.
+    """
     torch.manual_seed(seed)
     num_heads, num_kv_heads = heads
     lengths = [start + new for start, new in seqs]
-    needed = [-(-length // BLOCK) for length in lengths]
+    needed = [-(-length // block_size) for length in lengths]
     free = torch.randperm(sum(needed) + 3).tolist()
     blocks = [[free.pop() for _ in range(count)] for count in needed]
-    k_cache, v_cache = (torch.zeros(sum(needed) + 3, num_kv_heads, BLOCK, 16) for _ in range(2))
+    k_cache, v_cache = (torch.zeros(sum(needed) + 3, num_kv_heads, block_size, 16) for _ in range(2))
     context = [tuple(torch.randn(length, num_kv_heads, 16) for _ in range(2)) for length in lengths]
     past = [(0, start, own) for (start, _), own in zip(seqs, blocks, strict=True) if start]
     for layout, part in ((past, 0), ([(s, n, own) for (s, n), own in zip(seqs, blocks, strict=True)], 1)):
-        batch = AttentionBatch.build(layout, BLOCK)
+        batch = AttentionBatch.build(layout, block_size)
         rows = [
             tuple(t[:start] if part == 0 else t[start:] for t in kv)
             for (start, _), kv in zip(seqs, context, strict=True)
@@ -132,3 +134,18 @@ def test_partial_rope_leaves_the_other_dimensions() -> None:
     torch.testing.assert_close(out[..., 8:], x[..., 8:], rtol=0, atol=0)
     torch.testing.assert_close(out[..., :8], rotate(x[..., :8], cos, sin, interleaved=False))
     assert not torch.allclose(out[..., :8], x[..., :8])
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_the_native_rope_and_write_equal_torch(interleaved: bool) -> None:
+    generator = torch.Generator().manual_seed(4)
+    batch = AttentionBatch.build([(3, 2, [1]), (0, 3, [0])], 8)
+    tables = cos_sin(inverse_frequencies(RopeSpec(100.0, 8)), batch.positions)
+    q, k, v = (torch.randn(5, heads, 16, generator=generator) for heads in (4, 2, 2))
+    caches = [torch.zeros(2, 2, 8, 16) for _ in range(4)]
+    expected = rotate(q, *tables, interleaved)
+    write_kv(rotate(k, *tables, interleaved), v, *caches[:2], batch.slot_mapping)
+    got = rope_write_kv(q, k, v, tables, interleaved, *caches[2:], batch)
+    torch.testing.assert_close(got, expected)
+    for native, twin in zip(caches[2:], caches[:2], strict=True):
+        torch.testing.assert_close(native, twin)

@@ -116,10 +116,14 @@ def test_partial_rows_sum_to_the_whole(whole: FFNHalf, parallel: FfnParallel, nu
         torch.testing.assert_close(total, whole.layer(dispatch), rtol=1e-4, atol=1e-5)
 
 
-def test_zero_rows_are_ordinary(whole: FFNHalf) -> None:
-    for layer in range(whole.spec.num_layers):
-        rows = whole.layer(_dispatch(whole, layer, 0))
-        assert rows.shape == (0, whole.spec.hidden) and rows.dtype is torch.float32
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_zero_rows_are_ordinary(dtype: torch.dtype) -> None:
+    half = load_ffn_half(resolve_model("dummy:step3-tiny"), ShardSpec(1, 3), dtype)
+    for layer in range(half.spec.num_layers):
+        dispatch = _dispatch(half, layer, 0)
+        dispatch.rows = dispatch.rows.to(dtype)
+        rows = half.layer(dispatch)
+        assert rows.shape == (0, half.spec.hidden) and rows.dtype is dtype
 
 
 def test_a_rank_without_any_slice_answers_zeros() -> None:
