@@ -20,7 +20,7 @@ from afd.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-CLIENT_TIMEOUT_S = 2.0  # one slow client holds the thread for no longer
+CLIENT_TIMEOUT_S = 1.0  # one slow client holds the thread for no longer
 Ready = Callable[[], tuple[bool, str]]
 
 
@@ -52,7 +52,7 @@ class MetricsServer:
         self._thread.start()
 
     def close(self) -> None:
-        """Idempotent; returns within about 0.1 s, or after the client being served (2 s)."""
+        """Idempotent; returns within about 0.1 s, or after the client being served (1 s)."""
         if self._thread.is_alive():
             self._server.shutdown()
             self._thread.join()

@@ -67,7 +67,7 @@ def status_text(reply: StatusReply, *, url: str = "") -> str:
         f"up to {view.plan.max_streams} streams of {view.plan.max_step_tokens} tokens",
         "",
     ]
-    rows = [("MEMBER", "STATE", "SEEN", "PROCESS", "METRICS", "LOAD")]
+    rows: list[tuple[str, ...]] = [("MEMBER", "STATE", "SEEN", "PROCESS", "METRICS", "LOAD")]
     rows += [_row(status) for status in reply.members]
     lines += _table(rows)
     if reply.events:

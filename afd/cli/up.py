@@ -18,6 +18,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(args: argparse.Namespace) -> int:
     from afd.cluster.resolve import check_ports, find_model, share_threads, usable_cores
+    from afd.cluster.restart import RestartPolicy
     from afd.cluster.secret_file import new_secret, read_secret
     from afd.cluster.supervisor import Supervisor
 
@@ -29,5 +30,6 @@ def run(args: argparse.Namespace) -> int:
         print(process_table(config))
         return 0
     check_ports(config)
+    restart = None if args.no_restart else RestartPolicy
     has_tokenizer = folder.tokenizer_path is not None
-    return Supervisor(config, secret, has_tokenizer=has_tokenizer, restart=not args.no_restart).run()
+    return Supervisor(config, secret, has_tokenizer=has_tokenizer, restart=restart).run()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 
 from afd.cluster.launch import EXIT_CONFIG, EXIT_OK
 
@@ -12,9 +13,10 @@ BACKOFF_S = (0.2, 1.0, 3.0)
 
 
 class RestartPolicy:
-    """One child's history: at most MAX_RESTARTS in WINDOW_S seconds, each later than the one before."""
+    """One child's history: at most MAX_RESTARTS in WINDOW_S seconds. backoff_s: delay of each, the last one repeats."""
 
-    def __init__(self) -> None:
+    def __init__(self, backoff_s: Sequence[float] = BACKOFF_S) -> None:
+        self._backoff_s = backoff_s
         self._restarts: deque[float] = deque()
 
     def next_start(self, now: float) -> float | None:
@@ -23,7 +25,7 @@ class RestartPolicy:
             self._restarts.popleft()
         if len(self._restarts) >= MAX_RESTARTS:
             return None
-        delay = BACKOFF_S[min(len(self._restarts), len(BACKOFF_S) - 1)]
+        delay = self._backoff_s[min(len(self._restarts), len(self._backoff_s) - 1)]
         self._restarts.append(now)
         return now + delay
 

@@ -39,7 +39,8 @@ PROBE_TIMEOUT_S = 0.5
 class Supervisor:
     """Owns the children of one cluster. `run` blocks in the main thread until all have ended.
 
-    restart: start dead children again.  command: how a role's process is started (tests put fakes there).
+    restart: makes each child's restart policy; None = the first death ends the cluster.
+    command: how a role's process is started (tests put fakes there).
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class Supervisor:
         secret: bytes,
         *,
         has_tokenizer: bool = True,
-        restart: bool = True,
+        restart: Callable[[], RestartPolicy] | None = RestartPolicy,
         command: Command = role_command,
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -166,7 +167,8 @@ class Supervisor:
         child = Child(role, rank, self._command(role, rank), threads=threads)
         self._children[child.name] = child
         self._progress[child.name] = ChildProgress()
-        self._policies.setdefault(child.name, RestartPolicy())
+        if self._restart is not None and child.name not in self._policies:
+            self._policies[child.name] = self._restart()
         for lines in (child.output, child.news):
             self._selector.register(lines.fd, selectors.EVENT_READ, child)
 
@@ -210,9 +212,9 @@ class Supervisor:
         if not worth_restarting(exit_code):
             self._stop(EXIT_CONFIG)
             return
-        due = self._policies[child.name].next_start(now) if self._restart else None
+        due = self._policies[child.name].next_start(now) if self._restart is not None else None
         if due is None:
-            why = "it dies again and again" if self._restart else "--no-restart"
+            why = "it dies again and again" if self._restart is not None else "--no-restart"
             self._console.line(f"afd up: {child.name} is not started again ({why}); stopping the cluster")
             self._stop(EXIT_FAILURE)
             return

@@ -173,6 +173,7 @@ def run_coordinator(config: ClusterConfig, secret: bytes, stop: threading.Event,
             interval_s = min(TICK_S, timing.lost_after_s / 4)
             while server.step() and not stop.wait(interval_s):
                 pass
+            server.step()  # what happened since the last tick is still told
         finally:
             metrics.close()
     finally:

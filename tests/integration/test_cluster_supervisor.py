@@ -1,0 +1,277 @@
+"""`afd up`'s supervisor with real processes and a real coordinator around workers without a model."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+WAIT_S = 20.0
+UP = """
+import sys
+from afd.cluster.restart import RestartPolicy
+from afd.cluster.supervisor import Supervisor
+from afd.config import resolve_config
+topology, restart, behaviours = sys.argv[1], sys.argv[2] == "restart", dict(word.split("=") for word in sys.argv[3:])
+config = resolve_config(None, {
+    "cluster.topology": topology, "gateway.port": 0, "gateway.drain_s": 0.2, "model.served_name": "fake",
+    "coordinator.lost_after_s": 0.6, "coordinator.restart_grace_s": 1.0, "coordinator.heartbeat_s": 0.05,
+})
+def command(role, rank):
+    name = f"{role}/{rank}" if rank >= 0 else role
+    return [sys.executable, "-m", "tests.fakes.role", role, behaviours.get(name, "serve"), name]
+def policy():
+    return RestartPolicy((0.05, 0.1))
+sys.exit(Supervisor(config, b"s" * 32, restart=policy if restart else None, command=command).run())
+"""
+
+
+class Up:
+    """One `afd up`, its output as it comes, and the processes under it."""
+
+    def __init__(self, run_base: Path, topology: str, *behaviours: str, restart: bool = True):
+        self.env = {**os.environ, "XDG_RUNTIME_DIR": str(run_base)}
+        self.run_base = run_base
+        self.lines: list[str] = []
+        self._changed = threading.Condition()
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", UP, topology, "restart" if restart else "no", *behaviours],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=self.env,
+            cwd=ROOT,
+            start_new_session=True,
+        )
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+        self.seen: set[psutil.Process] = set()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            with self._changed:
+                self.lines.append(line.rstrip("\n"))
+                self._changed.notify_all()
+        with self._changed:
+            self._changed.notify_all()
+
+    def wait_line(self, pattern: str, *, count: int = 1) -> str:
+        """The `count`-th line that matches, waiting for it."""
+        found: list[str] = []
+
+        def there() -> bool:
+            found[:] = [line for line in self.lines if re.search(pattern, line)]
+            return len(found) >= count or not self._reader.is_alive()
+
+        with self._changed:
+            self._changed.wait_for(there, WAIT_S)
+        assert len(found) >= count, f"no {pattern!r} in:\n" + "\n".join(self.lines)
+        return found[count - 1]
+
+    def children(self) -> dict[str, psutil.Process]:
+        """Living children by name ("ffn/0")."""
+        found = {}
+        for child in psutil.Process(self.process.pid).children():
+            try:
+                words = child.cmdline()
+            except psutil.NoSuchProcess:
+                continue
+            if len(words) > 4:
+                found[words[-1]] = child
+        self.seen |= set(found.values())
+        return found
+
+    def status(self) -> dict[str, object]:
+        command = [sys.executable, "-m", "afd", "status", "--json"]
+        answer = subprocess.run(command, env=self.env, cwd=ROOT, capture_output=True, timeout=WAIT_S, check=False)
+        return json.loads(answer.stdout) if answer.stdout else {}
+
+    def wait_status(self, wanted: Callable[[dict[str, dict[str, object]]], bool]) -> dict[str, object]:
+        until = time.monotonic() + WAIT_S
+        while time.monotonic() < until:
+            status = self.status()
+            if status and wanted(status):  # type: ignore[arg-type]
+                return status
+        raise AssertionError(f"status never as wanted: {status}\n" + "\n".join(self.lines))
+
+    def end(self) -> int:
+        """Wait for the end; nothing may be left."""
+        code = self.process.wait(WAIT_S)
+        self.assert_nothing_left()
+        return code
+
+    def assert_nothing_left(self) -> None:
+        _, alive = psutil.wait_procs(self.seen, timeout=5.0)
+        assert not alive, f"still alive: {[process.cmdline() for process in alive]}"
+        self._reader.join(WAIT_S)
+        assert list(self.run_base.iterdir()) == []
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.children()
+            self.process.kill()
+            self.process.wait(WAIT_S)
+        psutil.wait_procs(self.seen, timeout=5.0)
+        self._reader.join(WAIT_S)
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+
+
+@pytest.fixture
+def up(tmp_path: Path) -> Iterator[Callable[..., Up]]:
+    running: list[Up] = []
+
+    def start(*args: str, **options: bool) -> Up:
+        running.append(Up(tmp_path, *args, **options))
+        return running[-1]
+
+    yield start
+    for one in running:
+        one.close()
+
+
+def test_a_cluster_comes_up_heals_and_stops_on_ctrl_c(up: Callable[..., Up]) -> None:
+    cluster = up("2A1F")
+    cluster.wait_line("AFD is ready: http://127.0.0.1:")
+    cluster.wait_line("curl ")
+    assert set(cluster.children()) == {"coordinator", "attention/0", "attention/1", "ffn/0", "gateway/0"}
+    status = cluster.status()
+    assert status["view"]["epoch"] == 1 and len(status["members"]) == 4  # type: ignore[index, arg-type]
+    [run_file] = cluster.run_base.rglob("*.json")
+    assert run_file.stat().st_mode & 0o777 == 0o600
+
+    for name in ("ffn/0", "coordinator", "attention/1", "gateway/0"):
+        before = cluster.children()[name]
+        before.kill()
+        cluster.wait_line(rf"{name} \(pid {before.pid}\) died: killed by SIGKILL")
+        cluster.wait_line(f"{name} is back")
+        assert cluster.children()[name].pid != before.pid
+    status = cluster.wait_status(lambda s: s["view"]["epoch"] >= 3 and len(s["view"]["members"]) == 4)  # type: ignore[operator, arg-type]
+    ranks = sorted((m["member"]["info"]["role"], m["member"]["rank"]) for m in status["members"])  # type: ignore[index, attr-defined]
+    assert [rank for role, rank in ranks if role == "attention"] == [0, 1]
+    assert status["view"]["config_hash"] == "same"  # type: ignore[index]
+
+    cluster.children()
+    cluster.process.send_signal(signal.SIGINT)
+    assert cluster.end() == 0
+    assert not any("killing" in line for line in cluster.lines)
+
+
+def test_kill_9_of_the_supervisor_leaves_nothing(up: Callable[..., Up]) -> None:
+    cluster = up("1A1F")
+    cluster.wait_line("AFD is ready")
+    assert len(cluster.children()) == 4
+    cluster.process.kill()
+    cluster.process.wait(WAIT_S)
+    cluster.assert_nothing_left()
+
+
+def test_kill_9_of_the_supervisor_while_starting_leaves_nothing(up: Callable[..., Up]) -> None:
+    cluster = up("1A1F", "ffn/0=deaf")
+    cluster.wait_line("coordinator listens")
+    assert len(cluster.children()) == 4
+    cluster.process.kill()
+    cluster.process.wait(WAIT_S)
+    cluster.assert_nothing_left()
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_deaf(up: Callable[..., Up]) -> None:
+    cluster = up("1A1F", "gateway/0=deaf")
+    cluster.wait_line("epoch 1")
+    cluster.children()
+    cluster.process.send_signal(signal.SIGTERM)
+    cluster.wait_line("again: stop at once")
+    cluster.process.send_signal(signal.SIGINT)
+    assert cluster.end() == 0
+    cluster.wait_line("killing gateway/0")
+
+
+def test_the_deaf_are_killed_when_their_time_is_over(up: Callable[..., Up]) -> None:
+    cluster = up("1A1F", "gateway/0=deaf")
+    cluster.wait_line("epoch 1")
+    cluster.children()
+    cluster.process.send_signal(signal.SIGINT)
+    assert cluster.end() == 0
+    assert [line for line in cluster.lines if "killing" in line] == ["afd up: killing gateway/0"]
+
+
+def test_a_wrong_configuration_stops_everything_and_says_why(up: Callable[..., Up]) -> None:
+    cluster = up("1A1F", "ffn/0=bad-config")
+    cluster.wait_line("this worker cannot work with that")
+    cluster.wait_line(r"ffn/0 .* died: exit code 2")
+    assert cluster.end() == 2
+    assert not any("again in" in line for line in cluster.lines)
+
+
+def test_what_dies_again_and_again_is_given_up_with_its_last_lines(up: Callable[..., Up]) -> None:
+    cluster = up("1A1F", "attention/0=crash")
+    cluster.wait_line("starting attention/0 again", count=3)
+    cluster.wait_line(r"attention/0 \| about to crash on purpose", count=4)
+    assert cluster.end() == 1
+    cluster.wait_line("dies again and again")
+
+
+def test_no_restart_stops_at_the_first_death(up: Callable[..., Up]) -> None:
+    cluster = up("1A1F", "attention/0=crash", restart=False)
+    cluster.wait_line(r"not started again \(--no-restart\)")
+    assert cluster.end() == 1
+
+
+def test_afd_stop_drains_the_whole_cluster(up: Callable[..., Up]) -> None:
+    cluster = up("1A1F")
+    cluster.wait_line("AFD is ready")
+    cluster.children()
+    command = [sys.executable, "-m", "afd", "stop"]
+    subprocess.run(command, env=cluster.env, cwd=ROOT, check=True, timeout=WAIT_S)
+    assert cluster.end() == 0
+    for name in ("gateway/0", "attention/0", "ffn/0"):
+        assert any(f"{name} left" in line for line in cluster.lines)
+
+
+def test_two_clusters_live_side_by_side(up: Callable[..., Up]) -> None:
+    first, second = up("1A1F"), up("mono")
+    for cluster in (first, second):
+        cluster.wait_line("AFD is ready")
+        cluster.children()
+    command = [sys.executable, "-m", "afd", "status"]
+    both = subprocess.run(command, env=first.env, cwd=ROOT, capture_output=True, text=True, timeout=WAIT_S, check=False)
+    assert both.returncode == 2 and "choose one with --pid" in both.stderr
+    one = subprocess.run(
+        [*command, "--pid", str(second.process.pid)],
+        env=first.env,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=WAIT_S,
+        check=True,
+    )
+    assert "mono" in one.stdout and "attention/0" in one.stdout
+    second.process.send_signal(signal.SIGINT)
+    assert second.process.wait(WAIT_S) == 0
+    assert first.process.poll() is None and len(first.children()) == 4
+    first.process.send_signal(signal.SIGINT)
+    assert first.end() == 0
+
+
+def test_a_port_in_use_is_said_before_anything_starts(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        command = [sys.executable, "-m", "afd", "up", "--model", "dummy:llama-tiny", "--port", port]
+        answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=WAIT_S, check=False)
+    assert answer.returncode == 2 and answer.stdout == ""
+    assert answer.stderr == (
+        f"afd: error: gateway: port {port} on 127.0.0.1 is in use; choose another with --port (0 = any)\n"
+    )
