@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import numpy as np
 import pytest
@@ -183,8 +184,8 @@ def test_views_save_the_copy(world: World) -> None:
     parts = make_parts(9)
     view = world.meshes[A0].dispatch_view(F0, 0, 9, 2)
     for target, source in zip(view, parts, strict=True):
-        if target is not None:
-            target[...] = source
+        if target is not None and source is not None:
+            np.copyto(target, source)
     world.dispatch(A0, [F0, F1], view)
     for peer in (F0, F1):
         (arrival,) = world.take(peer, DispatchArrived)
@@ -198,7 +199,7 @@ def test_views_save_the_copy(world: World) -> None:
 
 def test_received_views_last_as_long_as_promised(world: World) -> None:
     world.build(1, 1)
-    kept = []
+    kept: list[tuple[Any, Any]] = []
     for round_idx in range(6):
         parts = make_parts(10, seed=round_idx)
         world.dispatch(A0, [F0], parts)

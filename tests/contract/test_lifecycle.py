@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-
 import pytest
 
 from stepmesh import (
@@ -191,14 +189,14 @@ def test_a_half_open_connection_is_superseded_by_its_successor(world: World) -> 
     # Only the attention rank has noticed: the FFN rank still believes in the old generation.
     mesh = world.meshes[A0]
     pair = world.pair(A0, F0)
-    pair.close = lambda reason, retryable: None  # type: ignore[method-assign, assignment, misc]
+    pair.close = lambda reason, retryable: None  # type: ignore[method-assign, misc]
     mesh._drop(pair, "found broken", retryable=True)
     (down,) = world.take(F0, PeerDown)
     assert "superseded by generation 2" in down.reason
     assert down.retryable
     world.until_connected()
     world.exchange(A0, [F0], make_parts(2))
-    del pair.close  # type: ignore[attr-defined]
+    del pair.close
     pair.close("found broken", retryable=True)
 
 
@@ -343,7 +341,6 @@ def test_join_and_leave_cycles_leave_nothing_behind(world: World) -> None:
         world.forget()
         for mesh in world.meshes.values():
             mesh.retire_epoch(epoch - 1)
-        gc.collect()
         now = Holdings.now()
         assert before is None or now == before
         before = now

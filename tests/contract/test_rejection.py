@@ -102,8 +102,9 @@ def test_a_bad_combine_never_reaches_the_engine(world: World, name: str) -> None
         size = frame_bytes(header.payload_bytes) if world.transport == "tcp" else num_bytes
         publish(stream, parity, seq, size)
 
-    pair.channel.post = spoil  # type: ignore[method-assign]
+    pair.channel.post = spoil  # type: ignore[method-assign, assignment]
     world.answer(arrival, F0)
+    del pair.channel.post
     (rejected,) = world.take(A0, FrameRejected)
     assert re.search(reason, rejected.reason)
     assert world.take(A0, PeerDown)[0].retryable

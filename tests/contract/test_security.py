@@ -6,11 +6,13 @@ import hmac
 import logging
 import random
 import socket
+from collections.abc import Sequence
 
 import pytest
 
-from stepmesh import HandshakeError, PayloadLayout, PeerDown, PeerUp, WireDtype
+from stepmesh import Address, HandshakeError, PayloadLayout, PeerDown, PeerUp, WireDtype
 from stepmesh.handshake import Hello, Initiator
+from stepmesh.transports.base import Link
 from stepmesh.wire import ATTACH_MAGIC, PREFIX, ControlKind, ControlParser
 from tests.contract.world import LAYOUT, World, attention, ffn, make_parts
 
@@ -186,10 +188,15 @@ def test_a_recorded_handshake_is_worth_nothing(world: World) -> None:
     mesh = world.meshes[A0]
     connect_link = mesh._fabric.connect
 
-    def recording(address):  # type: ignore[no-untyped-def]
+    def recording(address: Address) -> Link:
         link = connect_link(address)
         send = link.send
-        link.send = lambda frame, fds=(): (recorded.append(frame), send(frame, fds))[1]  # type: ignore[method-assign]
+
+        def send_and_record(frame: bytes, fds: Sequence[int] = ()) -> None:
+            recorded.append(frame)
+            send(frame, fds)
+
+        link.send = send_and_record  # type: ignore[method-assign]
         return link
 
     mesh._fabric.connect = recording  # type: ignore[method-assign]
