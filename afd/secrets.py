@@ -16,7 +16,6 @@ from afd.errors import ConfigError
 
 MIN_SECRET_BYTES = 16
 _SALT = b"afd cluster secret v1"
-_HASH_BYTES = 32
 
 
 class CurveKeypair(NamedTuple):
@@ -26,17 +25,22 @@ class CurveKeypair(NamedTuple):
     secret: bytes
 
 
-def derive_key(secret: bytes, label: str, num_bytes: int = _HASH_BYTES) -> bytes:
-    """HKDF-SHA256 (RFC 5869) of the cluster secret; `label` names the use. ConfigError when the secret is too short."""
+def hkdf_sha256(key: bytes, salt: bytes, info: bytes, num_bytes: int) -> bytes:
+    """RFC 5869, extract and expand."""
+    pseudo_random_key = hmac.digest(salt, key, hashlib.sha256)
+    derived, block, counter = b"", b"", 1
+    while len(derived) < num_bytes:
+        block = hmac.digest(pseudo_random_key, block + info + bytes([counter]), hashlib.sha256)
+        derived += block
+        counter += 1
+    return derived[:num_bytes]
+
+
+def derive_key(secret: bytes, label: str) -> bytes:
+    """32 bytes for one use, which `label` names. ConfigError when the cluster secret is too short."""
     if len(secret) < MIN_SECRET_BYTES:
         raise ConfigError(f"the cluster secret has {len(secret)} bytes; it needs at least {MIN_SECRET_BYTES}")
-    pseudo_random_key = hmac.digest(_SALT, secret, hashlib.sha256)
-    key, block, counter = b"", b"", 1
-    while len(key) < num_bytes:
-        block = hmac.digest(pseudo_random_key, block + label.encode() + bytes([counter]), hashlib.sha256)
-        key += block
-        counter += 1
-    return key[:num_bytes]
+    return hkdf_sha256(secret, _SALT, label.encode(), 32)
 
 
 def grpc_token(secret: bytes) -> str:

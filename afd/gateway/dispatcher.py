@@ -147,10 +147,6 @@ class Dispatcher:
     def on_view(self, view: ClusterView, now: float) -> None:
         """Follow the published membership: connect to new workers, give up those that left."""
         members = {m.info.incarnation: m for m in view.of_role("attention") if m.info.serving}
-        for key in [key for key in self.workers if key not in members]:
-            gone = self.workers.pop(key)
-            self._port.disconnect(key)
-            self._abandon(gone, "it left the cluster", now)
         for key, member in members.items():
             worker = self.workers.get(key)
             if worker is None:
@@ -163,6 +159,11 @@ class Dispatcher:
                 self._port.disconnect(key)
                 self._port.connect(key, worker.endpoint)
             worker.rank, worker.ready, worker.draining = member.rank, member.ready, member.draining
+        # Last, so that a newcomer can take over from its predecessor.
+        for key in [key for key in self.workers if key not in members]:
+            gone = self.workers.pop(key)
+            self._port.disconnect(key)
+            self._abandon(gone, "it left the cluster", now)
         self._pump(now)
 
     def on_message(self, key: str, message: WorkerMessage, now: float) -> None:
@@ -196,8 +197,6 @@ class Dispatcher:
                 self._tell_gone(worker)
                 self._abandon(worker, f"silent for {now - worker.heard_at:.1f} s", now)
             worker.renew(now, COOLING_MIN_S)
-        for sequence in self.queue.take_expired(now):
-            self._expire(sequence, now)
         if now - self._probed_at >= PROBE_INTERVAL_S:
             self._probed_at = now
             self._probe_silent(now)
@@ -266,7 +265,9 @@ class Dispatcher:
                 self.queue.push(sequence)
 
     def _pump(self, now: float) -> None:
-        """Place whatever is queued and fits somewhere."""
+        """Place whatever is queued and fits somewhere; end what has waited too long."""
+        for sequence in self.queue.take_expired(now):
+            self._expire(sequence, now)
         if not self.queue:
             for worker in self.workers.values():
                 worker.uncool()

@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 STOP_POLL_S = 0.1
 FAREWELL_S = 2  # for the last events of ended streams to leave
 BACKLOG = 1024
+SEND_BUFFER_BYTES = 256 << 10  # per connection, inherited: a client that does not read is noticed, and costs no more
 
 
 def run_gateway(
@@ -87,6 +88,7 @@ def bind(host: str, port: int) -> socket.socket:
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         listener.bind((host, port))
         listener.listen(BACKLOG)
     except OSError as error:

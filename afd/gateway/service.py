@@ -23,7 +23,7 @@ from afd.gateway.stop import StopMatcher
 from afd.gateway.worker_client import WorkerClient
 from afd.messages.membership import ClusterView
 from afd.messages.membership_port import MembershipLike
-from afd.messages.serving import WorkerMessage
+from afd.messages.serving import WorkerMessage, WorkerStats
 from afd.metrics import process_registry
 from afd.types import SamplingParams
 
@@ -168,6 +168,8 @@ class GatewayService:
 
     def _on_message(self, key: str, message: WorkerMessage) -> None:
         self.dispatcher.on_message(key, message, time.monotonic())
+        if isinstance(message, WorkerStats):
+            self._publish_ready()
 
     async def _tick_forever(self) -> None:
         while True:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from collections.abc import Sequence
 
@@ -19,12 +20,15 @@ class FakeMembership:
     """Has the parts of `MembershipLike` that a gateway uses."""
 
     def __init__(self) -> None:
+        """Inside a running loop, in which `wait_ready` will be called."""
         self.rank = 0
         self.coordinator_alive = True
         self.published_ready: list[bool] = []
         self._view: ClusterView | None = None
         self._callbacks: list[ViewCallback] = []
         self._version = 0
+        self._loop = asyncio.get_running_loop()
+        self._changed = asyncio.Event()
 
     def view(self) -> ClusterView | None:
         return self._view
@@ -36,6 +40,14 @@ class FakeMembership:
 
     def set_ready(self, ready: bool) -> None:
         self.published_ready.append(ready)
+        self._loop.call_soon_threadsafe(self._changed.set)
+
+    async def wait_ready(self, ready: bool = True, timeout_s: float = 10.0) -> None:
+        """Wait until the gateway has published this readiness."""
+        async with asyncio.timeout(timeout_s):
+            while not self.published_ready or self.published_ready[-1] is not ready:
+                self._changed.clear()
+                await self._changed.wait()
 
     def publish(self, members: Sequence[Member], *, num_attention: int = 1, shutdown: bool = False) -> ClusterView:
         """A new view with these members (and one FFN worker, unless one is among them)."""

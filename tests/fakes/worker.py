@@ -57,9 +57,10 @@ class FakeWorker:
     """Fields may be changed at any time.
 
     script: (prompt ids, output index) -> token id.  delay_s: between steps.  tokens_per_chunk: of one message.
-    gate: when set, each chunk waits for a permit.  refuse: gives a refusal for a Submit, or None to take it.
+    refuse: gives a refusal for a Submit, or None to take it.
     drop: chunks for which it is true are lost on the way.  fail_at: output index at which the request fails with
     (error text, retryable).  mute: nothing is sent at all.  forget_submits: Submits are lost on the way.
+    `hold`, `allow` and `run_freely` let the test decide when each chunk is sent.
     """
 
     def __init__(self, secret: bytes, rank: int = 0):
@@ -68,7 +69,7 @@ class FakeWorker:
         self.script: Callable[[Sequence[int], int], int] = counting_tokens
         self.delay_s = 0.0
         self.tokens_per_chunk = 1
-        self.gate: asyncio.Semaphore | None = None
+        self._gate: asyncio.Semaphore | None = None
         self.refuse: Callable[[Submit], Refused | None] = lambda submit: None
         self.drop: Callable[[TokenChunk], bool] = lambda chunk: False
         self.fail_at: tuple[int, str, bool] | None = None
@@ -109,6 +110,21 @@ class FakeWorker:
 
     def submits(self) -> list[Submit]:
         return [message for message in self.received if isinstance(message, Submit)]
+
+    def hold(self) -> None:
+        """From now on each chunk needs a permit."""
+        self._gate = asyncio.Semaphore(0)
+
+    def allow(self, num_chunks: int = 1) -> None:
+        for _ in range(num_chunks):
+            assert self._gate is not None, "hold first"
+            self._gate.release()
+
+    def run_freely(self) -> None:
+        self.allow(10_000)  # more than any test sends
+
+    async def wait_submits(self, count: int = 1) -> None:
+        await self.wait_until(lambda: len(self.submits()) >= count)
 
     async def wait_until(self, condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
         """Wait until a condition over this worker's fields holds; it is looked at after every message."""
@@ -180,8 +196,8 @@ class FakeWorker:
         submit, sampling = run.submit, run.submit.sampling
         while run.finish is None:
             first_idx = len(run.ids)
-            if self.gate is not None:
-                await self.gate.acquire()
+            if self._gate is not None:
+                await self._gate.acquire()
             if self.delay_s:
                 await asyncio.sleep(self.delay_s)
             for _ in range(self.tokens_per_chunk):

@@ -125,17 +125,18 @@ class BodyDecoder(Generic[T]):
             return self._decoder.decode(data)
         except msgspec.ValidationError as error:
             message, _, path = str(error).partition(" - at `$")
-            param = path.removesuffix("`").removeprefix(".") or _missing_field(message)
+            param = _full_path(path.removesuffix("`").removeprefix("."), message)
             where = f"{param}: " if param else ""
             raise RequestError(f"{where}{message}", param=param, code="invalid_value") from error
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise RequestError(f"the body is not valid JSON: {error}", code="invalid_json") from error
 
 
-def _missing_field(message: str) -> str | None:
-    """ "Object missing required field `messages`" names the field in the message itself."""
-    before, _, name = message.partition("missing required field `")
-    return name.rstrip("`") if before != message and name else None
+def _full_path(path: str, message: str) -> str | None:
+    """The parameter at fault. Of a missing field, the path names the parent and the message the field."""
+    _, missing, name = message.partition("missing required field `")
+    parts = [path, name.rstrip("`")] if missing else [path]
+    return ".".join(part for part in parts if part) or None
 
 
 chat_decoder = BodyDecoder(ChatBody)
