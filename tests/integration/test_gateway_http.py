@@ -106,6 +106,7 @@ async def test_a_client_that_does_not_read_is_cut_off(monkeypatch):
             await gone(rig)
         finally:
             sock.close()
+        rig.worker.run_freely()
         assert (await rig.complete([1, 2], max_tokens=1)).status_code == 200
 
 
