@@ -11,7 +11,7 @@ from torch import Tensor
 
 from afd import kernels
 
-SMALL_GEMM_ROWS = 16
+SMALL_GEMM_ROWS = 32
 """Up to so many rows a bfloat16 GEMM is bound by reading its weights, and the native one reads them faster."""
 
 
