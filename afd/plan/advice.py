@@ -81,7 +81,7 @@ def advise(space: SearchSpace, estimator: Estimator, objective: Objective) -> Ad
         reason="",
         comparison=None if baseline is None else _compare(space, estimator, best, baseline),
         colocated=baseline,
-        analytic_ratio=_analytic_ratio(estimator, best),
+        analytic_ratio=closed_form_ratio(estimator, best),
         tcp=tuple(tcp_fallback(best, estimator)),
     )
 
@@ -154,7 +154,7 @@ def _break_even(curve: tuple[ContextPoint, ...]) -> int | None:
     return answer
 
 
-def _analytic_ratio(estimator: Estimator, plan: Estimate) -> float:
+def closed_form_ratio(estimator: Estimator, plan: Estimate) -> float:
     """r* of arXiv 2601.21351 at the plan's micro-batch: t_F linearised in the number of attention instances."""
     deployment, y = plan.deployment, plan.deployment.topology.num_ffn
     one, two = (

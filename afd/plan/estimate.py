@@ -170,7 +170,7 @@ def _edges(at: Callable[[int], Estimate], largest: int) -> list[Estimate]:
         high = at(point)
         found += _bisect(at, low, high)
         if not high.holds_sla and high.cycle.kind is not PipelineKind.CONSERVATIVE:
-            break  # no larger batch is faster; a conservative pipeline may still turn into an optimistic one
+            break  # no larger batch is faster; only a conservative pipeline may still turn into an optimistic one
         low = high
     return found
 

@@ -43,18 +43,20 @@ def draw_all(models: Models, chips: Chips, out: str) -> list[Path]:
         "plan_intensity": intensity(models, chips),
         "plan_tgs": tgs_by_topology(models, chips),
     }
-    written = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with matplotlib.rc_context({"svg.hashsalt": "afd-plan", "svg.fonttype": "path"}):  # equal inputs, equal files
-            for name, figure in drawings.items():
-                png, svg = folder / f"{name}.png", folder / f"{name}.svg"
-                figure.savefig(png, dpi=120, metadata={"Software": None})
-                figure.savefig(svg, metadata={"Date": None})
-                written += [png, svg]
+        return [path for name, figure in drawings.items() for path in save(figure, folder / name)]
     except OSError as error:
         raise ConfigError(f"--out {out}: {error.strerror or error}") from None
-    return written
+
+
+def save(figure: Figure, path: Path) -> list[Path]:
+    """Writes `path` with .png and .svg appended; equal figures give equal files. Returns the two paths."""
+    png, svg = path.with_name(f"{path.name}.png"), path.with_name(f"{path.name}.svg")
+    with matplotlib.rc_context({"svg.hashsalt": "afd-plan", "svg.fonttype": "path"}):
+        figure.savefig(png, dpi=120, metadata={"Software": None})
+        figure.savefig(svg, metadata={"Date": None})
+    return [png, svg]
 
 
 def cost_frontier(models: Models, chips: Chips) -> Figure:

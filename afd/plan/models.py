@@ -6,6 +6,7 @@ FLOPs are 2 x multiply-accumulate. "Linear" is the attention's projections, "att
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Annotated
 
 import msgspec
@@ -64,8 +65,8 @@ class FfnGroup(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         return (self.top_k + shared) / (self.experts + shared)
 
 
-class ModelShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A decoder as counts. activated_params: what the publisher quotes, in 1e9; 0 = not quoted."""
+class ModelShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, dict=True):
+    """A decoder as counts, each summed once. activated_params: what the publisher quotes, in 1e9; 0 = not quoted."""
 
     name: str
     title: str
@@ -84,7 +85,7 @@ class ModelShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
         if attention_layers != ffn_layers or not attention_layers:
             raise ValueError(f"{attention_layers} attention layers but {ffn_layers} FFN layers")
 
-    @property
+    @cached_property
     def num_layers(self) -> int:
         return sum(group.layers for group in self.attention)
 
@@ -101,25 +102,25 @@ class ModelShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     def attention_flops(self, context: int) -> int:
         return sum(group.core_flops(context) for group in self.attention)
 
-    @property
+    @cached_property
     def linear_flops(self) -> int:
         return 2 * self.linear_weights
 
-    @property
+    @cached_property
     def ffn_flops(self) -> int:
         return 2 * self.ffn_active_weights
 
     # Weights, in elements.
 
-    @property
+    @cached_property
     def linear_weights(self) -> int:
         return sum(group.layers * group.linear_weights(self.hidden) for group in self.attention)
 
-    @property
+    @cached_property
     def ffn_active_weights(self) -> int:
         return sum(group.layers * group.active_weights(self.hidden) for group in self.ffn)
 
-    @property
+    @cached_property
     def ffn_weights(self) -> int:
         return sum(group.layers * group.total_weights(self.hidden) for group in self.ffn)
 
@@ -146,7 +147,7 @@ class ModelShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
         """Of the MoE layers (the first MoE group stands for all); 1 for a dense model."""
         return next((group.sparsity for group in self.ffn if group.experts), 1.0)
 
-    @property
+    @cached_property
     def max_top_k(self) -> int:
         return max(group.top_k for group in self.ffn)
 

@@ -16,7 +16,8 @@ class PipelineKind(StrEnum):
     """How far stages overlap (AIConfigurator's three models).
 
     SERIAL: nothing does. CONSERVATIVE: A and F overlap, each waits for its own transfer. OPTIMISTIC: transfers are a
-    stage of their own; holds only with enough micro-batches, and falls back to CONSERVATIVE otherwise.
+    stage of their own; holds only with enough micro-batches and transfers that are not the longest part by far, and
+    falls back to CONSERVATIVE otherwise.
     """
 
     SERIAL = "serial"
@@ -49,10 +50,10 @@ def cycle(stage: StageTimes, streams: int, kind: PipelineKind = PipelineKind.OPT
     if kind is PipelineKind.SERIAL or streams == 1:
         seconds = stage.attention_s + stage.ffn_s + stage.transfer_s
         return Cycle(seconds, PipelineKind.SERIAL, needed, _longest(stage))
-    if kind is PipelineKind.OPTIMISTIC and streams >= needed:
-        seconds = max(stage.attention_s, stage.ffn_s, stage.transfer_s)
-        return Cycle(seconds, PipelineKind.OPTIMISTIC, needed, _longest(stage))
     attention_s, ffn_s = stage.attention_s + stage.to_ffn_s, stage.ffn_s + stage.to_attention_s
+    overlapped_s = max(stage.attention_s, stage.ffn_s, stage.transfer_s)
+    if kind is PipelineKind.OPTIMISTIC and streams >= needed and overlapped_s <= max(attention_s, ffn_s):
+        return Cycle(overlapped_s, PipelineKind.OPTIMISTIC, needed, _longest(stage))
     bound = Bound.ATTENTION if attention_s >= ffn_s else Bound.FFN
     return Cycle(max(attention_s, ffn_s), PipelineKind.CONSERVATIVE, needed, bound)
 

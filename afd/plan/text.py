@@ -32,14 +32,14 @@ def _usd(value: float | None) -> str:
 
 def plans_table(plans: Sequence[Estimate]) -> str:
     headers = ["topology", "chips", "streams", "batch", "tok/s/chip", "TPOT ms", "A us", "F us", "net us", "bound"]
-    hetero = len({(p.deployment.attention_chip.name, p.deployment.ffn_chip.name) for p in plans}) > 1
+    names = {chip.name for p in plans for chip in (p.deployment.attention_chip, p.deployment.ffn_chip)}
     rows = []
     for plan in plans:
         deployment = plan.deployment
         name = f"{deployment.topology} {deployment.attention_chip.title}+{deployment.ffn_chip.title}"
         rows.append(
             [
-                name if hetero else str(deployment.topology),
+                name if len(names) > 1 else str(deployment.topology),
                 str(deployment.num_chips),
                 str(deployment.streams),
                 str(plan.batch),
