@@ -38,7 +38,11 @@ class ModelConfig(Section, frozen=True):
 
 
 class TopologyConfig(Section, frozen=True):
-    """topology: xAyF or mono.  transport: of the data plane; auto = shared memory on one host, else TCP."""
+    """topology: xAyF or mono.  transport: of the data plane; auto = shared memory on one host, else TCP.
+
+    recovery_timeout_s: how long requests wait for a lost FFN worker's return (or its successor) before they end with an
+    error. The default suits clients that want to hear soon; with 60 a replacement has the time to load a model.
+    """
 
     topology: str = "1A1F"
     ranks_per_instance: Literal[1] = 1
@@ -46,7 +50,7 @@ class TopologyConfig(Section, frozen=True):
     ffn_parallel: FfnParallel = FfnParallel.HYBRID
     checksum: bool = False
     secret_file: str = ""  # "" with `afd up`: a fresh secret for this run, handed to the children by pipe
-    recovery_timeout_s: Positive = 60.0
+    recovery_timeout_s: Positive = 2.0
 
 
 class AttentionConfig(Section, frozen=True):
