@@ -88,7 +88,7 @@ class Frontend:
     @property
     def has_input(self) -> bool:
         """True when messages wait: must be asked before blocking on `fd`, which is edge-triggered."""
-        return bool(self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN)
+        return bool(int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
 
     def wait(self, timeout_s: float) -> None:
         """Block until a message waits, at most `timeout_s`."""

@@ -83,9 +83,7 @@ class ClusterView(msgspec.Struct, frozen=True):
 
 class RegisterRequest(msgspec.Struct, frozen=True):
     info: WorkerInfo
-    epoch_seen: int = (
-        0  # the largest epoch this process has lived in: a restarted coordinator adopts the maximum
-    )
+    epoch_seen: int = 0  # the largest epoch this process has lived in: a restarted coordinator adopts the maximum
     last_view: ClusterView | None = None  # the newest view it has: a restarted coordinator resumes from it
 
 
