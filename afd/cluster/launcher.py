@@ -18,7 +18,7 @@ from typing import Any
 from afd.cluster.launch import MAX_NEWS_BYTES, RoleLaunch, parse_news, write_launch
 from afd.config import ClusterConfig
 
-KEPT_LINES = 10
+KEPT_LINES = 5
 MAX_LINE_BYTES = 16 << 10
 READ_BYTES = 64 << 10
 READS_AT_ONCE = 16

@@ -145,7 +145,7 @@ class Supervisor:
             self._url = str(news["url"])
             self._progress[child.name].ready = True
         if self._answers and not was_ready and self._progress[child.name].ready:
-            self._console.line(f"afd up: {child.name} is back")
+            self._console.line(f"afd up: {child.name} is ready again")
 
     # --- children -------------------------------------------------------------------------------------------
 
@@ -173,13 +173,19 @@ class Supervisor:
             self._selector.register(lines.fd, selectors.EVENT_READ, child)
 
     def _configure(self, child: Child) -> None:
-        """The coordinator comes first; the others need its address, and it keeps that address when restarted."""
+        """The coordinator comes first, since the others need its address.
+
+        It and the gateway are found again where they were: a port that was drawn at the first start is kept.
+        """
         config = self._config
         if self._coordinator:
             section = msgspec.structs.replace(config.coordinator, address=self._coordinator)
             config = msgspec.structs.replace(config, coordinator=section)
         elif child.role != "coordinator":
             return
+        if self._url:
+            gateway = msgspec.structs.replace(config.gateway, port=urlsplit(self._url).port or config.gateway.port)
+            config = msgspec.structs.replace(config, gateway=gateway)
         run_file = run_directory() / f"{os.getpid()}.json" if child.role == "coordinator" else ""
         child.configure(config, self._secret, run_file=str(run_file))
 
