@@ -1,0 +1,178 @@
+"""Checks of the kernels' arguments: the native code trusts what passes here, so a wrong shape is a ValueError.
+
+What needs the contents of a tensor (block indices, slots, lengths) is checked by the kernels themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from afd.kernels.base import KEY_GROUP, MAX_HEAD_DIM, MAX_PARTIALS, MAX_SMALL_GEMM_ROWS
+
+_STORAGE = (torch.float32, torch.bfloat16)
+
+
+def check_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    query_start: Tensor,
+    window: int,
+    out: Tensor,
+    num_threads: int,
+) -> None:
+    _check_cache(k_cache, v_cache)
+    num_tokens, num_heads, head_dim = _rows_of_heads("q", q)
+    num_kv_heads, v_dim = k_cache.shape[1], v_cache.shape[3]
+    if q.dtype != k_cache.dtype or out.dtype != k_cache.dtype:
+        raise ValueError(f"q is {q.dtype} and out {out.dtype}, the cache {k_cache.dtype}: they must agree")
+    if head_dim != k_cache.shape[3]:
+        raise ValueError(f"q has head_dim {head_dim}, k_cache {k_cache.shape[3]}")
+    if num_heads % num_kv_heads:
+        raise ValueError(f"{num_heads} query heads cannot share {num_kv_heads} KV heads evenly")
+    if _rows_of_heads("out", out) != (num_tokens, num_heads, v_dim):
+        raise ValueError(f"out is {tuple(out.shape)}, expected {(num_tokens, num_heads, v_dim)}")
+    num_seqs = seq_lens.shape[0]
+    _check_index("block_table", block_table, torch.int32, (num_seqs, None))
+    _check_index("seq_lens", seq_lens, torch.int32, (num_seqs,))
+    _check_index("query_start", query_start, torch.int32, (num_seqs + 1,))
+    if window < 0:
+        raise ValueError(f"window is {window}: 0 means none, a positive number counts keys, the query's own included")
+    check_threads(num_threads)
+
+
+def check_kv_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
+    _check_cache(k_cache, v_cache)
+    num_tokens = k.shape[0]
+    if k.dtype != k_cache.dtype or v.dtype != k_cache.dtype:
+        raise ValueError(f"k is {k.dtype}, v {v.dtype}, the cache {k_cache.dtype}: they must agree")
+    for name, rows, cache in (("k", k, k_cache), ("v", v, v_cache)):
+        if _rows_of_heads(name, rows) != (num_tokens, cache.shape[1], cache.shape[3]):
+            raise ValueError(f"{name} is {tuple(rows.shape)}, expected {(num_tokens, cache.shape[1], cache.shape[3])}")
+    _check_index("slot_mapping", slot_mapping, torch.int64, (num_tokens,))
+
+
+def check_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
+    num_tokens, _, head_dim = _rows_of_heads("q", q)
+    if q.dtype != k.dtype or num_tokens != k.shape[0] or head_dim != k.shape[2]:
+        raise ValueError(f"q {_describe(q)} and k {_describe(k)} differ in tokens, head_dim or dtype")
+    for name, table in (("cos", cos), ("sin", sin)):
+        if (
+            table.dtype != torch.float32
+            or table.dim() != 2
+            or table.shape[0] != num_tokens
+            or not table.is_contiguous()
+        ):
+            raise ValueError(
+                f"{name} must be contiguous float32 [num_tokens, rotary_dim / 2]; it is {_describe(table)}"
+            )
+    if cos.shape != sin.shape or 2 * cos.shape[1] > head_dim:
+        raise ValueError(
+            f"cos {_describe(cos)} and sin {_describe(sin)} do not fit together or exceed head_dim {head_dim}"
+        )
+
+
+def check_norm(x: Tensor, partials: Sequence[Tensor], weight: Tensor, out: Tensor) -> None:
+    _check_matrix("x", x)
+    if weight.shape != x.shape[1:] or weight.dtype != torch.float32 or not weight.is_contiguous():
+        raise ValueError(f"weight must be contiguous float32 {tuple(x.shape[1:])}; it is {_describe(weight)}")
+    if len(partials) > MAX_PARTIALS:
+        raise ValueError(f"{len(partials)} partials: at most {MAX_PARTIALS}")
+    for partial in partials:
+        _check_matrix("a partial", partial)
+        if partial.shape != x.shape or partial.dtype != partials[0].dtype:
+            raise ValueError(f"partials must be {tuple(x.shape)} of one dtype; one is {_describe(partial)}")
+    _check_matrix("out", out)
+    if out.shape != x.shape or out.dtype != x.dtype:
+        raise ValueError(f"out must be like x, {_describe(x)}; it is {_describe(out)}")
+
+
+def check_silu_mul(gate_up: Tensor, out: Tensor) -> None:
+    _check_storage("gate_up", gate_up)
+    if gate_up.dim() != 2 or gate_up.shape[1] % 2 or not _unit_stride(gate_up):
+        raise ValueError(f"gate_up must be [num_tokens, 2 * width] with unit stride; it is {_describe(gate_up)}")
+    _check_matrix("out", out)
+    if out.shape != (gate_up.shape[0], gate_up.shape[1] // 2) or out.dtype != gate_up.dtype:
+        raise ValueError(f"out must be [num_tokens, width] {gate_up.dtype}; it is {_describe(out)}")
+
+
+def check_gemm(x: Tensor, w: Tensor, out: Tensor, num_threads: int) -> None:
+    for name, tensor in (("x", x), ("w", w)):
+        _check_storage(name, tensor)
+        if tensor.dim() != 2 or tensor.dtype != torch.bfloat16 or not _unit_stride(tensor):
+            raise ValueError(
+                f"{name} must be a bfloat16 matrix with unit stride in its rows; it is {_describe(tensor)}"
+            )
+    if x.shape[1] != w.shape[1]:
+        raise ValueError(f"x is {tuple(x.shape)}, w {tuple(w.shape)}: the inner dimensions differ")
+    if x.shape[0] > MAX_SMALL_GEMM_ROWS:
+        raise ValueError(f"{x.shape[0]} rows: this is a GEMM for at most {MAX_SMALL_GEMM_ROWS}")
+    _check_storage("out", out)
+    if out.shape != (x.shape[0], w.shape[0]) or not _unit_stride(out):
+        raise ValueError(f"out must be {(x.shape[0], w.shape[0])} with unit stride in its rows; it is {_describe(out)}")
+    check_threads(num_threads)
+
+
+def check_threads(num_threads: int) -> None:
+    if num_threads < 1:
+        raise ValueError(f"num_threads is {num_threads}: at least 1")
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} {tensor.dtype} strides {tensor.stride()} on {tensor.device}"
+
+
+def _unit_stride(tensor: Tensor) -> bool:
+    return tensor.stride(-1) == 1 or tensor.shape[-1] <= 1
+
+
+def _check_storage(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in _STORAGE or tensor.device.type != "cpu":
+        raise ValueError(f"{name} must be float32 or bfloat16 on the CPU; it is {_describe(tensor)}")
+
+
+def _check_matrix(name: str, tensor: Tensor) -> None:
+    _check_storage(name, tensor)
+    if tensor.dim() != 2 or not tensor.is_contiguous():
+        raise ValueError(f"{name} must be a contiguous matrix; it is {_describe(tensor)}")
+
+
+def _rows_of_heads(name: str, tensor: Tensor) -> tuple[int, int, int]:
+    """The shape of `[num_tokens, heads, dim]` whose tokens may be apart (a slice of a fused projection)."""
+    _check_storage(name, tensor)
+    if (
+        tensor.dim() != 3
+        or not _unit_stride(tensor)
+        or not (tensor.shape[1] <= 1 or tensor.stride(1) == tensor.shape[2])
+    ):
+        raise ValueError(
+            f"{name} must be [num_tokens, heads, dim] with its heads side by side; it is {_describe(tensor)}"
+        )
+    return tensor.shape[0], tensor.shape[1], tensor.shape[2]
+
+
+def _check_cache(k_cache: Tensor, v_cache: Tensor) -> None:
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        _check_storage(name, cache)
+        if cache.dim() != 4 or not cache.is_contiguous():
+            raise ValueError(
+                f"{name} must be contiguous [num_blocks, num_kv_heads, block_size, head_dim]; it is {_describe(cache)}"
+            )
+        if cache.shape[2] % KEY_GROUP or cache.shape[3] % KEY_GROUP or not 0 < cache.shape[3] <= MAX_HEAD_DIM:
+            raise ValueError(
+                f"{name}: block_size {cache.shape[2]} and head_dim {cache.shape[3]} must be multiples of {KEY_GROUP}, "
+                f"head_dim at most {MAX_HEAD_DIM}"
+            )
+    if k_cache.dtype != v_cache.dtype or k_cache.shape[:3] != v_cache.shape[:3]:
+        raise ValueError(f"k_cache {_describe(k_cache)} and v_cache {_describe(v_cache)} do not belong together")
+
+
+def _check_index(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int | None, ...]) -> None:
+    fits = tensor.dim() == len(shape) and all(w is None or w == n for w, n in zip(shape, tensor.shape, strict=True))
+    if not fits or tensor.dtype != dtype or tensor.device.type != "cpu" or not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous {dtype} of shape {shape}; it is {_describe(tensor)}")

@@ -1,0 +1,61 @@
+"""The contract of the kernels: two implementations, `reference.ReferenceKernels` and `native.NativeKernels`.
+
+Arguments arrive checked (`arguments.py`). Every method may be called from any thread, works on CPU tensors, and
+computes in float32 whatever the storage type, with one rounding on the way out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+KEY_GROUP = 8
+"""Block sizes and head dimensions are multiples of this."""
+
+MAX_HEAD_DIM = 512
+MAX_PARTIALS = 16
+MAX_SMALL_GEMM_ROWS = 32
+
+
+class Kernels(Protocol):
+    """See the functions of the same names in `afd.kernels` for shapes and meaning."""
+
+    @property
+    def name(self) -> str: ...
+
+    def paged_attention(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        block_table: Tensor,
+        seq_lens: Tensor,
+        query_start: Tensor,
+        scale: float,
+        window: int,
+        out: Tensor,
+        num_threads: int,
+    ) -> None: ...
+
+    def write_kv(self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None: ...
+
+    def rope_write_kv(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        interleaved: bool,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        slot_mapping: Tensor,
+    ) -> None: ...
+
+    def add_rms_norm(self, x: Tensor, partials: Sequence[Tensor], weight: Tensor, eps: float, out: Tensor) -> None: ...
+
+    def silu_mul(self, gate_up: Tensor, limit: float, out: Tensor) -> None: ...
+
+    def gemm_bf16_small(self, x: Tensor, w: Tensor, out: Tensor, num_threads: int) -> None: ...

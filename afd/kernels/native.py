@@ -1,0 +1,258 @@
+"""The kernels of the C++ library `_native`, loaded with ctypes (which releases the GIL during a call)."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import c_float, c_int32, c_int64, c_void_p
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_ABI_VERSION = 1
+ISAS = ("portable", "avx2", "avx512")
+"""Instruction sets, slowest first; the position is the number the library knows them by."""
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+
+
+class KernelsUnavailableError(RuntimeError):
+    """The native library is missing, of another version, or the processor lacks what was asked for."""
+
+
+class NativeKernels:
+    """Implements `base.Kernels` for one instruction set. Stateless but for the library's worker threads."""
+
+    def __init__(self, library: ctypes.CDLL, isa: str) -> None:
+        self.name = isa
+        self._library = library
+        self._isa = ISAS.index(isa)
+
+    def paged_attention(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        block_table: Tensor,
+        seq_lens: Tensor,
+        query_start: Tensor,
+        scale: float,
+        window: int,
+        out: Tensor,
+        num_threads: int,
+    ) -> None:
+        num_blocks, num_kv_heads, block_size, head_dim = k_cache.shape
+        detail = (c_int32 * 2)()
+        status = self._library.afd_paged_attention(
+            self._isa,
+            num_threads,
+            _DTYPES[q.dtype],
+            q.data_ptr(),
+            k_cache.data_ptr(),
+            v_cache.data_ptr(),
+            out.data_ptr(),
+            block_table.data_ptr(),
+            seq_lens.data_ptr(),
+            query_start.data_ptr(),
+            q.stride(0),
+            out.stride(0),
+            block_table.shape[1],
+            q.shape[0],
+            seq_lens.shape[0],
+            q.shape[1],
+            num_kv_heads,
+            head_dim,
+            v_cache.shape[3],
+            num_blocks,
+            block_size,
+            window,
+            scale,
+            detail,
+        )
+        if status:
+            raise _error(status, detail[0], detail[1])
+
+    def write_kv(self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
+        num_blocks, num_kv_heads, block_size, head_dim = k_cache.shape
+        detail = (c_int32 * 2)()
+        status = self._library.afd_write_kv(
+            self._isa,
+            _DTYPES[k.dtype],
+            k.data_ptr(),
+            v.data_ptr(),
+            k_cache.data_ptr(),
+            v_cache.data_ptr(),
+            slot_mapping.data_ptr(),
+            k.stride(0),
+            v.stride(0),
+            k.shape[0],
+            num_kv_heads,
+            head_dim,
+            v_cache.shape[3],
+            num_blocks,
+            block_size,
+            detail,
+        )
+        if status:
+            raise _error(status, detail[0], detail[1])
+
+    def rope_write_kv(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        interleaved: bool,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        slot_mapping: Tensor,
+    ) -> None:
+        num_blocks, num_kv_heads, block_size, head_dim = k_cache.shape
+        detail = (c_int32 * 2)()
+        status = self._library.afd_rope_write_kv(
+            self._isa,
+            _DTYPES[q.dtype],
+            q.data_ptr(),
+            k.data_ptr(),
+            v.data_ptr(),
+            cos.data_ptr(),
+            sin.data_ptr(),
+            k_cache.data_ptr(),
+            v_cache.data_ptr(),
+            slot_mapping.data_ptr(),
+            q.stride(0),
+            k.stride(0),
+            v.stride(0),
+            q.shape[0],
+            q.shape[1],
+            num_kv_heads,
+            head_dim,
+            v_cache.shape[3],
+            cos.shape[1],
+            interleaved,
+            num_blocks,
+            block_size,
+            detail,
+        )
+        if status:
+            raise _error(status, detail[0], detail[1])
+
+    def add_rms_norm(self, x: Tensor, partials: Sequence[Tensor], weight: Tensor, eps: float, out: Tensor) -> None:
+        pointers = (c_void_p * len(partials))(*[partial.data_ptr() for partial in partials])
+        partial_dtype = partials[0].dtype if partials else x.dtype
+        self._library.afd_add_rms_norm(
+            self._isa,
+            _DTYPES[x.dtype],
+            _DTYPES[partial_dtype],
+            x.data_ptr(),
+            pointers,
+            len(partials),
+            weight.data_ptr(),
+            out.data_ptr(),
+            x.shape[0],
+            x.shape[1],
+            eps,
+        )
+
+    def silu_mul(self, gate_up: Tensor, limit: float, out: Tensor) -> None:
+        self._library.afd_silu_mul(
+            self._isa,
+            _DTYPES[out.dtype],
+            gate_up.data_ptr(),
+            out.data_ptr(),
+            gate_up.stride(0),
+            out.stride(0),
+            out.shape[0],
+            out.shape[1],
+            limit,
+        )
+
+    def gemm_bf16_small(self, x: Tensor, w: Tensor, out: Tensor, num_threads: int) -> None:
+        self._library.afd_gemm_bf16(
+            self._isa,
+            num_threads,
+            x.data_ptr(),
+            w.data_ptr(),
+            out.data_ptr(),
+            _DTYPES[out.dtype],
+            x.stride(0),
+            w.stride(0),
+            out.stride(0),
+            x.shape[0],
+            w.shape[0],
+            x.shape[1],
+        )
+
+    def read_memory(self, memory: Tensor, num_threads: int) -> float:
+        """Sum of a contiguous float32 tensor of whole MiB: the plainest read, for measuring bandwidth."""
+        return float(self._library.afd_read_memory(self._isa, num_threads, memory.data_ptr(), memory.numel() * 4))
+
+    def num_workers(self) -> int:
+        """Worker threads that are up; one pool serves the process."""
+        return int(self._library.afd_num_workers())
+
+    def close(self) -> None:
+        """Ends the worker threads; a later call with num_threads > 1 starts new ones."""
+        self._library.afd_stop_workers()
+
+
+def load_library(path: Path | None = None) -> ctypes.CDLL:
+    """The shared library built beside this file. Raises KernelsUnavailableError with what to do."""
+    path = path or Path(__file__).with_name("_native.so")
+    if not path.exists():
+        raise KernelsUnavailableError(
+            f"{path} was not built (no C++ compiler at install time?): `python setup.py build_ext --inplace` builds it"
+        )
+    try:
+        library = ctypes.CDLL(str(path))
+        version = library.afd_abi_version()
+    except (OSError, AttributeError) as error:
+        raise KernelsUnavailableError(f"{path} cannot be loaded: {error}") from error
+    if version != _ABI_VERSION:
+        raise KernelsUnavailableError(
+            f"{path} has interface {version}, this code wants {_ABI_VERSION}: build it again "
+            "(`python setup.py build_ext --inplace`)"
+        )
+    _declare(library)
+    return library
+
+
+def available_isas(library: ctypes.CDLL) -> list[str]:
+    """The instruction sets this processor can run, slowest first."""
+    return [name for number, name in enumerate(ISAS) if library.afd_isa_available(number)]
+
+
+def _declare(library: ctypes.CDLL) -> None:
+    pointer, i32, i64, f32 = c_void_p, c_int32, c_int64, c_float
+    signatures: dict[str, tuple[Any, list[Any]]] = {
+        "afd_isa_available": (i32, [i32]),
+        "afd_paged_attention": (i32, [i32] * 3 + [pointer] * 7 + [i64] * 3 + [i32] * 9 + [f32, pointer]),
+        "afd_write_kv": (i32, [i32] * 2 + [pointer] * 5 + [i64] * 2 + [i32] * 6 + [pointer]),
+        "afd_rope_write_kv": (i32, [i32] * 2 + [pointer] * 8 + [i64] * 3 + [i32] * 9 + [pointer]),
+        "afd_add_rms_norm": (i32, [i32] * 3 + [pointer] * 2 + [i32] + [pointer] * 2 + [i32] * 2 + [f32]),
+        "afd_silu_mul": (i32, [i32] * 2 + [pointer] * 2 + [i64] * 2 + [i32] * 2 + [f32]),
+        "afd_gemm_bf16": (i32, [i32] * 2 + [pointer] * 3 + [i32] + [i64] * 3 + [i32] * 3),
+        "afd_read_memory": (f32, [i32] * 2 + [pointer, i64]),
+        "afd_stop_workers": (None, []),
+        "afd_num_workers": (i32, []),
+    }
+    for name, (result, arguments) in signatures.items():
+        function = getattr(library, name)
+        function.restype = result
+        function.argtypes = arguments
+
+
+def _error(status: int, where: int, value: int) -> Exception:
+    if status == 20:
+        return MemoryError("no memory for the attention kernel's scratch")
+    reasons = {
+        1: f"query_start must begin at 0, not fall, and end within q: sequence {where} has {value}",
+        2: f"sequence {where} has seq_len {value}, less than its number of query tokens",
+        3: f"sequence {where} has seq_len {value}: its row of block_table is too short for it",
+        4: f"sequence {where} needs block {value}, which is not in the cache",
+        10: f"slot_mapping[{where}] is behind the last slot of the cache",
+    }
+    return ValueError(reasons.get(status, f"native kernel failed with status {status}"))

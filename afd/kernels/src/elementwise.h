@@ -1,0 +1,175 @@
+// Row-wise kernels: KV write, RoPE, RMSNorm, SwiGLU. Float32 inside, one rounding on the way out.
+#pragma once
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace AFD_ISA {
+
+// Calls whole(i) for each full chunk of `width` elements and part(i, n) for the rest.
+template <class Whole, class Part>
+AFD_INLINE void for_chunks(int width, Whole whole, Part part) {
+    int i = 0;
+    for (; i + kChunk <= width; i += kChunk) whole(i);
+    if (i < width) part(i, width - i);
+}
+
+template <class T>
+AFD_INLINE T* slot_of(void* cache, const afd::KvWriteArgs& a, int64_t slot, int head, int dim) {
+    const int64_t block = slot / a.block_size, offset = slot % a.block_size;
+    return static_cast<T*>(cache) + ((block * a.num_kv_heads + head) * a.block_size + offset) * dim;
+}
+
+template <class T>
+void write_kv(const afd::KvWriteArgs& a) {
+    for (int t = 0; t < a.num_tokens; ++t) {
+        const int64_t slot = a.slots[t];
+        if (slot < 0) continue;
+        const T* k = static_cast<const T*>(a.k) + t * a.k_stride;
+        const T* v = static_cast<const T*>(a.v) + t * a.v_stride;
+        for (int h = 0; h < a.num_kv_heads; ++h) {
+            std::memcpy(slot_of<T>(a.k_cache, a, slot, h, a.head_dim), k + h * a.head_dim, sizeof(T) * a.head_dim);
+            std::memcpy(slot_of<T>(a.v_cache, a, slot, h, a.v_dim), v + h * a.v_dim, sizeof(T) * a.v_dim);
+        }
+    }
+}
+
+AFD_INLINE Chunk operator+(Chunk x, Chunk y) { return {x.a + y.a, x.b + y.b}; }
+AFD_INLINE Chunk operator-(Chunk x, Chunk y) { return {x.a - y.a, x.b - y.b}; }
+AFD_INLINE Chunk operator*(Chunk x, Chunk y) { return {x.a * y.a, x.b * y.b}; }
+AFD_INLINE Chunk operator*(Chunk x, float y) { return {x.a * y, x.b * y}; }
+
+// One head with its first 2 * half elements rotated: pairs are (i, i + half). in == out is allowed here and below: a
+// pair is read before it is written, and belongs to no other.
+template <class T>
+void rotate_halves(const T* in, const float* cos, const float* sin, int half, T* out) {
+    int i = 0;
+    for (; i + kChunk <= half; i += kChunk) {
+        const Chunk x = load(in + i), y = load(in + i + half), c = load_for(in, cos + i), s = load_for(in, sin + i);
+        store(out + i, x * c - y * s);
+        store(out + i + half, y * c + x * s);
+    }
+    for (; i < half; ++i) {
+        const float x = to_float(in[i]), y = to_float(in[i + half]);
+        from_float(x * cos[i] - y * sin[i], out + i);
+        from_float(y * cos[i] + x * sin[i], out + i + half);
+    }
+}
+
+// The same for pairs (2 i, 2 i + 1).
+template <class T>
+void rotate_interleaved(const T* in, const float* cos, const float* sin, int half, T* out) {
+    int i = 0;
+    for (; i + kLanes <= half; i += kLanes) {
+        const Chunk xy = pairs_of(in, load(in + 2 * i));
+        const Vf c = load_vector<Vf>(cos + i), s = load_vector<Vf>(sin + i);
+        store(out + 2 * i, of_pairs(in, {xy.a * c - xy.b * s, xy.b * c + xy.a * s}));
+    }
+    for (; i < half; ++i) {
+        const float x = to_float(in[2 * i]), y = to_float(in[2 * i + 1]);
+        from_float(x * cos[i] - y * sin[i], out + 2 * i);
+        from_float(y * cos[i] + x * sin[i], out + 2 * i + 1);
+    }
+}
+
+template <class T>
+AFD_INLINE void rotate_head(const T* in, const float* cos, const float* sin, int half, bool interleaved, T* out) {
+    if (interleaved)
+        rotate_interleaved(in, cos, sin, half, out);
+    else
+        rotate_halves(in, cos, sin, half, out);
+}
+
+template <class T>
+void rope_write_kv(const afd::RopeArgs& r, const afd::KvWriteArgs& a) {
+    const int rest = a.head_dim - 2 * r.half;
+    for (int t = 0; t < a.num_tokens; ++t) {
+        const float* cos = r.cos + static_cast<int64_t>(t) * r.half;
+        const float* sin = r.sin + static_cast<int64_t>(t) * r.half;
+        T* q = static_cast<T*>(r.q) + t * r.q_stride;
+        for (int h = 0; h < r.num_heads; ++h)
+            rotate_head(q + h * a.head_dim, cos, sin, r.half, r.interleaved, q + h * a.head_dim);
+        const int64_t slot = a.slots[t];
+        if (slot < 0) continue;
+        const T* k = static_cast<const T*>(a.k) + t * a.k_stride;
+        const T* v = static_cast<const T*>(a.v) + t * a.v_stride;
+        for (int h = 0; h < a.num_kv_heads; ++h) {
+            const T* from = k + h * a.head_dim;
+            T* to = slot_of<T>(a.k_cache, a, slot, h, a.head_dim);
+            rotate_head(from, cos, sin, r.half, r.interleaved, to);
+            std::memcpy(to + 2 * r.half, from + 2 * r.half, sizeof(T) * rest);
+            std::memcpy(slot_of<T>(a.v_cache, a, slot, h, a.v_dim), v + h * a.v_dim, sizeof(T) * a.v_dim);
+        }
+    }
+}
+
+template <class T, class P>
+void add_rms_norm(const afd::NormArgs& a, int row_begin, int row_end) {
+    const int width = a.width, whole = width / kChunk * kChunk;
+    const float* weight = a.weight;
+    for (int row = row_begin; row < row_end; ++row) {
+        const int64_t at = static_cast<int64_t>(row) * width;
+        T* x = static_cast<T*>(a.x) + at;
+        T* out = static_cast<T*>(a.out) + at;
+        Chunk squares = {};
+        float tail_squares = 0;
+        for (int i = 0; i < whole; i += kChunk) {
+            Chunk c = load(x + i);
+            if (a.num_partials > 0) {
+                for (int p = 0; p < a.num_partials; ++p)
+                    c = c + load_for(x, static_cast<const P*>(a.partials[p]) + at + i);
+                store(x + i, c);
+                c = load(x + i);  // the norm is of what the residual keeps
+            }
+            squares = squares + c * c;
+        }
+        for (int i = whole; i < width; ++i) {
+            float value = to_float(x[i]);
+            for (int p = 0; p < a.num_partials; ++p) value += to_float(static_cast<const P*>(a.partials[p])[at + i]);
+            from_float(value, x + i);
+            tail_squares += to_float(x[i]) * to_float(x[i]);
+        }
+        const float mean = (sum_of(squares.a + squares.b) + tail_squares) / static_cast<float>(width);
+        const float inverse = 1.0f / __builtin_sqrtf(mean + a.eps);
+        for (int i = 0; i < whole; i += kChunk) store(out + i, load(x + i) * inverse * load_for(x, weight + i));
+        for (int i = whole; i < width; ++i) from_float(to_float(x[i]) * inverse * weight[i], out + i);
+    }
+}
+
+// silu(x) = x / (1 + e^-x), 0 below -86.6, where it is less than 2e-36.
+AFD_INLINE Vf silu_of(Vf x) {
+    const Vf power = x * -1.44269504088896340736f, highest = splat(125.0f);
+    const Vf result = x / (exp2_of(min_of(power, highest)) + 1.0f);
+    return power > highest ? Vf{} : result;
+}
+
+AFD_INLINE Vf gated(Vf gate, Vf up, float limit) {
+    Vf g = silu_of(gate);
+    if (limit > 0) {
+        g = min_of(g, splat(limit));
+        up = max_of(min_of(up, splat(limit)), splat(-limit));
+    }
+    return g * up;
+}
+
+template <class T>
+void silu_mul(const afd::SiluMulArgs& a, int row_begin, int row_end) {
+    for (int row = row_begin; row < row_end; ++row) {
+        const T* gate = static_cast<const T*>(a.gate_up) + row * a.in_stride;
+        const T* up = gate + a.width;
+        T* out = static_cast<T*>(a.out) + row * a.out_stride;
+        const float limit = a.limit;
+        for_chunks(
+            a.width,
+            [&](int i) {
+                const Chunk g = load(gate + i), u = load(up + i);
+                store(out + i, {gated(g.a, u.a, limit), gated(g.b, u.b, limit)});
+            },
+            [&](int i, int n) {
+                const Chunk g = load_part(gate + i, n), u = load_part(up + i, n);
+                store_part(out + i, {gated(g.a, u.a, limit), gated(g.b, u.b, limit)}, n);
+            });
+    }
+}
+
+}  // namespace AFD_ISA

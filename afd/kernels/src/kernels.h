@@ -1,0 +1,106 @@
+// What the instruction-set independent part hands to the kernels: plain arguments and one table of functions per
+// instruction set. Sizes are in elements unless the name says bytes; all pointers stay owned by the caller.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace afd {
+
+enum DType : int32_t { kFloat32 = 0, kBfloat16 = 1 };
+
+constexpr int kKeyTile = 64;    // keys scored at once; a multiple of the 8-key groups that any block size is made of
+constexpr int kKeyGroup = 8;    // keys that are certain to lie side by side in one block
+constexpr int kChunkKeys = 512; // keys summed up before a merge; fixed, so that no result depends on the work split
+constexpr int kMaxRows = 64;    // query rows (tokens x heads of one KV head) that share each load of K and V
+constexpr int kMaxPartials = 16;
+
+struct AttentionArgs {
+    const void* q;        // [num_tokens, num_heads, head_dim], tokens q_stride apart
+    const void* k_cache;  // [num_blocks, num_kv_heads, block_size, head_dim]
+    const void* v_cache;  // [num_blocks, num_kv_heads, block_size, v_dim]
+    void* out;            // [num_tokens, num_heads, v_dim], tokens out_stride apart
+    const int32_t* block_table;  // [num_seqs, table_stride]
+    const int32_t* seq_lens;     // [num_seqs], this step's tokens included
+    const int32_t* query_start;  // [num_seqs + 1]
+    int64_t q_stride, out_stride, table_stride;
+    int32_t dtype, num_tokens, num_seqs, num_heads, num_kv_heads, head_dim, v_dim, num_blocks, block_size, window;
+    float scale;
+};
+
+// Query rows that go over the same keys: `num_tokens` consecutive tokens of one sequence x `num_heads` heads of one
+// KV head. Row r is token r / num_heads, head r % num_heads.
+struct AttentionTile {
+    int32_t seq, token_begin, num_tokens, first_position, head_begin, num_heads, kv_head;
+    int32_t key_begin, key_end;      // keys that any row sees
+    int32_t chunk_begin, chunk_end;  // the chunks of kChunkKeys keys they lie in
+    int num_rows() const { return num_tokens * num_heads; }
+    int num_chunks() const { return chunk_end - chunk_begin; }
+};
+
+// Running softmax of a tile: per row the maximum (log2 domain), the sum, and the weighted values.
+struct SoftmaxState {
+    float *max, *sum, *acc;  // [kMaxRows], [kMaxRows], [rows, v_padded]
+};
+
+struct NormArgs {
+    void* x;                             // [num_rows, width]; partials are added to it in place, in their order
+    const void* partials[kMaxPartials];  // each [num_rows, width]
+    const float* weight;                 // [width]
+    void* out;                           // [num_rows, width]
+    int32_t dtype, partial_dtype, num_partials, num_rows, width;
+    float eps;
+};
+
+struct KvWriteArgs {
+    const void *k, *v;           // [num_tokens, num_kv_heads, head_dim | v_dim], tokens k_stride, v_stride apart
+    void *k_cache, *v_cache;     // as in AttentionArgs
+    const int64_t* slots;        // [num_tokens]: block * block_size + offset, negative to skip
+    int64_t k_stride, v_stride;
+    int32_t dtype, num_tokens, num_kv_heads, head_dim, v_dim, block_size;
+};
+
+struct RopeArgs {
+    void* q;                 // [num_tokens, num_heads, head_dim], rotated in place
+    const float *cos, *sin;  // [num_tokens, half]
+    int64_t q_stride;
+    int32_t num_heads, half, interleaved;
+};
+
+struct SiluMulArgs {
+    const void* gate_up;  // [num_rows, 2 * width]: gate, then up
+    void* out;            // [num_rows, width]
+    int64_t in_stride, out_stride;
+    int32_t dtype, num_rows, width;
+    float limit;  // > 0: min(silu(gate), limit) * clamp(up, -limit, limit)
+};
+
+struct GemmArgs {
+    const void* x;  // bf16 [m, k], rows x_stride apart
+    const void* w;  // bf16 [n, k], rows w_stride apart
+    void* out;      // [m, n], rows out_stride apart
+    int64_t x_stride, w_stride, out_stride;
+    int32_t out_dtype, m, n, k;
+};
+
+// Functions without state; each may run on any thread.
+struct KernelTable {
+    const char* name;
+    // Floats of one SoftmaxState, and bytes of the scratch of attention_chunks (64-byte aligned).
+    size_t (*state_floats)(const AttentionArgs&);
+    size_t (*scratch_bytes)(const AttentionArgs&);
+    SoftmaxState (*state_at)(const AttentionArgs&, float* memory);
+    // Chunks [begin, end) of a tile, merged in order into `state`.
+    void (*attention_chunks)(const AttentionArgs&, const AttentionTile&, int begin, int end, SoftmaxState state, void* scratch);
+    void (*merge)(const AttentionArgs&, int num_rows, SoftmaxState into, SoftmaxState from);
+    void (*finish)(const AttentionArgs&, const AttentionTile&, SoftmaxState state);
+    void (*write_kv)(const KvWriteArgs&);
+    void (*rope_write_kv)(const RopeArgs&, const KvWriteArgs&);
+    void (*add_rms_norm)(const NormArgs&, int row_begin, int row_end);
+    void (*silu_mul)(const SiluMulArgs&, int row_begin, int row_end);
+    void (*gemm)(const GemmArgs&, int n_begin, int n_end);
+    // Sum of a multiple of 1 KiB of floats: the plainest way to read memory.
+    float (*read)(const char* memory, int64_t num_bytes);
+};
+
+}  // namespace afd

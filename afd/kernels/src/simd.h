@@ -1,0 +1,263 @@
+// Vectors of the instruction set a translation unit is compiled for.
+//
+// Written once with GCC/Clang vector extensions; intrinsics appear only where the compiler cannot find the
+// instruction by itself (bf16 dot product, masked loads, horizontal sums, transposes). The including file defines
+//   AFD_ISA        namespace of this instruction set: the same code compiled for two of them must not share a symbol,
+//                  or the linker would keep one copy and run AVX-512 code on a machine without it
+//   AFD_LANES      float lanes of a vector: 16 (AVX-512), 8 (AVX2), 4 (SSE2, NEON)
+//   AFD_BF16_DOT   1 if vdpbf16ps is there
+// For the same reason only functions of this namespace are called here: no inline code of the C++ library.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if AFD_LANES > 4
+#include <immintrin.h>
+#endif
+
+#define AFD_INLINE inline __attribute__((always_inline))
+
+namespace AFD_ISA {
+
+constexpr int kLanes = AFD_LANES;
+
+typedef float Vf __attribute__((vector_size(AFD_LANES * 4)));
+typedef int32_t Vi __attribute__((vector_size(AFD_LANES * 4)));
+typedef uint32_t Vu __attribute__((vector_size(AFD_LANES * 4)));
+typedef float Quad __attribute__((vector_size(16)));
+typedef int32_t Vi4 __attribute__((vector_size(16)));
+
+struct bf16 {
+    uint16_t bits;
+};
+
+// Two vectors that hold 2 * kLanes consecutive elements. A bf16 chunk is split into its even and odd elements (a
+// shift and a mask, no shuffle); a float chunk into its first and second half. Sums and products do not care, and
+// store() restores the order of the type it writes.
+struct Chunk {
+    Vf a, b;
+};
+constexpr int kChunk = 2 * kLanes;
+
+AFD_INLINE Vf splat(float x) { return Vf{} + x; }
+
+template <class V>
+AFD_INLINE V load_vector(const void* p) {
+    V v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+}
+
+template <class V>
+AFD_INLINE void store_vector(void* p, V v) {
+    __builtin_memcpy(p, &v, sizeof v);
+}
+
+AFD_INLINE Vf max_of(Vf a, Vf b) { return a > b ? a : b; }
+AFD_INLINE Vf min_of(Vf a, Vf b) { return a < b ? a : b; }
+
+AFD_INLINE Vi lane_index() {
+    Vi v;
+    for (int i = 0; i < kLanes; ++i) v[i] = i;
+    return v;
+}
+
+// First `n` (0..kLanes) 32-bit words at p, zeros behind; reads nothing past them.
+AFD_INLINE Vi load_words(const void* p, int n) {
+#if AFD_LANES == 16
+    return (Vi)_mm512_maskz_loadu_epi32((__mmask16)((1u << n) - 1), p);
+#elif AFD_LANES == 8
+    return (Vi)_mm256_maskload_epi32(static_cast<const int*>(p), (__m256i)(lane_index() < n));
+#else
+    Vi v = {};
+    std::memcpy(&v, p, static_cast<size_t>(n) * 4);
+    return v;
+#endif
+}
+
+AFD_INLINE float sum_of(Vf v) {
+#if AFD_LANES == 16
+    return _mm512_reduce_add_ps((__m512)v);
+#else
+    float s = 0;
+    for (int i = 0; i < kLanes; ++i) s += v[i];
+    return s;
+#endif
+}
+
+AFD_INLINE float max_lane(Vf v) {
+#if AFD_LANES == 16
+    return _mm512_reduce_max_ps((__m512)v);
+#else
+    float m = v[0];
+    for (int i = 1; i < kLanes; ++i) m = v[i] > m ? v[i] : m;
+    return m;
+#endif
+}
+
+// Sums of four vectors: {sum(a), sum(b), sum(c), sum(d)}.
+AFD_INLINE Quad sums_of(Vf a, Vf b, Vf c, Vf d) {
+#if AFD_LANES == 16
+    const __m512 A = (__m512)a, B = (__m512)b, C = (__m512)c, D = (__m512)d;
+    const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(A, B), _mm512_unpackhi_ps(A, B));
+    const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(C, D), _mm512_unpackhi_ps(C, D));
+    const __m512 abcd = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xEE));
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(abcd),
+                                      _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(abcd), 1)));
+    return (Quad)_mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+#elif AFD_LANES == 8
+    const __m256 ab = _mm256_hadd_ps((__m256)a, (__m256)b), cd = _mm256_hadd_ps((__m256)c, (__m256)d);
+    const __m256 abcd = _mm256_hadd_ps(ab, cd);
+    return (Quad)_mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1));
+#else
+    return Quad{sum_of(a), sum_of(b), sum_of(c), sum_of(d)};
+#endif
+}
+
+// ---- bf16 <-> float ------------------------------------------------------------------------------------------
+
+AFD_INLINE Vf even_elements(Vi words) { return (Vf)(words << 16); }
+AFD_INLINE Vf odd_elements(Vi words) { return (Vf)((Vu)words & 0xffff0000u); }
+
+// Round to nearest even, in the upper half of each word; a NaN stays a NaN.
+AFD_INLINE Vu round_bf16(Vf x) {
+    const Vu bits = (Vu)x;
+    const Vu rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+    return (Vi)(x == x) ? rounded : (bits | 0x00400000u);
+}
+
+AFD_INLINE float to_float(bf16 x) {
+    const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+    float f;
+    __builtin_memcpy(&f, &bits, 4);
+    return f;
+}
+AFD_INLINE float to_float(float x) { return x; }
+
+AFD_INLINE void from_float(float x, float* out) { *out = x; }
+AFD_INLINE void from_float(float x, bf16* out) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, &x, 4);
+    bits = x == x ? bits + 0x7fffu + ((bits >> 16) & 1u) : (bits | 0x00400000u);
+    out->bits = static_cast<uint16_t>(bits >> 16);
+}
+
+AFD_INLINE void store_quad(float* p, Quad x) { store_vector(p, x); }
+AFD_INLINE void store_quad(bf16* p, Quad x) {
+    typedef uint32_t Words __attribute__((vector_size(16)));
+    typedef uint16_t Halves __attribute__((vector_size(16)));
+    const Words bits = (Words)x;
+    const Words rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+    const Words kept = (Vi4)(x == x) ? rounded : (bits | 0x00400000u);
+    const Halves upper = {1, 3, 5, 7, 1, 3, 5, 7};
+    const Halves packed = __builtin_shuffle((Halves)kept, upper);
+    __builtin_memcpy(p, &packed, 4 * sizeof(bf16));
+}
+
+template <class T>
+AFD_INLINE void store_quad_part(T* p, Quad x, int n) {
+    T buffer[4];
+    store_quad(buffer, x);
+    std::memcpy(p, buffer, static_cast<size_t>(n) * sizeof(T));
+}
+
+// ---- chunks --------------------------------------------------------------------------------------------------
+
+AFD_INLINE Chunk load(const bf16* p) {
+    const Vi words = load_vector<Vi>(p);
+    return {even_elements(words), odd_elements(words)};
+}
+AFD_INLINE Chunk load(const float* p) { return {load_vector<Vf>(p), load_vector<Vf>(p + kLanes)}; }
+
+AFD_INLINE void store(bf16* p, Chunk c) {
+    store_vector(p, (round_bf16(c.a) >> 16) | (round_bf16(c.b) & 0xffff0000u));
+}
+AFD_INLINE void store(float* p, Chunk c) {
+    store_vector(p, c.a);
+    store_vector(p + kLanes, c.b);
+}
+
+// The lanes of a chunk of floats in the order of a chunk of bf16 (even elements, odd elements), and back.
+AFD_INLINE Chunk split_pairs(Chunk c) {
+    const Vi even = 2 * lane_index(), odd = even + 1;
+    return {__builtin_shuffle(c.a, c.b, even), __builtin_shuffle(c.a, c.b, odd)};
+}
+AFD_INLINE Chunk join_pairs(Chunk c) {
+    const Vi low = (lane_index() >> 1) + (lane_index() & 1) * kLanes, high = low + kLanes / 2;
+    return {__builtin_shuffle(c.a, c.b, low), __builtin_shuffle(c.a, c.b, high)};
+}
+
+// A chunk of T as {even elements, odd elements}, and back.
+AFD_INLINE Chunk pairs_of(const bf16*, Chunk c) { return c; }
+AFD_INLINE Chunk pairs_of(const float*, Chunk c) { return split_pairs(c); }
+AFD_INLINE Chunk of_pairs(const bf16*, Chunk c) { return c; }
+AFD_INLINE Chunk of_pairs(const float*, Chunk c) { return join_pairs(c); }
+
+// A chunk of From in the lane order of a chunk of T.
+AFD_INLINE Chunk load_for(const bf16*, const bf16* p) { return load(p); }
+AFD_INLINE Chunk load_for(const float*, const float* p) { return load(p); }
+AFD_INLINE Chunk load_for(const bf16*, const float* p) { return split_pairs(load(p)); }
+AFD_INLINE Chunk load_for(const float*, const bf16* p) { return join_pairs(load(p)); }
+
+// First n (1..kChunk - 1) elements, zeros behind.
+template <class T>
+AFD_INLINE Chunk load_part(const T* p, int n) {
+    T buffer[kChunk] = {};
+    std::memcpy(buffer, p, static_cast<size_t>(n) * sizeof(T));
+    return load(buffer);
+}
+template <class T>
+AFD_INLINE void store_part(T* p, Chunk c, int n) {
+    T buffer[kChunk];
+    store(buffer, c);
+    std::memcpy(p, buffer, static_cast<size_t>(n) * sizeof(T));
+}
+
+// As load_part, for n a multiple of 8: masked loads, fast enough for an inner loop.
+AFD_INLINE Chunk load_part8(const bf16* p, int n) {
+    const Vi words = load_words(p, n / 2);
+    return {even_elements(words), odd_elements(words)};
+}
+AFD_INLINE Chunk load_part8(const float* p, int n) {
+    const int first = n < kLanes ? n : kLanes;
+    return {(Vf)load_words(p, first), (Vf)load_words(p + first, n - first)};
+}
+
+// ---- functions -----------------------------------------------------------------------------------------------
+
+// 2^x for x in [-inf, 125], relative error < 2e-7; below 2^-125 it is 0.
+AFD_INLINE Vf exp2_of(Vf x) {
+    const Vf lowest = splat(-125.0f), magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+    const Vi dead = x < lowest;
+    const Vf clamped = dead ? lowest : x;
+    const Vf shifted = clamped + magic;
+    const Vi exponent = (Vi)shifted - (Vi)magic;
+    const Vf r = clamped - (shifted - magic);
+    Vf y = splat(1.5403530e-4f);  // ln(2)^k / k!, Horner
+    y = y * r + 1.3333558e-3f;
+    y = y * r + 9.6181291e-3f;
+    y = y * r + 5.5504109e-2f;
+    y = y * r + 2.4022651e-1f;
+    y = y * r + 6.9314718e-1f;
+    y = y * r + 1.0f;
+    y = (Vf)((Vi)y + (exponent << 23));
+    return dead ? Vf{} : y;
+}
+
+AFD_INLINE float exp2_of(float x) { return exp2_of(splat(x))[0]; }
+
+// a + sum over the pairs of bf16 in each word of x * y.
+AFD_INLINE Vf dot_words(Vf a, Vi x, Vi y) {
+#if AFD_BF16_DOT
+    return (Vf)_mm512_dpbf16_ps((__m512)a, (__m512bh)x, (__m512bh)y);
+#else
+    a += even_elements(x) * even_elements(y);
+    a += odd_elements(x) * odd_elements(y);
+    return a;
+#endif
+}
+
+AFD_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+
+}  // namespace AFD_ISA

@@ -1,0 +1,24 @@
+// Worker threads for the kernels of one process.
+//
+// The caller works too, so run(..., num_threads) wakes num_threads - 1 workers. They are started when first wanted,
+// spin for at most kSpinNs between jobs (a layer's kernels follow one another closely) and then sleep. One job runs
+// at a time: a second caller that finds the pool busy does its job alone, so nobody waits for a stranger's work.
+#pragma once
+
+#include <cstdint>
+
+namespace afd {
+
+constexpr int kMaxThreads = 64;
+constexpr int64_t kSpinNs = 50'000;
+
+// Calls body(context, item) for item in [0, num_items), each once, in any order, on up to num_threads threads, and
+// returns when all are done. The body must not throw. If no thread can be started, the caller does all the work.
+void run_parallel(int num_items, int num_threads, void (*body)(void* context, int item), void* context);
+
+// Ends and joins the workers. A later job starts new ones.
+void stop_workers();
+
+int num_workers();
+
+}  // namespace afd

@@ -1,0 +1,73 @@
+"""The native part of the build; everything else about the package is in pyproject.toml.
+
+`afd/kernels/_native.so` is a plain shared library, loaded with ctypes: no Python symbols in it. Each instruction set is
+one source file with its own flags; which of them runs is decided at run time. Without a working C++ compiler the
+package installs without it, and says so.
+"""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+SOURCE_DIR = Path("afd/kernels/src")
+SOURCES = ["api.cpp", "attention_plan.cpp", "thread_pool.cpp", "isa_portable.cpp"]
+X86_SOURCES = ["isa_avx2.cpp", "isa_avx512.cpp"]
+FLAGS = ["-std=c++17", "-O3", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi", "-g0"]
+# The last two: GCC's AVX-512 headers trip its own warnings.
+ISA_FLAGS = {
+    "isa_avx2.cpp": ["-mavx2", "-mfma"],
+    "isa_avx512.cpp": [
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512vl",
+        "-mavx512dq",
+        "-mavx512bf16",
+        "-mfma",
+        "-Wno-uninitialized",
+        "-Wno-maybe-uninitialized",
+    ],
+}
+IS_X86 = platform.machine() in ("x86_64", "AMD64")
+
+
+class BuildKernels(build_ext):
+    """build_ext with flags per source file and a file name without Python's ABI tag."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return str(Path(*fullname.split(".")).with_suffix(".so"))
+
+    def get_export_symbols(self, ext: Extension) -> list[str]:
+        return []
+
+    def build_extension(self, ext: Extension) -> None:
+        plain_compile = self.compiler._compile
+
+        def compile_with_isa(obj, src, suffix, cc_args, extra_args, pp_opts):  # type: ignore[no-untyped-def]
+            plain_compile(obj, src, suffix, cc_args, extra_args + ISA_FLAGS.get(Path(src).name, []), pp_opts)
+
+        self.compiler._compile = compile_with_isa
+        try:
+            super().build_extension(ext)
+        finally:
+            self.compiler._compile = plain_compile
+
+
+setup(
+    ext_modules=[
+        Extension(
+            "afd.kernels._native",
+            sources=[str(SOURCE_DIR / name) for name in SOURCES + (X86_SOURCES if IS_X86 else [])],
+            depends=[str(path) for path in sorted(SOURCE_DIR.glob("*.h"))],
+            define_macros=[("AFD_HAVE_X86", "1")] if IS_X86 else [],
+            extra_compile_args=FLAGS,
+            extra_link_args=["-pthread"],
+            language="c++",
+            optional=True,
+        )
+    ],
+    cmdclass={"build_ext": BuildKernels},
+)

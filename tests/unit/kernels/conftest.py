@@ -1,0 +1,40 @@
+"""Fixtures of the kernel tests: every implementation that can run on this machine."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from afd.kernels.base import Kernels
+from afd.kernels.native import ISAS, KernelsUnavailableError, NativeKernels, available_isas, load_library
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def library() -> Iterator[ctypes.CDLL]:
+    """The built library; a machine without a compiler has none and skips, any other must have built it."""
+    try:
+        loaded = load_library()
+    except KernelsUnavailableError as error:
+        if shutil.which("c++") is None and shutil.which("g++") is None:
+            pytest.skip(f"no C++ compiler here: {error}")
+        pytest.fail(str(error))
+    yield loaded
+    loaded.afd_stop_workers()
+    assert loaded.afd_num_workers() == 0
+
+
+@pytest.fixture(params=ISAS)
+def kernels(request: pytest.FixtureRequest, library: ctypes.CDLL) -> Kernels:
+    """The native kernels of one instruction set."""
+    if request.param not in available_isas(library):
+        pytest.skip(f"this processor has no {request.param}")
+    return NativeKernels(library, request.param)

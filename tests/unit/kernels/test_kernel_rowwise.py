@@ -1,0 +1,169 @@
+"""KV write, RoPE, norms, SwiGLU and the small GEMM against the torch reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from afd.kernels.base import Kernels
+from afd.kernels.reference import ReferenceKernels
+
+DTYPES = [torch.float32, torch.bfloat16]
+REFERENCE = ReferenceKernels()
+FAST = settings(
+    max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def assert_close(got: Tensor, want: Tensor, rtol: float = 1e-5) -> None:
+    """Equal to rounding: `rtol` in float32, a unit in the last place in bfloat16."""
+    if got.dtype == torch.bfloat16:
+        rtol = 2**-7
+    torch.testing.assert_close(got, want, rtol=rtol, atol=1e-6)
+
+
+def random_slots(num_tokens: int, num_slots: int) -> Tensor:
+    """Distinct slots, every fifth token without one."""
+    slots = torch.randperm(num_slots, generator=torch.Generator().manual_seed(1))[:num_tokens]
+    slots[::5] = -1
+    return slots
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("head_dim", "v_dim", "block_size"), [(64, 64, 16), (80, 128, 8), (32, 8, 24)])
+def test_write_kv(kernels: Kernels, dtype: torch.dtype, head_dim: int, v_dim: int, block_size: int) -> None:
+    qkv = random(33, 2 * (head_dim + v_dim) + 8, dtype=dtype)
+    k = qkv[:, 8 : 8 + 2 * head_dim].view(33, 2, head_dim)
+    v = qkv[:, 8 + 2 * head_dim :].view(33, 2, v_dim)
+    slots = random_slots(33, 7 * block_size)
+    caches = [[torch.zeros(7, 2, block_size, dim, dtype=dtype) for dim in (head_dim, v_dim)] for _ in range(2)]
+    kernels.write_kv(k, v, *caches[0], slots)
+    REFERENCE.write_kv(k, v, *caches[1], slots)
+    assert torch.equal(caches[0][0], caches[1][0]) and torch.equal(caches[0][1], caches[1][1])
+    assert caches[0][0].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(("head_dim", "rotary_dim"), [(64, 64), (128, 64), (32, 32), (80, 36), (256, 256), (16, 0)])
+def test_rope_write_kv(kernels: Kernels, dtype: torch.dtype, interleaved: bool, head_dim: int, rotary_dim: int) -> None:
+    q, k, v = (random(9, heads, head_dim, dtype=dtype, seed=heads) for heads in (6, 2, 2))
+    k_before = k.clone()
+    cos, sin = random(9, rotary_dim // 2, seed=7).cos(), random(9, rotary_dim // 2, seed=7).sin()
+    slots = random_slots(9, 48)
+    results = []
+    for implementation in (kernels, REFERENCE):
+        rotated, k_cache, v_cache = q.clone(), torch.zeros(3, 2, 16, head_dim, dtype=dtype), torch.zeros_like(v)
+        v_cache = torch.zeros_like(k_cache)
+        implementation.rope_write_kv(rotated, k, v, cos, sin, interleaved, k_cache, v_cache, slots)
+        results.append((rotated, k_cache, v_cache))
+    for got, want in zip(*results, strict=True):
+        assert_close(got, want)
+    assert torch.equal(k, k_before)
+    assert torch.equal(results[0][0][..., rotary_dim:], q[..., rotary_dim:])
+
+
+def test_a_slot_behind_the_cache_is_refused_before_anything_is_written(kernels: Kernels) -> None:
+    k = random(3, 2, 32)
+    cos = torch.ones(3, 16)
+    for implementation in (kernels, REFERENCE):
+        cache, q = torch.zeros(2, 2, 8, 32), random(3, 4, 32)
+        q_before = q.clone()
+        slots = torch.tensor([0, 1, 16])
+        with pytest.raises(ValueError, match="slot"):
+            implementation.write_kv(k, k, cache, cache, slots)
+        with pytest.raises(ValueError, match="slot"):
+            implementation.rope_write_kv(q, k, k, cos, cos, False, cache, cache, slots)
+        assert not cache.any() and torch.equal(q, q_before)
+
+
+@FAST
+@given(
+    num_rows=st.integers(0, 9),
+    width=st.one_of(st.integers(1, 70), st.sampled_from([576, 1000, 4096])),
+    num_partials=st.integers(0, 4),
+    dtype=st.sampled_from(DTYPES),
+    partial_dtype=st.sampled_from(DTYPES),
+)
+def test_add_rms_norm(
+    kernels: Kernels,
+    num_rows: int,
+    width: int,
+    num_partials: int,
+    dtype: torch.dtype,
+    partial_dtype: torch.dtype,
+) -> None:
+    x = random(num_rows, width, dtype=dtype)
+    partials = [random(num_rows, width, dtype=partial_dtype, seed=1 + i) for i in range(num_partials)]
+    weight = random(width, seed=9)
+    results = []
+    for implementation in (kernels, REFERENCE):
+        residual, out = x.clone(), torch.full_like(x, float("nan"))
+        implementation.add_rms_norm(residual, partials, weight, 1e-5, out)
+        results.append((residual, out))
+    assert torch.equal(results[0][0], results[1][0]), "the residual is a sum in a given order: no rounding may differ"
+    assert_close(results[0][1], results[1][1])
+
+
+@FAST
+@given(
+    num_rows=st.integers(0, 5),
+    width=st.one_of(st.integers(0, 70), st.just(1536)),
+    limit=st.sampled_from([0.0, 0.0, 0.5, 7.0]),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_silu_mul(kernels: Kernels, num_rows: int, width: int, limit: float, dtype: torch.dtype) -> None:
+    gate_up = (random(num_rows, 2 * width + 3) * 20)[:, : 2 * width].to(dtype)
+    got, want = (torch.full((num_rows, width), float("nan"), dtype=dtype) for _ in range(2))
+    kernels.silu_mul(gate_up, limit, got)
+    REFERENCE.silu_mul(gate_up, limit, want)
+    assert_close(got, want)
+
+
+def test_silu_mul_at_the_ends_of_the_range(kernels: Kernels) -> None:
+    gate = torch.tensor([[-3e38, -1000.0, -88.0, -87.0, 0.0, 88.0, 1000.0, 3e38]])
+    out = torch.empty_like(gate)
+    kernels.silu_mul(torch.cat([gate, torch.ones_like(gate)], dim=1), 0.0, out)
+    want = torch.nn.functional.silu(gate)
+    torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-30)
+
+
+@FAST
+@given(
+    m=st.one_of(st.integers(0, 8), st.sampled_from([13, 16, 31, 32])),
+    n=st.one_of(st.integers(0, 9), st.sampled_from([64, 100, 261])),
+    k=st.one_of(st.integers(0, 70), st.sampled_from([576, 1001, 5000])),
+    out_dtype=st.sampled_from(DTYPES),
+    num_threads=st.sampled_from([1, 2, 3]),
+)
+def test_gemm(kernels: Kernels, m: int, n: int, k: int, out_dtype: torch.dtype, num_threads: int) -> None:
+    x = random(m, k + 5, dtype=torch.bfloat16)[:, :k]
+    w = random(n, k + 3, dtype=torch.bfloat16, seed=1)[:, :k]
+    wide = torch.full((m, n + 2), float("nan"), dtype=out_dtype)
+    kernels.gemm_bf16_small(x, w, wide[:, :n], num_threads)
+    want = x.double() @ w.double().T
+    magnitude = x.double().abs() @ w.double().abs().T
+    bound = 1e-6 * magnitude + (2**-8 * want.abs() if out_dtype == torch.bfloat16 else 0)
+    assert ((wide[:, :n].double() - want).abs() <= bound + 1e-30).all()
+    assert wide[:, n:].isnan().all(), "wrote behind the rows of out"
+
+
+def test_a_gemm_row_does_not_depend_on_its_batch_nor_on_threads(kernels: Kernels) -> None:
+    x, w = random(32, 576, dtype=torch.bfloat16), random(203, 576, dtype=torch.bfloat16, seed=1)
+    together = torch.empty(32, 203)
+    kernels.gemm_bf16_small(x, w, together, 1)
+    for num_threads in (2, 4):
+        again = torch.empty(32, 203)
+        kernels.gemm_bf16_small(x, w, again, num_threads)
+        assert torch.equal(together, again)
+    for m in (1, 2, 5, 7):
+        part = torch.empty(m, 203)
+        kernels.gemm_bf16_small(x[3 : 3 + m], w, part, 1)
+        assert torch.equal(together[3 : 3 + m], part)
