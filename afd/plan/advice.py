@@ -31,7 +31,9 @@ class ContextPoint:
 
     @property
     def afd_ahead(self) -> bool:
-        """Cheaper per token or as cheap, by chip-seconds where a price is missing."""
+        """Holds the SLA, and cheaper per token or as cheap (by chip-seconds where a price is missing)."""
+        if not self.afd_tgs:
+            return False
         if self.afd_usd_per_mtok is not None and self.colocated_usd_per_mtok is not None:
             return self.afd_usd_per_mtok <= self.colocated_usd_per_mtok
         return self.afd_tgs >= self.colocated_tgs
@@ -43,8 +45,8 @@ class Comparison:
 
     gain: AFD's tokens per USD (per chip and second without prices) over the colocated ones.
     batch_ratio, attention_share, step_ratio: its factors when both run on the same chip (FastAFD's identity); AFD pays
-    when batch_ratio exceeds break_even_batch_ratio.  break_even_context: smallest context of `curve` from which on AFD
-    is at least equal; None = none.
+    when batch_ratio exceeds break_even_batch_ratio.  break_even_context: smallest context of `curve` at which AFD is
+    ahead; None = none.
     """
 
     colocated: Colocated
@@ -115,7 +117,7 @@ def _compare(space: SearchSpace, estimator: Estimator, plan: Estimate, baseline:
         attention_share=attention_share,
         step_ratio=step_ratio,
         break_even_batch_ratio=1.0 / (attention_share * step_ratio),
-        break_even_context=_break_even(curve),
+        break_even_context=next((point.context for point in curve if point.afd_ahead), None),
         curve=curve,
     )
 
@@ -141,17 +143,6 @@ def _curve(space: SearchSpace, estimator: Estimator, plan: Estimate) -> tuple[Co
         )
         context *= 2
     return tuple(points)
-
-
-def _break_even(curve: tuple[ContextPoint, ...]) -> int | None:
-    """The smallest context from which on AFD is never behind; points where neither holds the SLA do not count."""
-    answer = None
-    for point in reversed(curve):
-        if not point.afd_ahead:
-            break
-        if point.afd_tgs:
-            answer = point.context
-    return answer
 
 
 def closed_form_ratio(estimator: Estimator, plan: Estimate) -> float:

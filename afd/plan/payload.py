@@ -103,7 +103,7 @@ def comparison_payload(advice: Advice) -> dict[str, Any] | None:
         "step_ratio": comparison.step_ratio,
         "break_even_batch_ratio": comparison.break_even_batch_ratio,
         "break_even_context": comparison.break_even_context,
-        "by_context": [asdict(point) for point in comparison.curve],
+        "by_context": [{**asdict(point), "afd_ahead": point.afd_ahead} for point in comparison.curve],
     }
 
 

@@ -136,11 +136,12 @@ def _curve_table(comparison: Comparison) -> str:
 
 
 def _break_even_text(comparison: Comparison) -> str:
-    if comparison.break_even_context is None:
-        return "on these chips colocated EP is ahead at the longest context tried"
-    if comparison.curve and comparison.break_even_context == comparison.curve[0].context:
-        return "on these chips AFD is ahead at every context tried"
-    return f"on these chips AFD is ahead from a context of {comparison.break_even_context} tokens on"
+    tried = [point.context for point in comparison.curve]
+    ahead = [point.context for point in comparison.curve if point.afd_ahead]
+    if not ahead:
+        return f"on these chips colocated EP is ahead at every context from {tried[0]} to {tried[-1]}"
+    span = str(ahead[0]) if len(ahead) == 1 else f"{ahead[0]} to {ahead[-1]}"
+    return f"on these chips AFD is ahead at contexts of {span} tokens ({tried[0]} to {tried[-1]} tried)"
 
 
 def tcp_sentence(fallback: TcpFallback) -> str:

@@ -104,6 +104,7 @@ def test_search_answers_everything_at_once(run_json):
     assert answer["deploy"]["helm_yaml"] == 'topology: "4A2F"\nmodel:\n  name: "step3"\nstreams: 3\n'
     assert answer["comparison"]["worth_it"] is True
     assert answer["comparison"]["break_even_context"] == 2048
+    assert [point["afd_ahead"] for point in answer["comparison"]["by_context"]] == [False, *[True] * 6]
     assert [point["gbit_per_s"] for point in answer["tcp"]] == [10, 25, 100, 400]
     assert answer["efficiency"]["gemm"] == 0.65
 
@@ -115,7 +116,7 @@ def test_search_as_text_says_what_matters(run):
         "2A2F",
         "bound by attention",
         "AFD pays: 1.",
-        "ahead from a context of 2048 tokens on",
+        "AFD is ahead at contexts of 2048 to 65536 tokens (1024 to 65536 tried)",
         "TCP at 25 Gbit/s per chip: cannot hold the SLA",
         "afd up --topology 2A2F --model step3 --streams 3",
         'topology: "2A2F"',

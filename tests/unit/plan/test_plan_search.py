@@ -160,6 +160,7 @@ def test_afd_does_not_pay_for_deepseek_at_4k_on_h800(models, chips, estimator):
     """Negative evidence is a valid result: 256 small experts are below the H800's minimum sparsity."""
     advice = advise(space_of(models, chips, model="deepseek-v3"), estimator, Objective(4096, SLA))
     assert advice.comparison.gain < 1
+    assert advice.comparison.break_even_context == 8192
     assert advice.comparison.batch_ratio < advice.comparison.break_even_batch_ratio
 
 
