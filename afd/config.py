@@ -89,7 +89,10 @@ class FfnConfig(Section, frozen=True):
 
 
 class CoordinatorConfig(Section, frozen=True):
-    """address: host:port of the coordinator, as the other roles reach it (port 0 with `afd up`: any)."""
+    """address: host:port of the coordinator, as the other roles reach it (port 0 with `afd up`: any).
+
+    tls_*: PEM files; the coordinator shows certificate and key, the other roles trust the CA. All "" = plain text.
+    """
 
     address: str = "127.0.0.1:0"
     heartbeat_s: Positive = 0.25
@@ -98,6 +101,9 @@ class CoordinatorConfig(Section, frozen=True):
     restart_grace_s: Positive = 5.0
     register_timeout_s: Positive = 600.0  # a worker gives up when no coordinator answers for so long at start
     metrics_port: Port = 0
+    tls_cert_file: str = ""
+    tls_key_file: str = ""
+    tls_ca_file: str = ""
 
 
 class GatewayConfig(Section, frozen=True):
@@ -195,6 +201,8 @@ def check_config(config: ClusterConfig) -> None:
     host, _, port = config.coordinator.address.rpartition(":")
     if not host or not port.isdigit() or int(port) > 65535:
         raise ConfigError(f"coordinator.address {config.coordinator.address!r} is not host:port")
+    if bool(config.coordinator.tls_cert_file) != bool(config.coordinator.tls_key_file):
+        raise ConfigError("coordinator.tls_cert_file and coordinator.tls_key_file belong together: set both")
     if topology.mono and config.cluster.transport != "auto":
         raise ConfigError("topology mono has no transport; leave cluster.transport at auto")
 

@@ -7,6 +7,7 @@ thread and renders there, so a scrape never runs on a worker's main thread.
 from __future__ import annotations
 
 import logging
+import socket
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -42,7 +43,7 @@ class MetricsServer:
 
     def __init__(self, host: str, port: int, registry: CollectorRegistry, ready: Ready):
         try:
-            self._server = _Server((host, port), registry, ready)
+            self._server = _Server((host.strip("[]"), port), registry, ready)
         except OSError as error:
             raise ConfigError(f"metrics cannot listen on {host}:{port}: {error.strerror}") from error
         self.address = f"{host}:{self._server.server_address[1]}"
@@ -67,6 +68,7 @@ class _Server(HTTPServer):
     def __init__(self, address: tuple[str, int], registry: CollectorRegistry, ready: Ready):
         self.registry = registry
         self.ready = ready
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         super().__init__(address, _Handler)
 
     def handle_error(self, request: Any, client_address: Any) -> None:

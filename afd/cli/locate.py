@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from afd.errors import ConfigError
+
+if TYPE_CHECKING:
+    from afd.coordinator.client import CoordinatorClient
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,11 +19,20 @@ class Located:
     coordinator: str
     secret: bytes
     url: str = ""
+    ca_file: str = ""
+
+    def client(self) -> CoordinatorClient:
+        """To be closed by the caller."""
+        from afd.coordinator.client import CoordinatorClient
+        from afd.secrets import grpc_token
+
+        return CoordinatorClient(self.coordinator, grpc_token(self.secret), ca_file=self.ca_file)
 
 
 def add_locate_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="default: the `afd up` running on this host")
     parser.add_argument("--secret-file", metavar="FILE", help="the cluster's secret (with --coordinator)")
+    parser.add_argument("--tls-ca-file", metavar="FILE", help="CA of the coordinator (with --coordinator)")
     parser.add_argument("--pid", type=int, help="process id of the `afd up` meant, when several run here")
 
 
@@ -28,7 +41,7 @@ def locate(args: argparse.Namespace) -> Located:
     if args.coordinator:
         from afd.cluster.secret_file import require_secret
 
-        return Located(args.coordinator, require_secret(args.secret_file or ""))
+        return Located(args.coordinator, require_secret(args.secret_file or ""), ca_file=args.tls_ca_file or "")
     return locate_local(args.pid)
 
 
@@ -48,4 +61,4 @@ def locate_local(pid: int | None) -> Located:
         )
         raise ConfigError(f"several clusters run on this host; choose one with --pid: {choices}")
     info = clusters[0]
-    return Located(info.coordinator, bytes.fromhex(info.secret), info.url)
+    return Located(info.coordinator, bytes.fromhex(info.secret), info.url, info.ca_file)

@@ -31,11 +31,8 @@ def add_parsers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 def run_status(args: argparse.Namespace) -> int:
     """Exit code 0 when the cluster is formed and every member ready, else 1."""
-    from afd.coordinator.client import CoordinatorClient
-    from afd.secrets import grpc_token
-
     place = locate(args)
-    with CoordinatorClient(place.coordinator, grpc_token(place.secret)) as client:
+    with place.client() as client:
         reply = client.status()
     if args.json:
         sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(reply)) + b"\n")
@@ -45,11 +42,7 @@ def run_status(args: argparse.Namespace) -> int:
 
 
 def run_control(args: argparse.Namespace, request: ControlRequest) -> int:
-    from afd.coordinator.client import CoordinatorClient
-    from afd.secrets import grpc_token
-
-    place = locate(args)
-    with CoordinatorClient(place.coordinator, grpc_token(place.secret)) as client:
+    with locate(args).client() as client:
         reply = client.control(request)
     if not reply.ok:
         raise CoordinatorError(reply.error)

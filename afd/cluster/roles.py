@@ -48,7 +48,8 @@ class RoleContext:
         """Enter the cluster: returns at once, registration and heartbeats go on in a side thread."""
         if info.rank < 0:
             info = msgspec.structs.replace(info, rank=self.rank)
-        client = CoordinatorClient(self.config.coordinator.address, grpc_token(self.secret))
+        section = self.config.coordinator
+        client = CoordinatorClient(section.address, grpc_token(self.secret), ca_file=section.tls_ca_file)
         membership = Membership(
             client,
             info,

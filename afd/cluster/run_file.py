@@ -27,6 +27,7 @@ class RunInfo(msgspec.Struct, frozen=True):
     url: str
     topology: str
     model: str
+    ca_file: str = ""
 
 
 def run_directory() -> Path:

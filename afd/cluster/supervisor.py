@@ -253,6 +253,7 @@ class Supervisor:
             url=self._url,
             topology=str(self._config.topology),
             model=self._config.model.served_name,
+            ca_file=os.path.abspath(ca_file) if (ca_file := self._config.coordinator.tls_ca_file) else "",
         )
         self._run_file = write_run_file(info)
 

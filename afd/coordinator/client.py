@@ -8,6 +8,7 @@ from typing import TypeVar
 import grpc
 import msgspec
 
+from afd.coordinator.tls import channel_credentials
 from afd.errors import CoordinatorError
 from afd.messages.codec import Decoder, MessageError, encode
 from afd.messages.membership import (
@@ -44,13 +45,21 @@ class CoordinatorUnreachableError(CoordinatorError):
 
 
 class CoordinatorClient:
-    """Calls `address` ("host:port") with the cluster's bearer token. `close()` ends the channel."""
+    """Calls `address` ("host:port") with the cluster's bearer token. `close()` ends the channel.
 
-    def __init__(self, address: str, token: str, *, timeout_s: float = 2.0):
+    ca_file: the coordinator speaks TLS with a certificate of this CA (PEM); "" = plain text.
+    """
+
+    def __init__(self, address: str, token: str, *, ca_file: str = "", timeout_s: float = 2.0):
         self.address = address
         self._timeout_s = timeout_s
         self._metadata = (("authorization", f"Bearer {token}"),)
-        self._channel = grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
+        credentials = channel_credentials(ca_file)
+        self._channel = (
+            grpc.secure_channel(address, credentials, options=_CHANNEL_OPTIONS)
+            if credentials is not None
+            else grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
+        )
         self._methods = {
             name: self._channel.unary_unary(f"/{SERVICE}/{name}") for name in ("Register", "Sync", "Status", "Control")
         }

@@ -24,6 +24,7 @@ from afd.coordinator.members import Timing
 from afd.coordinator.metrics import CoordinatorMetrics
 from afd.coordinator.plan import base_plan
 from afd.coordinator.state import Action, ClusterSpec, CoordinatorState, Log, Lost, Published, Stop
+from afd.coordinator.tls import server_credentials
 from afd.errors import ConfigError
 from afd.messages.codec import Decoder, MessageError, encode
 from afd.messages.membership import (
@@ -62,6 +63,7 @@ class CoordinatorServer:
         token: str,
         clock: Callable[[], float] = time.monotonic,
         metrics: CoordinatorMetrics | None = None,
+        credentials: grpc.ServerCredentials | None = None,
     ):
         self._state = state
         self._clock = clock
@@ -77,7 +79,10 @@ class CoordinatorServer:
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, self._handlers()),))
         host = address.rpartition(":")[0]
         try:
-            port = self._server.add_insecure_port(address)
+            if credentials is not None:
+                port = self._server.add_secure_port(address, credentials)
+            else:
+                port = self._server.add_insecure_port(address)
         except RuntimeError as error:
             raise ConfigError(f"the coordinator cannot listen on {address}: the port is in use or not ours") from error
         self.address = f"{host}:{port}"
@@ -162,13 +167,15 @@ def run_coordinator(config: ClusterConfig, secret: bytes, stop: threading.Event,
         address=config.coordinator.address,
         token=grpc_token(secret),
         metrics=CoordinatorMetrics(registry),
+        credentials=server_credentials(config.coordinator),
     )
     host = server.address.rpartition(":")[0]
     try:
         metrics = MetricsServer(host, config.coordinator.metrics_port, registry, lambda: (True, ""))
         try:
             server.start()
-            log.info("coordinator listens on %s (metrics on %s)", server.address, metrics.address)
+            tls = " with TLS" if config.coordinator.tls_cert_file else ""
+            log.info("coordinator listens on %s%s (metrics on %s)", server.address, tls, metrics.address)
             announce({"address": server.address, "metrics": metrics.address})
             interval_s = min(TICK_S, timing.lost_after_s / 4)
             while server.step() and not stop.wait(interval_s):

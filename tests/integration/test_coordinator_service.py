@@ -10,6 +10,7 @@ import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import grpc
 import msgspec
@@ -27,6 +28,7 @@ from afd.secrets import grpc_token
 SECRET = b"a secret of the test cluster"
 TOKEN = grpc_token(SECRET)
 WAIT_S = 10.0
+TLS = Path(__file__).resolve().parents[1] / "fixtures" / "tls"
 FAST = {
     "coordinator.heartbeat_s": 0.02,
     "coordinator.lost_after_s": 0.3,
@@ -207,6 +209,24 @@ def test_strangers_do_not_disturb() -> None:
                 call(bytes(2 << 20), timeout=WAIT_S, metadata=metadata)
             assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED  # type: ignore[attr-defined]
         assert client.status().members == []
+
+
+def test_tls_when_certificates_are_given() -> None:
+    files = {"coordinator.tls_cert_file": str(TLS / "cert.pem"), "coordinator.tls_key_file": str(TLS / "key.pem")}
+    with coordinator(**files) as running:  # type: ignore[arg-type]
+        with CoordinatorClient(running.address, TOKEN, ca_file=str(TLS / "cert.pem")) as client:
+            assert client.status().members == []
+        with (
+            CoordinatorClient(running.address, TOKEN, timeout_s=1.0) as plain,
+            pytest.raises(CoordinatorUnreachableError),
+        ):
+            plain.status()
+    with pytest.raises(ConfigError, match="belong together"):
+        config(**{"coordinator.tls_key_file": "x"})
+    with pytest.raises(ConfigError, match="cannot read TLS file /nowhere"):
+        CoordinatorClient("127.0.0.1:1", TOKEN, ca_file="/nowhere")
+    with pytest.raises(ConfigError, match="not in PEM form"):
+        CoordinatorClient("127.0.0.1:1", TOKEN, ca_file=__file__)
 
 
 def test_a_port_in_use_is_one_clear_line() -> None:
