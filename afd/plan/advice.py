@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 from afd.plan.colocated import Colocated, ColocatedModel, server_sizes
@@ -126,7 +127,7 @@ def _curve(space: SearchSpace, estimator: Estimator, plan: Estimate) -> tuple[Co
     """Both designs over contexts, on the winner's chips."""
     attention, ffn = plan.deployment.attention_chip, plan.deployment.ffn_chip
     narrowed = dataclasses.replace(space, attention_chips=[attention], ffn_chips=[ffn])
-    points, context = [], FIRST_CONTEXT
+    points, context = [], min(FIRST_CONTEXT, space.model.max_context)
     while context <= min(space.model.max_context, LAST_CONTEXT):
         objective = dataclasses.replace(plan.objective, context=context)
         plans = search(narrowed, estimator, objective)
@@ -145,15 +146,19 @@ def _curve(space: SearchSpace, estimator: Estimator, plan: Estimate) -> tuple[Co
     return tuple(points)
 
 
-def closed_form_ratio(estimator: Estimator, plan: Estimate) -> float:
-    """r* of arXiv 2601.21351 at the plan's micro-batch: t_F linearised in the number of attention instances."""
+def closed_form_ratio(estimator: Estimator, plan: Estimate) -> float | None:
+    """r* of arXiv 2601.21351 at the plan's micro-batch: t_F linearised in the number of attention instances.
+
+    None when another attention instance costs the FFN nothing (its weights are read anyway): no finite ratio is best.
+    """
     deployment, y = plan.deployment, plan.deployment.topology.num_ffn
     one, two = (
         estimator.estimate(deployment.replace(topology=Topology(x * y, y)), plan.objective, plan.num_tokens).stage.ffn_s
         for x in (1, 2)
     )
     slope = two - one
-    return analytic_ratio(plan.stage.attention_s, plan.stage.transfer_s, one - slope, slope)
+    ratio = analytic_ratio(plan.stage.attention_s, plan.stage.transfer_s, one - slope, slope)
+    return ratio if math.isfinite(ratio) else None
 
 
 def _nearest_miss(space: SearchSpace, estimator: Estimator, objective: Objective) -> str:

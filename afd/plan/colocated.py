@@ -69,7 +69,7 @@ class ColocatedModel:
             flops += group.layers * 2 * group.active_weights(hidden) * num_tokens
         dense_share = sum(group.layers for group in model.ffn if not group.experts) / layers
         collective_s = dense_share * sum(collective_times(deployment, efficiency, num_tokens * ranks))
-        ffn_s = gemm_time(chip, efficiency, weights * deployment.weight_bytes, flops) / layers + efficiency.launch_s
+        ffn_s = gemm_time(chip, efficiency, weights, flops, deployment.weight_bytes) / layers + efficiency.launch_s
         ffn_s += efficiency.collective_exposed * collective_s
         compute_s = attention_time(deployment, efficiency, context, num_tokens) + ffn_s
         routed = sum(group.layers * group.top_k for group in model.ffn) / layers

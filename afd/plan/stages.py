@@ -71,9 +71,12 @@ class RooflineStages:
         )
 
 
-def gemm_time(chip: Chip, efficiency: Efficiency, weight_bytes: float, flops: float) -> float:
-    """Seconds to stream `weight_bytes` or to compute `flops`, whichever is longer."""
-    return max(weight_bytes / chip.memory_bytes_per_s, flops / chip.peak_flops) / efficiency.gemm
+def gemm_time(
+    chip: Chip, efficiency: Efficiency, num_weights: float, flops: float, bytes_per_weight: float = 1.0
+) -> float:
+    """Seconds to stream the weights or to compute `flops`, whichever is longer. 16-bit weights compute in 16 bit."""
+    peak = chip.peak_flops if bytes_per_weight <= 1 else chip.bf16_flops
+    return max(num_weights * bytes_per_weight / chip.memory_bytes_per_s, flops / peak) / efficiency.gemm
 
 
 def core_time(
@@ -92,7 +95,7 @@ def attention_time(deployment: Deployment, efficiency: Efficiency, context: int,
     kv_bytes = deployment.kv_dtype.bytes_per_element
     core_s = sum(core_time(chip, efficiency, group, context, num_tokens, kv_bytes) for group in model.attention)
     linear_s = gemm_time(
-        chip, efficiency, model.linear_weights * deployment.weight_bytes, num_tokens * model.linear_flops
+        chip, efficiency, model.linear_weights, num_tokens * model.linear_flops, deployment.weight_bytes
     )
     rows = deployment.topology.num_ffn + 2  # partials read, residual read and written
     combine_s = num_tokens * 2 * model.hidden * rows / chip.memory_bytes_per_s / efficiency.core_16bit
@@ -111,7 +114,7 @@ def ffn_time(deployment: Deployment, efficiency: Efficiency, num_tokens: int) ->
         g.layers * (g.fixed_weights(model.hidden) + g.experts_hit(batch) * g.expert_weights(model.hidden))
         for g in model.ffn
     )
-    gemm_s = gemm_time(chip, efficiency, touched * deployment.weight_bytes / ranks, batch * model.ffn_flops / ranks)
+    gemm_s = gemm_time(chip, efficiency, touched / ranks, batch * model.ffn_flops / ranks, deployment.weight_bytes)
     gather_s, scatter_s = collective_times(deployment, efficiency, batch)
     busy_s = gemm_s / model.num_layers + efficiency.launch_s
     return max(busy_s + efficiency.collective_exposed * (gather_s + scatter_s), gather_s, scatter_s)

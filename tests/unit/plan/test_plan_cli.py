@@ -147,6 +147,41 @@ def test_a_models_own_config_and_its_path_in_the_command(run_json, tmp_path):
     assert f"--model '{path}'" in answer["deploy"]["command"]
 
 
+def test_a_model_of_short_contexts_is_compared_at_its_own_limit(run, run_json, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**MIXTRAL, "max_position_embeddings": 512}))
+    arguments = ("--model", str(path), "--context", "512", "--max-gpus", "32")
+    _, answer = run_json(*arguments)
+    assert [point["context"] for point in answer["comparison"]["by_context"]] == [512]
+    code, out, _ = run(*arguments)
+    assert code == 0
+    assert "512 tried" in out or "from 512 to 512" in out
+
+
+def test_16_bit_weights_cost_throughput(run_json):
+    fp8, bf16 = (
+        run_json("tgs", "--topology", "2A4F", "--model", "step3", "--weight-dtype", dtype)[1]["tgs"]
+        for dtype in ("fp8", "bf16")
+    )
+    assert bf16 < fp8
+
+
+def test_a_free_ffn_has_no_finite_ratio_and_the_json_stays_json(run, run_json):
+    alone = ("--model", "smollm2-135m-instruct", "--ranks-per-instance", "1", "--max-gpus", "4", *H800)
+    code, answer = run_json(*alone)
+    assert code == 0
+    assert answer["analytic_ratio"] is None
+    assert "closed form" not in run(*alone)[1]
+
+
+def test_figures_without_matplotlib_name_the_extra(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "afd.plan.figures", raising=False)
+    code, _, err = run("figures")
+    assert code == 2
+    assert "pip install 'afd[plan]'" in err
+
+
 def test_limits(run, run_json):
     _, rows = run_json("limits", "--model", "step3", "--chip", "l20,l4,h800")
     by_chip = {row["chip"]: row for row in rows}

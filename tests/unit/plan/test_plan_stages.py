@@ -131,6 +131,13 @@ def test_16_bit_cache_reads_twice_and_computes_at_the_16_bit_peak():
     assert core_time(CHIPS["a800"], PEAK, group, 4096, 1, 1.0) == group.core_flops(4096) / 3.12e14
 
 
+def test_16_bit_weights_read_and_compute_twice_as_long():
+    h800 = CHIPS["h800"]
+    assert gemm_time(h800, PEAK, 1e9, 1.0, 2.0) == 2 * gemm_time(h800, PEAK, 1e9, 1.0, 1.0)
+    assert gemm_time(h800, PEAK, 1.0, 1e12, 2.0) == 1e12 / 9.89e14
+    assert gemm_time(CHIPS["a800"], PEAK, 1.0, 1e12, 1.0) == 1e12 / 3.12e14
+
+
 def test_few_tokens_touch_few_experts():
     one = step3("1A1F", ranks_per_instance=1)
     assert ffn_time(one, PEAK, 1) < 0.2 * ffn_time(one, PEAK, 200)
