@@ -92,7 +92,7 @@ class Dialler:
                 target.failing_since = now
             generation = self._generations.get(rank_id, 0) + 1
             target.attempt = Dialling(self._env, target.member, generation, self._stats.peer(str(rank_id)))
-        elif target.attempt.link not in readable and now <= target.attempt.deadline:
+        elif not target.attempt.broken and target.attempt.link not in readable and now <= target.attempt.deadline:
             return None
         attempt = target.attempt
         pair = attempt.advance()

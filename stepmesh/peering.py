@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable
 
 from stepmesh.config import MeshConfig
-from stepmesh.errors import HandshakeError
+from stepmesh.errors import HandshakeError, TransportError
 from stepmesh.handshake import (
     Accepted,
     Attached,
@@ -52,6 +52,11 @@ class _Attempt(ABC):
         """The responder has agreed: this attempt's generation is used up, whatever happens next."""
         return self._channel is not None
 
+    @property
+    def broken(self) -> bool:
+        """The channel failed before the pair was up; that does not show on the link."""
+        return self._channel is not None and self._channel.failure is not None
+
     def abandon(self) -> None:
         """Close link and channel."""
         self.link.close()
@@ -77,6 +82,8 @@ class _Attempt(ABC):
             raise
         if closed is not None:
             raise HandshakeError(self._explain(closed))
+        if self._channel is not None and (failure := self._channel.failure) is not None:
+            raise TransportError(failure.reason)
         if self._env.fabric.now() > self.deadline:
             raise HandshakeError(f"no answer within {self._env.config.connect_timeout_s:g} s")
 

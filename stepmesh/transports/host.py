@@ -85,7 +85,7 @@ class HostFabric(Fabric):
         if transport != "tcp":
             raise TransportError(f"transport {transport!r} does not exist here")
         if self._io is None:
-            self._io = TcpIo(str(self._config.id), self._ring)
+            self._io = TcpIo(str(self._config.id), self._epoll, self._ring)
         token = ATTACH_MAGIC + hmac.digest(spec.session_secret, b"data connection", "sha256")
         if self._config.id.role is Role.ATTENTION:
             dial = _data_dialler(link)
@@ -105,6 +105,8 @@ class HostFabric(Fabric):
                 if mask & select.EPOLLOUT:
                     link.flush()
                 wakeups.readable.append(link)
+            elif self._io is not None and (channel := self._io.receiving(fd)) is not None:
+                channel.receive()
             elif fd in self._watched:
                 wakeups.external = True
             elif (listener := self._listeners.get(fd)) is not None:

@@ -2,9 +2,13 @@
 
 The attention rank opens the data connection to the FFN rank's listener and begins with ATTACH_MAGIC and a token that
 only the two ends of this session can compute. After that either direction carries frames exactly as they lie in a
-slot: header, payload, trailer. The I/O thread receives straight into the slot that the header names and sends
-straight from the outgoing slot; both calls release the interpreter lock, so a transfer goes on while the main
-thread computes. Small frames are sent by the main thread itself, which saves a thread switch.
+slot: header, payload, trailer; they are sent straight from the outgoing slot and received straight into the slot
+that the header names. Both calls release the interpreter lock.
+
+Two threads share the work. Whoever is free receives: a data socket is registered with EPOLLEXCLUSIVE in the main
+thread's epoll first, then in the I/O thread's, so the kernel wakes the main thread when it waits in `progress` (no
+thread switch) and the I/O thread when the main thread computes. Small frames are sent by the main thread itself, large
+ones and whatever the socket did not take by the I/O thread.
 """
 
 from __future__ import annotations
@@ -23,48 +27,68 @@ from stepmesh.layout import HEADER_BYTES, NUM_PARITIES, frame_bytes
 from stepmesh.transports.base import Channel, ChannelSpec, Failure, Offer, Posted, close_fds
 from stepmesh.wire import DATA_MAGIC, read_header
 
-INLINE_BYTES = 64 * 1024  # a frame up to this size is sent by the main thread: cheaper than waking another one
-_ROUND_BYTES = 8 << 20  # what one connection may read before the I/O thread looks at the others
+_INLINE_BYTES = 64 * 1024  # a frame up to this size is sent by the main thread: cheaper than waking another one
+_ROUND_BYTES = 8 << 20  # what one connection may read before the others get their turn
 _NOTHING: tuple[Posted, ...] = ()
 
 
 class TcpIo:
-    """The I/O thread: moves bytes between sockets and slots. Started with the first channel, joined by close()."""
+    """The I/O thread and the registry of data connections. Started with the first channel, joined by close()."""
 
-    def __init__(self, name: str, ring: Callable[[], None]) -> None:
+    def __init__(self, name: str, main_epoll: select.epoll, ring: Callable[[], None]) -> None:
         self.ring = ring  # wakes the main thread
-        self.epoll = select.epoll()
+        self._main_epoll = main_epoll
+        self._epoll = select.epoll()
         self._channels: dict[int, TcpChannel] = {}
         self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self.epoll.register(self._stop_fd, select.EPOLLIN)
+        self._epoll.register(self._stop_fd, select.EPOLLIN)
         self._thread = threading.Thread(target=self._run, name=f"stepmesh-tcp {name}", daemon=True)
         self._thread.start()
 
-    def add(self, channel: TcpChannel, fd: int, mask: int) -> None:
-        self._channels[fd] = channel
-        self.epoll.register(fd, mask)
+    def receiving(self, fd: int) -> TcpChannel | None:
+        """The channel that receives from `fd`."""
+        return self._channels.get(fd)
 
-    def remove(self, fd: int) -> None:
-        self._channels.pop(fd, None)
-        self.epoll.unregister(fd)
+    def add(self, channel: TcpChannel, rx_fd: int, tx_fd: int) -> None:
+        """Start receiving from rx_fd; tx_fd (the same socket) is for `want_write`."""
+        self._channels[rx_fd] = channel
+        self._channels[tx_fd] = channel
+        self._epoll.register(tx_fd, 0)
+        # The main thread's first: an exclusive wake-up goes to the first one that waits.
+        self._main_epoll.register(rx_fd, select.EPOLLIN | select.EPOLLEXCLUSIVE)
+        self._epoll.register(rx_fd, select.EPOLLIN | select.EPOLLEXCLUSIVE)
+
+    def remove(self, rx_fd: int, tx_fd: int) -> None:
+        for fd in (rx_fd, tx_fd):
+            self._channels.pop(fd, None)
+            self._epoll.unregister(fd)
+        self._main_epoll.unregister(rx_fd)
+
+    def want_write(self, tx_fd: int, wanted: bool) -> None:
+        """Let the I/O thread send when the socket can take more."""
+        self._epoll.modify(tx_fd, select.EPOLLOUT if wanted else 0)
 
     def close(self) -> None:
-        """Stop and join. Idempotent. Channels are closed by their owners, before or after."""
-        if self.epoll.closed:
+        """Stop and join. Idempotent. Channels are closed by their owners, before."""
+        if self._epoll.closed:
             return
         os.eventfd_write(self._stop_fd, 1)
         self._thread.join()
-        self.epoll.close()
+        self._epoll.close()
         os.close(self._stop_fd)
 
     def _run(self) -> None:
         while True:
-            for fd, mask in self.epoll.poll():
+            for fd, mask in self._epoll.poll():
                 if fd == self._stop_fd:
                     return
                 channel = self._channels.get(fd)
-                if channel is not None:
-                    channel.on_ready(mask)
+                if channel is None:
+                    continue
+                if mask & select.EPOLLOUT:
+                    channel.send_queued()
+                elif fd == channel.rx_fd and channel.receive():
+                    self.ring()
 
 
 class TcpChannel(Channel):
@@ -82,13 +106,16 @@ class TcpChannel(Channel):
         self._rx_slots = _split(mmap.mmap(-1, num_slots * spec.rx_slot_bytes), spec.rx_slot_bytes)
         self._tx_slots = _split(mmap.mmap(-1, num_slots * spec.tx_slot_bytes), spec.tx_slot_bytes)
         self._sock: socket.socket | None = None
+        self.rx_fd = -1
+        self._tx_fd = -1  # the same socket under another number: an exclusive registration cannot be modified
         self._open = True
         self._failure: Failure | None = None
         self._attached = False
-        # Order of locking: _rx_lock before _tx_lock.
-        self._tx_lock = threading.Lock()  # guards _tx_queue, _failure and what the socket is polled for
+        # Order of locking: _rx_lock, _tx_lock, _state_lock.
+        self._rx_lock = threading.Lock()  # held by whichever thread receives
+        self._tx_lock = threading.Lock()  # held by whichever thread sends
+        self._state_lock = threading.Lock()  # guards _tx_queue, _failure and the registrations
         self._tx_queue: deque[memoryview] = deque()
-        self._rx_lock = threading.Lock()  # held by the I/O thread while it receives; close() takes it
         self._rx_header = memoryview(bytearray(HEADER_BYTES))
         self._rx_target = self._rx_header
         self._rx_filled = 0
@@ -103,15 +130,14 @@ class TcpChannel(Channel):
         close_fds(fds)
         self._attached = True
         if self._dial is not None:
-            self._tx_queue.append(memoryview(self.token))
-            self._start(self._dial())
+            self._start(self._dial(), memoryview(self.token))
 
     def adopt(self, sock: socket.socket) -> None:
         """FFN rank: the data connection has arrived and shown the token."""
-        if self._sock is not None or not self._open:
+        if self.expected:
+            self._start(sock, None)
+        else:
             sock.close()
-            return
-        self._start(sock)
 
     @property
     def expected(self) -> bool:
@@ -130,23 +156,15 @@ class TcpChannel(Channel):
 
     def post(self, stream: int, parity: int, seq: int, frame_bytes: int) -> None:
         frame = self._tx_slots[NUM_PARITIES * stream + parity][:frame_bytes]
-        with self._tx_lock:
-            if self._sock is None or self._failure is not None:
+        if frame_bytes <= _INLINE_BYTES and not self._tx_queue and self._tx_lock.acquire(blocking=False):
+            # Nothing is queued and the I/O thread does not send: order is kept.
+            try:
+                frame = frame[self._send_some(frame) :]
+            finally:
+                self._tx_lock.release()
+            if not frame:
                 return
-            if not self._tx_queue and frame_bytes <= INLINE_BYTES:
-                try:
-                    sent = self._sock.send(frame)
-                except BlockingIOError:
-                    sent = 0
-                except OSError as error:
-                    self._fail(f"data connection: {error.strerror}")
-                    return
-                if sent == frame_bytes:
-                    return
-                frame = frame[sent:]
-            self._tx_queue.append(frame)
-            if len(self._tx_queue) == 1:
-                self._io.epoll.modify(self._sock, select.EPOLLIN | select.EPOLLOUT)
+        self._queue(frame)
 
     def poll(self) -> Sequence[Posted]:
         if not self._arrived:
@@ -161,55 +179,72 @@ class TcpChannel(Channel):
         return self._failure
 
     def close(self) -> None:
-        with self._rx_lock, self._tx_lock:
+        with self._rx_lock, self._tx_lock, self._state_lock:
             self._open = False
             self._tx_queue.clear()
             if self._sock is not None:
                 if self._failure is None:
-                    self._io.remove(self._sock.fileno())
+                    self._io.remove(self.rx_fd, self._tx_fd)
+                os.close(self._tx_fd)
                 self._sock.close()
                 self._sock = None
 
-    def on_ready(self, mask: int) -> None:
-        """The socket can be read or written. I/O thread."""
-        if mask & select.EPOLLOUT:
-            self._send()
-        if mask & ~select.EPOLLOUT:
-            self._receive()
+    def send_queued(self) -> None:
+        """Send what is queued until the socket is full. I/O thread."""
+        with self._tx_lock:
+            while self._tx_queue:
+                frame = self._tx_queue[0]
+                sent = self._send_some(frame)
+                with self._state_lock:
+                    if not self._tx_queue:
+                        return  # closed
+                    if sent < len(frame):
+                        self._tx_queue[0] = frame[sent:]
+                        return
+                    self._tx_queue.popleft()
+                    if not self._tx_queue and self._failure is None:
+                        self._io.want_write(self._tx_fd, False)
 
-    def _start(self, sock: socket.socket) -> None:
+    def receive(self) -> bool:
+        """Receive until the socket is empty; True when there is news for `poll` or `failure`. Either thread."""
+        with self._rx_lock:
+            if self._sock is None or self._failure is not None:
+                return False
+            known = len(self._arrived)
+            failure = self._read_frames(self._sock)
+            if failure is not None:
+                self._fail(failure)
+            return failure is not None or len(self._arrived) != known
+
+    def _start(self, sock: socket.socket, first: memoryview | None) -> None:
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._sock = sock
-        self._io.add(self, sock.fileno(), select.EPOLLIN | (select.EPOLLOUT if self._tx_queue else 0))
+        self.rx_fd, self._tx_fd = sock.fileno(), os.dup(sock.fileno())
+        self._io.add(self, self.rx_fd, self._tx_fd)
+        if first is not None:
+            self._queue(first)  # once connected, the I/O thread can send
 
-    def _send(self) -> None:
-        with self._tx_lock:
+    def _queue(self, frame: memoryview) -> None:
+        with self._state_lock:
             if self._sock is None or self._failure is not None:
                 return
-            try:
-                while self._tx_queue:
-                    frame = self._tx_queue[0]
-                    sent = self._sock.send(frame)
-                    if sent < len(frame):
-                        self._tx_queue[0] = frame[sent:]
-                    else:
-                        self._tx_queue.popleft()
-            except BlockingIOError:
-                return
-            except OSError as error:
-                self._fail(f"data connection: {error.strerror}")
-                return
-            self._io.epoll.modify(self._sock, select.EPOLLIN)
+            self._tx_queue.append(frame)
+            if len(self._tx_queue) == 1:
+                self._io.want_write(self._tx_fd, True)
 
-    def _receive(self) -> None:
-        with self._rx_lock:
-            if self._sock is None or self._failure is not None:
-                return
-            failure = self._read_frames(self._sock)
-            if failure is not None:
-                with self._tx_lock:
-                    self._fail(failure.reason, rejected=failure.rejected)
+    def _send_some(self, frame: memoryview) -> int:
+        """Number of bytes the socket took. A failure is recorded and takes none. Under _tx_lock."""
+        sock = self._sock
+        if sock is None or self._failure is not None:
+            return 0
+        try:
+            return sock.send(frame)
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            self._fail(Failure(f"data connection: {error.strerror}", False))
+            return 0
 
     def _read_frames(self, sock: socket.socket) -> Failure | None:
         budget = _ROUND_BYTES
@@ -237,17 +272,15 @@ class TcpChannel(Channel):
             self._arrived.append(self._rx_posted)
             self._rx_posted = None
             self._rx_target = self._rx_header
-            self._io.ring()
             return
         header = read_header(self._rx_header)
         size = frame_bytes(header.payload_bytes)
         if header.magic != DATA_MAGIC or header.stream >= self._spec.num_streams or size > self._spec.rx_slot_bytes:
             raise FrameError(f"unusable header on the data connection: {size} bytes for stream {header.stream}")
-        if header.seq <= self._rx_last_seq[header.stream]:
+        last_seq = self._rx_last_seq[header.stream]
+        if header.seq <= last_seq:
             # Receiving it would overwrite a slot that may be in use.
-            raise FrameError(
-                f"seq {header.seq} of stream {header.stream} is not above {self._rx_last_seq[header.stream]}"
-            )
+            raise FrameError(f"seq {header.seq} of stream {header.stream} is not above {last_seq}")
         self._rx_last_seq[header.stream] = header.seq
         parity = header.seq & 1
         slot = self.incoming(header.stream, parity)
@@ -255,12 +288,14 @@ class TcpChannel(Channel):
         self._rx_target = slot[HEADER_BYTES:size]
         self._rx_posted = Posted(header.stream, parity, header.seq)
 
-    def _fail(self, reason: str, *, rejected: bool = False) -> None:
-        """Stop polling the socket, tell the main thread. Under _tx_lock."""
-        if self._failure is None and self._sock is not None:
-            self._failure = Failure(reason, rejected)
-            self._io.remove(self._sock.fileno())
-            self._io.ring()
+    def _fail(self, failure: Failure) -> None:
+        """Stop polling the socket; the mesh finds `failure` at its next look."""
+        with self._state_lock:
+            if self._failure is None and self._sock is not None:
+                self._failure = failure
+                self._tx_queue.clear()
+                self._io.remove(self.rx_fd, self._tx_fd)
+                self._io.ring()
 
 
 def _split(mapping: mmap.mmap, slot_bytes: int) -> list[memoryview]:
