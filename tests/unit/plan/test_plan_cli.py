@@ -166,14 +166,6 @@ def test_16_bit_weights_cost_throughput(run_json):
     assert bf16 < fp8
 
 
-def test_a_free_ffn_has_no_finite_ratio_and_the_json_stays_json(run, run_json):
-    alone = ("--model", "smollm2-135m-instruct", "--ranks-per-instance", "1", "--max-gpus", "4", *H800)
-    code, answer = run_json(*alone)
-    assert code == 0
-    assert answer["analytic_ratio"] is None
-    assert "closed form" not in run(*alone)[1]
-
-
 def test_figures_without_matplotlib_name_the_extra(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.delitem(sys.modules, "afd.plan.figures", raising=False)

@@ -180,6 +180,13 @@ def test_closed_form_ratio_is_near_the_searched_one(models, chips, estimator):
         assert closed_form_ratio(estimator, plan) == pytest.approx(ratio, rel=0.25)
 
 
+def test_an_ffn_that_reads_its_weights_anyway_has_no_finite_ratio(models, chips, estimator):
+    h800 = chips["h800"]
+    tiny = space_of(models, chips, model="smollm2-135m-instruct", ranks_per_instance=1)
+    plan = estimator.estimate(tiny.deployment(h800, h800, Topology(1, 1), 3), Objective(512, SLA), num_tokens=1)
+    assert closed_form_ratio(estimator, plan) is None
+
+
 @pytest.mark.parametrize("gbit", TCP_ROWS)
 def test_rows_that_a_link_carries(gbit):
     rows = link_rows(gbit, hidden=7168, num_layers=61, streams=3, tpot_s=SLA)
