@@ -11,6 +11,7 @@ from afd.messages.membership import Member, MemberStatus, PairReport, SyncReques
 
 ATTENTION, FFN, GATEWAY = "attention", "ffn", "gateway"
 ROLES = (ATTENTION, FFN, GATEWAY)
+LOADING_PATIENCE = 3  # a process that loads a model may starve its side thread, and nobody waits for it yet
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +102,7 @@ class Entry:
                 return "it did not come back to the restarted coordinator"
             return None
         silence = now - self.last_seen
-        if silence > timing.lost_after_s:
+        if silence > timing.lost_after_s * (1 if self.ready else LOADING_PATIENCE):
             return f"no heartbeat for {silence:.1f} s"
         stalled = now - self.progress_at
         if self.is_worker and self.ready and self.pending and stalled > timing.stall_timeout_s:

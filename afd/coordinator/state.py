@@ -216,9 +216,9 @@ class CoordinatorState:
             raise RefusedError(f"unknown role {info.role!r}; known: {', '.join(ROLES)}")
         if info.incarnation in self._lost:
             raise RefusedError(f"this process was declared lost ({self._lost[info.incarnation]}); start a new one")
-        if self._shutdown_until is not None:
-            raise RefusedError("the cluster is shutting down")
         if info.incarnation not in self._entries:
+            if self._shutdown_until is not None:
+                raise RefusedError("the cluster is shutting down")
             self._check_fits(info, request.last_view)
         if request.last_view is not None:
             self._resume(request.last_view, now)
@@ -303,10 +303,12 @@ class CoordinatorState:
                 resumed_until=now + self._timing.restart_grace_s,
                 loading=1.0,
                 ready=member.ready,
-                draining=member.draining,
+                drain_asked=member.draining,
             )
         self._epoch_members = frozenset(i for i in identities if i[0] != GATEWAY)
         self._num_experts = max(self._num_experts, len(seen.expert_ranks))
+        if seen.shutdown:
+            self._shutdown_until = now + 2 * self._timing.drain_s
         self._view = msgspec.structs.replace(
             self._view,
             cluster_id=seen.cluster_id,

@@ -232,12 +232,20 @@ def test_no_restart_stops_at_the_first_death(up: Callable[..., Up]) -> None:
     assert cluster.end() == 1
 
 
-def test_afd_stop_drains_the_whole_cluster(up: Callable[..., Up]) -> None:
-    cluster = up("1A1F")
+def test_afd_drain_takes_one_worker_out_and_afd_stop_all(up: Callable[..., Up]) -> None:
+    cluster = up("2A1F")
     cluster.wait_line("AFD is ready")
     cluster.children()
-    command = [sys.executable, "-m", "afd", "stop"]
-    subprocess.run(command, env=cluster.env, cwd=ROOT, check=True, timeout=WAIT_S)
+
+    def afd(*words: str) -> None:
+        command = [sys.executable, "-m", "afd", *words]
+        subprocess.run(command, env=cluster.env, cwd=ROOT, check=True, timeout=WAIT_S)
+
+    afd("drain", "attention/1")
+    cluster.wait_line("afd up: attention/1 has left the cluster")
+    cluster.wait_status(lambda s: s["view"]["epoch"] == 2)
+    assert "attention/1" not in cluster.children()
+    afd("stop")
     assert cluster.end() == 0
     for name in ("gateway/0", "attention/0", "ffn/0"):
         assert any(f"{name} left" in line for line in cluster.lines)

@@ -35,7 +35,7 @@ FAST = {
     "coordinator.restart_grace_s": 0.5,
     "coordinator.stall_timeout_s": 0.3,
 }
-TIMING = MembershipTiming(heartbeat_s=0.02, alive_s=0.3, register_timeout_s=10.0, conflict_patience_s=1.0)
+TIMING = MembershipTiming(heartbeat_s=0.02, alive_s=0.3, register_timeout_s=10.0, conflict_patience_s=1.5)
 
 
 class Coordinator:

@@ -22,6 +22,16 @@ def test_silence_is_a_loss_after_its_limit_and_not_before() -> None:
     assert [action.role for action in scenario.actions if isinstance(action, Lost)] == ["attention"]
 
 
+def test_a_worker_that_loads_its_model_may_be_silent_for_longer() -> None:
+    scenario = formed("2A1F")
+    scenario.sync("a1", ready=False)
+    scenario.silent.add("a1")
+    scenario.wait(TIMING.lost_after_s * 3)
+    assert "a1" in scenario.ranks("attention")
+    scenario.wait(2 * BEAT_S)
+    assert "a1" not in scenario.ranks("attention")
+
+
 def test_the_lost_one_is_told_and_may_not_come_back() -> None:
     scenario = formed("2A1F")
     scenario.silent.add("a1")

@@ -105,6 +105,17 @@ def test_a_stray_worker_of_another_cluster_does_not_replace_a_formed_one() -> No
     assert scenario.view.epoch > stray.view.epoch, "nobody sees an epoch go back"
 
 
+def test_a_shutdown_goes_on() -> None:
+    scenario = formed("1A1F")
+    scenario.control("shutdown")
+    for name in ("a0", "f0", "g0"):
+        scenario.sync(name)
+    scenario.restart_coordinator()
+    come_back(scenario, "f0", "a0")
+    assert scenario.view.shutdown
+    assert "shutting down" in scenario.register("a1").error
+
+
 def test_draining_and_experts_survive() -> None:
     scenario = Scenario("2A1F")
     for name in ("a0", "a1"):
@@ -115,6 +126,6 @@ def test_draining_and_experts_survive() -> None:
         scenario.sync(name, ready=True)
     scenario.wait(BEAT_S)
     scenario.restart_coordinator()
-    come_back(scenario, "a0")
+    come_back(scenario, "a0", "a1")
     assert [m.draining for m in scenario.view.of_role("attention")] == [False, True]
     assert scenario.view.expert_ranks == [0, 0, 0, 0]
