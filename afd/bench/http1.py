@@ -8,6 +8,7 @@ fails has failed. Event-loop thread only.
 from __future__ import annotations
 
 import asyncio
+import os
 import ssl
 import time
 from dataclasses import dataclass
@@ -276,7 +277,14 @@ class HttpClient:
         except TimeoutError:
             raise ConnectError(f"no connection to {self._url.authority} within {CONNECT_TIMEOUT_S:g} s") from None
         except OSError as error:
-            raise ConnectError(f"no connection to {self._url.authority}: {error.strerror or error}") from None
+            raise ConnectError(f"no connection to {self._url.authority}: {_reason(error)}") from None
         self._open.add(connection)
         connection.closed.add_done_callback(lambda _: self._open.discard(connection))
         return connection
+
+
+def _reason(error: OSError) -> str:
+    """asyncio's own text only repeats the address; errors of TLS and name resolution carry theirs."""
+    if isinstance(error, ConnectionError) and error.errno:
+        return os.strerror(error.errno)
+    return error.strerror or str(error)

@@ -256,7 +256,7 @@ def steady_state(records: Sequence[RequestRecord], concurrency: int | None) -> S
     if concurrency is not None:
         first = sorted(records, key=lambda record: record.start_s)[:concurrency]
         start_s = max(record.token_times[0] if record.token_times else record.end_s for record in first)
-        end_s = min(record.end_s for record in records if record.end_s >= last_sent_s)
+        end_s = min((record.end_s for record in records if record.end_s > last_sent_s), default=last_sent_s)
     else:
         ends = sorted(record.e2el_s for record in records if record.completed)
         if not ends:
