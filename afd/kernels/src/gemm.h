@@ -6,6 +6,7 @@
 #pragma once
 
 #include "kernels.h"
+#include "lookahead.h"
 #include "simd.h"
 
 namespace AFD_ISA {
@@ -14,22 +15,16 @@ constexpr int kWeightTile = 4;
 constexpr int kRowTileX = AFD_LANES == 16 ? 6 : 2;
 constexpr int kBlockBytes = 16 * 1024;
 
-// Lines of w to bring into the cache, `rate` at each step of the inner loop.
-struct WeightsAhead {
-    const char* at;
-    int rate;
-};
-
 // sums[r] = the dot products of R rows of x with kWeightTile rows of w.
 template <int R>
-void dot_rows(const bf16* const* w, const bf16* x, int64_t x_stride, int k, WeightsAhead& weights_ahead, Quad* sums) {
-    WeightsAhead ahead = weights_ahead;
+void dot_rows(const bf16* const* w, const bf16* x, int64_t x_stride, int k, Lookahead& lookahead, Quad* sums) {
+    Lookahead ahead = lookahead;
     Vf acc[R][kWeightTile] = {};
     int i = 0;
     for (; i + kChunk <= k; i += kChunk) {
         Vi weights[kWeightTile];
         for (int j = 0; j < kWeightTile; ++j) weights[j] = load_vector<Vi>(w[j] + i);
-        for (int line = 0; line < ahead.rate; ++line, ahead.at += 64) prefetch(ahead.at);
+        ahead.step();
         for (int r = 0; r < R; ++r) {
             const Vi row = load_vector<Vi>(x + r * x_stride + i);
             for (int j = 0; j < kWeightTile; ++j) acc[r][j] = dot_words(acc[r][j], weights[j], row);
@@ -50,7 +45,7 @@ void dot_rows(const bf16* const* w, const bf16* x, int64_t x_stride, int k, Weig
         }
     }
     for (int r = 0; r < R; ++r) sums[r] = sums_of(acc[r][0], acc[r][1], acc[r][2], acc[r][3]);
-    weights_ahead = ahead;
+    lookahead = ahead;
 }
 
 template <class Out>
@@ -62,13 +57,13 @@ void gemm(const afd::GemmArgs& a, int n_begin, int n_end) {
     const int fit = static_cast<int>(kBlockBytes / (row_bytes + 1)) / kWeightTile * kWeightTile;
     const int block_rows = fit < kWeightTile ? kWeightTile : fit;
     const int row_groups = (a.m + kRowTileX - 1) / kRowTileX;
-    const int num_steps = row_groups * (block_rows / kWeightTile) * (a.k / kChunk);
-    const int num_lines = static_cast<int>(block_rows * row_bytes / 64);
-    const int rate = num_steps > 0 ? (num_lines + num_steps - 1) / num_steps : 0;
+    const int64_t num_steps = static_cast<int64_t>(row_groups) * (block_rows / kWeightTile) * (a.k / kChunk);
     for (int block = n_begin; block < n_end; block += block_rows) {
         const int block_end = block + block_rows < n_end ? block + block_rows : n_end;
-        WeightsAhead ahead = {reinterpret_cast<const char*>(w + block_end * a.w_stride),
-                              block_end + block_rows <= n_end ? rate : 0};
+        const int next_rows = block_end + block_rows < n_end ? block_rows : n_end - block_end;
+        const Run next = {reinterpret_cast<const char*>(w + block_end * a.w_stride), next_rows * row_bytes};
+        Lookahead ahead;
+        if (num_steps > 0 && next_rows > 0) ahead = Lookahead(&next, 1, num_steps);
         for (int group = 0, row = 0; group < row_groups; ++group) {
             const int count = (a.m - row + row_groups - group - 1) / (row_groups - group);
             const bf16* from = x + row * a.x_stride;

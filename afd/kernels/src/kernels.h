@@ -9,7 +9,6 @@ namespace afd {
 
 enum DType : int32_t { kFloat32 = 0, kBfloat16 = 1 };
 
-constexpr int kKeyTile = 64;    // keys scored at once; a multiple of the 8-key groups that any block size is made of
 constexpr int kKeyGroup = 8;    // keys that are certain to lie side by side in one block
 constexpr int kChunkKeys = 512; // keys summed up before a merge; fixed, so that no result depends on the work split
 constexpr int kMaxRows = 64;    // query rows (tokens x heads of one KV head) that share each load of K and V
