@@ -8,6 +8,7 @@ import msgspec
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp
 
 from afd import __version__
 from afd.errors import AfdError
@@ -20,8 +21,11 @@ from afd.gateway.middleware import RequestGate
 from afd.gateway.service import GatewayService
 
 
-def build_app(service: GatewayService, keys: ApiKeys) -> FastAPI:
-    """The ASGI application. The caller starts and closes the service."""
+def build_app(service: GatewayService, keys: ApiKeys) -> ASGIApp:
+    """The ASGI application. The caller starts and closes the service.
+
+    The gate is outermost, so that even the answer to a bug of ours has its request id and is counted.
+    """
     app = FastAPI(title="AFD gateway", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     AdminRoutes(service).install(app)
     OpenAiRoutes(service).install(app)
@@ -29,9 +33,8 @@ def build_app(service: GatewayService, keys: ApiKeys) -> FastAPI:
     app.add_exception_handler(HTTPException, on_http_error)
     app.add_exception_handler(Exception, on_unexpected_error)
     paths = frozenset(getattr(route, "path", "") for route in app.routes)
-    app.add_middleware(RequestGate, keys=keys, metrics=service.metrics, paths=paths)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
-    return app
+    return RequestGate(app, keys, service.metrics, paths)
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from afd.messages.serving import (
 from afd.types import FinishReason
 
 SILENCE_S = 2.0  # a worker that says nothing for so long is lost (it reports at least every second)
+HOPE_S = 0.9  # queued sequences wait so long for any worker to serve (again): readiness flickers when members change
 LEASE_INTERVAL_S = 1.0
 LIVE_IDS_EVERY = 5  # every so many leases carry the list of live requests
 RESEND_INTERVAL_S = 0.25
@@ -90,6 +91,7 @@ class Dispatcher:
         self._num_submitted = 0
         self._ticked_at: float | None = None
         self._probed_at = 0.0
+        self._hopeless_since: float | None = None
 
     # --- requests ---------------------------------------------------------------------------------------
 
@@ -269,10 +271,11 @@ class Dispatcher:
         for sequence in self.queue.take_expired(now):
             self._expire(sequence, now)
         if not self.queue:
+            self._hopeless_since = None
             for worker in self.workers.values():
                 worker.uncool()
             return
-        if not any(self._hopeful(worker, now) for worker in self.workers.values()):
+        if self._is_hopeless(now):
             for sequence in self.queue.take_all():
                 self._fail(sequence, self._nobody(sequence))
             return
@@ -315,8 +318,7 @@ class Dispatcher:
             assert isinstance(delta, Delta)
             sequence.sink.push(sequence, delta, now)
             return
-        others = (worker for worker in self.workers.values() if worker.key != avoid_key)
-        if not any(self._hopeful(worker, now) for worker in others):
+        if not any(worker.may_serve for worker in self.workers.values() if worker.key != avoid_key):
             self._fail(sequence, PeerLostError(f"{why}, and no other worker can take over"))
         elif sequence.attempt + 1 >= MAX_ATTEMPTS:
             self._fail(sequence, PeerLostError(f"{why}; given up after {MAX_ATTEMPTS} attempts"))
@@ -327,10 +329,15 @@ class Dispatcher:
             self.counters.migrated += 1
             self.queue.push(sequence)
 
-    def _hopeful(self, worker: Worker, now: float) -> bool:
-        """Serving, or so new that it cannot have answered yet."""
-        connecting = worker.heard_at is None and now - worker.connected_at <= SILENCE_S
-        return worker.serving or (worker.ready and not worker.draining and connecting)
+    def _is_hopeless(self, now: float) -> bool:
+        """No worker can take what is queued, now or soon."""
+        if any(worker.serving for worker in self.workers.values()):
+            self._hopeless_since = None
+            return False
+        if self._hopeless_since is None:
+            self._hopeless_since = now
+        waited_s = now - self._hopeless_since
+        return waited_s >= HOPE_S or not any(worker.may_serve for worker in self.workers.values())
 
     def _probe_silent(self, now: float) -> None:
         for worker in self.workers.values():

@@ -71,6 +71,8 @@ class Generation:
         if delta.finish is not None:
             self._num_open -= 1
             self._metrics.finished(sequence, delta.finish, now)
+        elif not delta.ids and not delta.text:
+            return
         earlier = self._pending.get(delta.choice_idx)
         self._pending[delta.choice_idx] = delta if earlier is None else earlier.merged(delta)
         self._wake()

@@ -21,7 +21,7 @@ _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
 class RequestGate:
-    """ASGI middleware. paths: the routes counted by name; all others count as "other"."""
+    """Outermost ASGI application. paths: the routes counted by name; all others count as "other"."""
 
     def __init__(self, app: ASGIApp, keys: ApiKeys, metrics: GatewayMetrics, paths: frozenset[str]):
         self._app = app

@@ -42,6 +42,11 @@ class Worker:
         draining = self.draining or (self.stats is not None and self.stats.draining)
         return self.ready and not draining and not self.lost and self.heard_at is not None
 
+    @property
+    def may_serve(self) -> bool:
+        """It may serve before long: neither lost nor on its way out."""
+        return not self.lost and not self.draining
+
     def has_room(self, now: float) -> bool:
         """Serving and not cooling down after a refusal."""
         return self.serving and now >= self.cooling_until and self.credits != 0

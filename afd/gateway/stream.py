@@ -90,26 +90,24 @@ class GenerationResponse:
             events = b"".join([chunk(delta, usage) for delta in deltas]) if deltas else KEEP_ALIVE
             if generation.finished:
                 break
-            if not self._started:
-                await self._start_events(send)
             if events:
-                await send({"type": "http.response.body", "body": events, "more_body": True})
+                await self._send_event_bytes(send, events, more=True)
         if self._include_usage:
             events += self._format.usage_chunk(self._usage())
-        if not self._started:
-            await self._start_events(send)
-        await send({"type": "http.response.body", "body": events + DONE})
+        await self._send_event_bytes(send, events + DONE, more=False)
 
-    async def _start_events(self, send: Send) -> None:
-        self._started = True
-        await send(_SSE_START)
+    async def _send_event_bytes(self, send: Send, events: bytes, *, more: bool) -> None:
+        if not self._started:
+            self._started = True
+            await send(_SSE_START)
+        await send({"type": "http.response.body", "body": events, "more_body": more})
 
     async def _send_error(self, error: AfdError, scope: Scope, receive: Receive, send: Send) -> None:
         status, body, _ = describe(error)
         self._metrics.failure(body.code or str(status))
         log.warning("request %s failed: %s", scope.get("state", {}).get("request_id", "?"), error)
         if self._started:
-            await send({"type": "http.response.body", "body": error_event(error)})
+            await self._send_event_bytes(send, error_event(error), more=False)
         else:
             self._started = True
             await error_response(error)(scope, receive, send)

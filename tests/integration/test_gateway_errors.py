@@ -167,8 +167,10 @@ async def test_not_ready_says_why_and_when_to_come_back():
 async def test_a_bug_of_ours_is_a_500_in_the_same_shape(monkeypatch):
     async with gateway(MODEL) as rig:
         monkeypatch.setattr(rig.service, "generate", lambda job: 1 / 0)
-        error = assert_error(await rig.chat(), 500, code="internal_error")
+        answer = await rig.chat()
+        error = assert_error(answer, 500, code="internal_error")
         assert "division" not in error["message"]
+        assert answer.headers["x-request-id"]
 
 
 @async_test

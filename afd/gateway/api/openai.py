@@ -24,6 +24,7 @@ from afd.gateway.api.parameters import (
 )
 from afd.gateway.api.schema import (
     BodyDecoder,
+    CompletionBody,
     SamplingBody,
     TokenizeBody,
     chat_decoder,
@@ -81,7 +82,7 @@ class OpenAiRoutes:
         add_prompt = body.add_generation_prompt is not False
         messages = template_messages(body.messages)
         text = template.render(messages, add_generation_prompt=add_prompt, extra=body.chat_template_kwargs)
-        prompt_ids = await self._encode(text, "messages", add_special_tokens=False)
+        (prompt_ids,) = await self._encode([text], "messages", add_special_tokens=False)
         job = chat_job(body, prompt_ids, request.headers, self._model, self._limits)
         response_format = ChatFormat(
             f"chatcmpl-{request.state.request_id}",
@@ -99,13 +100,7 @@ class OpenAiRoutes:
         """Text completion of one or several prompts, given as texts or as token ids."""
         body = completion_decoder.decode(await read_body(request, self._limits.max_body_bytes))
         self._model.check_name(body.model)
-        special = body.add_special_tokens is not False
-        prompts = []
-        for prompt in split_prompts(body.prompt):
-            if isinstance(prompt, str):
-                prompts.append(await self._encode(prompt, "prompt", add_special_tokens=special))
-            else:
-                prompts.append(prompt)
+        prompts = await self._prompt_ids(body)
         job = completion_job(body, prompts, request.headers, self._model, self._limits)
         tokenizer = self._model.tokenizer
         echoed = None
@@ -139,12 +134,27 @@ class OpenAiRoutes:
         )
         return _Reply(response)
 
-    async def _encode(self, text: str, param: str, *, add_special_tokens: bool) -> list[int]:
+    async def _prompt_ids(self, body: CompletionBody) -> list[list[int]]:
+        """Token ids of each prompt."""
+        special = body.add_special_tokens is not False
+        prompts = split_prompts(body.prompt)
+        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+        if texts:
+            return await self._encode(texts, "prompt", add_special_tokens=special)
+        return [prompt for prompt in prompts if not isinstance(prompt, str)]
+
+    async def _encode(self, texts: list[str], param: str, *, add_special_tokens: bool) -> list[list[int]]:
+        """Off the event loop when it takes more than a moment."""
         tokenizer = self._model.need_tokenizer(param)
-        check_prompt_chars(text, self._model, param)
-        if len(text) <= INLINE_ENCODE_CHARS:
-            return tokenizer.encode(text, add_special_tokens=add_special_tokens)
-        return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=add_special_tokens)
+        for text in texts:
+            check_prompt_chars(text, self._model, param)
+
+        def encode_all() -> list[list[int]]:
+            return [tokenizer.encode(text, add_special_tokens=add_special_tokens) for text in texts]
+
+        if sum(map(len, texts)) <= INLINE_ENCODE_CHARS:
+            return encode_all()
+        return await asyncio.to_thread(encode_all)
 
     # --- models and tokens ------------------------------------------------------------------------------
 
@@ -171,13 +181,16 @@ class OpenAiRoutes:
     async def _tokenized(self, body: TokenizeBody) -> list[int]:
         if (body.prompt is None) == (body.messages is None):
             raise RequestError("give either prompt or messages", param="prompt")
-        if body.messages is None:
-            assert body.prompt is not None
-            return await self._encode(body.prompt, "prompt", add_special_tokens=body.add_special_tokens is not False)
+        if body.prompt is not None:
+            special = body.add_special_tokens is not False
+            (ids,) = await self._encode([body.prompt], "prompt", add_special_tokens=special)
+            return ids
+        assert body.messages is not None
         text = self._model.need_template().render(
             template_messages(body.messages), add_generation_prompt=body.add_generation_prompt is not False
         )
-        return await self._encode(text, "messages", add_special_tokens=bool(body.add_special_tokens))
+        (ids,) = await self._encode([text], "messages", add_special_tokens=bool(body.add_special_tokens))
+        return ids
 
     async def detokenize(self, request: Request) -> Response:
         """Text of token ids."""
