@@ -1,0 +1,173 @@
+"""Engine speed: output tokens/s of mono and of AFD topologies side by side, against a bound from bare GEMMs.
+
+    python bench/engine.py                      # the default model; mono, 1A1F with 1, 2 and 3 streams, and auto
+    python bench/engine.py --quick --configs mono,1A1F:2
+
+All clusters are up at once and idle while another runs; rounds are interleaved; medians. A correctness gate comes
+first: every configuration must give the same greedy tokens for the first prompts (bf16 rounding may part them later:
+the share of equal tokens is printed). The last line of the output is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import time
+from contextlib import ExitStack
+
+import torch
+
+from afd.kernels import linear
+from afd.model.loading import resolve_model
+from bench.local import BenchCluster, run_round
+
+CONFIGS = "mono,1A1F:1,1A1F:2,1A1F:3,1A1F:0"
+
+
+def flags_of(config: str, args: argparse.Namespace) -> list[str]:
+    """ "1A1F:2" -> flags of `afd up` (":0" = streams chosen by the worker)."""
+    topology, _, streams = config.partition(":")
+    flags = ["--topology", topology, "--model", args.model, "--dtype", args.dtype, "--sla-policy", "off"]
+    flags += ["--streams", streams or "1", "--set", "attention.prefix_cache=false"]
+    if args.transport != "auto" and topology != "mono":
+        flags += ["--transport", args.transport]
+    return flags
+
+
+def time_of(work, seconds: float = 0.15) -> float:
+    """Median seconds of one call."""
+    work()
+    times, until = [], time.perf_counter() + seconds
+    while time.perf_counter() < until or len(times) < 3:
+        begun = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - begun)
+    return statistics.median(times)
+
+
+def memory_bandwidth() -> float:
+    """Bytes/s that one thread reads from memory (sum over 256 MiB)."""
+    data = torch.ones(64 << 20, dtype=torch.float32)
+    return data.nbytes / time_of(lambda: data.sum())
+
+
+def bound(model: str, dtype: str, batch: int, context: int, bandwidth: float) -> dict[str, float]:
+    """Seconds of one decode step of `batch` sequences from its bare GEMMs (one thread) and its KV bytes.
+
+    A: attention projections, head, KV read.  F: FFN.  A pipeline cannot be faster than max(A, F), nor, on two
+    cores, than (A + F) / 2.  Dense Llama-shaped models only.
+    """
+    spec = resolve_model(model).spec
+    torch_dtype = getattr(torch, dtype)
+    attention, ffn = spec.layers[0].attention, spec.layers[0].ffn
+    q_dim, kv_dim = attention.num_heads * attention.head_dim, attention.num_kv_heads * attention.head_dim
+    shapes = {
+        "projections": [(q_dim + 2 * kv_dim, spec.hidden), (spec.hidden, q_dim)],
+        "ffn": [(2 * ffn.intermediate, spec.hidden), (spec.hidden, ffn.intermediate)],
+        "head": [(spec.vocab_size, spec.hidden)],
+    }
+    seconds = {}
+    torch.set_num_threads(1)
+    for name, pairs in shapes.items():
+        layers = 1 if name == "head" else spec.num_layers
+        weights = [[torch.randn(shape).to(torch_dtype) for shape in pairs] for _ in range(layers)]
+        inputs = [torch.randn(batch, shape[1]).to(torch_dtype) for shape in pairs]
+
+        def run(weights=weights, inputs=inputs):
+            for layer in weights:
+                for x, w in zip(inputs, layer, strict=True):
+                    linear(x, w)
+
+        with torch.inference_mode():
+            seconds[name] = time_of(run)
+    kv_bytes = batch * context * spec.num_layers * 2 * kv_dim * torch_dtype.itemsize
+    a = seconds["projections"] + seconds["head"] + kv_bytes / bandwidth
+    f = seconds["ffn"]
+    return {**seconds, "kv": kv_bytes / bandwidth, "a": a, "f": f, "step": max(a, f, (a + f) / 2)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--transport", default="auto")
+    parser.add_argument("--configs", default=CONFIGS)
+    parser.add_argument("--sequences", default="1,8,32,64")
+    parser.add_argument("--input-len", type=int, default=50)
+    parser.add_argument("--output-len", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="one round, few tokens: does it run")
+    parser.add_argument("--no-bound", action="store_true")
+    args = parser.parse_args()
+    if args.quick:
+        args.rounds, args.output_len, args.sequences = 1, 16, "1,8"
+    configs = args.configs.split(",")
+    batches = [int(n) for n in args.sequences.split(",")]
+    vocab = resolve_model(args.model).spec.vocab_size
+    rng = random.Random(0)
+    prompts = [[rng.randrange(10, vocab) for _ in range(args.input_len)] for _ in range(max(batches))]
+    speeds: dict[tuple[str, int], list[float]] = {}
+    tpots: dict[tuple[str, int], list[float]] = {}
+    with ExitStack() as stack:
+        clusters = {config: stack.enter_context(BenchCluster(*flags_of(config, args))) for config in configs}
+        gate = {c: run_round(cluster, prompts[:4], 8) for c, cluster in clusters.items()}
+        wanted = [t.ids for t in gate[configs[0]].timelines]
+        for config, result in gate.items():
+            same = sum(
+                a == b for x, t in zip(wanted, result.timelines, strict=True) for a, b in zip(x, t.ids, strict=True)
+            )
+            print(f"gate {config}: {same}/{8 * len(wanted)} greedy tokens equal {configs[0]}'s")
+            assert same >= 4 * len(wanted), "outputs differ beyond rounding"
+        for batch in batches:
+            for round_idx in range(args.rounds):
+                for config, cluster in clusters.items():
+                    result = run_round(cluster, prompts[:batch], args.output_len)
+                    speeds.setdefault((config, batch), []).append(result.output_tokens_per_s)
+                    tpots.setdefault((config, batch), []).append(result.mean_tpot_s)
+                    print(
+                        f"  round {round_idx} {config:>8} x{batch:<3} {result.output_tokens_per_s:8.1f} tok/s",
+                        flush=True,
+                    )
+        shares = {c: {role: cluster.stats(role) for role in ("attention", "ffn")} for c, cluster in clusters.items()}
+    report(args, configs, batches, speeds, tpots, shares)
+
+
+def report(args, configs, batches, speeds, tpots, shares) -> None:
+    bandwidth = 0.0 if args.no_bound else memory_bandwidth()
+    rows = []
+    print(f"\n{args.model} {args.dtype}, {args.input_len} in, {args.output_len} out, medians of {args.rounds} rounds")
+    header = ("seqs", "config", "tok/s", "min", "max", "/mono", "TPOT ms", "bound", "of it")
+    print("{:>5} {:>8} {:>8} {:>8} {:>8} {:>6} {:>8} {:>8} {:>6}".format(*header))
+    for batch in batches:
+        limit = 0.0
+        if not args.no_bound:
+            context = args.input_len + args.output_len // 2
+            limit = batch / bound(args.model, args.dtype, batch, context, bandwidth)["step"]
+        base = statistics.median(speeds[configs[0], batch])
+        for config in configs:
+            values = speeds[config, batch]
+            median, tpot = statistics.median(values), statistics.median(tpots[config, batch])
+            rows.append(
+                {
+                    "sequences": batch,
+                    "config": config,
+                    "tokens_per_s": median,
+                    "min": min(values),
+                    "max": max(values),
+                    "ratio": median / base,
+                    "tpot_ms": tpot * 1e3,
+                    "bound_tokens_per_s": limit,
+                }
+            )
+            of_it = f"{median / limit:6.2f}" if limit else "     -"
+            print(
+                f"{batch:>5} {config:>8} {median:8.1f} {min(values):8.1f} {max(values):8.1f} {median / base:6.2f} "
+                f"{tpot * 1e3:8.2f} {limit:8.1f} {of_it}"
+            )
+    print(json.dumps({"bench": "engine", "model": args.model, "dtype": args.dtype, "rows": rows, "workers": shares}))
+
+
+if __name__ == "__main__":
+    main()
