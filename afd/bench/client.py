@@ -216,13 +216,15 @@ class _CompletionSink:
 
     def _count_tokens(self) -> None:
         record = self._record
+        times = record.token_times
         if self._num_usage_tokens is None:
-            record.num_output_tokens = len(record.token_times)
+            record.num_output_tokens = len(times)
             return
         record.num_output_tokens = self._num_usage_tokens
-        if self._num_usage_tokens and not record.token_times:
-            # A token without text of its own came together with the finish reason.
-            record.token_times.append(record.end_s)
+        finished_s = self._finished_s
+        if self._num_usage_tokens > len(times) and finished_s is not None and not (times and times[-1] >= finished_s):
+            # Tokens that show no text (an end token, half a character) came with the chunk that closed the answer.
+            times.append(finished_s)
 
 
 def _text(choice: _Choice) -> str:

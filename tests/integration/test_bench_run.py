@@ -12,6 +12,7 @@ import time
 
 import pytest
 
+from afd.bench import load_loop, runner
 from afd.bench.cli import main
 from afd.bench.http1 import ServerUrl
 from afd.bench.progress import Progress
@@ -184,6 +185,24 @@ async def test_our_own_gateway_with_token_ids_and_chat():
         found = await run(rig, concurrency=2, num_prompts=4, endpoint="chat", output_len=5)
         assert [record.error for record in found.records if record.failed] == []
         assert {record.num_output_tokens for record in found.records} == {5}
+
+
+@async_test
+async def test_limits_are_refused_before_anything_is_sent(monkeypatch):
+    raised = []
+    monkeypatch.setattr(runner.resource, "setrlimit", lambda kind, limits: raised.append(limits))
+    async with fake_server() as fake:
+        monkeypatch.setattr(runner.resource, "getrlimit", lambda kind: (10, 70))
+        with pytest.raises(ConfigError, match="20 connections need 84 open files; the limit is 70"):
+            await run(fake, concurrency=20)
+        monkeypatch.setattr(runner.resource, "getrlimit", lambda kind: (10, 5000))
+        await run(fake, concurrency=1000)
+        assert raised == [(84, 5000)]  # no more connections than requests
+        num_requests = len(fake.requests)
+        monkeypatch.setattr(load_loop, "MAX_BODIES_BYTES", 1000)
+        with pytest.raises(ConfigError, match="lower --num-prompts or --input-len"):
+            await run(fake)
+        assert [request.method for request in fake.requests[num_requests:]] == ["GET"] * 3
 
 
 def on_fake_server(script, test):

@@ -218,6 +218,17 @@ async def test_a_lone_token_without_text_arrives_with_the_finish():
 
 
 @async_test
+async def test_an_end_token_arrives_with_the_finish_too():
+    closing, usage = event(text_event("", "stop")), event(usage_event(3, 2))
+    blocks = [chunked(block).removesuffix(b"0\r\n\r\n") for block in (event(text_event("a")), closing, usage)]
+    record, _ = await answer(HEAD, *blocks, chunked(b"data: [DONE]\n\n"))
+    assert record.outcome is Outcome.COMPLETED
+    assert len(record.token_times) == record.num_output_tokens == 2
+    assert record.token_times[0] < record.token_times[1] == record.end_s
+    assert record.tpot_s > 0
+
+
+@async_test
 async def test_no_token_at_all():
     record, _ = await answer(
         HEAD + chunked(event(text_event("", "stop")), event(usage_event(3, 0)), b"data: [DONE]\n\n")
