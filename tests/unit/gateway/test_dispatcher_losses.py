@@ -1,0 +1,198 @@
+"""The dispatcher, scripted: lost workers, failures, lost messages."""
+
+from afd.errors import PeerLostError
+from afd.gateway.dispatcher import HOPE_S, MAX_ATTEMPTS, PROBE_S, SILENCE_S, WorkerError
+from afd.messages.serving import Abort, Refused, Resend, Submit, TokenChunk, Tokens
+from afd.types import FinishReason
+from tests.fakes.dispatch_scene import Scene, member, stats
+
+# --- losses ---------------------------------------------------------------------------------------------
+
+
+def test_a_worker_that_leaves_hands_its_requests_to_another():
+    scene = Scene("ab")
+    request = scene.submit()
+    scene.tokens("a", request, [5, 6], 0.1)
+    del scene.members["a"]
+    scene.publish(0.2)
+    assert "a" not in scene.port.connected
+    *_, (key, message) = scene.port.take(Submit)
+    assert (key, message.attempt, message.output_ids, message.sampling.seed) == ("b", 1, [5, 6], 7)
+    assert message.ttft_deadline_s == 0
+    scene.tokens("b", request, [7], 0.3, FinishReason.LENGTH)
+    assert request.sink.ids == [5, 6, 7]
+    assert scene.dispatcher.counters.migrated == 1
+
+
+def test_without_another_worker_the_request_fails():
+    scene = Scene()
+    request = scene.submit()
+    del scene.members["a"]
+    scene.publish(0.2)
+    assert isinstance(request.sink.error, PeerLostError)
+    assert "attention worker 0" in str(request.sink.error)
+
+
+def test_a_silent_worker_is_lost_and_told_so():
+    scene = Scene("ab")
+    request = scene.submit()
+    for tenth in range(1, 25):
+        scene.say("b", stats(1), tenth / 10)
+        scene.dispatcher.tick(tenth / 10)
+    assert scene.port.take(Abort) == [("a", Abort(["r1"]))]
+    assert scene.submits()[-1] == ("b", "r1")
+    scene.tokens("b", request, [1], 2.5)
+    assert request.sink.ids == [1]
+    late = TokenChunk("r1", 0, 0, [9])
+    scene.say("a", Tokens([late]), 2.6)  # it comes back: its old tokens count no more, its room does
+    assert request.sink.ids == [1]
+    assert scene.dispatcher.workers["a"].serving
+
+
+def test_a_pause_of_our_own_is_not_the_workers_silence():
+    scene = Scene()
+    scene.submit()
+    scene.alive(0.1)
+    scene.dispatcher.tick(10.0)
+    assert scene.dispatcher.workers["a"].serving
+    scene.dispatcher.tick(10.1)
+    for tenth in range(102, 102 + int(SILENCE_S * 10) + 1):
+        scene.dispatcher.tick(tenth / 10)
+    assert not scene.dispatcher.workers["a"].serving
+
+
+def test_a_retryable_failure_moves_the_request_away_from_that_worker():
+    scene = Scene("ab")
+    request = scene.submit()
+    scene.tokens("a", request, [5], 0.1)
+    scene.tokens("a", request, [6], 0.2, FinishReason.ERROR, error="ffn lost", retryable=True)
+    assert request.sink.ids == [5, 6]
+    assert request.sink.finish is None
+    assert scene.submits()[-1] == ("b", "r1")
+
+
+def test_a_final_failure_carries_the_workers_words():
+    scene = Scene("ab")
+    request = scene.submit()
+    scene.tokens("a", request, [], 0.1, FinishReason.ERROR, error="NaN in layer 3", retryable=False)
+    assert isinstance(request.sink.error, WorkerError)
+    assert "NaN in layer 3" in str(request.sink.error)
+
+
+def test_a_request_that_fails_everywhere_is_given_up():
+    scene = Scene("ab")
+    request = scene.submit()
+    for _ in range(20):
+        if request.sink.error is not None:
+            break
+        scene.tokens(request.worker_key, request, [], 0.1, FinishReason.ERROR, error="boom", retryable=True)
+    assert isinstance(request.sink.error, PeerLostError)
+    assert request.attempt == MAX_ATTEMPTS - 1
+
+
+def test_the_last_token_was_delivered_only_the_word_of_it_was_lost():
+    scene = Scene("ab")
+    request = scene.submit(max_tokens=2)
+    scene.tokens("a", request, [5, 6], 0.1)
+    del scene.members["a"]
+    scene.publish(0.2)
+    assert request.sink.finish is FinishReason.LENGTH
+    assert len(scene.submits()) == 1
+
+
+def test_migration_waits_for_a_worker_that_is_only_just_there():
+    scene = Scene("a")
+    request = scene.submit()
+    del scene.members["a"]
+    scene.members["b"] = member("b", 1)
+    scene.publish(0.2)
+    assert request.sink.error is None
+    scene.say("b", stats(1), 0.3)
+    assert scene.submits()[-1] == ("b", "r1")
+
+
+def test_migration_to_a_worker_that_never_answers_ends():
+    scene = Scene("a")
+    request = scene.submit()
+    del scene.members["a"]
+    scene.members["b"] = member("b", 1)
+    scene.publish(0.2)
+    scene.dispatcher.tick(0.2 + HOPE_S - 0.1)
+    assert request.sink.error is None
+    scene.dispatcher.tick(0.2 + HOPE_S)
+    assert isinstance(request.sink.error, PeerLostError)
+
+
+def test_migration_survives_a_short_while_without_readiness():
+    """When members change, the workers that stay adopt a new epoch and are not ready for a moment."""
+    scene = Scene("ab")
+    request = scene.submit()
+    del scene.members["a"]
+    scene.publish(0.2)
+    scene.refuse("b", request, 0.25, reason="not_ready", retry_after_s=0.1)
+    scene.members["b"] = member("b", 1, ready=False)
+    scene.publish(0.3)
+    scene.dispatcher.tick(0.5)
+    assert request.sink.error is None
+    scene.members["b"] = member("b", 1)
+    scene.publish(0.6)
+    assert scene.submits()[-1] == ("b", "r1")
+
+
+def test_migration_survives_a_full_worker():
+    scene = Scene("ab")
+    request = scene.submit()
+    del scene.members["a"]
+    scene.publish(0.2)
+    scene.refuse("b", request, 0.3)
+    scene.alive(1.4)
+    assert scene.submits()[-1] == ("b", "r1")
+    assert request.sink.error is None
+
+
+# --- lost messages --------------------------------------------------------------------------------------
+
+
+def test_a_gap_is_asked_for_once_in_a_while():
+    scene = Scene()
+    request = scene.submit()
+    scene.tokens("a", request, [5], 0.1)
+    for now in (0.5, 0.6, 0.9):
+        scene.say("a", Tokens([TokenChunk("r1", 0, 3, [8])]), now)
+    assert scene.port.take(Resend) == [("a", Resend("r1", 0, 1)), ("a", Resend("r1", 0, 1))]
+    scene.say("a", Tokens([TokenChunk("r1", 0, 1, [6, 7, 8])]), 1.0)
+    assert request.sink.ids == [5, 6, 7, 8]
+
+
+def test_a_silent_request_is_asked_after():
+    scene = Scene()
+    scene.submit()
+    for tenth in range(1, int(PROBE_S * 10) + 20):
+        scene.alive(tenth / 10)
+    assert scene.port.take(Resend) == [("a", Resend("r1", 0, 0))]
+
+
+def test_a_lost_submit_is_sent_again_as_a_new_attempt():
+    scene = Scene()
+    request = scene.submit()
+    scene.refuse("a", request, 6.0, reason="unknown")
+    assert [m.attempt for _, m in scene.port.take(Submit)] == [0, 1]
+    assert request.sink.error is None
+
+
+def test_words_of_unknown_workers_and_requests_are_ignored():
+    scene = Scene()
+    request = scene.submit()
+    scene.say("stranger", Tokens([TokenChunk("r1", 0, 0, [1])]), 0.1)
+    scene.say("a", Tokens([TokenChunk("r99", 0, 0, [1])]), 0.1)
+    scene.say("a", Refused("r99", 0, "capacity", ""), 0.1)
+    scene.say("a", Refused("r1", 5, "capacity", ""), 0.1)
+    assert request.sink.ids == []
+    assert scene.dispatcher.num_running == 1
+
+
+def test_a_worker_that_moves_is_connected_anew():
+    scene = Scene()
+    scene.members["a"] = member("a", endpoint="tcp://elsewhere")
+    scene.publish(1.0)
+    assert scene.port.connected == {"a": "tcp://elsewhere"}
