@@ -91,13 +91,15 @@ def add_config_flags(parser: argparse.ArgumentParser, command: str) -> None:
     for flag in FLAGS:
         if command in flag.commands:
             section, key = flag.keys[0].split(".")
-            default = str(getattr(getattr(defaults, section), key)).lower() or "none"
+            value = getattr(getattr(defaults, section), key)
+            default = str(value).lower() if isinstance(value, bool) else value if value != "" else "none"
+            metavar = flag.metavar or (None if flag.choices else flag.name.rpartition("-")[2].upper())
             parser.add_argument(
                 flag.name,
                 dest=flag.dest,
                 type=flag.type,
                 choices=flag.choices,
-                metavar=flag.metavar,
+                metavar=metavar,
                 default=None,
                 help=f"{flag.help} (default: {default})".strip(),
             )

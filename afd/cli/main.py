@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import sys
 from collections.abc import Sequence
 
 from afd import __version__
+from afd.bench import cli as bench
 from afd.cli import chat, roles, status, up
 from afd.errors import AfdError
+from afd.plan import cli as plan
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -26,10 +27,8 @@ def build_parser() -> argparse.ArgumentParser:
     roles.add_parsers(commands)
     status.add_parsers(commands)
     chat.add_parser(commands)
-    if importlib.util.find_spec("afd.plan") and importlib.util.find_spec("afd.plan.cli"):
-        from afd.plan.cli import add_parser
-
-        add_parser(commands)
+    bench.add_parser(commands)
+    plan.add_parser(commands)
     version = commands.add_parser("version", help="print the version")
     version.set_defaults(func=_print_version)
     return parser

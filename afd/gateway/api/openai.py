@@ -208,6 +208,7 @@ class OpenAiRoutes:
             "owned_by": "afd",
             "root": self._model.names[-1],
             "max_model_len": self._model.max_context,
+            "vocab_size": self._model.vocab_size,
         }
 
 
