@@ -120,13 +120,12 @@ AFD_INLINE void pack_keys(const T* low, const T* high, int head_dim, Lookahead& 
 }
 #else
 AFD_INLINE void transpose4(Quad& a, Quad& b, Quad& c, Quad& d) {
-    const Vi4 low = {0, 4, 1, 5}, high = {2, 6, 3, 7}, first = {0, 1, 4, 5}, second = {2, 3, 6, 7};
-    const Quad ab_low = __builtin_shuffle(a, b, low), ab_high = __builtin_shuffle(a, b, high);
-    const Quad cd_low = __builtin_shuffle(c, d, low), cd_high = __builtin_shuffle(c, d, high);
-    a = __builtin_shuffle(ab_low, cd_low, first);
-    b = __builtin_shuffle(ab_low, cd_low, second);
-    c = __builtin_shuffle(ab_high, cd_high, first);
-    d = __builtin_shuffle(ab_high, cd_high, second);
+    const Quad ab_low = AFD_SHUFFLE(Vi4, a, b, 0, 4, 1, 5), ab_high = AFD_SHUFFLE(Vi4, a, b, 2, 6, 3, 7);
+    const Quad cd_low = AFD_SHUFFLE(Vi4, c, d, 0, 4, 1, 5), cd_high = AFD_SHUFFLE(Vi4, c, d, 2, 6, 3, 7);
+    a = AFD_SHUFFLE(Vi4, ab_low, cd_low, 0, 1, 4, 5);
+    b = AFD_SHUFFLE(Vi4, ab_low, cd_low, 2, 3, 6, 7);
+    c = AFD_SHUFFLE(Vi4, ab_high, cd_high, 0, 1, 4, 5);
+    d = AFD_SHUFFLE(Vi4, ab_high, cd_high, 2, 3, 6, 7);
 }
 
 template <int Keys>
@@ -198,7 +197,7 @@ AFD_INLINE float soften_row(float* scores, int begin, int end, float scale, floa
     if (begin > 0 || end < Keys)  // also replaces NaNs from memory behind the last key
         for (int j = 0; j < kVectors; ++j) {
             const Vi key = lane_index() + j * kLanes;
-            s[j] = (key >= begin) & (key < end) ? s[j] : splat(kMinusInfinity);
+            s[j] = ((key >= begin) & (key < end)) ? s[j] : splat(kMinusInfinity);
         }
     Vf highest = s[0];
     for (int j = 1; j < kVectors; ++j) highest = max_of(highest, s[j]);

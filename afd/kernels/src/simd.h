@@ -18,6 +18,30 @@
 
 #define AFD_INLINE inline __attribute__((always_inline))
 
+// The elements of a and b (numbered through) at the constant indices given; MASK is the integer vector of their size.
+#if defined(__clang__)
+#define AFD_SHUFFLE(MASK, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define AFD_SHUFFLE(MASK, a, b, ...) __builtin_shuffle(a, b, MASK{__VA_ARGS__})
+#endif
+
+#if AFD_LANES == 16
+#define AFD_EVEN_LANES 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
+#define AFD_ODD_LANES 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
+#define AFD_ZIP_LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define AFD_ZIP_HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#elif AFD_LANES == 8
+#define AFD_EVEN_LANES 0, 2, 4, 6, 8, 10, 12, 14
+#define AFD_ODD_LANES 1, 3, 5, 7, 9, 11, 13, 15
+#define AFD_ZIP_LOW 0, 8, 1, 9, 2, 10, 3, 11
+#define AFD_ZIP_HIGH 4, 12, 5, 13, 6, 14, 7, 15
+#else
+#define AFD_EVEN_LANES 0, 2, 4, 6
+#define AFD_ODD_LANES 1, 3, 5, 7
+#define AFD_ZIP_LOW 0, 4, 1, 5
+#define AFD_ZIP_HIGH 2, 6, 3, 7
+#endif
+
 namespace AFD_ISA {
 
 constexpr int kLanes = AFD_LANES;
@@ -150,8 +174,7 @@ AFD_INLINE void store_quad(bf16* p, Quad x) {
     const Words bits = (Words)x;
     const Words rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
     const Words kept = (Vi4)(x == x) ? rounded : (bits | 0x00400000u);
-    const Halves upper = {1, 3, 5, 7, 1, 3, 5, 7};
-    const Halves packed = __builtin_shuffle((Halves)kept, upper);
+    const Halves halves = (Halves)kept, packed = AFD_SHUFFLE(Halves, halves, halves, 1, 3, 5, 7, 1, 3, 5, 7);
     __builtin_memcpy(p, &packed, 4 * sizeof(bf16));
 }
 
@@ -180,12 +203,10 @@ AFD_INLINE void store(float* p, Chunk c) {
 
 // The lanes of a chunk of floats in the order of a chunk of bf16 (even elements, odd elements), and back.
 AFD_INLINE Chunk split_pairs(Chunk c) {
-    const Vi even = 2 * lane_index(), odd = even + 1;
-    return {__builtin_shuffle(c.a, c.b, even), __builtin_shuffle(c.a, c.b, odd)};
+    return {AFD_SHUFFLE(Vi, c.a, c.b, AFD_EVEN_LANES), AFD_SHUFFLE(Vi, c.a, c.b, AFD_ODD_LANES)};
 }
 AFD_INLINE Chunk join_pairs(Chunk c) {
-    const Vi low = (lane_index() >> 1) + (lane_index() & 1) * kLanes, high = low + kLanes / 2;
-    return {__builtin_shuffle(c.a, c.b, low), __builtin_shuffle(c.a, c.b, high)};
+    return {AFD_SHUFFLE(Vi, c.a, c.b, AFD_ZIP_LOW), AFD_SHUFFLE(Vi, c.a, c.b, AFD_ZIP_HIGH)};
 }
 
 // A chunk of T as {even elements, odd elements}, and back.
