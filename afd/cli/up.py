@@ -30,6 +30,11 @@ def run(args: argparse.Namespace) -> int:
         print(process_table(config))
         return 0
     check_ports(config)
+    if "cuda" in (config.attention.device, config.ffn.device):
+        from afd.model.device import check_device  # imports torch: only where it must look for a GPU
+
+        check_device(config.attention.device, "attention.device")
+        check_device(config.ffn.device, "ffn.device")
     restart = None if args.no_restart else RestartPolicy
     has_tokenizer = folder.tokenizer_path is not None
     return Supervisor(config, secret, has_tokenizer=has_tokenizer, restart=restart).run()
