@@ -1,28 +1,60 @@
-"""Ring of per-stage timestamps: what a run is explained from. Bounded, cheap to add to, dumped on demand."""
+"""Ring of per-stage timestamps: what a run is explained from. Bounded, cheap to add to, dumped on demand.
+
+Stages hold names, times and counts only: no text, no token, nothing of a request.
+"""
 
 from __future__ import annotations
 
+import time
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+
+import msgspec
 
 RING_CAPACITY = 50_000
+CHUNK_STAGES = 256  # encoded at a time: the GIL is held for no longer (about 0.1 ms), then the socket releases it
+MAX_SECONDS = 3600.0
 
 
-@dataclass(frozen=True, slots=True)
-class Stage:
-    """One stage of one micro-batch. Times in seconds of this process's monotonic clock.
+class Stage(msgspec.Struct, frozen=True, gc=False):
+    """One stage of one micro-batch. Times in seconds of this process's `time.perf_counter()`.
 
-    name: "attention", "exchange", "head", "wait" (attention worker) | "ffn", "gang_wait" (FFN worker).
-    layer: -1 where a stage is not tied to one.
+    name, attention worker: "embed" or "combine" (add the partials), "attention", "dispatch" (rows into the transfer
+    slots), "exchange" (rows are away; overlaps the others), "head", "wait" (work in flight, nothing ready).
+    name, FFN worker: "gang_wait" (first arrival until computed), "ffn", "combine" (answer every member).
+    layer, stream: -1 where a stage is not tied to one.  gang_id: 0 where it is not known.  gang_size: attention workers
+    whose rows were computed together.  epoch: 0 where it is not known.
+
+    An instance costs 0.15 us to make and is invisible to the garbage collector.
     """
 
     name: str
     start_s: float
     end_s: float
-    stream: int
-    layer: int
-    num_tokens: int
+    stream: int = -1
+    layer: int = -1
+    num_tokens: int = 0
     step: int = 0
+    gang_id: int = 0
+    gang_size: int = 0
+    epoch: int = 0
+
+
+class TraceHeader(msgspec.Struct, frozen=True):
+    """First line of a dump. now_s: the process's clock when the stages were taken.
+
+    kept_since_s: stages that ended before it are gone (0 while the ring has room).  machine: `machine_id`.
+    """
+
+    role: str
+    rank: int
+    pid: int
+    machine: str
+    now_s: float
+    kept_since_s: float
+    num_stages: int
 
 
 class TraceRing:
@@ -36,9 +68,71 @@ class TraceRing:
 
     def snapshot(self, since_s: float = 0.0) -> list[Stage]:
         """Stages that ended after `since_s`, oldest first."""
+        stages = self._copy()
+        # Stages are added when they end, so the wanted ones stand together at the end of the ring.
+        count = 0
+        for stage in reversed(stages):
+            if stage.end_s < since_s:
+                break
+            count += 1
+        return stages[len(stages) - count :]
+
+    @property
+    def kept_since_s(self) -> float:
+        """Stages that ended before it have fallen out; 0 while the ring has room."""
+        return self._ring[0].end_s if self._ring and len(self._ring) == self._ring.maxlen else 0.0
+
+    def _copy(self) -> list[Stage]:
         for _ in range(8):  # the hot thread may append while we iterate
             try:
-                return [stage for stage in list(self._ring) if stage.end_s >= since_s]
+                return list(self._ring)
             except RuntimeError:
                 continue
         return []
+
+
+class TracePage:
+    """What `GET /trace?seconds=S` of a worker answers: a header line, then one JSON line a stage. Metrics thread."""
+
+    def __init__(self, role: str, pid: int, clock: Callable[[], float] = time.perf_counter):
+        self._role = role
+        self._pid = pid
+        self._clock = clock
+        self._rank = -1
+        self._ring: TraceRing | None = None
+        self._machine = machine_id()
+
+    def attach(self, rank: int, ring: TraceRing) -> None:
+        """The worker has its seat and its engine. Any thread."""
+        self._rank = rank
+        self._ring = ring
+
+    def __call__(self, query: Mapping[str, str]) -> Iterator[bytes]:
+        """Lines in chunks. ValueError when `seconds` is no number in 0..MAX_SECONDS."""
+        seconds = float(query.get("seconds", "2"))
+        if not 0.0 <= seconds <= MAX_SECONDS:
+            raise ValueError(f"seconds={seconds:g} is not in 0..{MAX_SECONDS:g}")
+        now_s = self._clock()
+        ring = self._ring
+        kept_since_s = 0.0 if ring is None else ring.kept_since_s
+        stages = [] if ring is None else ring.snapshot(now_s - seconds)
+        return _lines(
+            TraceHeader(self._role, self._rank, self._pid, self._machine, now_s, kept_since_s, len(stages)), stages
+        )
+
+
+def _lines(header: TraceHeader, stages: Iterable[Stage]) -> Iterator[bytes]:
+    encoder = msgspec.json.Encoder()
+    yield encoder.encode_lines([header])
+    rest = iter(stages)
+    while chunk := list(islice(rest, CHUNK_STAGES)):
+        yield encoder.encode_lines(chunk)
+
+
+def machine_id() -> str:
+    """Boot id and time namespace of this kernel: processes for which it is equal read the same clock. "" = unknown."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {Path('/proc/self/ns/time').readlink()}"
+    except OSError:
+        return ""

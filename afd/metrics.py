@@ -1,7 +1,8 @@
-"""Prometheus metrics of one process: its registry, and a tiny HTTP thread for /metrics, /livez and /readyz.
+"""Prometheus metrics of one process: its registry, and a tiny HTTP thread for /metrics, probes and dumps.
 
 Each process makes its own registry and passes it down; nothing registers itself globally. The server runs in its own
-thread and renders there, so a scrape never runs on a worker's main thread.
+thread and renders there, so a scrape never runs on a worker's main thread. Nothing here asks for a key: what a page
+shows must be fit for everyone who can reach the port (numbers and times; no text, no tokens).
 """
 
 from __future__ import annotations
@@ -9,9 +10,11 @@ from __future__ import annotations
 import logging
 import socket
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Mapping
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
+from urllib.parse import parse_qsl
 
 from prometheus_client import CollectorRegistry, Info, ProcessCollector
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
@@ -22,7 +25,11 @@ from afd.errors import ConfigError
 log = logging.getLogger(__name__)
 
 CLIENT_TIMEOUT_S = 1.0  # one slow client holds the thread for no longer
+PAGE_TIMEOUT_S = 3.0  # nor does one long answer
+MAX_PINGS = 64  # clock readings over one connection
 Ready = Callable[[], tuple[bool, str]]
+Page = Callable[[Mapping[str, str]], Iterable[bytes]]
+"""Query -> chunks of JSON lines; ValueError for a wrong query. Called from the server's thread."""
 
 
 def process_registry(role: str) -> CollectorRegistry:
@@ -36,14 +43,23 @@ def process_registry(role: str) -> CollectorRegistry:
 
 
 class MetricsServer:
-    """Serves /metrics, /livez (200 while the process lives) and /readyz (503 with the reason while it is not ready).
+    """Serves /metrics, /livez (200 while the process lives), /readyz (503 with the reason while it is not ready),
+    /clock (the reading of `time.perf_counter()`, for whoever compares clocks) and further pages.
 
-    port: 0 = any.  ready: called from the server's thread.  `close()` frees the port and ends the thread.
+    port: 0 = any.  ready: called from the server's thread.  pages: by path.  `close()` frees the port and ends the
+    thread.
     """
 
-    def __init__(self, host: str, port: int, registry: CollectorRegistry, ready: Ready):
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        registry: CollectorRegistry,
+        ready: Ready,
+        pages: Mapping[str, Page] | None = None,
+    ):
         try:
-            self._server = _Server((host.strip("[]"), port), registry, ready)
+            self._server = _Server((host.strip("[]"), port), registry, ready, pages or {})
         except OSError as error:
             raise ConfigError(f"metrics cannot listen on {host}:{port}: {error.strerror}") from error
         self.address = f"{host}:{self._server.server_address[1]}"
@@ -65,9 +81,10 @@ class _Server(HTTPServer):
 
     request_queue_size = 16
 
-    def __init__(self, address: tuple[str, int], registry: CollectorRegistry, ready: Ready):
+    def __init__(self, address: tuple[str, int], registry: CollectorRegistry, ready: Ready, pages: Mapping[str, Page]):
         self.registry = registry
         self.ready = ready
+        self.pages = pages
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         super().__init__(address, _Handler)
 
@@ -81,9 +98,12 @@ class _Handler(BaseHTTPRequestHandler):
     server_version = "afd"
     sys_version = ""
     timeout = CLIENT_TIMEOUT_S
+    disable_nagle_algorithm = True
+    num_pings = 0  # over this connection
 
     def do_GET(self) -> None:
-        path = self.path.partition("?")[0]
+        now_s = time.perf_counter()
+        path, _, query = self.path.partition("?")
         if path == "/metrics":
             self._answer(200, CONTENT_TYPE_LATEST, generate_latest(self.server.registry))
         elif path == "/livez":
@@ -92,8 +112,15 @@ class _Handler(BaseHTTPRequestHandler):
             ready, reason = self.server.ready()
             text = "ok" if ready else reason
             self._answer(200 if ready else 503, "text/plain; charset=utf-8", f"{text}\n".encode())
+        elif path == "/clock":
+            self.num_pings += 1
+            self.close_connection = self.num_pings >= MAX_PINGS
+            self._answer(200, "application/json", f'{{"perf_counter_s": {now_s!r}}}\n'.encode())
+        elif path in self.server.pages:
+            self._page(self.server.pages[path], query)
         else:
-            self._answer(404, "text/plain; charset=utf-8", b"try /metrics, /livez or /readyz\n")
+            known = ", ".join(["/metrics", "/livez", "/readyz", "/clock", *self.server.pages])
+            self._answer(404, "text/plain; charset=utf-8", f"try one of {known}\n".encode())
 
     def log_message(self, format: str, *args: Any) -> None:
         log.debug(format, *args)
@@ -102,5 +129,23 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Type", content_type)
         self.send_header("Content-Length", str(len(body)))
+        self.send_header("Connection", "close" if self.close_connection else "keep-alive")
         self.end_headers()
         self.wfile.write(body)
+
+    def _page(self, page: Page, query: str) -> None:
+        """The end of the connection is the end of the answer: its length is not known before."""
+        try:
+            chunks = page(dict(parse_qsl(query)))
+        except ValueError as error:
+            self._answer(400, "text/plain; charset=utf-8", f"{error}\n".encode())
+            return
+        self.send_response(200)
+        self.send_header("Content-Type", "application/x-ndjson")
+        self.end_headers()
+        until_s = time.monotonic() + PAGE_TIMEOUT_S
+        for chunk in chunks:
+            self.wfile.write(chunk)
+            if time.monotonic() > until_s:
+                log.warning("a client of %s reads too slowly: cut off", self.path)
+                return

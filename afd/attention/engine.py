@@ -90,7 +90,8 @@ class AttentionEngine:
         else:
             arrived = self._exchange.poll(0.0)
         for combined in arrived:
-            self.stages.exchange(self._streams[combined.stream].sent_s, combined)
+            stream = self._streams[combined.stream]
+            self.stages.exchange(stream.sent_s, combined, stream.layer, stream.micro_batch.step)
             self._ready.append((combined.stream, combined))
         if not self._ready:
             return []
@@ -138,21 +139,25 @@ class AttentionEngine:
         else:
             assert stream.x is not None
             self._half.combine(stream.x, combined.partials)
+        combined_s = self._clock()
         stream.layer += 1
         if stream.layer == self._num_layers:
-            return self._finish(idx, begun_s)
+            return self._finish(idx, begun_s, combined_s)
         assert stream.x is not None
         dispatch = self._half.layer(stream.layer, stream.x, stream.batch, self._cache)
+        computed_s = self._clock()
         self._exchange.send(idx, stream.micro_batch.step, dispatch)
-        stream.sent_s = self.stages.attention(idx, stream.layer, begun_s, stream.micro_batch.num_tokens)
+        stream.sent_s = self.stages.attention(idx, stream.layer, stream.micro_batch, begun_s, combined_s, computed_s)
         return []
 
-    def _finish(self, idx: int, begun_s: float) -> list[Output]:
+    def _finish(self, idx: int, begun_s: float, combined_s: float) -> list[Output]:
         """Head, sampling, commit."""
         stream = self._streams.pop(idx)
         sampled, failed = self._sample(stream)
         progress = self.scheduler.commit(stream.micro_batch, {req_id: token for req_id, (token, _) in sampled.items()})
-        self.stages.finish(idx, begun_s, stream.started_s, stream.micro_batch)
+        self.stages.finish(
+            idx, self._num_layers - 1, stream.micro_batch, begun_s, combined_s, started_s=stream.started_s
+        )
         return [Output(p, sampled[p.seq.req_id][1]) for p in progress] + failed
 
     def _sample(self, stream: _Stream) -> tuple[dict[str, tuple[int, TokenLogprobs | None]], list[Output]]:

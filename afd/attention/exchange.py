@@ -18,13 +18,18 @@ from afd.model.halves import Dispatch, FFNHalf
 
 @dataclass(frozen=True, slots=True)
 class Combined:
-    """All partials of one exchange, in FFN rank order. gang_tokens: rows of the merged batch; compute_s: F's time."""
+    """All partials of one exchange, in FFN rank order. gang_tokens: rows of the merged batch; compute_s: F's time.
+
+    gang_id, epoch: 0 without a gang.
+    """
 
     stream: int
     partials: Sequence[Tensor]
     gang_tokens: int = 0
     gang_size: int = 1
     compute_s: float = 0.0
+    gang_id: int = 0
+    epoch: int = 0
 
 
 class Exchange(Protocol):

@@ -148,6 +148,8 @@ class MeshExchange:
                 gang_tokens=max(answer.header.gang_tokens for answer in answers),
                 gang_size=flight.mask.bit_count(),
                 compute_s=max(answer.header.compute_ns for answer in answers) / 1e9,
+                gang_id=flight.gang_id,
+                epoch=flight.epoch,
             )
         )
 

@@ -36,14 +36,19 @@ class StageClock:
         self.ring = TraceRing()
         self.step_s = 0.0  # moving average of one stream's step
 
-    def attention(self, stream: int, layer: int, begun_s: float, num_tokens: int) -> float:
-        """Combine + attention + dispatch of one layer -> now."""
+    def attention(
+        self, stream: int, layer: int, batch: MicroBatch, begun_s: float, combined_s: float, computed_s: float
+    ) -> float:
+        """Combine (layer 0: embed), attention and dispatch of one layer -> now."""
         now = self._clock()
         self.totals.attention_s += now - begun_s
-        self.ring.add(Stage("attention", begun_s, now, stream, layer, num_tokens))
+        num_tokens, step, add = batch.num_tokens, batch.step, self.ring.add
+        add(Stage("combine" if layer else "embed", begun_s, combined_s, stream, layer - 1, num_tokens, step))
+        add(Stage("attention", combined_s, computed_s, stream, layer, num_tokens, step))
+        add(Stage("dispatch", computed_s, now, stream, layer, num_tokens, step))
         return now
 
-    def exchange(self, sent_s: float, combined: Combined) -> None:
+    def exchange(self, sent_s: float, combined: Combined, layer: int, step: int) -> None:
         """One round trip, seen from here; combined.compute_s of it was the FFN's computing."""
         now = self._clock()
         totals = self.totals
@@ -51,20 +56,36 @@ class StageClock:
         totals.ffn_s += combined.compute_s
         totals.num_exchanges += 1
         totals.num_gang_members += combined.gang_size
-        self.ring.add(Stage("exchange", sent_s, now, combined.stream, -1, combined.gang_tokens))
+        self.ring.add(
+            Stage(
+                "exchange",
+                sent_s,
+                now,
+                combined.stream,
+                layer,
+                combined.gang_tokens,
+                step,
+                combined.gang_id,
+                combined.gang_size,
+                combined.epoch,
+            )
+        )
 
     def wait(self, begun_s: float) -> None:
         """Nothing was ready although work is in flight."""
         now = self._clock()
         self.totals.wait_s += now - begun_s
-        self.ring.add(Stage("wait", begun_s, now, -1, -1, 0))
+        self.ring.add(Stage("wait", begun_s, now))
 
-    def finish(self, stream: int, begun_s: float, started_s: float, batch: MicroBatch) -> None:
-        """Head, sampling and commit; ends a step."""
+    def finish(
+        self, stream: int, layer: int, batch: MicroBatch, begun_s: float, combined_s: float, started_s: float
+    ) -> None:
+        """Combine of the last layer, head, sampling and commit; ends a step."""
         now = self._clock()
         self.totals.head_s += now - begun_s
         self.totals.num_steps += 1
         self.totals.num_tokens += batch.num_tokens
         took_s = now - started_s
         self.step_s = took_s if self.step_s == 0.0 else (1 - EMA) * self.step_s + EMA * took_s
-        self.ring.add(Stage("head", begun_s, now, stream, -1, batch.num_tokens, batch.step))
+        self.ring.add(Stage("combine", begun_s, combined_s, stream, layer, batch.num_tokens, batch.step))
+        self.ring.add(Stage("head", combined_s, now, stream, -1, batch.num_tokens, batch.step))

@@ -19,6 +19,7 @@ from afd.attention.requests import RequestBook
 from afd.config import ClusterConfig
 from afd.data_plane import WIRE_DTYPES, config_hash, mesh_members, payload_layout
 from afd.errors import ConfigError, PeerLostError
+from afd.events import TracePage
 from afd.kv.block_pool import BlockPool
 from afd.kv.cache import KVCache, num_blocks_for_bytes
 from afd.messages.membership import ClusterView, WorkerInfo
@@ -64,6 +65,7 @@ class _Worker:
         self._folder = folder
         self._stop = stop
         self._progress = 0
+        self._trace = TracePage("attention", os.getpid())
         self._context = zmq.Context(io_threads=1)
         self._frontend: Frontend | None = None
         self._server: MetricsServer | None = None
@@ -83,7 +85,8 @@ class _Worker:
         config, spec = self._config, self._folder.spec
         section = config.attention
         registry = process_registry("attention")
-        self._server = MetricsServer(section.host, section.metrics_port, registry, self._ready)
+        pages = {"/trace": self._trace}
+        self._server = MetricsServer(section.host, section.metrics_port, registry, self._ready, pages)
         socket = server_socket(self._context, secret)
         try:
             endpoint = f"tcp://{section.host}:{section.port or '*'}"
@@ -110,6 +113,7 @@ class _Worker:
         self._seat = seat
         self._why_not = "loading the model"
         self._engine = self._load(seat, announce)
+        self._trace.attach(seat.rank, self._engine.stages.ring)
         self._book = RequestBook(
             self._frontend,
             self._engine.scheduler,

@@ -112,7 +112,7 @@ class FFNEngine:
             with contextlib.suppress(StaleArrivalError):  # the peer was lost meanwhile; the answer has no reader
                 self._mesh.combine(arrival, meta, rows[start:end])
             start = end
-        self._account(batch, begun_s, done_s)
+        self._account(batch, begun_s, done_s, self._clock())
 
     def _merge(self, layer: int, parts: Sequence[DispatchParts]) -> Dispatch:
         """The members' rows as one batch, in rank order."""
@@ -124,15 +124,18 @@ class FFNEngine:
         weights = _cat([torch.from_numpy(p.expert_weights) for p in parts if p.expert_weights is not None])
         return Dispatch(layer, rows, ids, weights)
 
-    def _account(self, batch: GangBatch, begun_s: float, done_s: float) -> None:
+    def _account(self, batch: GangBatch, begun_s: float, done_s: float, answered_s: float) -> None:
         totals = self.totals
         totals.busy_s += done_s - begun_s
         totals.num_batches += 1
         totals.num_tokens += batch.num_tokens
         totals.num_members += len(batch.arrivals)
         totals.num_full_gangs += len(batch.arrivals) > 1
-        self.ring.add(Stage("gang_wait", batch.first_s, begun_s, batch.stream, batch.layer, batch.num_tokens))
-        self.ring.add(Stage("ffn", begun_s, done_s, batch.stream, batch.layer, batch.num_tokens))
+        first = batch.arrivals[0]
+        where = (batch.stream, batch.layer, batch.num_tokens, 0, batch.gang_id, len(batch.arrivals), first.epoch)
+        self.ring.add(Stage("gang_wait", batch.first_s, begun_s, *where))
+        self.ring.add(Stage("ffn", begun_s, done_s, *where))
+        self.ring.add(Stage("combine", done_s, answered_s, *where))
 
 
 def _cat(tensors: Sequence[Tensor]) -> Tensor:

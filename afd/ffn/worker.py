@@ -10,6 +10,7 @@ import torch
 
 from afd.config import ClusterConfig
 from afd.data_plane import WIRE_DTYPES, config_hash, mesh_members, payload_layout
+from afd.events import TracePage
 from afd.ffn.engine import FFNEngine
 from afd.ffn.gang import GangTable
 from afd.ffn.metrics import FFNMetrics
@@ -50,6 +51,7 @@ class _Worker:
         self._folder = folder
         self._stop = stop
         self._progress = 0
+        self._trace = TracePage("ffn", os.getpid())
         self._seat: Seat | None = None
         self._metrics: FFNMetrics | None = None
         self._server: MetricsServer | None = None
@@ -62,7 +64,8 @@ class _Worker:
         """Join, load, be ready. False when stopped meanwhile."""
         config, spec = self._config, self._folder.spec
         registry = process_registry("ffn")
-        self._server = MetricsServer(config.ffn.host, config.ffn.metrics_port, registry, self._ready)
+        pages = {"/trace": self._trace}
+        self._server = MetricsServer(config.ffn.host, config.ffn.metrics_port, registry, self._ready, pages)
         info = WorkerInfo(
             role=Role.FFN.value,
             incarnation="",
@@ -90,6 +93,7 @@ class _Worker:
         gangs = GangTable(seat.rank, config.topology.num_ffn, max_window_s=config.ffn.gang_window_ms / 1e3)
         assert seat.mesh is not None, "an FFN worker has no place in topology mono"
         self._engine = FFNEngine(half, seat.mesh, gangs, wire_dtype=WIRE_DTYPES[config.model.dtype])
+        self._trace.attach(seat.rank, self._engine.ring)
         self._metrics = FFNMetrics(registry, self._engine, seat.mesh)
         seat.membership.set_ready(True)
         self._is_ready = True
