@@ -1,7 +1,7 @@
 """How two ranks come to trust each other: mutual challenge, hello, choice of transport, slot descriptors. Sans-I/O.
 
     attention (initiator)                                   FFN (responder)
-    HELLO      version, nonce_i, mac(nonce_i)          ->   silent close when the mac is wrong
+    HELLO      version, nonce_i, mac(both)             ->   silent close when the mac is wrong
                                                        <-   CHALLENGE  version, nonce_r, mac(HELLO, nonce_r)
     PROOF      mac(HELLO, CHALLENGE, hello), hello     ->   fresh: covers nonce_r
                                                        <-   ACCEPT     mac(.., body), transport, slot descriptor
@@ -206,8 +206,8 @@ class Initiator(_Handshake):
     def start(self) -> bytes:
         """The first frame to send."""
         assert self._state is _State.START
-        mac = self._mac(b"hello", self._nonce)
-        body = HELLO.pack(HELLO_MAGIC, PROTOCOL_VERSION, self._nonce, mac)
+        unsigned = HELLO.pack(HELLO_MAGIC, PROTOCOL_VERSION, self._nonce, b"")[:-MAC_BYTES]
+        body = unsigned + self._mac(b"hello", unsigned)
         self._transcript.update(body)
         self._state = _State.AWAIT_CHALLENGE
         return encode_control(ControlKind.HELLO, body)
@@ -287,10 +287,10 @@ class Responder(_Handshake):
         return self._sign_body(ControlKind.REJECT, b"reject", {"reason": reason, "retryable": retryable})
 
     def _challenge(self, frame: ControlFrame) -> bytes:
-        magic, version, nonce, mac = HELLO.unpack(frame.body)
+        magic, version, _nonce, mac = HELLO.unpack(frame.body)
         if magic != HELLO_MAGIC:
             raise HandshakeError("not a stepmesh hello")
-        self._check_mac(b"hello", mac, nonce, "the peer has another cluster secret")
+        self._check_mac(b"hello", mac, frame.body[:-MAC_BYTES], "the peer has another cluster secret")
         check_version(version)
         self._transcript.update(frame.body)
         unsigned = CHALLENGE.pack(PROTOCOL_VERSION, self._nonce, b"")[:-MAC_BYTES]

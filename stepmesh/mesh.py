@@ -30,6 +30,7 @@ from stepmesh.errors import (
 from stepmesh.pair import AttentionPair, Environment, FfnPair, Pair
 from stepmesh.session import Draining, Ended, Idle, Notice
 from stepmesh.slots import copy_section
+from stepmesh.spin import SpinPolicy
 from stepmesh.stats import MeshStats
 from stepmesh.topology import Membership, MembershipChange
 from stepmesh.trace import Stage, Trace
@@ -76,7 +77,8 @@ class Mesh:
         self._pairs: dict[RankId, Pair] = {}
         self._live: tuple[Pair, ...] = ()  # the same pairs, for loops and for the heartbeat thread
         self._of_link: dict[Link, Pair] = {}
-        self._spins = False
+        self._spins = False  # all pairs are in memory that can be polled
+        self._spin_policy = SpinPolicy(config.spin_us * 1e-6)
         self._events: list[Event] = []
         self._seq = [0] * config.num_streams  # attention: last seq of each stream
         self._active = [False] * config.num_streams  # attention: dispatched, and not idle since
@@ -146,7 +148,7 @@ class Mesh:
         deadline = start + timeout_s
         self._poll()
         if not self._events and spin and self._spins and timeout_s > 0.0 and start < self._look_at:
-            self._spin(min(deadline, start + self.config.spin_us * 1e-6))
+            self._spin(start, deadline)
         if self._events and start < self._look_at:
             return self._take_events()
         while True:
@@ -309,10 +311,14 @@ class Mesh:
         if arrived:
             self._events.extend(arrived)
 
-    def _spin(self, until: float) -> None:
-        now = self._fabric.now
+    def _spin(self, start: float, deadline: float) -> None:
+        budget_s = self._spin_policy.budget_s()
+        if budget_s <= 0.0:
+            return
+        now, until = self._fabric.now, min(start + budget_s, deadline)
         while not self._events and now() < until:
             self._poll()
+        self._spin_policy.result(bool(self._events))
 
     def _look(self, timeout_s: float) -> bool:
         """Wait, read every control socket that has something, let connections progress, judge. True: woken."""
@@ -339,7 +345,6 @@ class Mesh:
                     self._reject(pair, failure.reason)
                 else:
                     self._drop(pair, failure.reason, retryable=True)
-        # Only here, behind the reading: a peer's heartbeats may have waited while this thread computed.
         if now >= self._judge_at:
             self._judge(now)
         return wakeups.external
@@ -424,8 +429,12 @@ class Mesh:
         self._spins = bool(self._live) and all(pair.channel.spins for pair in self._live)
 
     def _judge(self, now: float) -> None:
+        """Drop peers that are lost, each behind a last reading: heartbeats may have waited while this thread computed."""
         self._judge_at = now + self.config.heartbeat_s / 2
         for pair in self._live:
+            self._take_control(pair, *pair.link.receive(), now)
+            if self._pairs.get(pair.peer) is not pair:
+                continue
             lost = pair.session.judge(now, oldest_sent_at=pair.oldest_sent_at())
             if lost is not None:
                 self._drop(pair, lost, retryable=True)

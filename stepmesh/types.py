@@ -40,7 +40,10 @@ class RankId:
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where a rank listens. Empty `unix` or port 0: it does not listen there."""
+    """Where a rank listens. Empty `unix` or port 0: it does not listen there.
+
+    `host` is best an IP address: a name is resolved in the connecting rank's main thread.
+    """
 
     unix: str  # abstract UNIX socket name (Linux): nothing on disk to clear
     host: str

@@ -293,6 +293,8 @@ class _Periodic:
 
 def _offered(config: MeshConfig) -> tuple[str, ...]:
     """Transports in order of preference."""
+    if config.id.role is Role.FFN and not config.advertise_host and config.listen_host in ("0.0.0.0", "::", ""):
+        raise ConfigError(f"listen_host {config.listen_host!r} is no address to connect to: set advertise_host")
     if config.transport == "inproc":
         raise ConfigError("transport 'inproc' needs an InprocNetwork's fabric: Mesh(config, network.fabric(config))")
     if config.transport == "tcp":
