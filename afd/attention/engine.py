@@ -86,7 +86,7 @@ class AttentionEngine:
             waiting_s = self._clock()
             arrived = self._exchange.poll(timeout_s)
             if self._streams:
-                self.stages.wait(waiting_s)
+                self.stages.wait(waiting_s, arrived)
         else:
             arrived = self._exchange.poll(0.0)
         for combined in arrived:

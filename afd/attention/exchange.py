@@ -6,8 +6,9 @@ stepmesh. The engine knows neither transport nor peers.
 
 from __future__ import annotations
 
+import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,7 +21,7 @@ from afd.model.halves import Dispatch, FFNHalf
 class Combined:
     """All partials of one exchange, in FFN rank order. gang_tokens: rows of the merged batch; compute_s: F's time.
 
-    gang_id, epoch: 0 without a gang.
+    gang_id, epoch: 0 without a gang.  local: computed in this process, inside `poll`.
     """
 
     stream: int
@@ -30,6 +31,7 @@ class Combined:
     compute_s: float = 0.0
     gang_id: int = 0
     epoch: int = 0
+    local: bool = False
 
 
 class Exchange(Protocol):
@@ -58,8 +60,9 @@ class Exchange(Protocol):
 class LocalExchange:
     """FFN halves in this process, run when polled (so that attention and FFN time stay apart in traces)."""
 
-    def __init__(self, halves: Sequence[FFNHalf]):
+    def __init__(self, halves: Sequence[FFNHalf], *, clock: Callable[[], float] = time.perf_counter):
         self._halves = halves
+        self._clock = clock
         self._queue: deque[tuple[int, Dispatch]] = deque()
 
     @property
@@ -73,8 +76,10 @@ class LocalExchange:
         if not self._queue:
             return []
         stream, dispatch = self._queue.popleft()
+        begun_s = self._clock()
         partials = [half.layer(dispatch) for half in self._halves]
-        return [Combined(stream, partials, gang_tokens=int(dispatch.rows.shape[0]))]
+        num_tokens, took_s = int(dispatch.rows.shape[0]), self._clock() - begun_s
+        return [Combined(stream, partials, gang_tokens=num_tokens, compute_s=took_s, local=True)]
 
     def idle(self, stream: int) -> None:
         pass

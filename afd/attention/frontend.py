@@ -126,11 +126,11 @@ class Frontend:
                 self._records.pop(oldest, None)
         self._outbox.setdefault(record.gateway, []).append(chunk)
 
-    def resend(self, req_id: str, attempt: int, from_idx: int) -> None:
-        """Queue what was sent before, from output index `from_idx` on. Unknown requests are ignored."""
+    def resend(self, req_id: str, attempt: int, from_idx: int) -> bool:
+        """Queue what was sent before, from output index `from_idx` on. False: that attempt is not known here."""
         record = self._records.get(req_id)
         if record is None or record.attempt != attempt:
-            return
+            return False
         skip = max(0, from_idx - record.first_idx)
         chunk = TokenChunk(
             req_id,
@@ -143,6 +143,7 @@ class Frontend:
             record.retryable,
         )
         self._outbox.setdefault(record.gateway, []).append(chunk)
+        return True
 
     def close_request(self, req_id: str) -> None:
         """Forget an aborted request."""

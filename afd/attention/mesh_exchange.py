@@ -32,9 +32,14 @@ from stepmesh.types import (
 
 @dataclass(slots=True)
 class _InFlight:
-    """One stream's exchange. gang_id, mask: from the former's layer-0 answer, echoed for the rest of the step."""
+    """One stream's step. gang_id, mask: from the former's layer-0 answer, echoed for the rest of the step.
+
+    epoch, peers: what the step began with.  open: a step is under way (its epoch must stay live).
+    """
 
     epoch: int = 0
+    peers: tuple[RankId, ...] = ()
+    open: bool = False
     seq: int = -1
     layer: int = 0
     gang_id: int = 0
@@ -50,6 +55,7 @@ class MeshExchange:
         self._mesh = mesh
         self._wire_dtype = wire_dtype
         self._epoch = 0
+        self._retired = 0
         self._peers: tuple[RankId, ...] = ()
         self._up: set[RankId] = set()
         self._streams: dict[int, _InFlight] = {}
@@ -63,6 +69,7 @@ class MeshExchange:
         if peers != self._peers:
             self._up &= set(peers)
         self._epoch, self._peers = epoch, peers
+        self._retire()
 
     def suspend(self, reason: str) -> None:
         """The view has no complete FFN side: nothing may start until `adopt`."""
@@ -73,16 +80,15 @@ class MeshExchange:
     def ready(self) -> bool:
         return bool(self._peers) and self._up.issuperset(self._peers)
 
-    @property
-    def oldest_epoch(self) -> int:
-        """The oldest epoch that an exchange in flight belongs to (the current one if none does)."""
-        return min((s.epoch for s in self._streams.values() if s.waiting), default=self._epoch)
-
     def send(self, stream: int, step: int, dispatch: Dispatch) -> None:
         flight = self._streams.setdefault(stream, _InFlight())
         assert not flight.waiting, f"stream {stream} has an exchange in flight"
+        if not self._peers:
+            raise PeerLostError(self.down_reason)
         if dispatch.layer == 0:
-            flight.epoch, flight.gang_id, flight.mask = self._epoch, 0, 0
+            flight.epoch, flight.peers, flight.gang_id, flight.mask = self._epoch, self._peers, 0, 0
+            flight.open = True
+            self._retire()
         flight.layer = dispatch.layer
         flight.arrived.clear()
         meta = DispatchMeta(stream, flight.epoch, step, dispatch.layer, flight.gang_id, flight.mask)
@@ -94,7 +100,7 @@ class MeshExchange:
             None if weights is None else weights.numpy(),
         )
         try:
-            flight.seq = self._mesh.dispatch(self._peers, meta, parts)
+            flight.seq = self._mesh.dispatch(flight.peers, meta, parts)
         except (PeerNotConnectedError, SlotBusyError) as error:
             raise PeerLostError(str(error)) from error
         flight.waiting = True
@@ -117,17 +123,27 @@ class MeshExchange:
         return completed
 
     def idle(self, stream: int) -> None:
+        if (flight := self._streams.get(stream)) is not None:
+            flight.open = False
         if self.ready:
             self._mesh.idle(stream)
+            self._retire()
 
     def cancel(self) -> None:
         for flight in self._streams.values():
-            flight.waiting = False
+            flight.open = flight.waiting = False
             flight.arrived.clear()
         self._completed.clear()
 
     def close(self) -> None:
         self._mesh.close()
+
+    def _retire(self) -> None:
+        """Let go of the epochs before the oldest that a step under way began with."""
+        oldest = min((s.epoch for s in self._streams.values() if s.open), default=self._epoch)
+        if oldest - 1 > self._retired:
+            self._retired = oldest - 1
+            self._mesh.retire_epoch(self._retired)
 
     def _arrived(self, event: CombineArrived) -> None:
         header = event.header
@@ -135,12 +151,12 @@ class MeshExchange:
         if flight is None or not flight.waiting or header.seq != flight.seq:
             return  # the answer to an exchange that was cancelled
         flight.arrived[event.peer.rank] = event
-        if header.layer == 0 and event.peer.rank == header.stream % len(self._peers):
+        if header.layer == 0 and event.peer.rank == header.stream % len(flight.peers):
             flight.gang_id, flight.mask = header.gang_id, header.member_mask
-        if len(flight.arrived) < len(self._peers):
+        if len(flight.arrived) < len(flight.peers):
             return
         flight.waiting = False
-        answers = [flight.arrived[peer.rank] for peer in self._peers]
+        answers = [flight.arrived[peer.rank] for peer in flight.peers]
         self._completed.append(
             Combined(
                 header.stream,

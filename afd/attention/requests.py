@@ -33,7 +33,9 @@ class RequestBook:
             for req_id in message.req_ids:
                 self._drop(req_id)
         elif isinstance(message, Resend):
-            self._frontend.resend(message.req_id, message.attempt, message.from_idx)
+            if not self._frontend.resend(message.req_id, message.attempt, message.from_idx):
+                detail = "the worker does not know this attempt: its submission was lost, or it ended long ago"
+                self._frontend.refuse(gateway, Refused(message.req_id, message.attempt, "unknown", detail))
         elif isinstance(message, Lease) and message.live_req_ids is not None:
             alive = set(message.live_req_ids)
             for seq in self._scheduler.sequences():

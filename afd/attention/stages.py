@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from afd.attention.exchange import Combined
@@ -56,26 +56,16 @@ class StageClock:
         totals.ffn_s += combined.compute_s
         totals.num_exchanges += 1
         totals.num_gang_members += combined.gang_size
-        self.ring.add(
-            Stage(
-                "exchange",
-                sent_s,
-                now,
-                combined.stream,
-                layer,
-                combined.gang_tokens,
-                step,
-                combined.gang_id,
-                combined.gang_size,
-                combined.epoch,
-            )
-        )
+        tokens, gang, size, epoch = combined.gang_tokens, combined.gang_id, combined.gang_size, combined.epoch
+        self.ring.add(Stage("exchange", sent_s, now, combined.stream, layer, tokens, step, gang, size, epoch))
+        if combined.local:
+            self.ring.add(Stage("ffn", now - combined.compute_s, now, combined.stream, layer, tokens, step))
 
-    def wait(self, begun_s: float) -> None:
-        """Nothing was ready although work is in flight."""
-        now = self._clock()
-        self.totals.wait_s += now - begun_s
-        self.ring.add(Stage("wait", begun_s, now))
+    def wait(self, begun_s: float, arrived: Sequence[Combined]) -> None:
+        """Nothing was ready although work is in flight. What was computed here meanwhile is no waiting."""
+        until_s = self._clock() - sum(combined.compute_s for combined in arrived if combined.local)
+        self.totals.wait_s += until_s - begun_s
+        self.ring.add(Stage("wait", begun_s, until_s))
 
     def finish(
         self, stream: int, layer: int, batch: MicroBatch, begun_s: float, combined_s: float, started_s: float

@@ -195,7 +195,7 @@ class _Worker:
             if self._lost_since_s is None:
                 self._lost_since_s = now
             log.warning("%s; interrupted steps run again when it is back", error)
-            return
+            outputs = []
         if outputs:
             self._book.publish(outputs)
         self._report(now)
@@ -221,8 +221,6 @@ class _Worker:
             exchange.suspend("the cluster is not complete: an FFN worker is missing")
             return
         exchange.adopt(view.epoch, mesh_members(view, Role.FFN))
-        if self._epoch and view.epoch != self._epoch and self._seat.mesh is not None:
-            self._seat.mesh.retire_epoch(min(exchange.oldest_epoch, view.epoch) - 1)
         self._epoch = view.epoch
 
     def _judge_readiness(self, now: float) -> None:

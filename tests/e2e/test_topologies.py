@@ -70,7 +70,7 @@ def test_the_cover_is_small_and_complete():
         assert {(c[first], c[second]) for c in COVER} == wanted
 
 
-@pytest.mark.parametrize("case", cases())
+@pytest.mark.parametrize("case", list(cases()))
 def test_equals_the_reference(case, tmp_path, reference):
     model = MODELS[case["model"]]
     toml = f"""
