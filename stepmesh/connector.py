@@ -192,6 +192,6 @@ class Doorman:
         self._stats.turned_away += 1
         known = visit.hello is not None
         who = str(visit.hello.id) if visit.hello is not None else visit.link.peer_name
-        level = logging.DEBUG if known and error.retryable or not self._is_news(who, str(error)) else logging.WARNING
+        level = logging.DEBUG if (known and error.retryable) or not self._is_news(who, str(error)) else logging.WARNING
         # As text: an exception kept by a log handler would keep the frames it came through, and their mappings.
         log.log(level, "%s: turned away %s: %s", self._env.config.id, who, str(error))

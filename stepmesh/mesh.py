@@ -429,7 +429,7 @@ class Mesh:
         self._spins = bool(self._live) and all(pair.channel.spins for pair in self._live)
 
     def _judge(self, now: float) -> None:
-        """Drop peers that are lost, each behind a last reading: heartbeats may have waited while this thread computed."""
+        """Drop lost peers, each behind a last reading: heartbeats may have waited while this thread computed."""
         self._judge_at = now + self.config.heartbeat_s / 2
         for pair in self._live:
             self._take_control(pair, *pair.link.receive(), now)

@@ -38,12 +38,11 @@ from stepmesh.wire import (
     PROTOCOL_VERSION,
     ControlFrame,
     Heartbeat,
+    check_frame,
     check_header,
     encode_close,
     encode_heartbeat,
-    frame_crc32,
     read_header,
-    read_trailer,
     seal_checksum,
     write_trailer,
 )
@@ -85,6 +84,7 @@ class Pair(ABC):
         self.session = Session(config, env.fabric.now())
         self.leftover: list[ControlFrame] = []  # frames that came right behind the handshake
         self._layout = config.layout
+        self._num_streams = config.num_streams
         self._checksum_kind = CHECKSUM_CRC32 if config.checksum else CHECKSUM_NONE
         places = [(stream, parity) for stream in range(config.num_streams) for parity in range(NUM_PARITIES)]
         self._tx = [Slot(channel.outgoing(*place), config.layout) for place in places]
@@ -126,28 +126,21 @@ class Pair(ABC):
         self.link.close()
         self.channel.close()
 
-    def _read_frame(self, posted: Posted) -> tuple[Slot, Header]:
-        """The frame in a slot of ours, checked in everything but its sequence. Raises FrameError."""
+    def _read_header(self, posted: Posted) -> tuple[Slot, Header]:
+        """The header in a slot of ours, checked against the pair and the slot. Raises FrameError."""
         slot = self._rx[NUM_PARITIES * posted.stream + posted.parity]
         header = read_header(slot.memory)
         check_header(
             header,
             kind=self.receives,
             layout=self._layout,
-            num_streams=self.env.config.num_streams,
+            num_streams=self._num_streams,
             generation=self.generation,
         )
         if header.stream != posted.stream or header.seq & 1 != posted.parity or header.seq != posted.seq:
             raise FrameError(
                 f"frame says stream {header.stream} seq {header.seq}, its slot stream {posted.stream} seq {posted.seq}"
             )
-        trailer = read_trailer(slot.memory, header.payload_bytes)
-        if trailer != header.seq:
-            raise FrameError(f"incomplete frame: seq {header.seq} in front of the payload, {trailer} behind it")
-        if header.checksum_kind == CHECKSUM_CRC32:
-            crc = frame_crc32(slot.memory, header.payload_bytes)
-            if crc != header.checksum:
-                raise FrameError(f"checksum {crc:#010x}, the header says {header.checksum:#010x}")
         return slot, header
 
     def _post(self, slot: Slot, stream: int, seq: int, payload_bytes: int) -> None:
@@ -217,18 +210,19 @@ class AttentionPair(Pair):
 
     def _take(self, posts: Sequence[Posted]) -> list[CombineArrived]:
         arrived = []
+        now_ns = int(self.env.fabric.now() * 1e9)
         for posted in posts:
-            slot, header = self._read_frame(posted)
+            slot, header = self._read_header(posted)
+            view = slot.combine(header.num_tokens)
+            check_frame(slot.memory, header, view.payload_bytes)
             verdict, sent_ns = self.window.accept(header)
             if verdict is Verdict.SUPERSEDED:
                 self.stats.superseded += 1
                 continue
-            now_ns = int(self.env.fabric.now() * 1e9)
             self.stats.received_messages += 1
-            self.stats.received_bytes += header.payload_bytes
+            self.stats.received_bytes += view.payload_bytes
             self.stats.answers_waited_ns += now_ns - sent_ns
             self.env.trace.record(now_ns, Stage.COMBINE_ARRIVED, self.peer, header.stream, header.layer, header.seq)
-            view = slot.combine(header.num_tokens)
             arrived.append(CombineArrived(self.peer, header, view.rows, view.scales))
         return arrived
 
@@ -321,18 +315,20 @@ class FfnPair(Pair):
     def _take(self, posts: Sequence[Posted]) -> list[DispatchArrived]:
         arrived = []
         membership = self._membership
+        now = self.env.fabric.now()
+        now_ns = int(now * 1e9)
         for posted in posts:
-            slot, header = self._read_frame(posted)
+            slot, header = self._read_header(posted)
+            view = slot.dispatch(header.num_tokens, header.top_k)
+            check_frame(slot.memory, header, view.payload_bytes)
             verdict = self.window.accept(header, membership.live_epochs, membership.newest_epoch)
             if verdict is Verdict.FUTURE_EPOCH:
-                self._parked.append((posted, self.env.fabric.now()))
+                self._parked.append((posted, now))
                 continue
             self._delivered[NUM_PARITIES * posted.stream + posted.parity] = header
             self.stats.received_messages += 1
-            self.stats.received_bytes += header.payload_bytes
-            now_ns = int(self.env.fabric.now() * 1e9)
+            self.stats.received_bytes += view.payload_bytes
             self.env.trace.record(now_ns, Stage.DISPATCH_ARRIVED, self.peer, header.stream, header.layer, header.seq)
-            view = slot.dispatch(header.num_tokens, header.top_k)
             arrived.append(DispatchArrived(self.peer, header, view.parts))
         return arrived
 

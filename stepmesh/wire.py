@@ -38,7 +38,10 @@ def read_header(memory: memoryview) -> Header:
 
 
 def check_header(header: Header, *, kind: FrameKind, layout: PayloadLayout, num_streams: int, generation: int) -> None:
-    """Raise FrameError unless the header is one that this pair may carry. Sequence is the window's business."""
+    """Raise FrameError unless the header is one that this pair may carry.
+
+    Size, trailer and checksum are for `check_frame`, the sequence is the window's business.
+    """
     if header.magic != DATA_MAGIC:
         raise FrameError(f"bad magic {header.magic!r}")
     if not OLDEST_VERSION <= header.version <= PROTOCOL_VERSION:
@@ -54,25 +57,29 @@ def check_header(header: Header, *, kind: FrameKind, layout: PayloadLayout, num_
             f"{header.num_tokens} tokens x top_k {header.top_k} exceed the slot "
             f"({layout.max_tokens} x {layout.max_top_k})"
         )
-    if kind is FrameKind.DISPATCH:
-        dtype, size = layout.dispatch_dtype, layout.dispatch(header.num_tokens, header.top_k).total
-    else:
-        dtype, size = layout.combine_dtype, layout.combine(header.num_tokens).total
+    dtype = layout.dispatch_dtype if kind is FrameKind.DISPATCH else layout.combine_dtype
     if header.wire_dtype != dtype:
         raise FrameError(f"wire dtype {header.wire_dtype}, agreed on {dtype.name}")
-    if header.payload_bytes != size:
-        raise FrameError(f"payload of {header.payload_bytes} bytes, {header.num_tokens} tokens need {size}")
     if header.checksum_kind not in (CHECKSUM_NONE, CHECKSUM_CRC32):
         raise FrameError(f"unknown checksum algorithm {header.checksum_kind}")
+
+
+def check_frame(memory: memoryview, header: Header, payload_bytes: int) -> None:
+    """Raise FrameError unless the frame in a slot is whole. `payload_bytes`: what its tokens need."""
+    if header.payload_bytes != payload_bytes:
+        raise FrameError(f"payload of {header.payload_bytes} bytes, {header.num_tokens} tokens need {payload_bytes}")
+    trailer = SEQ.unpack_from(memory, trailer_offset(payload_bytes))[0]
+    if trailer != header.seq:
+        raise FrameError(f"incomplete frame: seq {header.seq} in front of the payload, {trailer} behind it")
+    if header.checksum_kind == CHECKSUM_CRC32:
+        crc = frame_crc32(memory, payload_bytes)
+        if crc != header.checksum:
+            raise FrameError(f"checksum {crc:#010x}, the header says {header.checksum:#010x}")
 
 
 def write_trailer(memory: memoryview, payload_bytes: int, seq: int) -> None:
     """Put the copy of seq behind the payload."""
     SEQ.pack_into(memory, trailer_offset(payload_bytes), seq)
-
-
-def read_trailer(memory: memoryview, payload_bytes: int) -> int:
-    return int(SEQ.unpack_from(memory, trailer_offset(payload_bytes))[0])
 
 
 def frame_crc32(memory: memoryview, payload_bytes: int) -> int:

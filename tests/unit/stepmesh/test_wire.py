@@ -19,6 +19,7 @@ from stepmesh.wire import (
     ControlKind,
     ControlParser,
     Heartbeat,
+    check_frame,
     check_header,
     decode_close,
     decode_heartbeat,
@@ -30,7 +31,6 @@ from stepmesh.wire import (
     encode_idle,
     frame_crc32,
     read_header,
-    read_trailer,
     seal_checksum,
     write_trailer,
 )
@@ -123,7 +123,6 @@ def test_a_good_header_passes() -> None:
         ({"num_tokens": 9}, "exceed"),
         ({"top_k": 3}, "exceed"),
         ({"wire_dtype": 1}, "dtype"),
-        ({"payload_bytes": 1}, "payload of 1"),
         ({"checksum_kind": 2}, "checksum"),
     ],
 )
@@ -153,11 +152,17 @@ def test_the_checksum_sees_any_flipped_bit(data: st.DataObject) -> None:
     assert frame_crc32(memory, size) != read_header(memory).checksum
 
 
-def test_the_trailer_stands_behind_the_payload() -> None:
+def test_a_whole_frame_has_its_size_and_its_trailer() -> None:
     memory = memoryview(bytearray(frame_bytes(13)))
+    header = good_header(seq=77, payload_bytes=13)
     write_trailer(memory, 13, 77)
-    assert read_trailer(memory, 13) == 77
     assert bytes(memory[-8:]) == (77).to_bytes(8, "little")
+    check_frame(memory, header, 13)
+    with pytest.raises(FrameError, match="payload of 13 bytes, 3 tokens need 14"):
+        check_frame(memory, header, 14)
+    write_trailer(memory, 13, 76)
+    with pytest.raises(FrameError, match="seq 77 in front of the payload, 76 behind it"):
+        check_frame(memory, header, 13)
 
 
 # Control frames
