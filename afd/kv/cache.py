@@ -17,9 +17,9 @@ class KVLayer(Protocol):
     @property
     def num_kv_heads(self) -> int: ...
     @property
-    def head_dim(self) -> int: ...
+    def cached_k_dim(self) -> int: ...
     @property
-    def v_head_dim(self) -> int: ...
+    def cached_v_dim(self) -> int: ...
 
 
 class KVModel(Protocol):
@@ -30,7 +30,7 @@ class KVModel(Protocol):
 
 
 class KVCache:
-    """k[layer], v[layer]: [num_blocks, num_kv_heads, block_size, head_dim], contiguous.
+    """k[layer], v[layer]: [num_blocks, num_kv_heads, block_size, width], contiguous; v's width is 0 for MLA.
 
     A token's slot is block * block_size + offset. Zeroed at start: kernels may read (and mask) a block's unwritten
     slots, and uninitialised memory could hold NaN, which a mask by multiplication would spread.
@@ -42,7 +42,7 @@ class KVCache:
         self.k: list[Tensor] = []
         self.v: list[Tensor] = []
         for layer in spec.attention_layers:
-            for tensors, width in ((self.k, layer.head_dim), (self.v, layer.v_head_dim)):
+            for tensors, width in ((self.k, layer.cached_k_dim), (self.v, layer.cached_v_dim)):
                 shape = (num_blocks, layer.num_kv_heads, block_size, width)
                 tensors.append(_zeros(shape, dtype, device))
 
@@ -58,12 +58,12 @@ class KVCache:
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
     """Zeros; on the CPU from memory that the kernel zeroes when it is first touched, so that start-up pays nothing."""
-    if device != "cpu":
+    if device != "cpu" or 0 in shape:
         return torch.zeros(shape, dtype=dtype, device=device)
     return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
 
 def num_blocks_for_bytes(spec: KVModel, num_bytes: int, block_size: int, dtype: torch.dtype) -> int:
     """How many blocks (of all layers together) fit into `num_bytes`."""
-    elements = sum(a.num_kv_heads * (a.head_dim + a.v_head_dim) for a in spec.attention_layers)
+    elements = sum(a.num_kv_heads * (a.cached_k_dim + a.cached_v_dim) for a in spec.attention_layers)
     return num_bytes // (elements * block_size * dtype.itemsize)

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from afd.errors import ModelError
-from afd.model.attention_kinds import PROJECTION_PARTS, Attention, GqaAttention, MfaAttention
+from afd.model.attention_kinds import Attention, AttentionWeights, GqaAttention, MfaAttention, projection_parts
 from afd.model.ffn import DenseFfn, Ffn, MoeFfn, SharedExpert, SwiGlu
 from afd.model.halves import AttentionHalf, AttentionLayer, FFNHalf
 from afd.model.inventory import Half, TensorSpec, inventory
+from afd.model.latent_attention import LatentWeights, MlaAttention
 from afd.model.loading import Progress
 from afd.model.router import Router
 from afd.model.sharding import ShardSpec
@@ -34,11 +35,11 @@ def assemble_attention_half(
     embedding = reader.load("embed")
     layers = []
     for idx, layer in enumerate(spec.layers):
-        attn_norm = reader.load("attn_norm", idx, dtype=torch.float32)
+        attn_norm = reader.norm("attn_norm", idx)
         attention = _attention(reader, layer.attention, idx)
-        ffn_norm = reader.load("ffn_norm", idx, dtype=torch.float32)
+        ffn_norm = reader.norm("ffn_norm", idx)
         layers.append(AttentionLayer(attn_norm, attention, ffn_norm, _router(reader, layer.ffn, idx)))
-    final_norm = reader.load("final_norm", dtype=torch.float32)
+    final_norm = reader.norm("final_norm")
     head = embedding if spec.tie_embeddings else reader.load("head")
     return AttentionHalf(spec, embedding, layers, final_norm, head)
 
@@ -57,39 +58,61 @@ def assemble_ffn_half(
 
 
 def _attention(reader: _Reader, spec: AttentionSpec, idx: int) -> Attention:
-    qkv = reader.stack(PROJECTION_PARTS[spec.kind], idx)
-    o = reader.load("o", idx)
+    if spec.kind is AttentionKind.MLA:
+        return _latent_attention(reader, spec, idx)
+    weights = AttentionWeights(reader.stack(projection_parts(spec), idx), reader.load("o", idx))
+    if spec.qkv_bias:
+        weights.qkv_bias = reader.stack(("q_bias", "k_bias", "v_bias"), idx)
+    if spec.o_bias:
+        weights.o_bias = reader.load("o_bias", idx)
+    if spec.qk_norm:
+        weights.q_head_norm, weights.k_head_norm = (reader.norm(f"{part}_head_norm", idx) for part in ("q", "k"))
     if spec.kind is AttentionKind.GQA:
-        return GqaAttention(spec, qkv, o)
-    q_norm = reader.load("q_norm", idx, dtype=torch.float32)
-    return MfaAttention(spec, qkv, q_norm, reader.load("q_up", idx), o, reader.rms_eps)
+        return GqaAttention(spec, weights, reader.rms_eps)
+    weights.q_norm, weights.q_up = reader.norm("q_norm", idx), reader.load("q_up", idx)
+    return MfaAttention(spec, weights, reader.rms_eps)
+
+
+def _latent_attention(reader: _Reader, spec: AttentionSpec, idx: int) -> Attention:
+    weights = LatentWeights(
+        q_up=reader.load("q_up" if spec.q_rank else "q", idx),
+        kv_down=reader.load("kv_down", idx),
+        kv_norm=reader.norm("kv_norm", idx),
+        kv_up=reader.load("kv_up", idx),
+        o=reader.load("o", idx),
+    )
+    if spec.q_rank:
+        weights.q_down, weights.q_norm = reader.load("q_down", idx), reader.norm("q_norm", idx)
+    return MlaAttention(spec, weights)
 
 
 def _router(reader: _Reader, ffn: FfnSpec, idx: int) -> Router | None:
     if ffn.router is None:
         return None
     dtype = torch.float32 if ffn.router.dtype == "float32" else None
-    return Router(ffn.router, ffn.top_k, reader.load("router", idx, dtype=dtype))
+    bias = reader.load("router_bias", idx, dtype=torch.float32) if ffn.router.selection_bias else None
+    return Router(ffn.router, ffn.top_k, reader.load("router", idx, dtype=dtype), bias)
 
 
 def _ffn(reader: _Reader, ffn: FfnSpec, shard: ShardSpec, idx: int) -> Ffn:
     if ffn.kind is FfnKind.DENSE:
-        return DenseFfn(_swiglu(reader, "", shard.dense_slice(ffn.intermediate), idx))
+        return DenseFfn(_swiglu(reader, "", shard.dense_slice(ffn.intermediate), idx, ffn.limit))
     experts = shard.experts(ffn.num_experts)
     width = shard.expert_slice(ffn.intermediate)
-    which, columns = _slice(experts), _slice(width)
-    gate_up = reader.stack(("expert_gate", "expert_up"), idx, (which, columns), dim=1)
-    down = reader.load("expert_down", idx, (which, slice(None), columns))
+    which, inner = _slice(experts), _slice(width)
+    gate_up = reader.stack(("expert_gate", "expert_up"), idx, (which, inner), dim=1)
+    down = reader.load("expert_down", idx, (which, slice(None), inner))
     shared = None
     if ffn.shared_intermediate:
-        swiglu = _swiglu(reader, "shared_", shard.shared_slice(ffn.shared_intermediate), idx)
+        columns = shard.shared_slice(ffn.shared_intermediate)
+        swiglu = _swiglu(reader, "shared_", columns, idx, ffn.shared_limit)
         shared = SharedExpert(swiglu, *shard.shared_expert_rows())
-    return MoeFfn(gate_up, down, experts.start, shared)
+    return MoeFfn(gate_up, down, experts.start, shared, ffn.limit)
 
 
-def _swiglu(reader: _Reader, prefix: str, columns: range, idx: int) -> SwiGlu:
+def _swiglu(reader: _Reader, prefix: str, columns: range, idx: int, limit: float) -> SwiGlu:
     gate_up = reader.stack((f"{prefix}gate", f"{prefix}up"), idx, (_slice(columns),))
-    return SwiGlu(gate_up, reader.load(f"{prefix}down", idx, (slice(None), _slice(columns))))
+    return SwiGlu(gate_up, reader.load(f"{prefix}down", idx, (slice(None), _slice(columns))), limit)
 
 
 def _slice(part: range) -> slice:
@@ -121,6 +144,11 @@ class _Reader:
         self._progress = progress
         self._num_done = 0
         self.rms_eps = checkpoint.spec.rms_eps
+
+    def norm(self, part: str, layer: int = -1) -> Tensor:
+        """The factors of an RMSNorm, float32."""
+        weight = self.load(part, layer, dtype=torch.float32)
+        return weight + 1.0 if self._checkpoint.spec.zero_centred_norms else weight
 
     def load(self, part: str, layer: int = -1, slices: Slices = (), dtype: torch.dtype | None = None) -> Tensor:
         """One part, or its slice."""

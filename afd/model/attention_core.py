@@ -14,6 +14,7 @@ from afd.model.batch import AttentionBatch
 from afd.model.rope import rotate
 
 _NATIVE_MULTIPLE = 8  # of block size and head dimensions, as afd.kernels asks
+_NATIVE_MAX_HEAD_DIM = 512
 
 
 def rope_write_kv(
@@ -40,10 +41,14 @@ def rope_write_kv(
 
 def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
     """Store k [n, num_kv_heads, head_dim] and v at their slots of [num_blocks, num_kv_heads, block_size, head_dim]."""
-    block_size = k_cache.shape[2]
-    blocks, offsets = slot_mapping // block_size, slot_mapping % block_size
-    k_cache[blocks, :, offsets] = k
-    v_cache[blocks, :, offsets] = v
+    write_cache(k, k_cache, slot_mapping)
+    write_cache(v, v_cache, slot_mapping)
+
+
+def write_cache(rows: Tensor, cache: Tensor, slot_mapping: Tensor) -> None:
+    """Store rows [n, num_kv_heads, width] at their slots of one [num_blocks, num_kv_heads, block_size, width]."""
+    block_size = cache.shape[2]
+    cache[slot_mapping // block_size, :, slot_mapping % block_size] = rows
 
 
 def paged_attention(
@@ -66,8 +71,10 @@ def paged_attention(
 
 
 def _native(k_cache: Tensor, v_cache: Tensor) -> bool:
-    multiples = (k_cache.shape[2], k_cache.shape[3], v_cache.shape[3])
-    return k_cache.is_cpu and all(size % _NATIVE_MULTIPLE == 0 for size in multiples)
+    """Not so for MLA: its values are columns of K (a strided view), and its full-size keys are 576 wide."""
+    sizes = (k_cache.shape[2], k_cache.shape[3], v_cache.shape[3])
+    fits = all(size % _NATIVE_MULTIPLE == 0 for size in sizes) and max(sizes[1:]) <= _NATIVE_MAX_HEAD_DIM
+    return fits and k_cache.is_cpu and v_cache.is_contiguous()
 
 
 def torch_paged_attention(

@@ -1,4 +1,4 @@
-"""Attention kinds: how q, k and v come out of a normed hidden state. One class a kind, one registry.
+"""Attention kinds: how q, k and v come out of a normed hidden state. One class a kind.
 
 Each is called with h [n, hidden], writes this step's K and V into the cache and returns [n, hidden], the value to
 add to the residual.
@@ -6,6 +6,7 @@ add to the residual.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -25,66 +26,86 @@ class Attention(Protocol):
     def __call__(self, h: Tensor, batch: AttentionBatch, cache: KVCache, layer_idx: int) -> Tensor: ...
 
 
+@dataclass(slots=True)
+class AttentionWeights:
+    """What a layer of kind GQA or MFA has; None where its spec says that it has none.
+
+    qkv: the projections of `projection_parts`, stacked along rows.  q_norm [q_rank], q_up [q width, q_rank]: MFA.
+    q_head_norm, k_head_norm [head_dim].  qkv_bias [q + k + v width], o_bias [hidden].  Norms are float32.
+    """
+
+    qkv: Tensor
+    o: Tensor
+    q_norm: Tensor | None = None
+    q_up: Tensor | None = None
+    q_head_norm: Tensor | None = None
+    k_head_norm: Tensor | None = None
+    qkv_bias: Tensor | None = None
+    o_bias: Tensor | None = None
+
+
 class _RotaryAttention:
-    """What GQA and MFA share: rotation, cache write, paged attention, output projection."""
+    """What GQA and MFA share: head norms, rotation, cache write, paged attention, head gate, output projection."""
 
-    def __init__(self, spec: AttentionSpec, o: Tensor):
+    def __init__(self, spec: AttentionSpec, weights: AttentionWeights, eps: float):
         self._spec = spec
-        self._o = o
-        self._inv_freq = inverse_frequencies(spec.rope).to(o.device)
+        self._w = weights
+        self._eps = eps
+        self._inv_freq = inverse_frequencies(spec.rope).to(weights.o.device)
+        first = spec.q_rank or spec.num_heads * spec.head_dim
+        self._widths = [first, spec.num_kv_heads * spec.head_dim, spec.num_kv_heads * spec.v_head_dim]
+        if spec.head_gate:
+            self._widths.append(spec.num_heads)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, batch: AttentionBatch, cache: KVCache, layer_idx: int) -> Tensor:
-        """q, k, v [n, heads * width] -> [n, hidden]."""
+    def _project(self, h: Tensor) -> list[Tensor]:
+        """q (or its low-rank form), k, v, and the head gate's logits where there is one: [n, width] each."""
+        projected = linear(h, self._w.qkv)
+        if self._w.qkv_bias is not None:
+            projected[:, : self._w.qkv_bias.shape[0]] += self._w.qkv_bias
+        return list(torch.split(projected, self._widths, dim=1))
+
+    def _attend(self, q: Tensor, parts: list[Tensor], batch: AttentionBatch, cache: KVCache, layer_idx: int) -> Tensor:
+        """q [n, heads * head_dim]; parts: k, v and perhaps the gate -> [n, hidden]."""
         spec = self._spec
         q = q.view(-1, spec.num_heads, spec.head_dim)
-        k = k.view(-1, spec.num_kv_heads, spec.head_dim)
-        v = v.view(-1, spec.num_kv_heads, spec.v_head_dim)
+        k = parts[0].view(-1, spec.num_kv_heads, spec.head_dim)
+        v = parts[1].view(-1, spec.num_kv_heads, spec.v_head_dim)
+        if self._w.q_head_norm is not None and self._w.k_head_norm is not None:
+            q = self._normed_heads(q, self._w.q_head_norm)
+            k = self._normed_heads(k, self._w.k_head_norm)
         k_cache, v_cache = cache.k[layer_idx], cache.v[layer_idx]
         tables = batch.rope_tables(spec.rope, self._inv_freq)
         q = rope_write_kv(q, k, v, tables, spec.rope.interleaved, k_cache, v_cache, batch)
         out = paged_attention(q, k_cache, v_cache, batch, spec.scale, spec.window)
-        return linear(out.flatten(1), self._o)
+        if spec.head_gate:
+            out = out * torch.sigmoid(parts[2])[:, :, None]
+        projected = linear(out.flatten(1), self._w.o)
+        return projected if self._w.o_bias is None else projected + self._w.o_bias
+
+    def _normed_heads(self, heads: Tensor, weight: Tensor) -> Tensor:
+        """RMSNorm of each head of [n, num_heads, head_dim]."""
+        return rms_norm(heads.reshape(-1, heads.shape[2]), weight, self._eps).view(heads.shape)
 
 
 class GqaAttention(_RotaryAttention):
-    """qkv [(num_heads + num_kv_heads) * head_dim + num_kv_heads * v_head_dim, hidden]; o [hidden, q width]."""
-
-    def __init__(self, spec: AttentionSpec, qkv: Tensor, o: Tensor):
-        super().__init__(spec, o)
-        self._qkv = qkv
-        self._widths = _qkv_widths(spec, spec.num_heads * spec.head_dim)
+    """q, k, v straight from the hidden state."""
 
     def __call__(self, h: Tensor, batch: AttentionBatch, cache: KVCache, layer_idx: int) -> Tensor:
-        q, k, v = torch.split(linear(h, self._qkv), self._widths, dim=1)
-        return self._attend(q, k, v, batch, cache, layer_idx)
+        q, *parts = self._project(h)
+        return self._attend(q, parts, batch, cache, layer_idx)
 
 
 class MfaAttention(_RotaryAttention):
-    """Step-3 (report, section 4): c = norm(W_q h), q = W_wq c; K and V are one head shared by all query heads.
-
-    qkv [q_rank + head_dim + v_head_dim, hidden]; q_norm [q_rank] float32; q_up [num_heads * head_dim, q_rank].
-    """
-
-    def __init__(self, spec: AttentionSpec, qkv: Tensor, q_norm: Tensor, q_up: Tensor, o: Tensor, eps: float):
-        super().__init__(spec, o)
-        self._qkv = qkv
-        self._q_norm = q_norm
-        self._q_up = q_up
-        self._eps = eps
-        self._widths = _qkv_widths(spec, spec.q_rank)
+    """Step-3 (report, section 4): c = norm(W_q h), q = W_wq c; K and V are one head shared by all query heads."""
 
     def __call__(self, h: Tensor, batch: AttentionBatch, cache: KVCache, layer_idx: int) -> Tensor:
-        c, k, v = torch.split(linear(h, self._qkv), self._widths, dim=1)
-        q = linear(rms_norm(c.contiguous(), self._q_norm, self._eps), self._q_up)
-        return self._attend(q, k, v, batch, cache, layer_idx)
+        assert self._w.q_norm is not None and self._w.q_up is not None, "MFA has a low-rank query"
+        c, *parts = self._project(h)
+        q = linear(rms_norm(c.contiguous(), self._w.q_norm, self._eps), self._w.q_up)
+        return self._attend(q, parts, batch, cache, layer_idx)
 
 
-def _qkv_widths(spec: AttentionSpec, q_width: int) -> list[int]:
-    return [q_width, spec.num_kv_heads * spec.head_dim, spec.num_kv_heads * spec.v_head_dim]
-
-
-PROJECTION_PARTS: dict[AttentionKind, tuple[str, str, str]] = {
-    AttentionKind.GQA: ("q", "k", "v"),
-    AttentionKind.MFA: ("q_down", "k", "v"),
-}
-"""Parts that each kind reads with one GEMM: stacked along rows into its `qkv` matrix."""
+def projection_parts(spec: AttentionSpec) -> tuple[str, ...]:
+    """Parts that a layer of kind GQA or MFA reads with one GEMM."""
+    query = "q_down" if spec.kind is AttentionKind.MFA else "q"
+    return (query, "k", "v", "head_gate") if spec.head_gate else (query, "k", "v")

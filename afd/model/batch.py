@@ -70,5 +70,6 @@ class AttentionBatch:
     def rope_tables(self, spec: RopeSpec, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
         """(cos, sin) of this batch's positions, computed once for all layers that share `spec`."""
         if spec not in self._rope:
-            self._rope[spec] = cos_sin(inv_freq, self.positions)
+            factor = spec.scaling.attention_factor if spec.scaling is not None else 1.0
+            self._rope[spec] = cos_sin(inv_freq, self.positions, factor)
         return self._rope[spec]

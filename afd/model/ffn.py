@@ -36,14 +36,15 @@ class Ffn(Protocol):
 class SwiGlu:
     """down(silu(gate(h)) * up(h)) over a slice of the intermediate dimension, which may be empty.
 
-    gate_up [2 * slice, hidden], gate first; down [hidden, slice].
+    gate_up [2 * slice, hidden], gate first; down [hidden, slice].  limit: of the clamped form, 0 = none.
     """
 
     gate_up: Tensor
     down: Tensor
+    limit: float = 0.0
 
     def __call__(self, rows: Tensor) -> Tensor:
-        return linear(silu_mul(linear(rows, self.gate_up)), self.down)
+        return linear(silu_mul(linear(rows, self.gate_up), self.limit), self.down)
 
 
 @dataclass(slots=True)
@@ -77,10 +78,13 @@ class MoeFfn:
     """The routed experts that this rank holds, and its part of the shared expert.
 
     gate_up [num_local, 2 * slice, hidden]; down [num_local, hidden, slice]; first_expert: global id of local expert 0.
+    limit: of the experts' clamped SwiGLU, 0 = none.
     """
 
-    def __init__(self, gate_up: Tensor, down: Tensor, first_expert: int, shared: SharedExpert | None):
-        self._experts = [SwiGlu(gate_up[e], down[e]) for e in range(gate_up.shape[0])]
+    def __init__(
+        self, gate_up: Tensor, down: Tensor, first_expert: int, shared: SharedExpert | None, limit: float = 0.0
+    ):
+        self._experts = [SwiGlu(gate_up[e], down[e], limit) for e in range(gate_up.shape[0])]
         self._first_expert = first_expert
         self._shared = shared
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from math import prod
 
-from afd.model.spec import AttentionKind, FfnKind, LayerSpec, ModelSpec
+from afd.model.spec import AttentionKind, AttentionSpec, FfnKind, LayerSpec, ModelSpec
 
 
 class Half(StrEnum):
@@ -51,21 +51,45 @@ def _tensors(spec: ModelSpec) -> Iterator[TensorSpec]:
 
 
 def _attention_parts(hidden: int, layer: LayerSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
-    attention = layer.attention
-    q_width = attention.num_heads * attention.head_dim
     yield "attn_norm", (hidden,)
-    if attention.kind is AttentionKind.MFA:
+    yield from _projections(hidden, layer.attention)
+    yield "ffn_norm", (hidden,)
+    if layer.ffn.router is not None:
+        yield "router", (layer.ffn.num_experts, hidden)
+        if layer.ffn.router.selection_bias:
+            yield "router_bias", (layer.ffn.num_experts,)
+
+
+def _projections(hidden: int, attention: AttentionSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
+    q_width = attention.num_heads * attention.head_dim
+    k_width = attention.num_kv_heads * attention.head_dim
+    v_width = attention.num_kv_heads * attention.v_head_dim
+    if attention.q_rank:
         yield "q_down", (attention.q_rank, hidden)
         yield "q_norm", (attention.q_rank,)
         yield "q_up", (q_width, attention.q_rank)
     else:
         yield "q", (q_width, hidden)
-    yield "k", (attention.num_kv_heads * attention.head_dim, hidden)
-    yield "v", (attention.num_kv_heads * attention.v_head_dim, hidden)
+    if attention.kind is AttentionKind.MLA:
+        nope_dim = attention.head_dim - attention.rope.rotary_dim
+        yield "kv_down", (attention.cached_k_dim, hidden)
+        yield "kv_norm", (attention.kv_rank,)
+        yield "kv_up", (attention.num_heads * (nope_dim + attention.v_head_dim), attention.kv_rank)
+    else:
+        yield "k", (k_width, hidden)
+        yield "v", (v_width, hidden)
+    if attention.qkv_bias:
+        yield "q_bias", (q_width,)
+        yield "k_bias", (k_width,)
+        yield "v_bias", (v_width,)
+    if attention.qk_norm:
+        yield "q_head_norm", (attention.head_dim,)
+        yield "k_head_norm", (attention.head_dim,)
+    if attention.head_gate:
+        yield "head_gate", (attention.num_heads, hidden)
     yield "o", (hidden, attention.num_heads * attention.v_head_dim)
-    yield "ffn_norm", (hidden,)
-    if layer.ffn.kind is FfnKind.MOE:
-        yield "router", (layer.ffn.num_experts, hidden)
+    if attention.o_bias:
+        yield "o_bias", (hidden,)
 
 
 def _ffn_parts(hidden: int, layer: LayerSpec) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -143,7 +143,7 @@ def _resolve_hf_folder(folder: Path) -> ModelFolder:
     family = family_of_config(config)
     spec = family.parse(config, folder.name)
     source = SafetensorsSource(folder)
-    checkpoint = Checkpoint(spec, source, family.naming, str(folder))
+    checkpoint = Checkpoint(spec, source, family.naming, str(folder), config.fp8_block())
     checkpoint.verify()
     tokenizer = folder / "tokenizer.json"
     return ModelFolder(

@@ -37,11 +37,16 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x.float(), (x.shape[-1],), weight, eps).to(x.dtype)
 
 
-def silu_mul(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up of [n, 2 * width], gate first -> [n, width]."""
+def silu_mul(gate_up: Tensor, limit: float = 0.0) -> Tensor:
+    """silu(gate) * up of [n, 2 * width], gate first -> [n, width].
+
+    limit > 0: min(silu(gate), limit) * clamp(up, -limit, limit), the clamped SwiGLU of Step-3.5.
+    """
     if gate_up.is_cpu:
-        return kernels.silu_mul(gate_up)
+        return kernels.silu_mul(gate_up, limit)
     gate, up = gate_up.chunk(2, dim=-1)
+    if limit > 0:
+        return F.silu(gate).clamp(max=limit) * up.clamp(-limit, limit)
     return F.silu(gate) * up
 
 

@@ -19,6 +19,8 @@ def inverse_frequencies(spec: RopeSpec) -> Tensor:
         return frequencies
     if scaling.kind == "linear":
         return frequencies / scaling.factor
+    if scaling.kind == "yarn":
+        return _yarn(frequencies, spec, scaling)
     return _llama3(frequencies, scaling)
 
 
@@ -30,10 +32,26 @@ def _llama3(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
     return (1 - blend) * frequencies / scaling.factor + blend * frequencies
 
 
-def cos_sin(inv_freq: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Two [num_tokens, rotary_dim / 2] float32 tables for integer `positions` [num_tokens]."""
+def _yarn(frequencies: Tensor, spec: RopeSpec, scaling: RopeScaling) -> Tensor:
+    """YaRN (arXiv 2309.00071, section 3.2): fast dimensions keep their frequency, slow ones are stretched."""
+
+    def dimension_of(turns: float) -> float:
+        period = scaling.original_max_position / (turns * 2 * math.pi)
+        return spec.rotary_dim * math.log(period) / (2 * math.log(spec.theta))
+
+    low, high = dimension_of(scaling.beta_fast), dimension_of(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, spec.rotary_dim - 1)
+    width = high - low if high != low else 1e-3
+    stretched = ((torch.arange(frequencies.shape[0]).float() - low) / width).clamp(0.0, 1.0)
+    return stretched * frequencies / scaling.factor + (1 - stretched) * frequencies
+
+
+def cos_sin(inv_freq: Tensor, positions: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Two [num_tokens, rotary_dim / 2] float32 tables for integer `positions` [num_tokens], times `factor`."""
     angles = positions.float()[:, None] * inv_freq
-    return angles.cos(), angles.sin()
+    return angles.cos() * factor, angles.sin() * factor
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:

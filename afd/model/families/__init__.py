@@ -3,27 +3,43 @@
 from __future__ import annotations
 
 from afd.errors import ModelError
-from afd.model.families import llama, step3
+from afd.model.families import deepseek, ernie, llama, qwen, step3, step3p5
 from afd.model.families.config_reader import ConfigReader
 from afd.model.families.family import Family, Naming
+from afd.model.families.vision_language import as_text_family, text_config
 
-FAMILIES: tuple[Family, ...] = (llama.FAMILY, step3.FAMILY)
+FAMILIES: tuple[Family, ...] = (
+    llama.FAMILY,
+    step3.FAMILY,
+    step3p5.FAMILY,
+    deepseek.FAMILY,
+    qwen.QWEN2,
+    qwen.QWEN3,
+    qwen.QWEN3_MOE,
+    ernie.FAMILY,
+)
 
 __all__ = ["FAMILIES", "ConfigReader", "Family", "Naming", "family_of_config", "family_of_gguf"]
 
 
 def family_of_config(config: ConfigReader) -> Family:
     """The family of a config.json, by model_type, else by architecture; ModelError names what is known."""
-    model_type = config.values.get("model_type")
-    architectures = config.values.get("architectures") or []
+    inner = text_config(config)
+    model_type, architectures = _identity(config if inner is None else inner)
     for family in FAMILIES:
         if model_type in family.model_types or any(a in family.architectures for a in architectures):
-            return family
+            return family if inner is None else as_text_family(family)
     known = ", ".join(t for family in FAMILIES for t in family.model_types)
     raise ModelError(
         f"{config.where}: unknown architecture: model_type {model_type!r}, architectures {architectures!r} "
         f"(known model types: {known})"
     )
+
+
+def _identity(config: ConfigReader) -> tuple[object, list[object]]:
+    """(model_type, architectures)"""
+    architectures = config.values.get("architectures") or []
+    return config.values.get("model_type"), architectures if isinstance(architectures, list) else [architectures]
 
 
 def family_of_gguf(metadata: ConfigReader) -> Family:

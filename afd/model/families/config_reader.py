@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from afd.errors import ModelError
 from afd.model.spec import RopeScaling
+
+DEFAULT_BLOCK = (128, 128)
+"""Rows and columns that share a scale in block-scaled float8 checkpoints."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +76,19 @@ class ConfigReader:
         name = str(self.values.get("torch_dtype") or self.values.get("dtype") or "bfloat16")
         return name.removeprefix("torch.")
 
+    def fp8_block(self) -> tuple[int, int]:
+        """Rows and columns that share a scale in a float8 checkpoint; any other quantisation is refused."""
+        settings = self.values.get("quantization_config")
+        if settings is None:
+            return DEFAULT_BLOCK
+        method = settings.get("quant_method") if isinstance(settings, Mapping) else settings
+        if method != "fp8":
+            raise self.fail("quantization_config", f"quant_method {method!r} is not supported (known: fp8)")
+        block = settings.get("weight_block_size") or DEFAULT_BLOCK
+        if len(block) != 2 or any(not isinstance(size, int) or size < 1 for size in block):
+            raise self.fail("quantization_config", f"weight_block_size {block!r} is not two positive integers")
+        return int(block[0]), int(block[1])
+
     def refuse(self, key: str, *, unless: object = None) -> None:
         """A setting that changes the forward pass and that AFD does not have: an error, never ignored."""
         value = self.values.get(key)
@@ -98,4 +115,52 @@ class ConfigReader:
                 high_freq_factor=inner.number("high_freq_factor"),
                 original_max_position=inner.integer("original_max_position_embeddings"),
             )
-        raise self.fail("rope_scaling", f"type {kind!r} is not supported (known: default, linear, llama3)")
+        if kind == "yarn":
+            return theta, self._yarn(inner)
+        raise self.fail("rope_scaling", f"type {kind!r} is not supported (known: default, linear, llama3, yarn)")
+
+    def _yarn(self, inner: ConfigReader) -> RopeScaling:
+        original = inner.integer("original_max_position_embeddings")
+        factor = inner.number("factor", self.integer("max_position_embeddings", default=original) / original)
+        mscale, mscale_all = inner.number("mscale", 0.0), inner.number("mscale_all_dim", 0.0)
+        attention_factor = yarn_mscale(factor, 1.0)
+        if mscale and mscale_all:
+            attention_factor = yarn_mscale(factor, mscale) / yarn_mscale(factor, mscale_all)
+        return RopeScaling(
+            "yarn",
+            factor=factor,
+            original_max_position=original,
+            beta_fast=inner.number("beta_fast", 32.0),
+            beta_slow=inner.number("beta_slow", 1.0),
+            attention_factor=inner.number("attention_factor", attention_factor),
+            truncate=inner.flag("truncate", True),
+        )
+
+    def per_layer(self, key: str, num_layers: int) -> list[Any] | None:
+        """A list with one entry for each layer (and perhaps more, for layers that are not the model's own), or None."""
+        value = self.values.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, list | tuple) or len(value) < num_layers:
+            raise self.fail(key, f"expected a list with an entry for each of {num_layers} layers, found {value!r}")
+        return list(value[:num_layers])
+
+    def layer_set(self, key: str, num_layers: int, num_beyond: int = 0) -> frozenset[int] | None:
+        """Layer numbers, "4,5,6" or a list; None when absent. num_beyond: further layers that may be named."""
+        value = self.values.get(key)
+        if value is None:
+            return None
+        items = [i for i in value.strip().split(",") if i.strip()] if isinstance(value, str) else value
+        try:
+            layers = frozenset(int(item) for item in items)
+        except (TypeError, ValueError):
+            raise self.fail(key, f"expected layer numbers, found {value!r}") from None
+        for layer in sorted(layers):
+            if not 0 <= layer < num_layers + num_beyond:
+                raise self.fail(key, f"names layer {layer}, but the model has layers 0 to {num_layers - 1}")
+        return layers
+
+
+def yarn_mscale(factor: float, mscale: float) -> float:
+    """YaRN's attention temperature (arXiv 2309.00071, equation 22, with DeepSeek's multiplier)."""
+    return 1.0 if factor <= 1.0 else 0.1 * mscale * math.log(factor) + 1.0

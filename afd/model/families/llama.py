@@ -4,22 +4,19 @@ from __future__ import annotations
 
 from afd.model.families.config_reader import ConfigReader
 from afd.model.families.family import Family, Naming
+from afd.model.families.layout import (
+    BIAS_NAMES,
+    GQA_NAMES,
+    ROTARY_BUFFER,
+    TRUNK_NAMES,
+    check_heads,
+    gqa_attention,
+    model_spec,
+    swiglu_names,
+)
 from afd.model.spec import AttentionKind, AttentionSpec, FfnKind, FfnSpec, LayerSpec, ModelSpec, RopeSpec
 
-HF_NAMES = {
-    "embed": "model.embed_tokens.weight",
-    "attn_norm": "model.layers.{layer}.input_layernorm.weight",
-    "q": "model.layers.{layer}.self_attn.q_proj.weight",
-    "k": "model.layers.{layer}.self_attn.k_proj.weight",
-    "v": "model.layers.{layer}.self_attn.v_proj.weight",
-    "o": "model.layers.{layer}.self_attn.o_proj.weight",
-    "ffn_norm": "model.layers.{layer}.post_attention_layernorm.weight",
-    "gate": "model.layers.{layer}.mlp.gate_proj.weight",
-    "up": "model.layers.{layer}.mlp.up_proj.weight",
-    "down": "model.layers.{layer}.mlp.down_proj.weight",
-    "final_norm": "model.norm.weight",
-    "head": "lm_head.weight",
-}
+HF_NAMES = {**TRUNK_NAMES, **GQA_NAMES, **BIAS_NAMES, **swiglu_names("mlp")}
 
 GGUF_NAMES = {
     "embed": "token_embd.weight",
@@ -38,35 +35,13 @@ GGUF_NAMES = {
 
 
 def parse(config: ConfigReader, name: str) -> ModelSpec:
-    for key, neutral in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu")):
-        config.refuse(key, unless=neutral)
-    hidden = config.integer("hidden_size")
-    num_heads = config.integer("num_attention_heads")
-    head_dim = config.integer("head_dim", default=max(hidden // num_heads, 1))
-    theta, scaling = config.rope(default_theta=10000.0)
-    attention = AttentionSpec(
-        kind=AttentionKind.GQA,
-        num_heads=num_heads,
-        num_kv_heads=config.integer("num_key_value_heads", default=num_heads),
-        head_dim=head_dim,
-        v_head_dim=head_dim,
-        rope=RopeSpec(theta, rotary_dim=head_dim, scaling=scaling),
-    )
-    _check_heads(config, attention)
+    config.refuse("mlp_bias", unless=False)
+    config.refuse("hidden_act", unless="silu")
+    bias = config.flag("attention_bias")
+    attention = gqa_attention(config, default_theta=10000.0, qkv_bias=bias, o_bias=bias)
     layer = LayerSpec(attention, FfnSpec(FfnKind.DENSE, config.integer("intermediate_size")))
-    return ModelSpec(
-        name=name,
-        family="llama",
-        hidden=hidden,
-        vocab_size=config.integer("vocab_size"),
-        layers=(layer,) * config.integer("num_hidden_layers"),
-        rms_eps=config.number("rms_norm_eps", 1e-6),
-        tie_embeddings=config.flag("tie_word_embeddings"),
-        max_context=config.integer("max_position_embeddings", default=2048),
-        bos_token_id=config.token_id("bos_token_id"),
-        eos_token_ids=config.token_ids("eos_token_id"),
-        torch_dtype=config.dtype(),
-    )
+    layers = (layer,) * config.integer("num_hidden_layers")
+    return model_spec(config, name, "llama", layers, default_eps=1e-6, default_context=2048)
 
 
 def parse_gguf(metadata: ConfigReader, name: str) -> ModelSpec:
@@ -87,7 +62,7 @@ def parse_gguf(metadata: ConfigReader, name: str) -> ModelSpec:
             rotary_dim=metadata.integer("llama.rope.dimension_count", default=head_dim),
         ),
     )
-    _check_heads(metadata, attention)
+    check_heads(metadata, attention, "llama.attention.head_count_kv")
     layer = LayerSpec(attention, FfnSpec(FfnKind.DENSE, metadata.integer("llama.feed_forward_length")))
     return ModelSpec(
         name=name,
@@ -105,19 +80,12 @@ def parse_gguf(metadata: ConfigReader, name: str) -> ModelSpec:
     )
 
 
-def _check_heads(config: ConfigReader, attention: AttentionSpec) -> None:
-    if attention.num_heads % attention.num_kv_heads:
-        raise config.fail(
-            "num_key_value_heads", f"{attention.num_kv_heads} does not divide {attention.num_heads} query heads"
-        )
-
-
 FAMILY = Family(
     name="llama",
     model_types=("llama",),
     architectures=("LlamaForCausalLM",),
     parse=parse,
-    naming=Naming(HF_NAMES, ignored=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)),
+    naming=Naming(HF_NAMES, ignored=(ROTARY_BUFFER,)),
     gguf_parse=parse_gguf,
     gguf_naming=Naming(GGUF_NAMES, ignored=(r"rope_freqs\.weight",), interleaved_rope_rows=True),
 )

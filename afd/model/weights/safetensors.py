@@ -16,13 +16,14 @@ from typing import Any
 import numpy as np
 
 from afd.errors import ModelError
+from afd.model.weights.block_fp8 import E4M3_VALUES
 from afd.model.weights.source import RawTensor, Slices, StoredTensor, TensorSource
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 MAX_HEADER_BYTES = 100 << 20
 
-_NUMPY_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+_NUMPY_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "F8_E4M3": "u1"}
 
 
 class SafetensorsSource(TensorSource):
@@ -59,6 +60,8 @@ class SafetensorsSource(TensorSource):
         else:
             mapped = np.memmap(tensor.file, dtype, "r", offset=self._offsets[name], shape=tensor.shape)
             array = np.array(mapped[slices])
+        if tensor.dtype == "F8_E4M3":
+            return RawTensor(E4M3_VALUES[array])
         return RawTensor(array, is_bfloat16=tensor.dtype == "BF16")
 
 
