@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
 
+from stepmesh.config import MAX_ATTENTION_RANKS
 from stepmesh.errors import HandshakeError, ProtocolError
 from stepmesh.types import RankId, Role
 from stepmesh.wire import (
@@ -40,6 +41,10 @@ from stepmesh.wire import (
     encode_control,
     encode_json,
 )
+
+_MAX_U32 = (1 << 32) - 1
+_MAX_NAME_CHARS = 128
+_MAX_REASON_CHARS = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,17 +76,17 @@ class Hello:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Hello:
-        """Raises ProtocolError when a field is missing or of the wrong type."""
+        """Raises ProtocolError when a field is missing, of the wrong type or out of range."""
         try:
             return cls(
-                id=RankId(Role(fields["role"]), int(fields["rank"])),
-                incarnation=str(fields["incarnation"]),
-                config_hash=str(fields["config_hash"]),
-                geometry={str(name): int(value) for name, value in fields["geometry"].items()},
-                transports=tuple(str(name) for name in fields["transports"]),
-                generation=int(fields["generation"]),
-                target=RankId(Role(fields["target_role"]), int(fields["target_rank"])),
-                target_incarnation=str(fields["target_incarnation"]),
+                id=RankId(Role(fields["role"]), _number(fields["rank"], 0, MAX_ATTENTION_RANKS - 1)),
+                incarnation=_text(fields["incarnation"]),
+                config_hash=_text(fields["config_hash"]),
+                geometry={_text(name): _number(value, 0, _MAX_U32) for name, value in fields["geometry"].items()},
+                transports=tuple(_text(name) for name in fields["transports"]),
+                generation=_number(fields["generation"], 1, _MAX_U32),  # it stands in 32 bits of every header
+                target=RankId(Role(fields["target_role"]), _number(fields["target_rank"], 0, MAX_ATTENTION_RANKS - 1)),
+                target_incarnation=_text(fields["target_incarnation"]),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ProtocolError(f"hello is malformed: {error!r}") from None
@@ -219,7 +224,7 @@ class Initiator(_Handshake):
             return self._accepted(frame)
         if self._state is _State.AWAIT_ACCEPT and frame.kind == ControlKind.REJECT:
             fields = self._signed_body(b"reject", frame, "REJECT is not signed with this cluster's secret")
-            raise HandshakeError(str(fields.get("reason")), retryable=bool(fields.get("retryable")))
+            raise HandshakeError(_reason(fields.get("reason")), retryable=bool(fields.get("retryable")))
         if self._state is _State.AWAIT_READY and frame.kind == ControlKind.READY:
             self._state = _State.DONE
             return Established()
@@ -244,7 +249,8 @@ class Initiator(_Handshake):
     def _accepted(self, frame: ControlFrame) -> Accepted:
         fields = self._signed_body(b"accept", frame, "ACCEPT is not signed with this cluster's secret")
         try:
-            step = Accepted(str(fields["transport"]), str(fields["reason"]), dict(fields["descriptor"]), frame.fds)
+            descriptor = dict(fields["descriptor"])
+            step = Accepted(_text(fields["transport"]), _reason(fields["reason"]), descriptor, frame.fds)
         except (KeyError, TypeError, ValueError) as error:
             raise HandshakeError(f"ACCEPT is malformed: {error!r}") from None
         self._state = _State.OPENING
@@ -306,3 +312,22 @@ def check_version(version: int) -> None:
         raise HandshakeError(
             f"the peer speaks protocol {version}, this end {OLDEST_VERSION}..{PROTOCOL_VERSION}", retryable=False
         )
+
+
+def _number(value: object, low: int, high: int) -> int:
+    """An integer of the JSON body, no other number. Raises ValueError."""
+    if type(value) is not int or not low <= value <= high:
+        raise ValueError(f"{str(value)[:40]} is no integer in {low}..{high}")
+    return value
+
+
+def _text(value: object) -> str:
+    """A name out of the JSON body. Raises ValueError."""
+    if not isinstance(value, str) or len(value) > _MAX_NAME_CHARS or not value.isascii():
+        raise ValueError(f"{str(value)[:40]!a} is no name of up to {_MAX_NAME_CHARS} ASCII characters")
+    return value
+
+
+def _reason(value: object) -> str:
+    """The peer's own words, fit for any log and any encoding."""
+    return str(value).encode("ascii", "backslashreplace").decode()[:_MAX_REASON_CHARS]

@@ -154,6 +154,8 @@ class ControlParser:
 
     def next_frame(self) -> ControlFrame | None:
         """The next complete frame, or None. Raises ProtocolError on garbage."""
+        if len(self._fds) > MAX_FDS:
+            raise ProtocolError(f"{len(self._fds)} descriptors came that no frame claims")
         if len(self._buffer) < PREFIX.size:
             return None
         kind, num_fds, length = PREFIX.unpack_from(self._buffer)
