@@ -54,6 +54,12 @@ class Dialler:
         """A member is to be reached; the next step dials."""
         self._targets[member.id] = _Target(member)
 
+    def refresh(self, member: Member) -> None:
+        """The same process may have become reachable elsewhere: the next attempt uses the new address."""
+        target = self._targets.get(member.id)
+        if target is not None:
+            target.member = member
+
     def forget(self, rank_id: RankId) -> None:
         """The rank is no member any more."""
         target = self._targets.pop(rank_id, None)

@@ -85,6 +85,7 @@ class Mesh:
         self._counter = 0
         self._look_at = 0.0
         self._judge_at = 0.0
+        self._draining = False
         self._closed = False
         self._fabric.every(config.heartbeat_s, self._beat)
 
@@ -131,6 +132,8 @@ class Mesh:
         if self.id.role is Role.ATTENTION:
             for member in change.added:
                 self._dialler.want(member)
+            for member in self._membership.members().values():
+                self._dialler.refresh(member)
         self._look_at = 0.0  # dial in the very next progress
 
     # Progress
@@ -245,6 +248,7 @@ class Mesh:
     def drain(self) -> None:
         """Ask all peers to leave this rank out from now on; exchanges in flight are still served."""
         self._check_open()
+        self._draining = True
         for pair in self._live:
             pair.link.send(encode_control(ControlKind.DRAIN))
 
@@ -392,6 +396,8 @@ class Mesh:
             "%s: %s up over %s (%s), generation %d", self.id, peer, stats.transport, stats.transport_reason, generation
         )
         self._events.append(PeerUp(peer, stats.transport, stats.transport_reason, generation))
+        if self._draining:
+            pair.link.send(encode_control(ControlKind.DRAIN))
         leftover, pair.leftover = pair.leftover, []
         self._take_control(pair, leftover, None, now)
 

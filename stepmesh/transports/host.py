@@ -35,6 +35,8 @@ class HostFabric(Fabric):
     waits = True
 
     def __init__(self, config: MeshConfig) -> None:
+        if not hasattr(select, "epoll") or not hasattr(os, "eventfd"):
+            raise ConfigError("stepmesh's sockets need Linux (epoll, eventfd); inproc runs everywhere")
         self._config = config
         self._transports = _offered(config)
         self._epoll = select.epoll()
@@ -50,6 +52,7 @@ class HostFabric(Fabric):
         self._awaiting_data: list[TcpChannel] = []
         self._periodic: list[_Periodic] = []
         self._open = True
+        self._open_lock = threading.Lock()  # wake() may come from any thread while the main thread closes
         try:
             self.address = self._listen()
         except TransportError:
@@ -134,13 +137,16 @@ class HostFabric(Fabric):
                 self._epoll.unregister(fd)
 
     def wake(self) -> None:
-        self._woken = True
-        self._ring()
+        with self._open_lock:
+            if self._open:
+                self._woken = True
+                self._ring()
 
     def close(self) -> None:
-        if not self._open:
-            return
-        self._open = False
+        with self._open_lock:
+            if not self._open:
+                return
+            self._open = False
         for periodic in self._periodic:
             periodic.stop()
         if self._io is not None:
@@ -177,7 +183,7 @@ class HostFabric(Fabric):
         return link
 
     def _ring(self) -> None:
-        with contextlib.suppress(OSError):  # full: it rings already; closed: nobody waits any more
+        with contextlib.suppress(BlockingIOError):  # full: it rings already
             os.eventfd_write(self._bell, 1)
 
     def _accept(self, listener: socket.socket, wakeups: Wakeups) -> None:

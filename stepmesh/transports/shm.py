@@ -27,13 +27,12 @@ from stepmesh.transports.base import Channel, ChannelSpec, Failure, Offer, Poste
 
 _LINE_BYTES = 64
 _LINE_WORDS = _LINE_BYTES // 8
-_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _NOTHING: tuple[Posted, ...] = ()
 
 
 def unsupported_reason() -> str | None:
     """Why this host cannot use shm, or None."""
-    if not sys.platform.startswith("linux") or not hasattr(os, "memfd_create"):
+    if not sys.platform.startswith("linux"):
         return "shm needs Linux (memfd, eventfd)"
     if platform.machine() not in ("x86_64", "AMD64"):
         return f"shm relies on x86-64's order of stores, this is {platform.machine()}"
@@ -166,11 +165,16 @@ class ShmChannel(Channel):
         seals = 0
         with contextlib.suppress(OSError):
             seals = fcntl.fcntl(memfd, fcntl.F_GET_SEALS)
-        if seals & _SEALS != _SEALS:
+        if seals & _seals() != _seals():
             raise ProtocolError("peer's memory is not a sealed memfd: it could shrink under our hands")
         size, needed = os.fstat(memfd).st_size, region_bytes(self._spec.num_streams, self._spec.tx_slot_bytes)
         if size != needed:
             raise ProtocolError(f"peer's memory has {size} bytes, expected {needed}")
+
+
+def _seals() -> int:
+    """The size is fixed for good, and so are the seals."""
+    return fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
 def _sealed_memfd(size: int) -> int:
@@ -179,7 +183,7 @@ def _sealed_memfd(size: int) -> int:
     try:
         fd = os.memfd_create("stepmesh", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(fd, size)
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _seals())
     except OSError as error:
         if fd >= 0:
             os.close(fd)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from stepmesh import (
+    Address,
     CombineArrived,
     ConfigError,
     DispatchArrived,
@@ -279,6 +280,27 @@ def test_drain_is_announced_and_exchanges_go_on(world: World) -> None:
         world.answer(arrival, peer)
     world.take(A0, CombineArrived, 2)
     world.exchange(A0, [F0, F1], make_parts(2))
+
+
+def test_a_peer_that_comes_back_hears_of_the_drain_again(world: World) -> None:
+    world.build(1, 1)
+    world.meshes[F0].drain()
+    world.take(A0, PeerDraining)
+    world.cut(A0, F0)
+    world.take(A0, PeerDown)
+    assert world.take(A0, PeerDraining) == [PeerDraining(F0)]
+
+
+def test_a_new_address_of_the_same_process_is_tried(world: World) -> None:
+    world.add(A0)
+    world.add(F0)
+    there = world.member(F0)
+    wrong = Member(there.id, there.incarnation, Address("nobody", "127.0.0.1", 0))
+    world.meshes[A0].set_members(1, [wrong])
+    world.meshes[F0].set_members(1, [world.member(A0)])
+    world.settle(0.05)
+    world.meshes[A0].set_members(2, [there])
+    world.until_connected()
 
 
 def test_close_is_final_for_the_peers_and_idempotent(world: World) -> None:
