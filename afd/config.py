@@ -19,10 +19,28 @@ Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 Positive = Annotated[float, msgspec.Meta(gt=0)]
 PositiveInt = Annotated[int, msgspec.Meta(ge=1)]
 NonNegativeInt = Annotated[int, msgspec.Meta(ge=0)]
+WILDCARD_HOSTS = frozenset({"0.0.0.0", "::", "[::]", "*"})
 
 
 class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Base of all sections: frozen, unknown keys refused."""
+
+
+class Listener(Section, frozen=True):
+    """host: where to listen.  advertise_host: what the others are told to connect to (a pod's IP, a container's name);
+    "" = host. Needed where host is a wildcard.
+    """
+
+    host: str = "127.0.0.1"
+    advertise_host: str = ""
+
+    @property
+    def reachable_host(self) -> str:
+        return self.advertise_host or self.host
+
+    def reachable(self, bound: str) -> str:
+        """ "host:port" for the others; bound: "host:port" or "tcp://host:port" of a socket that listens."""
+        return f"{self.reachable_host}:{bound.rpartition(':')[2]}"
 
 
 class ModelConfig(Section, frozen=True):
@@ -53,7 +71,7 @@ class TopologyConfig(Section, frozen=True):
     recovery_timeout_s: Positive = 2.0
 
 
-class AttentionConfig(Section, frozen=True):
+class AttentionConfig(Listener, frozen=True):
     """streams: 0 = auto (up to the plan's maximum).  num_blocks: 0 = as many as kv_cache_gib holds.
 
     max_step_tokens: tokens of one micro-batch (decodes first, then prefill).  max_num_seqs: running requests.
@@ -71,19 +89,17 @@ class AttentionConfig(Section, frozen=True):
     prefix_cache: bool = True
     threads: NonNegativeInt = 0
     device: Literal["cpu", "cuda"] = "cpu"
-    host: str = "127.0.0.1"
     port: Port = 0  # ZeroMQ; 0 = any
     mesh_port: Port = 0
     metrics_port: Port = 0
 
 
-class FfnConfig(Section, frozen=True):
+class FfnConfig(Listener, frozen=True):
     """gang_window_ms: upper bound of the wait for other attention workers at layer 0 (10 % of a step at most)."""
 
     threads: NonNegativeInt = 0
     device: Literal["cpu", "cuda"] = "cpu"
     gang_window_ms: Annotated[float, msgspec.Meta(ge=0, le=100)] = 5.0
-    host: str = "127.0.0.1"
     mesh_port: Port = 0
     metrics_port: Port = 0
 
@@ -106,10 +122,9 @@ class CoordinatorConfig(Section, frozen=True):
     tls_ca_file: str = ""
 
 
-class GatewayConfig(Section, frozen=True):
+class GatewayConfig(Listener, frozen=True):
     """Limits protect the process: every one is answered with 400 or 503 and its name."""
 
-    host: str = "127.0.0.1"
     port: Port = 8000
     api_keys_file: str = ""
     max_queue: PositiveInt = 1024
@@ -207,6 +222,11 @@ def check_config(config: ClusterConfig) -> None:
         raise ConfigError("topology mono has no transport; leave cluster.transport at auto")
 
 
+    for name, section in (("attention", config.attention), ("ffn", config.ffn)):
+        if section.host in WILDCARD_HOSTS and not section.advertise_host:
+            raise ConfigError(
+                f"{name}.host {section.host} is no address that others can connect to: set {name}.advertise_host too"
+            )
 def config_to_toml_dict(config: ClusterConfig) -> dict[str, Any]:
     """The resolved values as plain builtins (what --dry-run prints and children get as JSON)."""
     builtins: dict[str, Any] = msgspec.to_builtins(config)

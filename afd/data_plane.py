@@ -61,6 +61,7 @@ def mesh_config(
         stall_timeout_s=config.coordinator.stall_timeout_s,
         checksum=config.cluster.checksum,
     )
+        advertise_host=section.advertise_host or None,
 
 
 def published_address(address: Address) -> MeshAddress:

@@ -98,11 +98,11 @@ class _Worker:
         info = WorkerInfo(
             role=Role.ATTENTION.value,
             incarnation="",
-            host=section.host,
+            host=section.reachable_host,
             pid=os.getpid(),
             config_hash="",
-            serving=socket.getsockopt_string(zmq.LAST_ENDPOINT),
-            metrics=self._server.address,
+            serving=f"tcp://{section.reachable(socket.getsockopt_string(zmq.LAST_ENDPOINT))}",
+            metrics=section.reachable(self._server.address),
         )
         self._why_not = "waiting for the coordinator"
         agreed = config_hash(config, self._folder.fingerprint, spec.hidden, spec.max_top_k)

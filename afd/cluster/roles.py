@@ -97,18 +97,21 @@ def run_gateway_role(context: RoleContext) -> int:
     info = WorkerInfo(
         role="gateway",
         incarnation=uuid.uuid4().hex,
-        host=config.gateway.host,
+        host=config.gateway.reachable_host,
         pid=os.getpid(),
         config_hash="",
     )
-    membership = context.join(info, SyncFields)
+    load: dict[str, float] = {}  # written by the gateway's clock, read by the heartbeat
+    membership = context.join(info, lambda: SyncFields(stats=dict(load)))
 
     def on_ready(url: str) -> None:
-        membership.update_info(msgspec.structs.replace(info, metrics=urlsplit(url).netloc))
+        netloc = urlsplit(url).netloc
+        metrics = config.gateway.reachable(netloc) if config.gateway.advertise_host else netloc
+        membership.update_info(msgspec.structs.replace(info, metrics=metrics))
         context.announce({"url": url})
 
     try:
-        return run_gateway(config, membership, context.secret, on_ready, context.stop)
+        return run_gateway(config, membership, context.secret, on_ready, context.stop, on_load=load.update)
     finally:
         membership.close()
 

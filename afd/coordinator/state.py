@@ -43,6 +43,7 @@ from afd.types import FfnParallel, Topology
 MAX_ATTENTION = 128  # width of the gang member mask
 MAX_GATEWAYS = 64
 MAX_EVENTS = 200
+MAX_NOTE_CHARS = 300
 MAX_REMEMBERED_LOST = 4096
 
 
@@ -166,7 +167,7 @@ class CoordinatorState:
         return SyncReply(known=True, view=self._view if request.view_version != self._view.version else None)
 
     def control(self, request: ControlRequest, now: float) -> ControlReply:
-        """An operator's wish: "shutdown", or "drain" of one member."""
+        """An operator's wish: "shutdown", "drain" of one member, or a "note" for the events that `afd status` shows."""
         self._advance(now)
         if request.action == "shutdown":
             if self._shutdown_until is None:
@@ -187,7 +188,10 @@ class CoordinatorState:
             self._log(logging.INFO, f"{entry.name} asked to drain")
             self._publish()
             return ControlReply(ok=True)
-        return ControlReply(ok=False, error=f"unknown action {request.action!r}; known: shutdown, drain")
+        if request.action == "note":
+            self._log(logging.INFO, " ".join(request.target.split())[:MAX_NOTE_CHARS])
+            return ControlReply(ok=True)
+        return ControlReply(ok=False, error=f"unknown action {request.action!r}; known: shutdown, drain, note")
 
     def tick(self, now: float) -> None:
         """Time passed: declare lost who is lost. Call several times per `lost_after_s`."""

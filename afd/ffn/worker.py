@@ -69,10 +69,10 @@ class _Worker:
         info = WorkerInfo(
             role=Role.FFN.value,
             incarnation="",
-            host=config.ffn.host,
+            host=config.ffn.reachable_host,
             pid=os.getpid(),
             config_hash="",
-            metrics=self._server.address,
+            metrics=config.ffn.reachable(self._server.address),
             num_experts=spec.num_experts,
         )
         self._why_not = "waiting for the coordinator"

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import uvicorn
@@ -24,6 +25,7 @@ from afd.messages.membership_port import MembershipLike
 log = logging.getLogger(__name__)
 
 STOP_POLL_S = 0.1
+LOAD_S = 1.0
 FAREWELL_S = 2  # for the last events of ended streams to leave
 BACKLOG = 1024
 SEND_BUFFER_BYTES = 256 << 10  # per connection, inherited: a client that does not read is noticed, and costs no more
@@ -36,10 +38,12 @@ def run_gateway(
     on_ready: Callable[[str], None],
     stop: threading.Event,
     model: ServedModel | None = None,
+    on_load: Callable[[dict[str, float]], None] = lambda load: None,
 ) -> int:
     """Serve until `stop` is set (or the cluster shuts down), drain, return the exit code 0.
 
     on_ready: called once with the URL as soon as connections are accepted (not: as soon as the cluster is ready).
+    on_load: called once a second with `GatewayService.load()`, from the event loop.
     model: None = resolve the configured one. ConfigError: port in use, bad key file. ModelError: bad model files.
     """
     keys = load_api_keys(config.gateway.api_keys_file)
@@ -66,7 +70,12 @@ def run_gateway(
             while not server.started and not serving.done():
                 await asyncio.sleep(0.01)
             on_ready(url_of(listener))
+            load_at = 0.0
             while not (stop.is_set() or serving.done() or _shut_down(membership)):
+                now = time.monotonic()
+                if now >= load_at:
+                    load_at = now + LOAD_S
+                    on_load(service.load(now))
                 await asyncio.sleep(STOP_POLL_S)
             log.info("draining: %d requests are running", service.num_requests_running)
             await service.drain(config.gateway.drain_s)

@@ -47,9 +47,9 @@ class GatewayService:
         self._client = WorkerClient(secret, self.gateway_id.encode(), self._on_message)
         self.dispatcher = Dispatcher(self.gateway_id, _limits(config), self._client)
         self.registry: CollectorRegistry = process_registry("gateway")
-        sla = SlaWindow(config.sla.tpot_ms / 1e3, config.sla.ttft_ms / 1e3)
-        self.metrics = GatewayMetrics(self.registry, model.name, sla)
-        self.registry.register(DispatchCollector(self.dispatcher, model.name, sla))
+        self._sla = SlaWindow(config.sla.tpot_ms / 1e3, config.sla.ttft_ms / 1e3)
+        self.metrics = GatewayMetrics(self.registry, model.name, self._sla)
+        self.registry.register(DispatchCollector(self.dispatcher, model.name, self._sla))
         self._generations: set[Generation] = set()
         self._num_requests = 0
         self._ticker: asyncio.Task[None] | None = None
@@ -122,6 +122,17 @@ class GatewayService:
 
     def view(self) -> ClusterView | None:
         return self._membership.view()
+
+    def load(self, now: float) -> dict[str, float]:
+        """Flat figures for `afd status` and the autoscaler; the SLA ones over requests of the last minute."""
+        report = self._sla.report(now)
+        return {
+            "running": float(self.dispatcher.num_running),
+            "queued": float(len(self.dispatcher.queue)),
+            "finished": float(report.num_requests),
+            "tpot_p99_ms": report.tpot_p99_s * 1e3,
+            "ttft_p99_ms": report.ttft_p99_s * 1e3,
+        }
 
     def unready_reason(self) -> str | None:
         """Why new requests are refused, in one line; None when they are taken."""

@@ -158,7 +158,7 @@ class StatusReply(msgspec.Struct, frozen=True):
 
 
 class ControlRequest(msgspec.Struct, frozen=True):
-    """action: "shutdown" (drain all and stop) | "drain" with target "attention/1"."""
+    """action: "shutdown" (drain all and stop) | "drain" with target "attention/1" | "note" with a line as target."""
 
     action: str
     target: str = ""

@@ -34,7 +34,7 @@ def test_a_file_sets_and_an_override_wins(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[gateway]\nprot = 1\n", r"unknown key gateway\.prot; keys of \[gateway\]: host, port"),
+        ("[gateway]\nprot = 1\n", r"unknown key gateway\.prot; keys of \[gateway\]: host, advertise_host, port"),
         ("[gatway]\nport = 1\n", r"unknown section \[gatway\]; sections: model, cluster"),
         ("gateway = 1\n", r"gateway must be a section \(\[gateway\]\)"),
         ('[gateway]\nport = "eight"\n', r"Expected `int`, got `str` - at `gateway\.port`"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from afd.messages.membership import ControlRequest
 from tests.unit.coordinator.scenario import Scenario, formed
 
 
@@ -79,3 +80,10 @@ def test_nobody_joins_a_cluster_that_shuts_down() -> None:
     scenario = formed("1A1F")
     scenario.control("shutdown")
     assert "shutting down" in scenario.register("a1").error
+
+
+def test_a_note_is_an_event_of_one_bounded_line() -> None:
+    scenario = formed("1A1F")
+    assert scenario.state.control(ControlRequest("note", "autoscale:\n3A1F " + "x" * 999), scenario.now).ok
+    event = scenario.state.status(scenario.now).events[-1]
+    assert event.endswith("x") and "autoscale: 3A1F x" in event and len(event) < 400
