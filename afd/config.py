@@ -47,16 +47,21 @@ class ModelConfig(Section, frozen=True):
     """name: "smollm2-135m-instruct", a Hugging Face folder, or "dummy:<preset>".
 
     max_context: 0 = the model's own.  served_name: what clients call it; "" = derived from `name`.
+    weights: of the FFN; auto = in dtype, int8 = rounded to 8 bits with a scale for each output channel when loaded.
     """
 
     name: str = "smollm2-135m-instruct"
     served_name: str = ""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    weights: Literal["auto", "int8"] = "auto"
     max_context: NonNegativeInt = 0
 
 
 class TopologyConfig(Section, frozen=True):
     """topology: xAyF or mono.  transport: of the data plane; auto = shared memory on one host, else TCP.
+
+    wire: type of the rows from attention to FFN; auto = model.dtype, fp8 = e4m3 with a scale for each 128 columns.
+    Answers come back in model.dtype, or in bf16 or fp32 where that is set.
 
     recovery_timeout_s: how long requests wait for a lost FFN worker's return (or its successor) before they end with an
     error. The default suits clients that want to hear soon; with 60 a replacement has the time to load a model.
@@ -65,6 +70,7 @@ class TopologyConfig(Section, frozen=True):
     topology: str = "1A1F"
     ranks_per_instance: Literal[1] = 1
     transport: Literal["auto", "shm", "tcp"] = "auto"
+    wire: Literal["auto", "fp8", "bf16", "fp32"] = "auto"
     ffn_parallel: FfnParallel = FfnParallel.HYBRID
     checksum: bool = False
     secret_file: str = ""  # "" with `afd up`: a fresh secret for this run, handed to the children by pipe
@@ -209,8 +215,6 @@ def _check_keys(tree: dict[str, Any], where: str) -> None:
 def check_config(config: ClusterConfig) -> None:
     """Rules that span keys; ConfigError names both."""
     topology = config.topology
-    if config.cluster.ffn_parallel is FfnParallel.EP:
-        raise ConfigError("cluster.ffn_parallel = 'ep' is not built yet; use 'hybrid' or 'tp'")
     if config.attention.min_chunk_tokens > config.attention.max_step_tokens:
         raise ConfigError("attention.min_chunk_tokens must not exceed attention.max_step_tokens")
     host, _, port = config.coordinator.address.rpartition(":")
@@ -218,15 +222,17 @@ def check_config(config: ClusterConfig) -> None:
         raise ConfigError(f"coordinator.address {config.coordinator.address!r} is not host:port")
     if bool(config.coordinator.tls_cert_file) != bool(config.coordinator.tls_key_file):
         raise ConfigError("coordinator.tls_cert_file and coordinator.tls_key_file belong together: set both")
-    if topology.mono and config.cluster.transport != "auto":
-        raise ConfigError("topology mono has no transport; leave cluster.transport at auto")
-
-
     for name, section in (("attention", config.attention), ("ffn", config.ffn)):
         if section.host in WILDCARD_HOSTS and not section.advertise_host:
             raise ConfigError(
                 f"{name}.host {section.host} is no address that others can connect to: set {name}.advertise_host too"
             )
+    if topology.mono and config.cluster.transport != "auto":
+        raise ConfigError("topology mono has no transport; leave cluster.transport at auto")
+    if topology.mono and config.cluster.wire != "auto":
+        raise ConfigError("topology mono sends no rows; leave cluster.wire at auto")
+
+
 def config_to_toml_dict(config: ClusterConfig) -> dict[str, Any]:
     """The resolved values as plain builtins (what --dry-run prints and children get as JSON)."""
     builtins: dict[str, Any] = msgspec.to_builtins(config)

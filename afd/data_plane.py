@@ -16,17 +16,19 @@ from stepmesh.mesh import Mesh
 from stepmesh.types import Address, Member, RankId, Role, WireDtype
 
 WIRE_DTYPES = {"float32": WireDtype.FP32, "bfloat16": WireDtype.BF16}
+WIRE_NAMES = {"fp8": WireDtype.FP8_E4M3, "bf16": WireDtype.BF16, "fp32": WireDtype.FP32}
 
 
 def payload_layout(config: ClusterConfig, hidden: int, max_top_k: int) -> PayloadLayout:
-    """Slot geometry that both ends must agree on."""
+    """Slot geometry and row types that both ends must agree on."""
     dtype = WIRE_DTYPES[config.model.dtype]
+    wire = WIRE_NAMES.get(config.cluster.wire, dtype)
     return PayloadLayout(
         hidden=hidden,
         max_tokens=config.attention.max_step_tokens,
         max_top_k=max_top_k,
-        dispatch_dtype=dtype,
-        combine_dtype=dtype,
+        dispatch_dtype=wire,
+        combine_dtype=dtype if wire is WireDtype.FP8_E4M3 else wire,
     )
 
 
@@ -35,6 +37,8 @@ def config_hash(config: ClusterConfig, fingerprint: str, hidden: int, max_top_k:
     agreed = {
         "model": fingerprint,
         "dtype": config.model.dtype,
+        "weights": config.model.weights,
+        "wire": config.cluster.wire,
         "hidden": hidden,
         "top_k": max_top_k,
         "max_step_tokens": config.attention.max_step_tokens,
@@ -57,11 +61,11 @@ def mesh_config(
         layout=layout,
         listen_host=section.host,
         listen_port=section.mesh_port,
+        advertise_host=section.advertise_host or None,
         transport=config.cluster.transport,
         stall_timeout_s=config.coordinator.stall_timeout_s,
         checksum=config.cluster.checksum,
     )
-        advertise_host=section.advertise_host or None,
 
 
 def published_address(address: Address) -> MeshAddress:

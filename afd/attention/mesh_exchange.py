@@ -15,7 +15,9 @@ from torch import Tensor
 from afd.attention.exchange import Combined
 from afd.errors import PeerLostError
 from afd.model.halves import Dispatch
+from afd.model.wire_format import encode_rows
 from stepmesh.errors import PeerNotConnectedError, SlotBusyError
+from stepmesh.layout import PayloadLayout
 from stepmesh.mesh import Mesh
 from stepmesh.tensor import to_numpy, to_torch
 from stepmesh.types import (
@@ -26,7 +28,6 @@ from stepmesh.types import (
     PeerDown,
     PeerUp,
     RankId,
-    WireDtype,
 )
 
 
@@ -51,9 +52,9 @@ class _InFlight:
 class MeshExchange:
     """Main thread only. A new epoch takes effect at each stream's next layer 0."""
 
-    def __init__(self, mesh: Mesh, *, wire_dtype: WireDtype):
+    def __init__(self, mesh: Mesh, layout: PayloadLayout):
         self._mesh = mesh
-        self._wire_dtype = wire_dtype
+        self._layout = layout
         self._epoch = 0
         self._retired = 0
         self._peers: tuple[RankId, ...] = ()
@@ -93,9 +94,10 @@ class MeshExchange:
         flight.arrived.clear()
         meta = DispatchMeta(stream, flight.epoch, step, dispatch.layer, flight.gang_id, flight.mask)
         ids, weights = dispatch.expert_ids, dispatch.expert_weights
+        rows, scales = encode_rows(dispatch.rows, self._layout.dispatch_dtype)
         parts = DispatchParts(
-            to_numpy(dispatch.rows),
-            None,
+            to_numpy(rows),
+            None if scales is None else scales.numpy(),
             None if ids is None else ids.numpy(),
             None if weights is None else weights.numpy(),
         )
@@ -170,4 +172,4 @@ class MeshExchange:
         )
 
     def _tensor(self, answer: CombineArrived) -> Tensor:
-        return to_torch(answer.rows, self._wire_dtype)
+        return to_torch(answer.rows, self._layout.combine_dtype)

@@ -17,7 +17,7 @@ from afd.attention.mesh_exchange import MeshExchange
 from afd.attention.metrics import AttentionMetrics
 from afd.attention.requests import RequestBook
 from afd.config import ClusterConfig
-from afd.data_plane import WIRE_DTYPES, config_hash, mesh_members, payload_layout
+from afd.data_plane import config_hash, mesh_members, payload_layout
 from afd.errors import ConfigError, PeerLostError
 from afd.events import TracePage
 from afd.kv.block_pool import BlockPool
@@ -156,9 +156,10 @@ class _Worker:
         cache = KVCache(spec, num_blocks, section.block_size, half.dtype, section.device)
         if seat.mesh is None:
             shard = ShardSpec(0, 1, config.cluster.ffn_parallel)
-            self._exchange = LocalExchange([load_ffn_half(self._folder, shard, config.model.dtype, section.device)])
+            ffn = load_ffn_half(self._folder, shard, config.model.dtype, section.device, weights=config.model.weights)
+            self._exchange = LocalExchange([ffn])
         else:
-            self._exchange = MeshExchange(seat.mesh, wire_dtype=WIRE_DTYPES[config.model.dtype])
+            self._exchange = MeshExchange(seat.mesh, payload_layout(config, spec.hidden, spec.max_top_k))
         return AttentionEngine(half, cache, scheduler, self._exchange)
 
     # -- loop ---------------------------------------------------------------------------------------------

@@ -13,7 +13,9 @@ from torch import Tensor
 from afd.events import Stage, TraceRing
 from afd.ffn.gang import Arrival, GangBatch, GangTable
 from afd.model.halves import Dispatch, FFNHalf
+from afd.model.wire_format import decode_rows, encode_rows
 from stepmesh.errors import StaleArrivalError
+from stepmesh.layout import PayloadLayout
 from stepmesh.mesh import Mesh
 from stepmesh.tensor import to_numpy, to_torch
 from stepmesh.types import (
@@ -22,7 +24,6 @@ from stepmesh.types import (
     DispatchParts,
     IdleNotice,
     PeerDown,
-    WireDtype,
 )
 
 MAX_WAIT_S = 0.1  # longest block on file descriptors
@@ -49,13 +50,13 @@ class FFNEngine:
         mesh: Mesh,
         gangs: GangTable,
         *,
-        wire_dtype: WireDtype,
+        layout: PayloadLayout,
         clock: Callable[[], float] = time.perf_counter,
     ):
         self._half = half
         self._mesh = mesh
         self.gangs = gangs
-        self._wire_dtype = wire_dtype
+        self._layout = layout
         self._clock = clock
         self.totals = FFNTotals()
         self.ring = TraceRing()
@@ -102,7 +103,8 @@ class FFNEngine:
         arrivals = [a.token for a in batch.arrivals]
         parts = [a.parts for a in arrivals if isinstance(a, DispatchArrived)]
         assert len(parts) == len(arrivals)
-        rows = to_numpy(self._half.layer(self._merge(batch.layer, parts)))
+        answer, _ = encode_rows(self._half.layer(self._merge(batch.layer, parts)), self._layout.combine_dtype)
+        rows = to_numpy(answer)
         done_s = self._clock()
         meta = CombineMeta(batch.gang_id, batch.mask, batch.num_tokens, int((done_s - begun_s) * 1e9))
         start = 0
@@ -116,13 +118,18 @@ class FFNEngine:
 
     def _merge(self, layer: int, parts: Sequence[DispatchParts]) -> Dispatch:
         """The members' rows as one batch, in rank order."""
-        rows = _cat([to_torch(p.rows, self._wire_dtype) for p in parts])
+        rows = _cat([self._rows(p) for p in parts])
         first = parts[0]
         if first.expert_ids is None or first.expert_weights is None:
             return Dispatch(layer, rows, None, None)
         ids = _cat([torch.from_numpy(p.expert_ids) for p in parts if p.expert_ids is not None])
         weights = _cat([torch.from_numpy(p.expert_weights) for p in parts if p.expert_weights is not None])
-        return Dispatch(layer, rows, ids, weights)
+        return Dispatch(layer, rows, ids, weights, _own_places(parts))
+
+    def _rows(self, parts: DispatchParts) -> Tensor:
+        """One member's rows in the compute dtype."""
+        scales = None if parts.scales is None else torch.from_numpy(parts.scales)
+        return decode_rows(to_torch(parts.rows, self._layout.dispatch_dtype), scales, self._half.dtype)
 
     def _account(self, batch: GangBatch, begun_s: float, done_s: float, answered_s: float) -> None:
         totals = self.totals
@@ -136,6 +143,15 @@ class FFNEngine:
         self.ring.add(Stage("gang_wait", batch.first_s, begun_s, *where))
         self.ring.add(Stage("ffn", begun_s, done_s, *where))
         self.ring.add(Stage("combine", done_s, answered_s, *where))
+
+
+def _own_places(parts: Sequence[DispatchParts]) -> Tensor | None:
+    """Each row's place in its sender's micro-batch, by which `ffn_parallel = ep` shares out the shared expert: the
+    ranks need not merge a gang's members in the same batches. None for one sender: places are 0..n-1.
+    """
+    if len(parts) == 1:
+        return None
+    return torch.cat([torch.arange(p.rows.shape[0], dtype=torch.int32) for p in parts])
 
 
 def _cat(tensors: Sequence[Tensor]) -> Tensor:

@@ -9,7 +9,7 @@ import threading
 import torch
 
 from afd.config import ClusterConfig
-from afd.data_plane import WIRE_DTYPES, config_hash, mesh_members, payload_layout
+from afd.data_plane import config_hash, mesh_members, payload_layout
 from afd.events import TracePage
 from afd.ffn.engine import FFNEngine
 from afd.ffn.gang import GangTable
@@ -89,10 +89,12 @@ class _Worker:
             seat.membership.set_loading(done / total)
             announce({"loading": done / total})
 
-        half = load_ffn_half(self._folder, shard, config.model.dtype, config.ffn.device, loaded)
+        half = load_ffn_half(
+            self._folder, shard, config.model.dtype, config.ffn.device, loaded, weights=config.model.weights
+        )
         gangs = GangTable(seat.rank, config.topology.num_ffn, max_window_s=config.ffn.gang_window_ms / 1e3)
         assert seat.mesh is not None, "an FFN worker has no place in topology mono"
-        self._engine = FFNEngine(half, seat.mesh, gangs, wire_dtype=WIRE_DTYPES[config.model.dtype])
+        self._engine = FFNEngine(half, seat.mesh, gangs, layout=layout)
         self._trace.attach(seat.rank, self._engine.ring)
         self._metrics = FFNMetrics(registry, self._engine, seat.mesh)
         seat.membership.set_ready(True)

@@ -12,9 +12,11 @@ from afd.errors import ModelError
 from afd.model.attention_kinds import Attention, AttentionWeights, GqaAttention, MfaAttention, projection_parts
 from afd.model.ffn import DenseFfn, Ffn, MoeFfn, SharedExpert, SwiGlu
 from afd.model.halves import AttentionHalf, AttentionLayer, FFNHalf
+from afd.model.int8 import Int8Weight, empty_int8
 from afd.model.inventory import Half, TensorSpec, inventory
 from afd.model.latent_attention import LatentWeights, MlaAttention
 from afd.model.loading import Progress
+from afd.model.primitives import Weight
 from afd.model.router import Router
 from afd.model.sharding import ShardSpec
 from afd.model.spec import AttentionKind, AttentionSpec, FfnKind, FfnSpec
@@ -50,9 +52,12 @@ def assemble_ffn_half(
     dtype: str | torch.dtype,
     device: str,
     progress: Progress | None,
+    weights: str = "auto",
 ) -> FFNHalf:
+    if weights not in ("auto", "int8"):
+        raise ModelError(f"weights {weights!r} are not supported (known: auto, int8)")
     compute_dtype = _compute_dtype(dtype)
-    reader = _Reader(checkpoint, Half.FFN, compute_dtype, device, progress)
+    reader = _Reader(checkpoint, Half.FFN, compute_dtype, device, progress, int8=weights == "int8")
     layers = [_ffn(reader, layer.ffn, shard, idx) for idx, layer in enumerate(checkpoint.spec.layers)]
     return FFNHalf(checkpoint.spec, layers, compute_dtype)
 
@@ -100,8 +105,8 @@ def _ffn(reader: _Reader, ffn: FfnSpec, shard: ShardSpec, idx: int) -> Ffn:
     experts = shard.experts(ffn.num_experts)
     width = shard.expert_slice(ffn.intermediate)
     which, inner = _slice(experts), _slice(width)
-    gate_up = reader.stack(("expert_gate", "expert_up"), idx, (which, inner), dim=1)
-    down = reader.load("expert_down", idx, (which, slice(None), inner))
+    gate_up = reader.weight(("expert_gate", "expert_up"), idx, (which, inner), dim=1)
+    down = reader.weight(("expert_down",), idx, (which, slice(None), inner))
     shared = None
     if ffn.shared_intermediate:
         columns = shard.shared_slice(ffn.shared_intermediate)
@@ -111,8 +116,8 @@ def _ffn(reader: _Reader, ffn: FfnSpec, shard: ShardSpec, idx: int) -> Ffn:
 
 
 def _swiglu(reader: _Reader, prefix: str, columns: range, idx: int, limit: float) -> SwiGlu:
-    gate_up = reader.stack((f"{prefix}gate", f"{prefix}up"), idx, (_slice(columns),))
-    return SwiGlu(gate_up, reader.load(f"{prefix}down", idx, (slice(None), _slice(columns))), limit)
+    gate_up = reader.weight((f"{prefix}gate", f"{prefix}up"), idx, (_slice(columns),))
+    return SwiGlu(gate_up, reader.weight((f"{prefix}down",), idx, (slice(None), _slice(columns))), limit)
 
 
 def _slice(part: range) -> slice:
@@ -136,12 +141,14 @@ class _Reader:
         dtype: torch.dtype,
         device: str,
         progress: Progress | None,
+        int8: bool = False,
     ):
         self._checkpoint = checkpoint
         self._tensors = {(t.part, t.layer): t for t in inventory(checkpoint.spec) if t.half is half}
         self._dtype = dtype
         self._device = device
         self._progress = progress
+        self._int8 = int8
         self._num_done = 0
         self.rms_eps = checkpoint.spec.rms_eps
 
@@ -163,31 +170,50 @@ class _Reader:
         dtype: torch.dtype | None = None,
     ) -> Tensor:
         """The same slice of several parts, concatenated along `dim`, each read straight into its place."""
-        tensors = [self._tensors[part, layer] for part in parts]
-        shapes = [_sliced_shape(tensor.shape, slices) for tensor in tensors]
+        out = torch.empty(self._shape(parts, layer, slices, dim), dtype=dtype or self._dtype, device=self._device)
+        self._fill(out, parts, layer, slices, dim)
+        return out
+
+    def weight(self, parts: tuple[str, ...], layer: int, slices: Slices, dim: int = 0) -> Weight:
+        """As `stack`, for matrices that may be rounded to 8 bits."""
+        if not self._int8:
+            return self.stack(parts, layer, slices, dim)
+        out = empty_int8(self._shape(parts, layer, slices, dim), self._device)
+        self._fill(out, parts, layer, slices, dim)
+        return out
+
+    def _shape(self, parts: tuple[str, ...], layer: int, slices: Slices, dim: int) -> list[int]:
+        shapes = [_sliced_shape(self._tensors[part, layer].shape, slices) for part in parts]
         total = list(shapes[0])
         total[dim] = sum(shape[dim] for shape in shapes)
-        out = torch.empty(total, dtype=dtype or self._dtype, device=self._device)
+        return total
+
+    def _fill(self, out: Weight, parts: tuple[str, ...], layer: int, slices: Slices, dim: int) -> None:
         start = 0
-        for tensor, shape in zip(tensors, shapes, strict=True):
-            self._fill(out.narrow(dim, start, shape[dim]), tensor, slices)
-            start += shape[dim]
+        for part in parts:
+            tensor = self._tensors[part, layer]
+            length = _sliced_shape(tensor.shape, slices)[dim]
+            self._read(out.narrow(dim, start, length), tensor, slices)
+            start += length
             self._num_done += 1
             if self._progress is not None:
                 self._progress(self._num_done, len(self._tensors))
-        return out
 
-    def _fill(self, out: Tensor, tensor: TensorSpec, slices: Slices) -> None:
+    def _read(self, out: Weight, tensor: TensorSpec, slices: Slices) -> None:
         """Read tensor[slices] into `out` in pieces along its first dimension."""
-        if out.numel() == 0:
+        if prod(out.shape) == 0:
             return
         offset = slices[0].start if slices and slices[0].start is not None else 0
         step = max(PIECE_ELEMENTS // prod(out.shape[1:]), 1)
         edges = [*range(0, out.shape[0], step), out.shape[0]]
         for start, stop in pairwise(edges):
             raw = self._checkpoint.read(tensor, (slice(offset + start, offset + stop), *slices[1:]))
-            out[start:stop] = _to_torch(raw)
+            if isinstance(out, Int8Weight):
+                out.store(start, stop, _to_torch(raw))
+            else:
+                out[start:stop] = _to_torch(raw)
         if self._checkpoint.naming.interleaved_rope_rows and tensor.part in ("q", "k"):
+            assert isinstance(out, Tensor), "attention weights are never rounded"
             head_dim = self._checkpoint.spec.layers[tensor.layer].attention.head_dim
             out.copy_(_half_split_rows(out, head_dim))
 

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from afd.model.primitives import linear, silu_mul
+from afd.model.primitives import Weight, linear, silu_mul
 
 
 @dataclass(slots=True)
@@ -39,8 +39,8 @@ class SwiGlu:
     gate_up [2 * slice, hidden], gate first; down [hidden, slice].  limit: of the clamped form, 0 = none.
     """
 
-    gate_up: Tensor
-    down: Tensor
+    gate_up: Weight
+    down: Weight
     limit: float = 0.0
 
     def __call__(self, rows: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ class MoeFfn:
     """
 
     def __init__(
-        self, gate_up: Tensor, down: Tensor, first_expert: int, shared: SharedExpert | None, limit: float = 0.0
+        self, gate_up: Weight, down: Weight, first_expert: int, shared: SharedExpert | None, limit: float = 0.0
     ):
         self._experts = [SwiGlu(gate_up[e], down[e], limit) for e in range(gate_up.shape[0])]
         self._first_expert = first_expert

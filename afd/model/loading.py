@@ -95,11 +95,15 @@ def load_ffn_half(
     dtype: str | torch.dtype,
     device: str = "cpu",
     progress: Progress | None = None,
+    weights: str = "auto",
 ) -> FFNHalf:
-    """Load one FFN rank's shard; reads only the bytes of the shard where the format allows it."""
+    """Load one FFN rank's shard; reads only the bytes of the shard where the format allows it.
+
+    weights: "auto" = in dtype, "int8" = rounded to 8 bits as they are read (see `afd.model.int8`).
+    """
     from afd.model.assembly import assemble_ffn_half
 
-    return assemble_ffn_half(folder.checkpoint, shard, dtype, device, progress)
+    return assemble_ffn_half(folder.checkpoint, shard, dtype, device, progress, weights)
 
 
 def _resolve_dummy(name: str) -> ModelFolder:

@@ -10,13 +10,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from afd import kernels
+from afd.model.int8 import Int8Weight, int8_linear
 
 SMALL_GEMM_ROWS = 32
 """Up to so many rows a bfloat16 GEMM is bound by reading its weights, and the native one reads them faster."""
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
+Weight = Tensor | Int8Weight
+"""A matrix [out, in], or a stack of them."""
+
+
+def linear(x: Tensor, weight: Weight) -> Tensor:
     """x [n, in] times the transpose of weight [out, in] -> [n, out]."""
+    if isinstance(weight, Int8Weight):
+        return int8_linear(x, weight)
     if _small_gemm(x, weight):
         return kernels.gemm_bf16_small(x, weight, num_threads=torch.get_num_threads())
     return F.linear(x, weight)

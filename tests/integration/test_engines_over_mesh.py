@@ -60,7 +60,7 @@ class Pod:
         half = load_attention_half(folder, "float32")
         self.engines, self.exchanges = [], []
         for mesh in self.attention_meshes:
-            exchange = MeshExchange(mesh, wire_dtype=WireDtype.FP32)
+            exchange = MeshExchange(mesh, self.layout)
             scheduler = Scheduler(
                 SchedulerConfig(STEP_TOKENS, 4, max_num_seqs=16, max_context=256, num_streams=streams),
                 BlockPool(128, 8),
@@ -85,7 +85,7 @@ class Pod:
 
     def start_ffn(self, rank):
         half = load_ffn_half(self.folder, ShardSpec(rank, self.num_ffn, self.parallel), "float32")
-        engine = FFNEngine(half, self.ffn_meshes[rank], GangTable(rank, self.num_ffn), wire_dtype=WireDtype.FP32)
+        engine = FFNEngine(half, self.ffn_meshes[rank], GangTable(rank, self.num_ffn), layout=self.layout)
         stop = threading.Event()
 
         def run():

@@ -44,7 +44,7 @@ def test_a_file_sets_and_an_override_wins(tmp_path: Path) -> None:
         ("[attention]\nmin_chunk_tokens = 512\n", "min_chunk_tokens must not exceed attention.max_step_tokens"),
         ('[coordinator]\naddress = "nowhere"\n', "'nowhere' is not host:port"),
         ('[cluster]\ntopology = "mono"\ntransport = "tcp"\n', "mono has no transport"),
-        ('[cluster]\nffn_parallel = "ep"\n', "not built yet"),
+        ('[cluster]\ntopology = "mono"\nwire = "fp8"\n', "mono sends no rows"),
         ("[cluster]\nranks_per_instance = 8\n", "ranks_per_instance"),
         ("not toml", "is not valid TOML"),
     ],

@@ -1,0 +1,55 @@
+"""Weights rounded to 8 bits, with one scale for each output channel: half the memory of bfloat16.
+
+The GEMM runs in the activations' type, since few processors have one for a mix of types; the scales are applied to
+its output. With tensor-parallel slices a channel's scale is that of the slice that a rank holds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_MAX = 127.0
+_SMALLEST_SCALE = 1e-30  # of a channel of zeros
+
+
+@dataclass(frozen=True, slots=True)
+class Int8Weight:
+    """values [..., out, in] int8; scales [..., out] float32."""
+
+    values: Tensor
+    scales: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.values.shape
+
+    def __getitem__(self, idx: int) -> Int8Weight:
+        """One matrix of a stack."""
+        return Int8Weight(self.values[idx], self.scales[idx])
+
+    def narrow(self, dim: int, start: int, length: int) -> Int8Weight:
+        """A view of some of the rows or matrices."""
+        return Int8Weight(self.values.narrow(dim, start, length), self.scales.narrow(dim, start, length))
+
+    def store(self, start: int, stop: int, numbers: Tensor) -> None:
+        """Round numbers [stop - start, ...] into places start..stop of the first dimension."""
+        numbers = numbers.float()
+        scales = (numbers.abs().amax(dim=-1) / _MAX).clamp(min=_SMALLEST_SCALE)
+        self.scales[start:stop] = scales
+        self.values[start:stop] = (numbers / scales[..., None]).round_()
+
+
+def empty_int8(shape: list[int], device: str) -> Int8Weight:
+    """Room for a weight of `shape`."""
+    return Int8Weight(
+        torch.empty(shape, dtype=torch.int8, device=device), torch.empty(shape[:-1], dtype=torch.float32, device=device)
+    )
+
+
+def int8_linear(x: Tensor, weight: Int8Weight) -> Tensor:
+    """x [n, in] times the transpose of the weight -> [n, out] in x's dtype."""
+    return (F.linear(x, weight.values.to(x.dtype)).float() * weight.scales).to(x.dtype)
