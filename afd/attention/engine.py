@@ -105,6 +105,7 @@ class AttentionEngine:
         for stream in self._streams.values():
             self.scheduler.fail_stream(stream.micro_batch)
         self._streams.clear()
+        self.stages.reset()
         self._announced_idle.clear()
 
     # -- stages -------------------------------------------------------------------------------------------
@@ -113,7 +114,7 @@ class AttentionEngine:
         """Give every empty stream its next micro-batch; tell the FFN side of streams that have none."""
         if not self._exchange.ready:
             return
-        for idx in range(self.scheduler.num_streams):
+        for idx in range(self.scheduler.num_slots):  # closed streams too: the FFN side shall not wait for them
             if idx in self._streams:
                 continue
             micro_batch = self.scheduler.schedule(idx)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from afd.attention.exchange import Combined
 from afd.events import Stage, TraceRing
+from afd.sched.latency import StepLoad, StepSample
 from afd.sched.sequence import MicroBatch
 
 EMA = 0.2  # weight of the newest step in moving averages
@@ -27,11 +28,26 @@ class StageTotals:
     num_gang_members: int = 0  # summed over exchanges: / num_exchanges = mean gang size
 
 
+@dataclass(slots=True)
+class _StepSums:
+    """Seconds of one stream's step so far."""
+
+    attention_s: float = 0.0
+    exchange_s: float = 0.0
+    ffn_s: float = 0.0
+    gang_tokens: int = 0
+
+
 class StageClock:
-    """Called by the engine at each stage's end; reads the clock once a stage."""
+    """Called by the engine at each stage's end; reads the clock once a stage.
+
+    observer: gets every finished step's sums, for the latency model.
+    """
 
     def __init__(self, clock: Callable[[], float]):
         self._clock = clock
+        self._steps: dict[int, _StepSums] = {}  # by stream: the steps in flight
+        self.observer: Callable[[StepSample], None] | None = None
         self.totals = StageTotals()
         self.ring = TraceRing()
         self.step_s = 0.0  # moving average of one stream's step
@@ -42,6 +58,9 @@ class StageClock:
         """Combine (layer 0: embed), attention and dispatch of one layer -> now."""
         now = self._clock()
         self.totals.attention_s += now - begun_s
+        if layer == 0:
+            self._steps[stream] = _StepSums()
+        self._steps[stream].attention_s += now - begun_s
         num_tokens, step, add = batch.num_tokens, batch.step, self.ring.add
         add(Stage("combine" if layer else "embed", begun_s, combined_s, stream, layer - 1, num_tokens, step))
         add(Stage("attention", combined_s, computed_s, stream, layer, num_tokens, step))
@@ -56,6 +75,10 @@ class StageClock:
         totals.ffn_s += combined.compute_s
         totals.num_exchanges += 1
         totals.num_gang_members += combined.gang_size
+        sums = self._steps[combined.stream]
+        sums.exchange_s += now - sent_s
+        sums.ffn_s += combined.compute_s
+        sums.gang_tokens = combined.gang_tokens
         tokens, gang, size, epoch = combined.gang_tokens, combined.gang_id, combined.gang_size, combined.epoch
         self.ring.add(Stage("exchange", sent_s, now, combined.stream, layer, tokens, step, gang, size, epoch))
         if combined.local:
@@ -77,5 +100,28 @@ class StageClock:
         self.totals.num_tokens += batch.num_tokens
         took_s = now - started_s
         self.step_s = took_s if self.step_s == 0.0 else (1 - EMA) * self.step_s + EMA * took_s
+        self._observe(stream, batch, now - begun_s, took_s)
         self.ring.add(Stage("combine", begun_s, combined_s, stream, layer, batch.num_tokens, batch.step))
         self.ring.add(Stage("head", combined_s, now, stream, -1, batch.num_tokens, batch.step))
+
+    def reset(self) -> None:
+        """The steps in flight were lost."""
+        self._steps.clear()
+
+    def _observe(self, stream: int, batch: MicroBatch, head_s: float, took_s: float) -> None:
+        in_flight = tuple(self._steps)
+        sums = self._steps.pop(stream)
+        if self.observer is not None:
+            self.observer(
+                StepSample(
+                    stream=stream,
+                    load=StepLoad.of(batch),
+                    attention_s=sums.attention_s,
+                    head_s=head_s,
+                    ffn_s=sums.ffn_s,
+                    exchange_s=sums.exchange_s,
+                    gang_tokens=sums.gang_tokens,
+                    took_s=took_s,
+                    in_flight=in_flight,
+                )
+            )

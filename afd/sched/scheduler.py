@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Mapping
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from typing import Protocol
 
 from afd.kv.block_pool import ROOT_HASH, BlockPool, chain_hash
+from afd.sched.latency import StepLoad, attended
 from afd.sched.sequence import BatchItem, MicroBatch, Progress, Sequence, SequenceState
 from afd.types import FinishReason
 
@@ -28,12 +31,25 @@ class SchedulerConfig:
     num_streams: int = 2
 
 
-class Scheduler:
-    """Owns the worker's sequences and their blocks. Not thread safe: the worker's main thread calls it."""
+class PrefillPace(Protocol):
+    """How much prefill the running decodes can bear."""
 
-    def __init__(self, config: SchedulerConfig, pool: BlockPool):
+    def prefill_tokens(self, streams: Seq[StepLoad], stream: int, target_s: float, start: int, limit: int) -> int:
+        """Tokens from position `start` on, at most `limit`, that `stream` can add to its load so that a cycle of
+        `streams` keeps to `target_s`."""
+
+
+class Scheduler:
+    """Owns the worker's sequences and their blocks. Not thread safe: the worker's main thread calls it.
+
+    pace: limits prefill beside running decodes, down to `min_chunk_tokens` for each request; None = no limit.
+    """
+
+    def __init__(self, config: SchedulerConfig, pool: BlockPool, pace: PrefillPace | None = None):
         self.config = config
         self.pool = pool
+        self._pace = pace
+        self._flying: dict[int, StepLoad] = {}  # only with a pace
         self.num_streams = config.num_streams
         self._waiting: list[Sequence] = []  # ordered by rank_key
         self._running: list[list[Sequence]] = [[] for _ in range(config.num_streams)]
@@ -52,6 +68,11 @@ class Scheduler:
     @property
     def num_running(self) -> int:
         return sum(len(seqs) for seqs in self._running)
+
+    @property
+    def num_slots(self) -> int:
+        """Streams that were ever open: those from `num_streams` on are closed and only finish what is in flight."""
+        return len(self._running)
 
     @property
     def idle(self) -> bool:
@@ -107,6 +128,8 @@ class Scheduler:
                 seq.in_flight = True
                 budget -= 1
         prefills = [s for s in members if not s.decoding]
+        if prefills and budget and self._pace is not None:
+            budget = self._paced(self._pace, stream, items, prefills, budget)
         for idx, seq in enumerate(prefills):
             if seq.state is not SequenceState.RUNNING:
                 continue  # became a victim above
@@ -120,7 +143,10 @@ class Scheduler:
         if not items:
             return None
         self._step += 1
-        return MicroBatch(stream, self._step, tuple(items))
+        batch = MicroBatch(stream, self._step, tuple(items))
+        if self._pace is not None:
+            self._flying[stream] = StepLoad.of(batch)
+        return batch
 
     def commit(self, batch: MicroBatch, sampled: Mapping[str, int]) -> list[Progress]:
         """Book a computed micro-batch. sampled: token by req_id for the items that sample.
@@ -128,6 +154,7 @@ class Scheduler:
         Returns what the clients must hear, in item order; finished and aborted sequences have left.
         """
         progress: list[Progress] = []
+        self._flying.pop(batch.stream, None)
         for item in batch.items:
             seq = item.seq
             seq.in_flight = False
@@ -145,6 +172,7 @@ class Scheduler:
 
     def fail_stream(self, batch: MicroBatch) -> None:
         """Drop a micro-batch whose computation was lost: nothing is booked, its sequences run it again."""
+        self._flying.pop(batch.stream, None)
         for item in batch.items:
             item.seq.in_flight = False
             if item.seq.doomed is not None:
@@ -168,6 +196,20 @@ class Scheduler:
         assert len(self._waiting) + self.num_running == len(self._by_id) + len(doomed)
 
     # -- details ------------------------------------------------------------------------------------------
+
+    def _paced(
+        self, pace: PrefillPace, stream: int, decodes: Seq[BatchItem], prefills: Seq[Sequence], budget: int
+    ) -> int:
+        """Prefill tokens of this step: what the tightest decode anywhere can bear, and every prefill's least chunk."""
+        decoding = [seq for seqs in self._running for seq in seqs if seq.decoding]
+        target_s = min((seq.tpot_s for seq in decoding if seq.tpot_s), default=0.0)
+        if not target_s:
+            return budget
+        loads = [self._flying.get(idx) or _decode_load(seqs) for idx, seqs in enumerate(self._running)]
+        loads[stream] = _decode_load([item.seq for item in decodes])
+        allowed = pace.prefill_tokens(loads, stream, target_s, prefills[0].num_computed, budget)
+        least = sum(min(seq.num_pending, self.config.min_chunk_tokens) for seq in prefills)
+        return min(budget, max(allowed, least))
 
     def _admit(self) -> None:
         """Waiting -> running, in service order, while a place and the blocks of the whole text so far are free."""
@@ -267,3 +309,9 @@ class Scheduler:
                 self._running[stream].remove(seq)
                 self._running[target].append(seq)
                 seq.stream = target
+
+
+def _decode_load(seqs: Seq[Sequence]) -> StepLoad:
+    """One decode of each of them that is past its prefill."""
+    lengths = [len(seq.tokens) for seq in seqs if seq.decoding]
+    return StepLoad(len(lengths), sum(attended(length - 1, 1) for length in lengths), len(lengths))

@@ -21,6 +21,7 @@ class Sequence:
     tokens: prompt followed by output, resubmitted output included.  num_prompt: length of the prompt part.
     num_computed: leading tokens whose KV is in the cache (committed).
     blocks: KV blocks in order; hashes: prefix-chain hashes of its first full blocks that are published.
+    tpot_s: its TPOT target; 0 = none.
     stream: place in the pipeline, -1 while waiting.  in_flight: part of a micro-batch that is not committed.
     doomed: set by abort while in flight: carried out at that commit.  evicted: likewise for preemption.
     """
@@ -34,6 +35,7 @@ class Sequence:
     priority: int
     arrival: int  # order of arrival at this worker
     arrival_s: float = 0.0
+    tpot_s: float = 0.0
     state: SequenceState = SequenceState.WAITING
     stream: int = -1
     num_computed: int = 0

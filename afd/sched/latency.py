@@ -1,0 +1,259 @@
+"""Online model of step times: what a step of a given size will take, learnt from the steps that ran. Pure.
+
+Three curves, each linear with coefficients that are never negative: attention t_A(tokens, context), head t_H(rows) and
+FFN t_F(gang tokens); and the transfer time t_C, what an exchange takes beyond the FFN's computing. From them the cycle:
+the time in which every stream makes one step, which is the TPOT of every sequence in them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from operator import mul
+
+from afd.sched.sequence import MicroBatch
+
+FORGETTING = 0.99  # weight of a step against the next one: the last 100 steps or so count
+ANCHOR = 1e-3  # pull towards the last fit, in units of the data's own weight: what no step tells apart, stays
+TRUSTED = 4  # samples after which a curve may call a sample an outlier
+OUTLIER = 3.0  # a longer step than so many times the expected one counts as that: a hiccup is not a cost
+SMALLEST_S = 1e-5
+CORRECTION_EMA = 0.1
+CORRECTION_LIMITS = (0.5, 4.0)
+TRANSFER_FALL, TRANSFER_RISE = 0.3, 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class StepLoad:
+    """Size of one stream's step; fractions stand for an even split over streams.
+
+    num_tokens: rows computed.  context_tokens: KV entries read, one for each pair of a row and a position that it
+    attends to.  num_samples: rows that go through the head.
+    """
+
+    num_tokens: float
+    context_tokens: float
+    num_samples: float
+
+    @classmethod
+    def of(cls, batch: MicroBatch) -> StepLoad:
+        context = sum(attended(item.start, item.num_new) for item in batch.items)
+        return cls(batch.num_tokens, context, sum(item.samples for item in batch.items))
+
+    def plus(self, other: StepLoad) -> StepLoad:
+        return StepLoad(
+            self.num_tokens + other.num_tokens,
+            self.context_tokens + other.context_tokens,
+            self.num_samples + other.num_samples,
+        )
+
+    def split(self, parts: int) -> StepLoad:
+        """One of `parts` equal shares."""
+        return StepLoad(self.num_tokens / parts, self.context_tokens / parts, self.num_samples / parts)
+
+
+NOTHING = StepLoad(0, 0, 0)
+
+
+def attended(start: float, num_new: float) -> float:
+    """KV entries that `num_new` tokens from position `start` on read (causal, themselves included)."""
+    return num_new * start + num_new * (num_new + 1) / 2
+
+
+@dataclass(frozen=True, slots=True)
+class StepSample:
+    """One finished step of one stream, in seconds summed over its layers.
+
+    exchange_s: dispatch sent to combine seen; ffn_s of it the slowest FFN rank computed.  took_s: first to last stage.
+    gang_tokens: rows of the merged batch, of all attention workers.  in_flight: streams at work when it ended.
+    """
+
+    stream: int
+    load: StepLoad
+    attention_s: float
+    head_s: float
+    ffn_s: float
+    exchange_s: float
+    gang_tokens: float
+    took_s: float
+    in_flight: Collection[int]
+
+
+class Curve:
+    """seconds = sum(coefficients * features), fitted by least squares with forgetting; no coefficient is negative.
+
+    Errors count relative to the size of a step. A direction that no recent step tells (all steps of the same size)
+    keeps what was known of it. prior: coefficients before any sample.  scale: the features' typical sizes.
+    """
+
+    def __init__(self, prior: Sequence[float], scale: Sequence[float]):
+        self._scale = tuple(scale)
+        self._theta = [p * s for p, s in zip(prior, scale, strict=True)]
+        size = len(self._theta)
+        self._gram = [[0.0] * size for _ in range(size)]
+        self._moment = [0.0] * size
+        self._stale = False
+        self.num_samples = 0
+
+    @property
+    def coefficients(self) -> tuple[float, ...]:
+        self._refit()
+        return tuple(t / s for t, s in zip(self._theta, self._scale, strict=True))
+
+    def __call__(self, *features: float) -> float:
+        """Predicted seconds."""
+        self._refit()
+        return sum(t * f / s for t, f, s in zip(self._theta, features, self._scale, strict=True))
+
+    def add(self, seconds: float, *features: float) -> None:
+        """One measured step."""
+        around = max(seconds, SMALLEST_S)
+        if self.num_samples >= TRUSTED:
+            around = max(self(*features), SMALLEST_S)
+            seconds = min(seconds, OUTLIER * around)
+        x = [f / s for f, s in zip(features, self._scale, strict=True)]
+        weight = 1.0 / around**2
+        for i, row in enumerate(self._gram):
+            for j in range(len(x)):
+                row[j] = FORGETTING * row[j] + weight * x[i] * x[j]
+            self._moment[i] = FORGETTING * self._moment[i] + weight * x[i] * seconds
+        self.num_samples += 1
+        self._stale = True
+
+    def _refit(self) -> None:
+        if not self._stale:
+            return
+        self._stale = False
+        size = len(self._theta)
+        anchor = ANCHOR * sum(self._gram[i][i] for i in range(size))
+        gram = [[self._gram[i][j] + (anchor if i == j else 0.0) for j in range(size)] for i in range(size)]
+        moment = [self._moment[i] + anchor * self._theta[i] for i in range(size)]
+        self._theta = _least_squares(gram, moment)
+
+
+def _least_squares(gram: list[list[float]], moment: list[float]) -> list[float]:
+    """argmin x'Gx/2 - m'x over x >= 0, G positive definite, by trying every set of coefficients that stay above 0."""
+    size = len(moment)
+    best, best_cost = [0.0] * size, 0.0
+    for count in range(size, 0, -1):
+        for kept in combinations(range(size), count):
+            values = _solve([[gram[i][j] for j in kept] for i in kept], [moment[i] for i in kept])
+            if min(values) < 0.0:
+                continue
+            cost = -sum(map(mul, values, (moment[i] for i in kept))) / 2
+            if cost < best_cost:
+                best, best_cost = [0.0] * size, cost
+                for i, value in zip(kept, values, strict=True):
+                    best[i] = value
+        if count == size and best_cost < 0.0:
+            break  # the unconstrained minimum is allowed: nothing is better
+    return best
+
+
+def _solve(matrix: list[list[float]], right: list[float]) -> list[float]:
+    """Gaussian elimination; the matrix is positive definite, so no pivoting."""
+    size = len(right)
+    rows = [[*row, value] for row, value in zip(matrix, right, strict=True)]
+    for i in range(size):
+        for k in range(i + 1, size):
+            factor = rows[k][i] / rows[i][i]
+            for j in range(i, size + 1):
+                rows[k][j] -= factor * rows[i][j]
+    solution = [0.0] * size
+    for i in reversed(range(size)):
+        rest = sum(map(mul, rows[i][i + 1 : size], solution[i + 1 :]))
+        solution[i] = (rows[i][size] - rest) / rows[i][i]
+    return solution
+
+
+class LatencyModel:
+    """Curves of one attention worker and of the FFN side as seen from it. Main thread only.
+
+    overlap: the FFN computes beside this worker (False in one process: topology mono).
+    The priors are those of a slow machine: a worker that has measured nothing takes few requests, and has measured
+    after the first one.
+    """
+
+    def __init__(self, *, overlap: bool = True):
+        self._overlap = overlap
+        self.attention = Curve((4e-3, 2e-4, 2e-7), (1.0, 64.0, 16384.0))
+        self.head = Curve((1e-3, 1e-4), (1.0, 64.0))
+        self.ffn = Curve((4e-3, 2e-4) if overlap else (0.0, 0.0), (1.0, 64.0))
+        self.transfer_s = 2e-3 if overlap else 0.0
+        self._others = 0.0  # rows of other attention workers in our gangs
+        self._loads: dict[int, StepLoad] = {}
+        self._corrections: dict[int, float] = {}
+
+    def observe(self, sample: StepSample) -> None:
+        """Learn from one finished step."""
+        load = sample.load
+        self.attention.add(sample.attention_s, 1.0, load.num_tokens, load.context_tokens)
+        if load.num_samples:
+            self.head.add(sample.head_s, 1.0, load.num_samples)
+        if sample.gang_tokens:
+            self.ffn.add(sample.ffn_s, 1.0, sample.gang_tokens)
+            self._others += 0.1 * (max(0.0, sample.gang_tokens - load.num_tokens) - self._others)
+            self._observe_transfer(max(0.0, sample.exchange_s - sample.ffn_s), alone=len(sample.in_flight) <= 1)
+        self._loads = {s: kept for s, kept in self._loads.items() if s in sample.in_flight}
+        self._loads[sample.stream] = load
+        self._observe_cycle(sample.took_s)
+
+    @property
+    def num_steps(self) -> int:
+        """Steps observed."""
+        return self.attention.num_samples
+
+    def step_s(self, load: StepLoad) -> tuple[float, float]:
+        """(attention worker's time, FFN's time) of one stream's step."""
+        own = self.attention(1.0, load.num_tokens, load.context_tokens)
+        if load.num_samples:
+            own += self.head(1.0, load.num_samples)
+        return own, self.ffn(1.0, load.num_tokens + self._others)
+
+    def cycle_s(self, loads: Iterable[StepLoad]) -> float:
+        """Seconds in which each of these streams makes one step; 0 for none.
+
+        max(sum of A, sum of F, the longest stream's A + F + C), times what such cycles took more or less of late.
+        """
+        loads = [load for load in loads if load.num_tokens]
+        return self._ideal_cycle_s(loads) * self.correction(len(loads)) if loads else 0.0
+
+    def correction(self, num_streams: int) -> float:
+        """Measured / modelled cycle with so many streams; of the nearest number that was measured, else 1."""
+        if not self._corrections:
+            return 1.0
+        nearest = min(self._corrections, key=lambda measured: (abs(measured - num_streams), measured))
+        return self._corrections[nearest]
+
+    def forget_correction(self, num_streams: int) -> None:
+        """Measure that number of streams anew."""
+        self._corrections.pop(num_streams, None)
+
+    def _ideal_cycle_s(self, loads: Sequence[StepLoad]) -> float:
+        steps = [self.step_s(load) for load in loads]
+        sum_a, sum_f = sum(a for a, _ in steps), sum(f for _, f in steps)
+        if not self._overlap:
+            return sum_a + sum_f
+        return max(sum_a, sum_f, max(a + f for a, f in steps) + self.transfer_s)
+
+    def _observe_transfer(self, seconds: float, *, alone: bool) -> None:
+        """With other streams at work an answer also waits for them: then the figure is only an upper bound."""
+        if seconds < self.transfer_s:
+            self.transfer_s += TRANSFER_FALL * (seconds - self.transfer_s)
+        elif alone:
+            self.transfer_s += TRANSFER_RISE * (min(seconds, OUTLIER * self.transfer_s + 1e-3) - self.transfer_s)
+
+    def _observe_cycle(self, took_s: float) -> None:
+        loads = list(self._loads.values())
+        ideal = self._ideal_cycle_s(loads)
+        if ideal <= 0.0 or self.num_steps < TRUSTED:
+            return
+        known = self._corrections.get(len(loads))
+        ratio = took_s / ideal
+        if known is None:
+            known = min(ratio, OUTLIER)
+        else:
+            known += CORRECTION_EMA * (min(ratio, OUTLIER * known) - known)
+        low, high = CORRECTION_LIMITS
+        self._corrections[len(loads)] = min(high, max(low, known))
