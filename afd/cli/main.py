@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from afd import __version__
 from afd.bench import cli as bench
-from afd.cli import chat, roles, status, up
+from afd.cli import chat, roles, status, trace, up
 from afd.errors import AfdError
 from afd.plan import cli as plan
 
@@ -26,6 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
     up.add_parser(commands)
     roles.add_parsers(commands)
     status.add_parsers(commands)
+    trace.add_parser(commands)
     chat.add_parser(commands)
     bench.add_parser(commands)
     plan.add_parser(commands)
