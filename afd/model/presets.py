@@ -50,6 +50,25 @@ def _llama(hidden: int, heads: int, kv_heads: int, layers: int, dense: int, voca
     }
 
 
+def _qwen3(hidden: int, heads: int, kv_heads: int, head_dim: int, layers: int, dense: int, vocab: int,
+           context: int) -> Mapping[str, Any]:  # fmt: skip
+    return {
+        "model_type": "qwen3",
+        "hidden_size": hidden,
+        "intermediate_size": dense,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "num_hidden_layers": layers,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0,
+        "vocab_size": vocab,
+        "max_position_embeddings": context,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    }
+
+
 def _qwen3_moe(hidden: int, heads: int, kv_heads: int, head_dim: int, layers: int, experts: int, top_k: int,
                expert_width: int, vocab: int, context: int) -> Mapping[str, Any]:  # fmt: skip
     return {
@@ -220,6 +239,10 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "deepseek-v3": _deepseek_v3(
         hidden=7168, heads=128, q_rank=1536, kv_rank=512, rope_dim=64, head_dim=128, layers=61, first_dense=3,
         dense=18432, experts=256, top_k=8, groups=8, top_groups=4, expert_width=2048, vocab=129280, context=163840,
+    ),
+    "qwen3-tiny": _qwen3(hidden=64, heads=4, kv_heads=2, head_dim=16, layers=3, dense=112, vocab=512, context=2048),
+    "qwen3-8b": _qwen3(
+        hidden=4096, heads=32, kv_heads=8, head_dim=128, layers=36, dense=12288, vocab=151936, context=40960
     ),
     "qwen3-moe-tiny": _qwen3_moe(
         hidden=64, heads=4, kv_heads=2, head_dim=16, layers=3, experts=12, top_k=4, expert_width=32, vocab=512,

@@ -35,4 +35,11 @@ def hf_tensors(config: Mapping[str, Any]) -> dict[str, np.ndarray]:
     family = family_of_config(reader)
     tensors = inventory(family.parse(reader, "test"))
     source = DummySource(tensors, seed=3)
-    return {family.naming.stored_name(t): np.asarray(source.read(dummy_name(t)).array) for t in tensors}
+    stored: dict[str, np.ndarray] = {}
+    for tensor in tensors:
+        array = np.asarray(source.read(dummy_name(tensor)).array)
+        if family.naming.is_per_expert(tensor.part):
+            stored |= {family.naming.stored_name(tensor, e): array[e] for e in range(len(array))}
+        else:
+            stored[family.naming.stored_name(tensor)] = array
+    return stored

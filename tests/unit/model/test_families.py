@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -70,12 +71,6 @@ def test_a_layer_that_does_not_exist_is_named() -> None:
         step3(moe_layers_enum="1,2,5")
 
 
-def test_step3_vl_is_its_text_model() -> None:
-    text = {key: value for key, value in PRESETS["step3-tiny"].items() if key != "eos_token_id"}
-    spec = parse({"model_type": "step3_vl", "text_config": text, "vision_config": {}, "eos_token_id": 1})
-    assert spec == step3()
-
-
 def test_llama_spec_and_defaults() -> None:
     spec = llama(num_key_value_heads=None, eos_token_id=[2, 7])
     attention = spec.layers[0].attention
@@ -137,3 +132,99 @@ def test_halves_divide_the_inventory(preset: str) -> None:
     tensors = inventory(resolve_model(f"dummy:{preset}").spec)
     assert len({(t.part, t.layer) for t in tensors}) == len(tensors)
     assert {t.half for t in tensors} == {Half.ATTENTION, Half.FFN}
+
+
+def _family(preset: str, **changes: Any) -> ModelSpec:
+    return parse({**PRESETS[preset], **changes})
+
+
+PUBLISHED = {  # total and active parameters in billions (without the input embedding), KV elements per token
+    "step3.5-flash": ("197.0", "11.5", 45 * 2048),
+    "deepseek-v3": ("671.0", "36.6", 61 * 576),
+    "qwen3-235b-a22b": ("235.1", "21.6", 94 * 1024),
+    "ernie-4.5-300b-a47b": ("298.6", "47.1", 54 * 2048),
+}
+
+
+@pytest.mark.parametrize("preset", PUBLISHED)
+def test_full_sizes_have_the_published_figures(preset: str) -> None:
+    spec = resolve_model(f"dummy:{preset}").spec
+    counts = count_parameters(spec)
+    total, active = f"{counts.total / 1e9:.1f}", f"{counts.active / 1e9:.1f}"
+    assert (total, active, spec.kv_elements_per_token()) == PUBLISHED[preset]
+
+
+def test_step3p5_layers() -> None:
+    """Window, heads, rotary share and scaling by layer; clamps in the last layers only."""
+    spec = _family("step3.5-flash")
+    full, sliding = spec.layers[0].attention, spec.layers[1].attention
+    assert (full.num_heads, full.window, full.rope.rotary_dim, full.rope.theta) == (64, 0, 64, 5e6)
+    assert (sliding.num_heads, sliding.window, sliding.rope.rotary_dim, sliding.rope.theta) == (96, 512, 128, 1e4)
+    assert full.rope.scaling == RopeScaling("llama3", 2.0, 1.0, 32.0, 131072) and sliding.rope.scaling is None
+    assert [layer.ffn.limit for layer in spec.layers[-3:]] == [0.0, 7.0, 7.0]
+    assert [layer.ffn.shared_limit for layer in spec.layers[-3:]] == [0.0, 0.0, 16.0]
+    assert [layer.ffn.kind for layer in spec.layers[:4]] == [FfnKind.DENSE] * 3 + [FfnKind.MOE]
+
+
+def test_step3p5_as_transformers_writes_it() -> None:
+    """rope_parameters by layer type, mlp_layer_types, and transformers' names for counts."""
+    public = PRESETS["step3.5-flash-tiny"]
+    own = ("rope_theta", "rope_scaling", "partial_rotary_factors", "moe_layers_enum", "attention_other_setting",
+           "moe_num_experts", "moe_top_k", "num_attention_groups")  # fmt: skip
+    config = {key: value for key, value in public.items() if key not in own}
+    config |= {
+        "rope_parameters": {
+            "full_attention": {**public["rope_scaling"], "rope_theta": 5e6, "partial_rotary_factor": 0.5},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+        "mlp_layer_types": ["dense"] + ["sparse"] * 5,
+        "num_sliding_attention_heads": 6,
+        "n_routed_experts": 12,
+        "num_experts_per_tok": 3,
+        "num_key_value_heads": 2,
+    }
+    assert parse(config) == _family("step3.5-flash-tiny")
+
+
+def test_deepseek_caches_the_latent_only() -> None:
+    attention = _family("deepseek-v3").layers[0].attention
+    assert (attention.cached_k_dim, attention.cached_v_dim, attention.num_kv_heads) == (576, 0, 1)
+    assert attention.scale == pytest.approx(192**-0.5 * (0.1 * math.log(40) + 1) ** 2)
+    assert attention.rope.scaling is not None and attention.rope.scaling.attention_factor == 1.0
+
+
+@pytest.mark.parametrize(
+    ("preset", "changes", "message"),
+    [
+        ("step3.5-flash-tiny", {"layer_types": ["full_attention"]}, "layer_types: expected a list with an entry for"),
+        ("step3.5-flash-tiny", {"layer_types": ["linear"] * 6}, "layer 0 is 'linear'"),
+        ("step3.5-flash-tiny", {"moe_layers_enum": "1,6"}, "names layer 6"),
+        ("step3.5-flash-tiny", {"moe_router_activation": "tanh"}, "'tanh' is not supported"),
+        ("step3.5-flash-tiny", {"sliding_window": None}, "sliding_window: missing"),
+        ("step3.5-flash-tiny", {"sink": True}, "sink: True is not supported"),
+        ("deepseek-v3-tiny", {"n_group": 3}, "n_group: 3 does not divide 16 experts"),
+        ("deepseek-v3-tiny", {"topk_group": 1, "num_experts_per_tok": 5}, "cannot give 5 experts"),
+        ("deepseek-v3-tiny", {"n_group": 16, "topk_group": 8}, "needs two"),
+        ("deepseek-v3-tiny", {"topk_method": "greedy"}, "'greedy' is not supported"),
+        ("qwen3-moe-tiny", {"num_experts_per_tok": 13}, "13 is more than num_experts, 12"),
+        ("qwen3-moe-tiny", {"use_sliding_window": True}, "use_sliding_window: True is not supported"),
+        ("qwen3-moe-tiny", {"mlp_only_layers": [3]}, "names layer 3"),
+        ("ernie-4.5-moe-tiny", {"use_bias": True}, "use_bias: True is not supported"),
+        ("ernie-4.5-moe-tiny", {"moe_layer_end_index": 4}, "moe_layer_end_index: 4 is not a layer"),
+    ],
+)
+def test_a_wrong_config_of_each_family_is_named(preset: str, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        _family(preset, **changes)
+
+
+@pytest.mark.parametrize(
+    ("outer", "preset"),
+    [("step3_vl", "step3-tiny"), ("step3p7", "step3.5-flash-tiny"), ("step_robotics", "qwen3-tiny")],
+)
+def test_a_vision_language_model_is_its_text_model(outer: str, preset: str) -> None:
+    """With or without a model_type inside; token ids may stand outside."""
+    inner = {key: value for key, value in PRESETS[preset].items() if key not in ("eos_token_id", "model_type")}
+    config = {"model_type": outer, "text_config": inner, "eos_token_id": PRESETS[preset]["eos_token_id"],
+              "vision_config": {"hidden_size": 7}, "architectures": ["SomethingForConditionalGeneration"]}  # fmt: skip
+    assert parse(config) == parse(dict(PRESETS[preset]))

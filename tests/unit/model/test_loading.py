@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,12 +14,18 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from afd.errors import ConfigError, ModelError
+from afd.kv.cache import KVCache
+from afd.model.batch import AttentionBatch
+from afd.model.families import ConfigReader, family_of_config
 from afd.model.inventory import Half, inventory
 from afd.model.loading import DEFAULT_MODEL, load_attention_half, load_ffn_half, resolve_model
 from afd.model.presets import PRESETS
+from afd.model.reference import forward
 from afd.model.sharding import ShardSpec
+from afd.model.spec import ModelSpec
 from afd.model.weights.checkpoint import Checkpoint
 from afd.model.weights.source import Slices
 from afd.types import FfnParallel
@@ -243,10 +250,105 @@ def test_a_rank_outside_its_world_is_refused() -> None:
         ShardSpec(2, 2)
 
 
+def _every_half(folder: Path) -> list[torch.Tensor]:
+    """Outputs of one rank's FFN, and what the attention half embeds and computes, as a fingerprint of all weights."""
+    found = resolve_model(str(folder))
+    attention, ffn = load_attention_half(found, "float32"), load_ffn_half(found, ShardSpec(), "float32")
+    cache = KVCache(found.spec, 1, 8, torch.float32)
+    batch = AttentionBatch.build([(0, 5, [0])], 8)
+    with torch.inference_mode():
+        return [attention.logits(forward(attention, [ffn], torch.arange(5) + 9, batch, cache))]
+
+
+def _one_by_one(tensors: dict[str, np.ndarray]) -> None:
+    for name in [n for n in tensors if re.search(r"moe\.(gate|up|down)_proj", n)]:
+        for expert, array in enumerate(tensors.pop(name)):
+            tensors[name.replace(".moe.", f".moe.experts.{expert}.")] = array
+
+
+def test_experts_packed_or_one_by_one(make_folder: MakeFolder, tmp_path: Path) -> None:
+    packed = make_folder("step3.5-flash-tiny").rename(tmp_path / "packed")
+    single = make_folder("step3.5-flash-tiny", edit_tensors=_one_by_one)
+    assert torch.equal(_every_half(packed)[0], _every_half(single)[0])
+    for num_ranks in (2, 5):
+        for rank in range(num_ranks):
+            load_ffn_half(resolve_model(str(single)), ShardSpec(rank, num_ranks), "float32")
+
+
+def _nest(config: dict[str, Any]) -> None:
+    text = dict(config)
+    config.clear()
+    config.update(model_type="step3_vl", text_config=text, vision_config={})
+
+
+@pytest.mark.parametrize("prefix", ["model.language_model.", "language_model.model."])
+def test_the_language_model_inside_a_vision_language_checkpoint(
+    make_folder: MakeFolder, tmp_path: Path, prefix: str
+) -> None:
+    def rename(tensors: dict[str, np.ndarray]) -> None:
+        for name in list(tensors):
+            if name.startswith("model."):
+                tensors[prefix + name.removeprefix("model.")] = tensors.pop(name)
+        if prefix.startswith("language"):
+            tensors["language_model.lm_head.weight"] = tensors.pop("lm_head.weight")
+        tensors["model.vision_model.conv1.weight"] = np.zeros((2, 2), np.float32)
+        tensors["vit_large_projector.weight"] = np.zeros((2, 2), np.float32)
+
+    plain = make_folder("step3-tiny").rename(tmp_path / "plain")
+    nested = make_folder("step3-tiny", _nest, rename)
+    assert torch.equal(_every_half(plain)[0], _every_half(nested)[0])
+
+
+def test_prediction_layers_behind_the_last_are_left_out(make_folder: MakeFolder) -> None:
+    def add(tensors: dict[str, np.ndarray]) -> None:
+        tensors["model.layers.4.eh_proj.weight"] = np.zeros((2, 2), np.float32)
+
+    resolve_model(str(make_folder("deepseek-v3-tiny", edit_tensors=add)))
+
+
+def test_a_missing_expert_is_named(make_folder: MakeFolder) -> None:
+    name = "model.layers.1.mlp.experts.7.up_proj.weight"
+    with pytest.raises(ModelError, match=rf"missing tensor {name}, expected shape \[24, 64\]"):
+        resolve_model(str(make_folder("deepseek-v3-tiny", edit_tensors=lambda tensors: tensors.pop(name))))
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_loading_a_shard_peaks_near_its_size() -> None:
     """Peak resident memory over an idle process, of one of two FFN ranks of the default model: within 1.3x."""
+    spec = resolve_model(DEFAULT_MODEL).spec
+    assert _peak_bytes(DEFAULT_MODEL) < 1.3 * _shard_bytes(spec)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("one_by_one", [False, True], ids=["packed", "one by one"])
+def test_loading_experts_peaks_near_the_shards_size(tmp_path: Path, one_by_one: bool) -> None:
+    """Half the experts of a bfloat16 checkpoint of 50 MB of experts, packed and expert by expert."""
+    config = {**PRESETS["step3.5-flash-tiny"], "hidden_size": 512, "moe_intermediate_size": 256, "moe_num_experts": 12}
+    reader = ConfigReader(config, "test config")
+    family = family_of_config(reader)
+    spec = family.parse(reader, "test")
+    tensors = {}
+    for tensor in inventory(spec):
+        name, data = family.naming.stored_name(tensor), torch.zeros(tensor.shape, dtype=torch.bfloat16)
+        if one_by_one and tensor.part.startswith("expert_"):
+            name = name.replace(".moe.", ".moe.experts.{}.")
+            tensors |= {name.format(e): data[e].clone() for e in range(12)}
+        else:
+            tensors[name] = data
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert _peak_bytes(str(tmp_path)) < 1.3 * _shard_bytes(spec)
+
+
+def _shard_bytes(spec: ModelSpec) -> int:
+    """bfloat16 bytes of one of two FFN ranks."""
+    return sum(t.num_elements for t in inventory(spec) if t.half is Half.FFN)
+
+
+def _peak_bytes(model: str) -> int:
+    """What loading one of two FFN ranks adds to an idle process at its peak."""
     code = """
+import sys
 import torch
 from afd.model.loading import load_ffn_half, resolve_model
 from afd.model.sharding import ShardSpec
@@ -256,7 +358,7 @@ def status_bytes(key):
         return next(int(line.split()[1]) << 10 for line in file if line.startswith(key))
 
 torch.set_num_threads(1)
-folder = resolve_model("smollm2-135m-instruct")
+folder = resolve_model(sys.argv[1])
 load_ffn_half(resolve_model("dummy:llama-tiny"), ShardSpec(), "bfloat16")
 with open("/proc/self/clear_refs", "w") as file:
     file.write("5")
@@ -264,7 +366,5 @@ idle = status_bytes("VmRSS")
 half = load_ffn_half(folder, ShardSpec(0, 2), "bfloat16")
 print(status_bytes("VmHWM") - idle)
 """
-    peak = int(subprocess.run([sys.executable, "-c", code], check=True, timeout=60, capture_output=True).stdout)
-    spec = resolve_model(DEFAULT_MODEL).spec
-    shard_bytes = sum(t.num_elements for t in inventory(spec) if t.half is Half.FFN) // 2 * 2
-    assert peak < 1.3 * shard_bytes
+    done = subprocess.run([sys.executable, "-c", code, model], check=True, timeout=60, capture_output=True)
+    return int(done.stdout)
