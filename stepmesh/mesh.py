@@ -360,7 +360,8 @@ class Mesh:
             self._drop(pair, f"protocol: {error}", retryable=True)
             return
         for notice in notices:
-            self._heed(pair, notice)
+            if self._pairs.get(pair.peer) is pair:  # nothing is heard of a peer behind its CLOSE
+                self._heed(pair, notice)
         if closed is not None and self._pairs.get(pair.peer) is pair:
             self._take_from(pair)  # what it sent before it went
         if closed is not None:

@@ -114,7 +114,8 @@ class Pair(ABC):
         """Take control frames; what they mean for the mesh. Raises ProtocolError."""
         notices = []
         for frame in frames:
-            close_fds(frame.fds)
+            close_fds(frame.fds)  # all of them first: a bad frame must not keep those behind it open
+        for frame in frames:
             notice = self.session.receive(frame, now)
             if notice is not None:
                 notices.append(notice)
@@ -122,6 +123,9 @@ class Pair(ABC):
 
     def close(self, reason: str, *, retryable: bool) -> None:
         """Tell the peer why, then revoke: nothing it writes from now on is ever looked at."""
+        for frame in self.leftover:
+            close_fds(frame.fds)
+        self.leftover = []
         self.link.send(encode_close(reason, retryable=retryable))
         self.link.close()
         self.channel.close()
@@ -321,6 +325,8 @@ class FfnPair(Pair):
             slot, header = self._read_header(posted)
             view = slot.dispatch(header.num_tokens, header.top_k)
             check_frame(slot.memory, header, view.payload_bytes)
+            if self._parked:
+                self._check_not_parked(posted)
             verdict = self.window.accept(header, membership.live_epochs, membership.newest_epoch)
             if verdict is Verdict.FUTURE_EPOCH:
                 self._parked.append((posted, now))
@@ -331,6 +337,14 @@ class FfnPair(Pair):
             self.env.trace.record(now_ns, Stage.DISPATCH_ARRIVED, self.peer, header.stream, header.layer, header.seq)
             arrived.append(DispatchArrived(self.peer, header, view.parts))
         return arrived
+
+    def _check_not_parked(self, posted: Posted) -> None:
+        """A slot that holds a parked frame has no answer yet: a peer that posts into it breaks the protocol."""
+        for other, _ in self._parked:
+            if (other.stream, other.parity) == (posted.stream, posted.parity):
+                raise FrameError(
+                    f"seq {posted.seq} of stream {posted.stream} took the slot of {other.seq}, which has no answer yet"
+                )
 
     def _check_answerable(self, arrival: DispatchArrived) -> Header:
         header = arrival.header

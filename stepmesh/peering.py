@@ -58,7 +58,10 @@ class _Attempt(ABC):
         return self._channel is not None and self._channel.failure is not None
 
     def abandon(self) -> None:
-        """Close link and channel."""
+        """Close link and channel, and what came behind the handshake."""
+        for frame in self.leftover:
+            close_fds(frame.fds)
+        self.leftover = []
         self.link.close()
         if self._channel is not None:
             self._channel.close()
@@ -174,6 +177,8 @@ class Visit(_Attempt):
 
     def advance(self) -> FfnPair | None:
         self._read()
+        if self.leftover:
+            raise HandshakeError("the peer went on before it heard READY")
         if not self._attached or self._channel is None or not self._channel.ready:
             return None
         assert isinstance(self._handshake, Responder) and self.hello is not None

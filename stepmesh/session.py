@@ -71,8 +71,8 @@ class Session:
                 raise ProtocolError(f"idle notice for stream {stream} of {self._num_streams}")
             return Idle(stream, after_seq)
         if frame.kind == ControlKind.DRAIN:
-            self.draining = True
-            return Draining()
+            known, self.draining = self.draining, True
+            return None if known else Draining()
         if frame.kind == ControlKind.CLOSE:
             return Ended(*decode_close(frame.body))
         raise ProtocolError(f"{ControlKind(frame.kind).name} in an established session")

@@ -5,8 +5,8 @@ uses the slots of parity seq & 1. Rules, for one pair in one generation:
 
 - A dispatch may use a parity only when the exchange that used it before has been answered. Answers are
   cumulative: the answer to a later seq of the stream also settles earlier ones.
-- The FFN side accepts a seq only if it is higher than any before it on that stream, and an epoch only if it is
-  live and not lower than the stream's last one.
+- The FFN side accepts a seq only if it is higher than any before it on that stream and its slot is not one that
+  still waits for an answer, and an epoch only if it is live and not lower than the stream's last one.
 - The FFN side answers a seq once, and never one older than the newest it has answered.
 - The attention side takes a combine for the newest dispatch; one for an older, still unanswered dispatch is
   superseded (counted, not delivered); anything else is an error.
@@ -104,6 +104,11 @@ class CombineWindow:
             raise FrameError(f"seq {header.seq} of stream {stream} is not above {self._seen_seq[stream]}")
         if header.epoch < self._seen_epoch[stream]:
             raise FrameError(f"epoch {header.epoch}, stream {stream} is already in {self._seen_epoch[stream]}")
+        for other in self._open[stream]:
+            if (other ^ header.seq) & 1 == 0:
+                raise FrameError(
+                    f"seq {header.seq} of stream {stream} took the slot of {other}, which has no answer yet"
+                )
         if header.epoch > newest_epoch:
             return Verdict.FUTURE_EPOCH
         if header.epoch not in live_epochs:

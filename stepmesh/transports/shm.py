@@ -93,6 +93,7 @@ class ShmChannel(Channel):
             raise ProtocolError(f"shm descriptor came with {len(fds)} file descriptors, expected 2")
         memfd, self._peer_bell_fd = fds
         try:
+            _check_bell(self._peer_bell_fd)
             self._check_region(descriptor, memfd)
             self._tx = _Region(memfd, self._spec.num_streams, self._spec.tx_slot_bytes)
         finally:
@@ -175,6 +176,13 @@ class ShmChannel(Channel):
 def _seals() -> int:
     """The size is fixed for good, and so are the seals."""
     return fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+
+
+def _check_bell(fd: int) -> None:
+    """Raise ProtocolError unless ringing the peer's bell can neither block nor write anywhere else."""
+    kind = os.readlink(f"/proc/self/fd/{fd}")
+    if kind != "anon_inode:[eventfd]" or os.get_blocking(fd):
+        raise ProtocolError(f"peer's bell is no non-blocking eventfd but {kind}")
 
 
 def _sealed_memfd(size: int) -> int:

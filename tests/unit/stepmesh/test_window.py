@@ -91,6 +91,17 @@ def test_dispatches_must_rise_per_stream() -> None:
     assert window.accept(header(9), {1}, 1) is Verdict.DELIVER
 
 
+def test_a_slot_is_filled_again_only_after_its_answer() -> None:
+    window = CombineWindow(2)
+    window.accept(header(1), {1}, 1)
+    window.accept(header(2), {1}, 1)
+    with pytest.raises(FrameError, match="seq 3 of stream 0 took the slot of 1, which has no answer yet"):
+        window.accept(header(3), {1}, 1)
+    window.accept(header(3, stream=1), {1}, 1)
+    window.answered(0, 2)  # settles 1, too
+    assert window.accept(header(3), {1}, 1) is Verdict.DELIVER
+
+
 def test_epochs_of_a_stream() -> None:
     window = CombineWindow(1)
     assert window.accept(header(1, epoch=3), {3, 4}, 4) is Verdict.DELIVER
@@ -98,6 +109,7 @@ def test_epochs_of_a_stream() -> None:
     assert window.accept(header(2, epoch=5), {4, 5}, 5) is Verdict.DELIVER  # heard of in the meantime
     with pytest.raises(FrameError, match="already in 5"):
         window.accept(header(3, epoch=4), {4, 5}, 5)
+    window.answered(0, 2)
     with pytest.raises(FrameError, match="not live"):
         window.accept(header(3, epoch=6), {5, 7}, 7)
 
