@@ -82,6 +82,8 @@ class AttentionConfig(Listener, frozen=True):
 
     max_step_tokens: tokens of one micro-batch (decodes first, then prefill).  max_num_seqs: running requests.
     threads: 0 = a fair share of the machine's cores.
+    modelled: not "" = no model: a step takes base_ms + token_us * tokens + context_us * KV entries read, tokens are
+    hashes, such as "base_ms=4,token_us=150,context_us=0.2" (topology mono; for tests of everything but the model).
     """
 
     streams: Annotated[int, msgspec.Meta(ge=0, le=4)] = 0
@@ -95,6 +97,7 @@ class AttentionConfig(Listener, frozen=True):
     prefix_cache: bool = True
     threads: NonNegativeInt = 0
     device: Literal["cpu", "cuda"] = "cpu"
+    modelled: str = ""
     port: Port = 0  # ZeroMQ; 0 = any
     mesh_port: Port = 0
     metrics_port: Port = 0
@@ -227,6 +230,8 @@ def check_config(config: ClusterConfig) -> None:
             raise ConfigError(
                 f"{name}.host {section.host} is no address that others can connect to: set {name}.advertise_host too"
             )
+    if config.attention.modelled and not topology.mono:
+        raise ConfigError(f"attention.modelled has no FFN side: use cluster.topology 'mono', not {topology}")
     if topology.mono and config.cluster.transport != "auto":
         raise ConfigError("topology mono has no transport; leave cluster.transport at auto")
     if topology.mono and config.cluster.wire != "auto":

@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -47,6 +48,23 @@ class Output:
     progress: Progress
     logprobs: TokenLogprobs | None
     error: str | None = None
+
+
+class Engine(Protocol):
+    """What the worker's loop drives. Main thread only."""
+
+    scheduler: Scheduler
+    stages: StageClock
+
+    @property
+    def in_flight(self) -> bool:
+        """True while a micro-batch is being computed anywhere."""
+
+    def run_once(self, timeout_s: float) -> list[Output]:
+        """Go on by one stage, waiting up to `timeout_s` for it; what a commit brought. PeerLostError: call `fail`."""
+
+    def fail(self) -> None:
+        """Nothing in flight is booked; its sequences stay where they were."""
 
 
 class AttentionEngine:

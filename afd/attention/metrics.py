@@ -8,17 +8,28 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from afd.attention.engine import AttentionEngine
+from afd.attention.engine import Engine
 from afd.data_plane import mesh_metrics
+from afd.sched.latency import LatencyModel
+from afd.sched.policy import Admission
 from stepmesh.mesh import Mesh
 
 
 class AttentionMetrics(Collector):
     """Collects at scrape, in the metrics thread; reads plain numbers only."""
 
-    def __init__(self, registry: CollectorRegistry, engine: AttentionEngine, mesh: Mesh | None):
+    def __init__(
+        self,
+        registry: CollectorRegistry,
+        engine: Engine,
+        mesh: Mesh | None,
+        admission: Admission,
+        latency: LatencyModel,
+    ):
         self._engine = engine
         self._mesh = mesh
+        self._admission = admission
+        self._latency = latency
         registry.register(self)
 
     def collect(self) -> Iterable[Metric]:
@@ -56,5 +67,30 @@ class AttentionMetrics(Collector):
         }
         for name, (text, value) in counters.items():
             yield CounterMetricFamily(name, text, value=value)
+        yield from self._sla_metrics()
         if self._mesh is not None:
             yield from mesh_metrics(self._mesh)
+
+    def _sla_metrics(self) -> Iterable[Metric]:
+        admission, latency = self._admission, self._latency
+        verdicts = CounterMetricFamily(
+            "afd_sla_admissions",
+            "Decisions; with policy observe, refused ones were admitted all the same",
+            labels=["verdict"],
+        )
+        verdicts.add_metric(["refused"], admission.num_refused)
+        verdicts.add_metric(["admitted"], admission.num_admitted)
+        yield verdicts
+        yield GaugeMetricFamily(
+            "afd_sla_predicted_cycle_seconds", "Predicted TPOT of all that is admitted", admission.cycle_s
+        )
+        curves = GaugeMetricFamily("afd_latency_model_seconds", "Step time model: coefficient", labels=["stage", "per"])
+        for stage, curve, names in (
+            ("attention", latency.attention, ("step", "token", "context_token")),
+            ("head", latency.head, ("step", "row")),
+            ("ffn", latency.ffn, ("step", "token")),
+        ):
+            for name, value in zip(names, curve.coefficients, strict=True):
+                curves.add_metric([stage, name], value)
+        curves.add_metric(["transfer", "step"], latency.transfer_s)
+        yield curves

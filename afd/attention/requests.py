@@ -5,6 +5,7 @@ from __future__ import annotations
 from afd.attention.engine import Output
 from afd.attention.frontend import Frontend
 from afd.messages.serving import Abort, GatewayMessage, Lease, Refused, Resend, Submit, TokenChunk
+from afd.sched.policy import Admission, Ask
 from afd.sched.scheduler import Scheduler
 from afd.sched.sequence import Sequence
 from afd.types import FinishReason
@@ -16,9 +17,12 @@ class RequestBook:
     accepting: why no new request is taken now ("" = they are).
     """
 
-    def __init__(self, frontend: Frontend, scheduler: Scheduler, *, vocab_size: int, max_waiting: int):
+    def __init__(
+        self, frontend: Frontend, scheduler: Scheduler, admission: Admission, *, vocab_size: int, max_waiting: int
+    ):
         self._frontend = frontend
         self._scheduler = scheduler
+        self._admission = admission
         self._vocab_size = vocab_size
         self._max_waiting = max_waiting
         self._arrivals = 0
@@ -73,6 +77,8 @@ class RequestBook:
         for output in outputs:
             progress = output.progress
             seq = progress.seq
+            if progress.finish in (FinishReason.STOP, FinishReason.LENGTH):
+                self._admission.finished(seq)
             self._frontend.post(
                 TokenChunk(
                     seq.req_id,
@@ -96,9 +102,9 @@ class RequestBook:
             if known.attempt >= message.attempt:
                 return  # a duplicate
             self._drop(message.req_id)
-        reason, detail = self._refusal(message)
-        if reason:
-            self._frontend.refuse(gateway, Refused(message.req_id, message.attempt, reason, detail))
+        refused = self._refusal(message, now)
+        if refused is not None:
+            self._frontend.refuse(gateway, refused)
             return
         self._arrivals += 1
         tokens = [*message.prompt_ids, *message.output_ids]
@@ -112,12 +118,30 @@ class RequestBook:
             message.priority,
             self._arrivals,
             arrival_s=now,
+            tpot_s=self._admission.target_of(message.tpot_s),
         )
         self._frontend.open(message.req_id, gateway, message.attempt, len(message.output_ids))
         self._scheduler.add(seq)
 
-    def _refusal(self, message: Submit) -> tuple[str, str]:
-        """(reason, detail) or ("", "")."""
+    def _refusal(self, message: Submit, now: float) -> Refused | None:
+        """Checks first, so that admission counts only what could run."""
+        reason, detail = self._fault(message)
+        if reason:
+            return Refused(message.req_id, message.attempt, reason, detail)
+        ask = Ask(
+            len(message.prompt_ids),
+            message.sampling,
+            num_output=len(message.output_ids),
+            tpot_s=message.tpot_s,
+            resumed=message.attempt > 0,
+        )
+        refusal = self._admission.judge(ask, now)
+        if refusal is None:
+            return None
+        return Refused(message.req_id, message.attempt, "capacity", refusal.detail, refusal.retry_after_s)
+
+    def _fault(self, message: Submit) -> tuple[str, str]:
+        """Why the request cannot be taken, whatever the load: (reason, detail), or ("", "")."""
         if self.draining:
             return "draining", "the worker is shutting down"
         if self.not_accepting:

@@ -10,11 +10,12 @@ import time
 import torch
 import zmq
 
-from afd.attention.engine import AttentionEngine
+from afd.attention.engine import AttentionEngine, Engine
 from afd.attention.exchange import Exchange, LocalExchange
 from afd.attention.frontend import Frontend
 from afd.attention.mesh_exchange import MeshExchange
 from afd.attention.metrics import AttentionMetrics
+from afd.attention.modelled import ModelledEngine, StepFormula
 from afd.attention.requests import RequestBook
 from afd.config import ClusterConfig
 from afd.data_plane import config_hash, mesh_members, payload_layout
@@ -29,7 +30,10 @@ from afd.metrics import MetricsServer, process_registry
 from afd.model.device import check_device
 from afd.model.loading import ModelFolder, load_attention_half, load_ffn_half, resolve_model
 from afd.model.sharding import ShardSpec
+from afd.sched.latency import LatencyModel
+from afd.sched.policy import Admission, PrefillBudget
 from afd.sched.scheduler import Scheduler, SchedulerConfig
+from afd.sched.streams import StreamChooser
 from afd.seat import Seat, take_seat
 from afd.zmq_sockets import server_socket
 from stepmesh.types import Role
@@ -38,7 +42,7 @@ log = logging.getLogger(__name__)
 
 IDLE_S = 0.1  # longest block of the loop: bounds the reaction to stop and to a new view
 STATS_MIN_S, STATS_MAX_S = 0.1, 0.5
-AUTO_STREAMS = 2
+FIRST_STREAMS = 2  # of --streams auto, until steps were measured
 
 
 def run_attention_worker(
@@ -71,7 +75,10 @@ class _Worker:
         self._server: MetricsServer | None = None
         self._seat: Seat | None = None
         self._exchange: Exchange | None = None
-        self._engine: AttentionEngine | None = None
+        self._engine: Engine | None = None
+        self._latency = LatencyModel(overlap=not config.topology.mono)
+        self._chooser: StreamChooser | None = None
+        self._max_streams = config.attention.streams or FIRST_STREAMS
         self._epoch = 0
         self._lost_since_s: float | None = None
         self._stats_sent: tuple[float, WorkerStats | None] = (0.0, None)
@@ -114,13 +121,20 @@ class _Worker:
         self._why_not = "loading the model"
         self._engine = self._load(seat, announce)
         self._trace.attach(seat.rank, self._engine.stages.ring)
+        self._engine.stages.observer = self._latency.observe
+        if section.streams == 0 and not config.topology.mono:  # one process gains nothing from streams
+            self._chooser = StreamChooser(self._latency)
+        self._admission = Admission(
+            self._engine.scheduler, self._latency, policy=config.sla.policy, tpot_s=config.sla.tpot_ms / 1e3
+        )
         self._book = RequestBook(
             self._frontend,
             self._engine.scheduler,
+            self._admission,
             vocab_size=spec.vocab_size,
             max_waiting=section.max_waiting,
         )
-        AttentionMetrics(registry, self._engine, seat.mesh)
+        AttentionMetrics(registry, self._engine, seat.mesh, self._admission, self._latency)
         if seat.mesh is not None:
             seat.mesh.watch_fd(self._frontend.fd)
         self._why_not = "waiting for the FFN workers"
@@ -128,32 +142,19 @@ class _Worker:
         log.info("attention/%d has loaded %s", seat.rank, spec.name)
         return True
 
-    def _load(self, seat: Seat, announce: Announce) -> AttentionEngine:
+    def _load(self, seat: Seat, announce: Announce) -> Engine:
         config, spec = self._config, self._folder.spec
         section = config.attention
+        if section.modelled:
+            return self._modelled_engine(StepFormula.parse(section.modelled))
 
         def loaded(done: int, total: int) -> None:
             seat.membership.set_loading(done / total)
             announce({"loading": done / total})
 
         half = load_attention_half(self._folder, config.model.dtype, section.device, loaded)
-        num_blocks = section.num_blocks or num_blocks_for_bytes(
-            spec, int(section.kv_cache_gib * 2**30), section.block_size, half.dtype
-        )
-        if num_blocks < 1:
-            raise ConfigError(f"attention.kv_cache_gib {section.kv_cache_gib} holds not one block of {spec.name}")
-        max_context = min(config.model.max_context or spec.max_context, spec.max_context)
-        scheduler = Scheduler(
-            SchedulerConfig(
-                max_step_tokens=section.max_step_tokens,
-                min_chunk_tokens=section.min_chunk_tokens,
-                max_num_seqs=section.max_num_seqs,
-                max_context=max_context,
-                num_streams=section.streams or AUTO_STREAMS,
-            ),
-            BlockPool(num_blocks, section.block_size, prefix_cache=section.prefix_cache),
-        )
-        cache = KVCache(spec, num_blocks, section.block_size, half.dtype, section.device)
+        scheduler = self._make_scheduler(half.dtype)
+        cache = KVCache(spec, scheduler.pool.num_blocks, section.block_size, half.dtype, section.device)
         if seat.mesh is None:
             shard = ShardSpec(0, 1, config.cluster.ffn_parallel)
             ffn = load_ffn_half(self._folder, shard, config.model.dtype, section.device, weights=config.model.weights)
@@ -161,6 +162,33 @@ class _Worker:
         else:
             self._exchange = MeshExchange(seat.mesh, payload_layout(config, spec.hidden, spec.max_top_k))
         return AttentionEngine(half, cache, scheduler, self._exchange)
+
+    def _modelled_engine(self, formula: StepFormula) -> ModelledEngine:
+        assert self._frontend is not None
+        self._exchange = LocalExchange([])
+        log.warning("no model is computed: steps take the time of attention.modelled, tokens are hashes")
+        scheduler = self._make_scheduler(getattr(torch, self._config.model.dtype))
+        return ModelledEngine(formula, scheduler, self._folder.spec.vocab_size, wait=self._frontend.wait)
+
+    def _make_scheduler(self, dtype: torch.dtype) -> Scheduler:
+        config, spec = self._config, self._folder.spec
+        section = config.attention
+        num_blocks = section.num_blocks or num_blocks_for_bytes(
+            spec, int(section.kv_cache_gib * 2**30), section.block_size, dtype
+        )
+        if num_blocks < 1:
+            raise ConfigError(f"attention.kv_cache_gib {section.kv_cache_gib} holds not one block of {spec.name}")
+        return Scheduler(
+            SchedulerConfig(
+                max_step_tokens=section.max_step_tokens,
+                min_chunk_tokens=section.min_chunk_tokens,
+                max_num_seqs=section.max_num_seqs,
+                max_context=min(config.model.max_context or spec.max_context, spec.max_context),
+                num_streams=section.streams or (1 if config.topology.mono else FIRST_STREAMS),
+            ),
+            BlockPool(num_blocks, section.block_size, prefix_cache=section.prefix_cache),
+            PrefillBudget(self._latency) if config.sla.policy == "enforce" else None,
+        )
 
     # -- loop ---------------------------------------------------------------------------------------------
 
@@ -199,6 +227,7 @@ class _Worker:
             outputs = []
         if outputs:
             self._book.publish(outputs)
+            self._choose_streams()
         self._report(now)
 
     def _patience(self) -> float:
@@ -206,14 +235,26 @@ class _Worker:
         assert self._frontend is not None and self._engine is not None and self._seat is not None
         if self._frontend.has_input:
             return 0.0
-        if self._seat.mesh is None and not self._engine.in_flight:
+        if self._seat.mesh is None and self._engine.scheduler.idle and not self._engine.in_flight:
             self._frontend.wait(IDLE_S)  # mono has no mesh to wait on
             return 0.0
         return IDLE_S
 
+    def _choose_streams(self) -> None:
+        assert self._engine is not None
+        scheduler, step = self._engine.scheduler, self._engine.stages.totals.num_steps
+        if self._chooser is None or not self._chooser.due(step):
+            return
+        current = scheduler.num_streams
+        chosen = self._chooser.choose(step, current, self._max_streams, scheduler.num_running, scheduler.full_step())
+        if chosen != current:
+            scheduler.set_num_streams(chosen)
+            log.debug("%d streams instead of %d for %d sequences", chosen, current, scheduler.num_running)
+
     def _adopt(self, view: ClusterView) -> None:
         """A new epoch: the exchange uses its FFN ranks from each stream's next layer 0 on."""
         assert self._seat is not None
+        self._max_streams = view.plan.max_streams
         exchange = self._exchange
         if not isinstance(exchange, MeshExchange):
             self._epoch = view.epoch
@@ -254,6 +295,7 @@ class _Worker:
         if now - sent_s < STATS_MIN_S:
             return
         scheduler = self._engine.scheduler
+        outlook = self._admission.outlook()
         stats = WorkerStats(
             rank=self._seat.rank,
             num_running=scheduler.num_running,
@@ -261,7 +303,10 @@ class _Worker:
             kv_blocks_total=scheduler.pool.num_blocks,
             kv_blocks_free=scheduler.pool.num_free,
             step_s=self._engine.stages.step_s,
+            tpot_headroom_s=outlook.headroom_s,
             num_streams=scheduler.num_streams,
+            predicted_wait_s=outlook.wait_s,
+            place_interval_s=outlook.place_interval_s,
             draining=self._book.draining,
             prefix_hits=scheduler.prefix_hits,
             prefix_queries=scheduler.prefix_queries,
@@ -287,6 +332,9 @@ class _Worker:
                 "busy_s": totals.attention_s + totals.head_s,
                 "wait_s": totals.wait_s,
                 "step_ms": engine.stages.step_s * 1e3,
+                "cycle_ms": self._admission.cycle_s * 1e3,
+                "streams": float(scheduler.num_streams),
+                "refused": float(self._admission.num_refused),
                 "gang_size": totals.num_gang_members / max(1, totals.num_exchanges),
             },
         )

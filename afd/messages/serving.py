@@ -113,7 +113,11 @@ class Refused(msgspec.Struct, tag="refused", frozen=True):
 
 
 class WorkerStats(msgspec.Struct, tag="stats", frozen=True):
-    """Load of one attention worker: sent on every change of note, at most every 100 ms, at least every second."""
+    """Load of one attention worker: sent on every change of note, at most every 100 ms, at least every second.
+
+    tpot_headroom_s: the tightest TPOT target less the predicted one.  predicted_wait_s: until a typical request would
+    be admitted; 0 = now.
+    """
 
     rank: int
     num_running: int
@@ -128,6 +132,7 @@ class WorkerStats(msgspec.Struct, tag="stats", frozen=True):
     prefix_hits: int = 0  # prompt tokens, cumulative
     prefix_queries: int = 0
     num_preemptions: int = 0
+    place_interval_s: float = 0.0  # between two places while the worker is full; 0 = not known
 
 
 WorkerMessage = Union[Tokens, Refused, WorkerStats]

@@ -98,7 +98,7 @@ class Curve:
 
     @property
     def coefficients(self) -> tuple[float, ...]:
-        self._refit()
+        """As of the last prediction: may be read from another thread."""
         return tuple(t / s for t, s in zip(self._theta, self._scale, strict=True))
 
     def __call__(self, *features: float) -> float:

@@ -95,6 +95,7 @@ class Admission:
         self._place_interval_s = 0.0
         self.num_admitted = 0
         self.num_refused = 0
+        self.cycle_s = 0.0  # of the last `outlook`, for other threads
 
     def target_of(self, tpot_s: float) -> float:
         """The TPOT target of a request that asked for `tpot_s` (0 = it said nothing)."""
@@ -122,7 +123,7 @@ class Admission:
     def outlook(self) -> Outlook:
         """For the gateways, a few times a second: its cost grows with the number of sequences."""
         shares = [self._share_of(seq) for seq in self._scheduler.sequences()]
-        cycle_s = self._cycle_s(shares)
+        cycle_s = self.cycle_s = self._cycle_s(shares)
         target_s = min([self._tpot_s, *(share.target_s for share in shares)])
         wait_s = interval_s = 0.0
         if shares and self._typical is not None:

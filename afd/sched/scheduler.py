@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from afd.kv.block_pool import ROOT_HASH, BlockPool, chain_hash
-from afd.sched.latency import StepLoad, attended
+from afd.sched.latency import NOTHING, StepLoad, attended
 from afd.sched.sequence import BatchItem, MicroBatch, Progress, Sequence, SequenceState
 from afd.types import FinishReason
 
@@ -80,6 +80,17 @@ class Scheduler:
 
     def get(self, req_id: str) -> Sequence | None:
         return self._by_id.get(req_id)
+
+    def full_step(self) -> StepLoad:
+        """A step of every running sequence: a decode, or the least chunk of prefill."""
+        total = NOTHING
+        for seqs in self._running:
+            total = total.plus(_decode_load(seqs))
+            for seq in seqs:
+                if not seq.decoding:
+                    take = min(seq.num_pending, self.config.min_chunk_tokens)
+                    total = total.plus(StepLoad(take, attended(seq.num_computed, take), 0))
+        return total
 
     def sequences(self) -> list[Sequence]:
         """All live sequences."""

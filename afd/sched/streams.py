@@ -35,18 +35,20 @@ class StreamChooser:
         self._trial_ended_at = -TRIAL_GAP
         self._measured: dict[int, _Measured] = {}
 
+    def due(self, step: int) -> bool:
+        """False while `choose` would keep the number whatever the load."""
+        return step >= (self._decided_at + DECIDE_EVERY if self._trial_until is None else self._trial_until)
+
     def choose(self, step: int, current: int, limit: int, num_seqs: int, load: StepLoad) -> int:
         """step: steps so far.  current: streams in use.  limit: most allowed.  load: one step of all sequences."""
         limit = max(1, min(limit, MAX_STREAMS))
         if current > limit:
             self._trial_until = None
             return limit
-        if self._trial_until is not None:
-            if step < self._trial_until:
-                return current
-            self._trial_until, self._trial_ended_at = None, step
-        elif step - self._decided_at < DECIDE_EVERY:
+        if not self.due(step):
             return current
+        if self._trial_until is not None:
+            self._trial_until, self._trial_ended_at = None, step
         self._decided_at = step
         usable = range(1, max(1, min(limit, num_seqs)) + 1)
         if num_seqs < 2 or current not in usable:

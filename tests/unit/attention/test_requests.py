@@ -11,6 +11,8 @@ from afd.attention.requests import RequestBook
 from afd.kv.block_pool import BlockPool
 from afd.messages.codec import encode
 from afd.messages.serving import Abort, Lease, Refused, Resend, Submit, TokenChunk, Tokens, worker_message_decoder
+from afd.sched.latency import LatencyModel
+from afd.sched.policy import Admission
 from afd.sched.scheduler import Scheduler, SchedulerConfig
 from afd.types import FinishReason, SamplingParams
 
@@ -30,7 +32,8 @@ class Harness:
         self.dealer.connect("inproc://worker")
         self.scheduler = Scheduler(SchedulerConfig(max_context=64, num_streams=1), BlockPool(8, 4))
         self.frontend = Frontend(router)
-        self.book = RequestBook(self.frontend, self.scheduler, vocab_size=100, max_waiting=3)
+        self.admission = Admission(self.scheduler, LatencyModel(), policy="off", tpot_s=0.05)
+        self.book = RequestBook(self.frontend, self.scheduler, self.admission, vocab_size=100, max_waiting=3)
         self.book.not_accepting = ""
 
     def tell(self, message, now=0.0):
