@@ -307,6 +307,7 @@ class _Worker:
             num_streams=scheduler.num_streams,
             predicted_wait_s=outlook.wait_s,
             place_interval_s=outlook.place_interval_s,
+            prefill_token_s=outlook.prefill_token_s,
             draining=self._book.draining,
             prefix_hits=scheduler.prefix_hits,
             prefix_queries=scheduler.prefix_queries,

@@ -2,7 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from afd.gateway.sequence import Sequence
+from afd.messages.serving import WorkerStats
+
+PLANNED = 0.8  # share of the TTFT target that the predicted wait may take: whoever is let in shall not wait in vain
+
+
+def predicted_wait_s(workers: Collection[WorkerStats], num_ahead: int, *, first_s: float | None = None) -> float:
+    """Until a sequence with `num_ahead` others before it gets a place at one of the workers.
+
+    first_s: when the first place is free, if somebody knows better than the workers' last reports.
+    """
+    if first_s is None:
+        first_s = min((stats.predicted_wait_s for stats in workers), default=0.0)
+    places_per_s = sum(1.0 / stats.place_interval_s for stats in workers if stats.place_interval_s > 0.0)
+    return first_s + (num_ahead / places_per_s if places_per_s else 0.0)
+
+
+def prefill_s(workers: Collection[WorkerStats], num_prompt: int) -> float:
+    """From a place to the first token, at the quickest worker."""
+    return num_prompt * min((stats.prefill_token_s for stats in workers), default=0.0)
 
 
 class AdmissionQueue:
@@ -25,6 +46,13 @@ class AdmissionQueue:
     def in_order(self) -> list[Sequence]:
         """All, first in line first."""
         return sorted(self._waiting.values(), key=lambda sequence: (sequence.priority, sequence.order))
+
+    def num_ahead(self, priority: int, order: int | None = None) -> int:
+        """How many come before a sequence of that priority and order (None: a new one)."""
+        return sum(
+            (other.priority, other.order) < (priority, order) if order is not None else other.priority <= priority
+            for other in self._waiting.values()
+        )
 
     def discard(self, sequence: Sequence) -> None:
         """Take one out of line, if it is there."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from afd.errors import AfdError, PeerLostError, RequestError, UnavailableError
-from afd.gateway.admission import AdmissionQueue
+from afd.gateway.admission import PLANNED, AdmissionQueue, predicted_wait_s, prefill_s
 from afd.gateway.router import Worker, choose_worker
 from afd.gateway.sequence import Delta, Sequence, Verdict
 from afd.messages.membership import ClusterView
@@ -109,20 +109,24 @@ class Dispatcher:
             self.counters.rejected_queue_full += 1
             raise UnavailableError(
                 f"the queue is full ({len(self.queue)} of {self.queue.max_sequences} sequences wait)",
-                retry_after_s=max(1.0, min(worker.predicted_wait_s for worker in serving)),
+                retry_after_s=max(1.0, predicted_wait_s(_reports(serving), len(self.queue))),
                 code="queue_full",
             )
         target_s = self.limits.ttft_s if ttft_s is None else ttft_s
+        patience_s = self.limits.request_timeout_s
         if self.limits.enforce:
-            wait_s = min(worker.predicted_wait_s for worker in serving)
-            if wait_s > target_s:
+            reports = _reports(serving)
+            patience_s = max(0.1 * target_s, target_s - prefill_s(reports, max(len(s.prompt_ids) for s in sequences)))
+            last = self.queue.num_ahead(sequences[0].priority) + len(sequences) - 1
+            wait_s = predicted_wait_s(reports, last)
+            if wait_s > PLANNED * patience_s:
                 self.counters.rejected_ttft += 1
                 raise self._too_late(wait_s, target_s)
         for sequence in sequences:
             self._num_submitted += 1
             sequence.order = self._num_submitted
             sequence.created_at = now
-            sequence.deadline = now + (target_s if self.limits.enforce else self.limits.request_timeout_s)
+            sequence.deadline = now + patience_s
             self.queue.push(sequence)
         self._pump(now)
 
@@ -260,9 +264,11 @@ class Dispatcher:
             worker.cool(now + min(max(message.retry_after_s, COOLING_MIN_S), COOLING_MAX_S))
             elsewhere = any(other.has_room(now) for other in self.workers.values())
             fresh = self.limits.enforce and sequence.attempt == 0
-            if fresh and not elsewhere and now + message.retry_after_s > sequence.deadline:
+            num_ahead = self.queue.num_ahead(sequence.priority, sequence.order)
+            wait_s = predicted_wait_s(self._serving_reports(), num_ahead, first_s=message.retry_after_s)
+            if fresh and not elsewhere and now + wait_s > sequence.deadline:
                 self.counters.rejected_ttft += 1
-                self._fail(sequence, self._too_late(message.retry_after_s, sequence.deadline - now))
+                self._fail(sequence, self._too_late(wait_s, sequence.deadline - sequence.created_at))
             else:
                 self.queue.push(sequence)
 
@@ -361,7 +367,11 @@ class Dispatcher:
             self._fail(sequence, PeerLostError("no worker had room to take the request over in time"))
         else:
             self.counters.rejected_ttft += 1
-            self._fail(sequence, self._too_late(1.0, now - sequence.created_at))
+            wait_s = max(1.0, predicted_wait_s(self._serving_reports(), len(self.queue)))
+            self._fail(sequence, self._too_late(wait_s, now - sequence.created_at))
+
+    def _serving_reports(self) -> list[WorkerStats]:
+        return _reports(worker for worker in self.workers.values() if worker.serving)
 
     def _nobody(self, sequence: Sequence) -> AfdError:
         if sequence.attempt > 0:
@@ -380,3 +390,7 @@ class Dispatcher:
     def _fail(sequence: Sequence, error: AfdError) -> None:
         sequence.done = True
         sequence.sink.fail(error)
+
+
+def _reports(workers: Iterable[Worker]) -> list[WorkerStats]:
+    return [worker.stats for worker in workers if worker.stats is not None]

@@ -133,6 +133,7 @@ class WorkerStats(msgspec.Struct, tag="stats", frozen=True):
     prefix_queries: int = 0
     num_preemptions: int = 0
     place_interval_s: float = 0.0  # between two places while the worker is full; 0 = not known
+    prefill_token_s: float = 0.0  # predicted, from a place to the first token, per prompt token
 
 
 WorkerMessage = Union[Tokens, Refused, WorkerStats]

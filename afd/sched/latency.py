@@ -41,6 +41,14 @@ class StepLoad:
         context = sum(attended(item.start, item.num_new) for item in batch.items)
         return cls(batch.num_tokens, context, sum(item.samples for item in batch.items))
 
+    @classmethod
+    def total(cls, loads: Collection[StepLoad]) -> StepLoad:
+        return cls(
+            sum(load.num_tokens for load in loads),
+            sum(load.context_tokens for load in loads),
+            sum(load.num_samples for load in loads),
+        )
+
     def plus(self, other: StepLoad) -> StepLoad:
         return StepLoad(
             self.num_tokens + other.num_tokens,

@@ -53,11 +53,13 @@ class Outlook:
     """What the worker tells the gateways.
 
     wait_s: until a typical request would be admitted; 0 = now.  place_interval_s: between two places while full;
-    0 = not known.  headroom_s: the tightest target less the predicted cycle.  cycle_s: with all that is admitted.
+    0 = not known.  prefill_token_s: from a place to the first token, per token of the prompt.
+    headroom_s: the tightest target less the predicted cycle.  cycle_s: with all that is admitted.
     """
 
     wait_s: float
     place_interval_s: float
+    prefill_token_s: float
     headroom_s: float
     cycle_s: float
 
@@ -125,12 +127,15 @@ class Admission:
         shares = [self._share_of(seq) for seq in self._scheduler.sequences()]
         cycle_s = self.cycle_s = self._cycle_s(shares)
         target_s = min([self._tpot_s, *(share.target_s for share in shares)])
-        wait_s = interval_s = 0.0
-        if shares and self._typical is not None:
+        wait_s = interval_s = prefill_token_s = 0.0
+        if shares and self._typical is not None and self.policy != "off":
             num_prompt, num_output = (round(value) for value in self._typical)
             wait_s = self._wait_s(shares, self._share(num_prompt, 0, num_output, held=0, target_s=self._tpot_s))
-            interval_s = self._place_interval_s or cycle_s * num_output / len(shares)
-        return Outlook(wait_s, interval_s, target_s - cycle_s, cycle_s)
+            prefill_token_s = self._prefill_token_s(shares, target_s)
+            # Before it was seen: places come as sequences end, and no faster than their successors are prefilled.
+            expected_s = max(cycle_s * num_output / len(shares), prefill_token_s * num_prompt)
+            interval_s = self._place_interval_s or expected_s
+        return Outlook(wait_s, interval_s, prefill_token_s, target_s - cycle_s, cycle_s)
 
     # -- decisions ----------------------------------------------------------------------------------------
 
@@ -202,13 +207,20 @@ class Admission:
         """With the scheduler's streams and an even split, which the scheduler keeps to."""
         if not shares:
             return 0.0
-        total = StepLoad(
-            sum(share.decode.num_tokens + share.prefill.num_tokens for share in shares),
-            sum(share.decode.context_tokens + share.prefill.context_tokens for share in shares),
-            len(shares),
-        )
+        total = StepLoad.total([*(share.decode for share in shares), *(share.prefill for share in shares)])
         num_streams = min(len(shares), self._scheduler.num_streams)
         return self._model.cycle_s([total.split(num_streams)] * num_streams)
+
+    def _prefill_token_s(self, shares: Sequence[_Share], target_s: float) -> float:
+        """Cycles at the target, whose room for prefill one more request shares with those that prefill."""
+        config = self._scheduler.config
+        num_streams = min(len(shares), self._scheduler.num_streams)
+        decodes = StepLoad.total([share.decode for share in shares]).split(num_streams)
+        room = PrefillBudget(self._model).prefill_tokens(
+            [decodes] * num_streams, 0, target_s, start=0, limit=config.max_step_tokens
+        )
+        num_prefills = 1 + sum(share.num_chunks > 0 for share in shares)
+        return HEADROOM * target_s / max(config.min_chunk_tokens, room / num_prefills)
 
     def _share_of(self, seq: Request) -> _Share:
         num_left = max(1, self._lengths.final_output(seq.sampling, seq.num_output) - seq.num_output)
