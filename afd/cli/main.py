@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from afd import __version__
 from afd.bench import cli as bench
-from afd.cli import chat, roles, status, trace, up
+from afd.cli import autoscale, chat, inspect, k8s, roles, status, trace, up
 from afd.errors import AfdError
 from afd.plan import cli as plan
 
@@ -28,6 +28,9 @@ def build_parser() -> argparse.ArgumentParser:
     status.add_parsers(commands)
     trace.add_parser(commands)
     chat.add_parser(commands)
+    k8s.add_parser(commands)
+    autoscale.add_parser(commands)
+    inspect.add_parser(commands)
     bench.add_parser(commands)
     plan.add_parser(commands)
     version = commands.add_parser("version", help="print the version")
