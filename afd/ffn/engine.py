@@ -12,6 +12,7 @@ from torch import Tensor
 
 from afd.events import Stage, TraceRing
 from afd.ffn.gang import Arrival, GangBatch, GangTable
+from afd.model.expert_load import ExpertLoad
 from afd.model.halves import Dispatch, FFNHalf
 from afd.model.wire_format import decode_rows, encode_rows
 from stepmesh.errors import StaleArrivalError
@@ -60,6 +61,10 @@ class FFNEngine:
         self._clock = clock
         self.totals = FFNTotals()
         self.ring = TraceRing()
+
+    def expert_loads(self) -> dict[int, ExpertLoad]:
+        """What the local experts of each MoE layer did so far; any thread."""
+        return self._half.expert_loads()
 
     def run_once(self, timeout_s: float) -> None:
         """Wait for work at most `timeout_s`, then compute and answer what is complete."""

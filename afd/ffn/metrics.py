@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from prometheus_client import CollectorRegistry
-from prometheus_client.core import CounterMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from afd.data_plane import mesh_metrics
@@ -41,4 +41,28 @@ class FFNMetrics(Collector):
         for rank, count in dict(self._engine.gangs.num_stragglers).items():
             stragglers.add_metric([f"attention/{rank}"], count)
         yield stragglers
+        yield from self._experts()
         yield from mesh_metrics(self._mesh)
+
+    def _experts(self) -> Iterable[Metric]:
+        tokens = CounterMetricFamily(
+            "afd_expert_tokens", "Rows computed by a routed expert", labels=["layer", "expert"]
+        )
+        rms = GaugeMetricFamily(
+            "afd_expert_output_rms", "Root mean square of an expert's sampled outputs", labels=["layer", "expert"]
+        )
+        imbalance = GaugeMetricFamily(
+            "afd_expert_imbalance", "Tokens of this rank's busiest expert over the mean", labels=["layer"]
+        )
+        silent = GaugeMetricFamily(
+            "afd_experts_silent", "Experts that receive tokens and give nothing beside their layer", labels=["layer"]
+        )
+        for layer, load in self._engine.expert_loads().items():
+            for e, (count, output) in enumerate(zip(load.num_tokens, load.output_rms(), strict=True)):
+                tokens.add_metric([str(layer), str(load.first_expert + e)], count)
+                if output is not None:
+                    rms.add_metric([str(layer), str(load.first_expert + e)], output)
+            if load.num_tokens:
+                imbalance.add_metric([str(layer)], load.imbalance())
+                silent.add_metric([str(layer)], len(load.silent()))
+        yield from (tokens, rms, imbalance, silent)

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from afd.model.expert_load import ExpertLoad
 from afd.model.primitives import Weight, linear, silu_mul
 
 
@@ -87,6 +88,7 @@ class MoeFfn:
         self._experts = [SwiGlu(gate_up[e], down[e], limit) for e in range(gate_up.shape[0])]
         self._first_expert = first_expert
         self._shared = shared
+        self.load = ExpertLoad(first_expert, [0] * gate_up.shape[0])
 
     def __call__(self, dispatch: Dispatch) -> Tensor:
         """Sum over local experts e of w_e * expert_e(row), plus the shared part; float32 accumulation."""
@@ -111,9 +113,15 @@ class MoeFfn:
         counts = torch.bincount(local[order], minlength=num_local).tolist()
         tokens = order // expert_ids.shape[1]
         weights = expert_weights.flatten()[order][:, None]
+        measured = self.load.begin_batch()
         stop = 0
-        for expert, count in zip(self._experts, counts, strict=True):
+        for e, count in enumerate(counts):
+            if not count:
+                continue
             start, stop = stop, stop + count
-            if count:
-                mine = tokens[start:stop]
-                out.index_add_(0, mine, expert(rows[mine]).float() * weights[start:stop])
+            mine = tokens[start:stop]
+            answers = self._experts[e](rows[mine])
+            self.load.num_tokens[e] += count
+            if measured:
+                self.load.measure(e, answers)
+            out.index_add_(0, mine, answers.float() * weights[start:stop])

@@ -16,7 +16,8 @@ from torch import Tensor
 from afd.kv.cache import KVCache
 from afd.model.attention_kinds import Attention
 from afd.model.batch import AttentionBatch
-from afd.model.ffn import Dispatch, Ffn
+from afd.model.expert_load import ExpertLoad
+from afd.model.ffn import Dispatch, Ffn, MoeFfn
 from afd.model.primitives import linear_into, rms_norm
 from afd.model.router import Router
 from afd.model.spec import ModelSpec
@@ -123,6 +124,10 @@ class FFNHalf:
         self.spec = spec
         self.dtype = dtype
         self._layers = layers
+
+    def expert_loads(self) -> dict[int, ExpertLoad]:
+        """What each MoE layer's local experts did so far, by layer; empty lists where this rank holds none."""
+        return {idx: ffn.load for idx, ffn in enumerate(self._layers) if isinstance(ffn, MoeFfn)}
 
     def layer(self, dispatch: Dispatch) -> Tensor:
         """Partial rows [n, hidden] in the activation dtype, routing weights applied; the ranks' sum is the FFN."""
