@@ -9,12 +9,14 @@ from starlette.requests import ClientDisconnect, Request
 from afd.errors import RequestError
 
 BODY_TIMEOUT_S = 60.0
+MAX_LENGTH_DIGITS = 18
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:
     """The whole body. RequestError: 413 above `max_bytes`, 408 when it does not arrive, 400 after a hang-up."""
-    length = request.headers.get("content-length")
-    if length is not None and length.isascii() and length.isdigit() and int(length) > max_bytes:
+    length = request.headers.get("content-length", "")
+    # Digits are counted first: int() refuses thousands of them.
+    if length.isascii() and length.isdigit() and (len(length) > MAX_LENGTH_DIGITS or int(length) > max_bytes):
         raise _too_large(max_bytes)
     chunks: list[bytes] = []
     num_bytes = 0

@@ -16,6 +16,17 @@ from afd.errors import ModelError, RequestError
 Message = dict[str, Any]
 _RESERVED = frozenset({"messages", "add_generation_prompt", "bos_token", "eos_token"})
 
+# What a template's code can run into; RecursionError: values nested deeper than `tojson` can write.
+_REFUSALS = (
+    jinja2.TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+
 
 def _raise_exception(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
@@ -59,5 +70,5 @@ class ChatTemplate:
             return self._template.render(
                 **values, **self._special, messages=messages, add_generation_prompt=add_generation_prompt
             )
-        except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        except _REFUSALS as error:
             raise RequestError(f"the chat template refuses these messages: {error}", param="messages") from error

@@ -12,6 +12,7 @@ import gc
 import os
 import random
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -54,7 +55,9 @@ def nothing_left() -> Iterator[None]:
     """Descriptors and threads are the same before and after."""
     before = Holdings.now()
     yield
-    assert Holdings.now() == before
+    after = Holdings.now()
+    left = Counter(after.fds) - Counter(before.fds) + Counter(after.threads) - Counter(before.threads)
+    assert not left, f"left behind: {dict(left)}"
 
 
 class MemoryGauge:

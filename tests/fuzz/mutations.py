@@ -98,7 +98,7 @@ def odd_value(rng: random.Random, value: Value) -> Value:
         return rng.choice((value * 1e9, -value, value / 3, int(value) if abs(value) < 1e18 else 0))
     if isinstance(value, str):
         return rng.choice((value * 100, value[::-1], value.upper(), value + "\x00", value[:-1]))
-    return nested(rng.choice((3, 40, 900)), rng.choice(("list", "dict")))
+    return nested(rng.choice((3, 40, 800)), rng.choice(("list", "dict")))
 
 
 def nested(depth: int, kind: str) -> Value:

@@ -41,6 +41,14 @@ def test_a_refusal_is_the_clients_error(source):
     assert error.value.param == "messages"
 
 
+def test_values_too_deep_to_be_written_are_a_refusal():
+    deep = []
+    for _ in range(5000):
+        deep = [deep]
+    with pytest.raises(RequestError):
+        ChatTemplate("{{ messages | tojson }}").render([{"role": "user", "content": "hi", "tool_calls": deep}])
+
+
 @pytest.mark.parametrize("source", ["{{ messages.__class__.__mro__ }}", "{{ ''.__class__.__subclasses__() }}"])
 def test_the_sandbox_holds(source):
     with pytest.raises(RequestError):
