@@ -87,7 +87,7 @@ metrics: {attention: 9101, ffn: 9102, coordinator: 9103, autoscale: 9104}
 {{- range $key, $value := $keys }}
 {{ $key }} = {{ toJson $value }}
 {{- end }}
-{{ end -}}
+{{- end -}}
 {{- end -}}
 
 {{/* What no schema can say. */}}

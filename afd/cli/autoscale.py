@@ -1,0 +1,118 @@
+"""`afd autoscale`: watch a cluster's busy shares, TPOT and queues, and say (or set) how many workers it needs."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import threading
+import time
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from afd.cli.locate import Located, add_locate_flags, locate
+from afd.config import ClusterConfig, resolve_config
+from afd.errors import ConfigError
+from afd.types import Topology
+
+if TYPE_CHECKING:
+    from afd.cluster.autoscale.decision import Limits, Policy
+    from afd.coordinator.client import CoordinatorClient
+
+LOOK_S = 5.0
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "autoscale",
+        help="recommend (or, in Kubernetes, set) the numbers of workers",
+        description="Compare how busy attention and FFN workers are, what TPOT is and what queues, and recommend a "
+        "topology: in the log, as metrics, in `afd status`. With --apply the number of attention workers is set, too; "
+        "the number of FFN workers changes with a new topology only.",
+    )
+    add_locate_flags(parser)
+    parser.add_argument("--config", metavar="FILE", help="the cluster's TOML file, instead of the flags above")
+    parser.add_argument("--min", type=_topology, default="1A1F", metavar="xAyF", help="no fewer (default: 1A1F)")
+    parser.add_argument("--max", type=_topology, default="8A4F", metavar="xAyF", help="no more (default: 8A4F)")
+    parser.add_argument("--interval", type=float, default=15.0, metavar="S", help="between rounds (default: 15)")
+    parser.add_argument("--apply", metavar="RESOURCE/NAME", help="scale this, such as statefulsets/afd-attention")
+    parser.add_argument("--once", action="store_true", help=f"look for {LOOK_S:.0f} s, print one line, end")
+    parser.add_argument("--host", default="127.0.0.1", help="address of the metrics (default: 127.0.0.1)")
+    parser.add_argument("--metrics-port", type=int, default=0, metavar="PORT", help="0 = any (default: 0)")
+    parser.set_defaults(func=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit code 0 after SIGTERM or Ctrl-C, and after --once; 1 where --once saw no working cluster."""
+    from afd.cluster.autoscale.decision import Limits, Policy
+
+    if not 1.0 <= args.interval <= 3600.0:
+        raise ConfigError(f"--interval {args.interval:g} is not between 1 and 3600 seconds")
+    limits = Limits(args.min, args.max)
+    config = resolve_config(args.config, {})
+    policy = Policy(tpot_s=config.sla.tpot_ms / 1e3, ttft_s=config.sla.ttft_ms / 1e3)
+    place = _place(args, config)
+    with place.client() as client:
+        return _look_once(client, policy) if args.once else _serve(args, config, client, policy, limits)
+
+
+def _topology(text: str) -> Topology:
+    try:
+        return Topology.parse(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _place(args: argparse.Namespace, config: ClusterConfig) -> Located:
+    if not args.config:
+        return locate(args)
+    from afd.cluster.secret_file import require_secret
+
+    if config.coordinator.address.endswith(":0"):
+        raise ConfigError(f"{args.config}: coordinator.address must say where the coordinator listens")
+    secret = require_secret(config.cluster.secret_file)
+    return Located(config.coordinator.address, secret, ca_file=config.coordinator.tls_ca_file)
+
+
+def _look_once(client: CoordinatorClient, policy: Policy) -> int:
+    from afd.cluster.autoscale.decision import wish
+    from afd.cluster.autoscale.observation import Observer
+
+    observer = Observer()
+    observer.observe(client.status(), time.monotonic())
+    time.sleep(LOOK_S)
+    seen = observer.observe(client.status(), time.monotonic())
+    if seen is None:
+        print("no attention and FFN workers to compare")
+        return 1
+    asked = wish(seen, policy)
+    print(f"{seen.num_attention}A{seen.num_ffn}F -> {asked.num_attention}A{asked.num_ffn}F: {asked.reason}")
+    return 0
+
+
+def _serve(
+    args: argparse.Namespace, config: ClusterConfig, client: CoordinatorClient, policy: Policy, limits: Limits
+) -> int:
+    from afd.cluster.autoscale.controller import Controller
+    from afd.cluster.autoscale.decision import Adviser
+    from afd.cluster.autoscale.metrics import AutoscaleMetrics
+    from afd.cluster.autoscale.scale_target import ScaleTarget
+    from afd.log import setup_logging
+    from afd.metrics import MetricsServer, process_registry
+
+    setup_logging("autoscale", level=config.log.level, fmt=config.log.format)
+    target = ScaleTarget.parse(args.apply) if args.apply else None
+    stop = threading.Event()
+
+    def on_signal(signum: int, frame: FrameType | None) -> None:
+        stop.set()
+
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, on_signal)
+    registry = process_registry("autoscale")
+    controller = Controller(client, Adviser(policy, limits), AutoscaleMetrics(registry), target=target)
+    server = MetricsServer(args.host, args.metrics_port, registry, controller.ready)
+    try:
+        controller.run(stop, args.interval)
+    finally:
+        server.close()
+    return 0

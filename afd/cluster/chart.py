@@ -1,0 +1,88 @@
+"""The Helm chart rendered to plain manifests: the one source of truth for Kubernetes, also for those without Helm."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from afd.errors import ConfigError
+
+TIMEOUT_S = 60.0
+CHART = Path("k8s") / "afd"
+SECRET_KEY = "cluster-secret"
+
+
+@dataclass(frozen=True, slots=True)
+class Render:
+    """What to render. values: nested, over the chart's own.  files, settings: as helm's --values and --set."""
+
+    release: str = "afd"
+    namespace: str = "default"
+    values: dict[str, Any] = field(default_factory=dict)
+    files: Sequence[str] = ()
+    settings: Sequence[str] = ()
+
+    @property
+    def default_secret(self) -> str:
+        """The Secret that a render without any other name refers to."""
+        return f"{self.release}-secret"
+
+
+def find_chart(given: str | None) -> Path:
+    """The folder of the chart: the one given, or the source tree's. ConfigError when there is none."""
+    path = Path(given) if given else Path(__file__).resolve().parents[2] / CHART
+    if not (path / "Chart.yaml").is_file():
+        where = f"{path} holds no Chart.yaml" if given else "the chart is not installed with the package"
+        raise ConfigError(f"{where}; name the folder k8s/afd of the sources with --chart")
+    return path
+
+
+def find_helm() -> str:
+    """helm of the PATH, or beside this interpreter (where `make setup` puts one). ConfigError when there is none."""
+    helm = shutil.which("helm") or shutil.which("helm", path=str(Path(sys.executable).parent))
+    if helm is None:
+        raise ConfigError(
+            "helm is needed to render the chart: install it (https://helm.sh), or run `make setup` in the sources"
+        )
+    return helm
+
+
+def read_plan(path: str) -> dict[str, Any]:
+    """Values of the best plan in the output of `afd plan --json` ("-" = standard input); ConfigError otherwise."""
+    try:
+        text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
+        values = json.loads(text)["deploy"]["helm_values"]
+    except OSError as error:
+        raise ConfigError(f"cannot read plan {path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} is not what `afd plan --json` prints, or holds no feasible plan") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: helm_values is not a mapping")
+    return values
+
+
+def render(helm: str, chart: Path, wanted: Render) -> str:
+    """YAML of every object, as `helm template`. ConfigError with the chart's own words when the values are refused."""
+    with tempfile.NamedTemporaryFile("w", suffix=".json", encoding="utf-8") as file:
+        json.dump(wanted.values, file)
+        file.flush()
+        command = [helm, "template", wanted.release, str(chart), "--namespace", wanted.namespace, "--values", file.name]
+        command += [part for name in wanted.files for part in ("--values", name)]
+        command += [part for setting in wanted.settings for part in ("--set", setting)]
+        try:
+            result = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+        except OSError as error:
+            raise ConfigError(f"cannot run {helm}: {error.strerror}") from error
+        except subprocess.TimeoutExpired as error:
+            raise ConfigError(f"{helm} did not finish within {TIMEOUT_S:.0f} s") from error
+    if result.returncode != 0:
+        words = " ".join(result.stderr.removesuffix("Use --debug flag to render out invalid YAML\n").split())
+        raise ConfigError(words.removeprefix("Error: ") or f"{helm} failed with exit code {result.returncode}")
+    return result.stdout
