@@ -36,9 +36,12 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(args: argparse.Namespace) -> int:
     _check(args)
     timeline, text = _read(args.input) if args.input else _collect(args)
+    output = args.output or ("" if args.input else DEFAULT_OUTPUT)
+    if output:
+        _write(timeline, output)
     print(text)
-    if args.output or not args.input:
-        _write(timeline, args.output or DEFAULT_OUTPUT)
+    if output:
+        print(f"{output}: open it in https://ui.perfetto.dev or chrome://tracing")
     if args.png:
         _draw(timeline, args)
     return 0
@@ -92,7 +95,6 @@ def _write(timeline: Timeline, path: str) -> None:
             file.writelines(to_chrome(timeline))
     except OSError as error:
         raise ConfigError(f"--output {path}: {error.strerror}") from None
-    print(f"{path}: open it in https://ui.perfetto.dev or chrome://tracing")
 
 
 def _draw(timeline: Timeline, args: argparse.Namespace) -> None:

@@ -17,6 +17,7 @@ from afd.trace.timeline import ATTENTION, Timeline, Worker, gang_name, gang_of_n
 
 FORMAT = "afd-trace-1"
 MAIN_TRACK = 0  # of stages without a stream
+MAX_STREAMS = 64
 TRACKS_PER_STREAM = 16  # the stream's own and those for what overlaps on it
 
 
@@ -141,12 +142,15 @@ def from_chrome(text: str | bytes, source: str) -> Timeline:
 
 def _stage(event: dict[str, Any]) -> Stage:
     args = event["args"]
+    stream = int(args.get("stream", -1))
+    if not -1 <= stream < MAX_STREAMS:
+        raise ValueError(f"stream {stream}")
     start_us = float(event["ts"])
     return Stage(
         str(args["stage"]),
         round(start_us * 1e3) / 1e9,
         round((start_us + float(event["dur"])) * 1e3) / 1e9,
-        int(args.get("stream", -1)),
+        stream,
         int(args.get("layer", -1)),
         int(args.get("tokens", 0)),
         int(args.get("step", 0)),

@@ -107,9 +107,9 @@ def measure_clock(target: Target, clock: Callable[[], float]) -> Bounds:
         for _ in range(NUM_PINGS):
             sent_s = clock()
             connection.request("GET", "/clock")
-            response = connection.getresponse()
-            received_s = clock()
-            body = response.read()
+            with connection.getresponse() as response:
+                received_s = clock()
+                body = response.read()
             if response.status != 200:
                 raise TraceError(f"{target.name} at {target.address} has no /clock (HTTP {response.status})")
             pings.append(Ping(sent_s, received_s, float(json.loads(body)["perf_counter_s"])))
@@ -120,21 +120,27 @@ def fetch(target: Target, seconds: float) -> tuple[TraceHeader, list[Stage]]:
     """One worker's dump of its last `seconds`. TraceError."""
     with _connected(target) as connection:
         connection.request("GET", f"/trace?seconds={seconds:.3f}")
-        response = connection.getresponse()
-        if response.status != 200:
-            raise TraceError(f"{target.name} at {target.address} has no /trace (HTTP {response.status})")
-        body = bytearray()
-        until_s = time.monotonic() + BODY_TIMEOUT_S
-        while chunk := response.read(READ_BYTES):
-            body += chunk
-            if len(body) > MAX_BODY_BYTES or time.monotonic() > until_s:
-                raise TraceError(f"{target.name}: its trace is too long or too slow ({len(body) >> 20} MiB so far)")
-        line, _, lines = bytes(body).partition(b"\n")
+        with connection.getresponse() as response:
+            body = _read(target, response)
+        line, _, lines = body.partition(b"\n")
         header = msgspec.json.decode(line, type=TraceHeader)
         stages = msgspec.json.Decoder(Stage).decode_lines(lines)
         if len(stages) != header.num_stages:
             raise TraceError(f"{target.name}: its trace ends after {len(stages)} of {header.num_stages} stages")
         return header, stages
+
+
+def _read(target: Target, response: http.client.HTTPResponse) -> bytes:
+    """The whole body, within its bounds."""
+    if response.status != 200:
+        raise TraceError(f"{target.name} at {target.address} has no /trace (HTTP {response.status})")
+    body = bytearray()
+    until_s = time.monotonic() + BODY_TIMEOUT_S
+    while chunk := response.read(READ_BYTES):
+        body += chunk
+        if len(body) > MAX_BODY_BYTES or time.monotonic() > until_s:
+            raise TraceError(f"{target.name}: its trace is too long or too slow ({len(body) >> 20} MiB so far)")
+    return bytes(body)
 
 
 @contextmanager

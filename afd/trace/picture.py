@@ -26,6 +26,7 @@ from afd.trace.timeline import ATTENTION, COMPUTING, FFN, Timeline, Worker, gang
 WIDTH_IN, DPI = 16.0, 110
 STREAM_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7")
 """Distinguishable with colour-blind eyes (Okabe and Ito)."""
+TEXT_COLOURS = ("white", "black", "white", "black")
 
 WAIT_COLOUR, INK = "#ececec", "#222222"
 MAIN, THIN, GAP, SIDES_GAP = 1.0, 0.26, 0.55, 0.75  # heights and distances of lanes
@@ -107,10 +108,14 @@ class _Picture:
     def worker(self, lanes: Lanes) -> None:
         """All bars of one worker, and their labels."""
         bars: dict[tuple[str, str, float], list[Rectangle]] = {}
+        if lanes.worker.role == FFN:  # it computes or waits, and nothing else worth a stage
+            until_s = min(self._end_s, self._timeline.seconds)
+            idle = self._bar(Stage("wait", max(self._start_s, 0.0), until_s), lanes.main, MAIN)
+            bars[WAIT_COLOUR, "", 1.0] = [idle]
         last_gang: dict[int, int] = {}
         for stage in self._inside(lanes.worker.stages):
             colour, hatch, alpha = _style(stage)
-            if stage.name in ("exchange", "gang_wait"):
+            if stage.name in ("exchange", "gang_wait") and stage.stream >= 0:
                 bar = self._bar(stage, lanes.thin[stage.stream] + 0.03, THIN - 0.06)
             elif stage.name in COMPUTING or stage.name == "wait":
                 bar = self._bar(stage, lanes.main, MAIN)
@@ -165,9 +170,9 @@ class _Picture:
         width_in = (end_s - begin_s) * self._inches_per_s
         at_ms = self._ms((begin_s + end_s) / 2)
         if stage.name in ("attention", "ffn") and width_in >= LABEL_IN:
-            self._text(at_ms, lanes.middle, str(stage.layer), "white")
+            self._text(at_ms, lanes.middle, str(stage.layer), stage.stream)
         elif stage.name == "head" and width_in >= 2 * LABEL_IN:
-            self._text(at_ms, lanes.middle, "head", "white")
+            self._text(at_ms, lanes.middle, "head", stage.stream)
         if stage.name == "ffn" and stage.gang_id and last_gang.get(stage.stream) != stage.gang_id:
             last_gang[stage.stream] = stage.gang_id
             members = self._members.get(stage.gang_id) or f"{stage.gang_size} of A"
@@ -182,8 +187,10 @@ class _Picture:
                 clip_on=True,
             )
 
-    def _text(self, x: float, y: float, text: str, colour: str) -> None:
-        self._axes.text(x, y, text, fontsize=7, color=colour, ha="center", va="center", clip_on=True, zorder=3)
+    def _text(self, x: float, y: float, text: str, stream: int) -> None:
+        box = {"facecolor": _colour(stream), "edgecolor": "none", "pad": 1.0}
+        ink = TEXT_COLOURS[stream % len(TEXT_COLOURS)]
+        self._axes.text(x, y, text, fontsize=7, color=ink, ha="center", va="center", clip_on=True, zorder=3, bbox=box)
 
 
 def _colour(stream: int) -> str:
