@@ -19,6 +19,7 @@ class LengthForecast:
         self._mean = float(FIRST_GUESS)
         self._variance = 0.0
         self._num_ended = 0
+        self._planned = self._mean
 
     def add(self, num_output: int) -> None:
         """One answer ended by itself, with so many output tokens."""
@@ -27,10 +28,10 @@ class LengthForecast:
         error = num_output - self._mean
         self._mean += weight * error
         self._variance = (1.0 - weight) * (self._variance + weight * error * error) if self._num_ended > 1 else 0.0
+        self._planned = self._mean + DEVIATIONS * math.sqrt(self._variance)
 
     def final_output(self, sampling: SamplingParams, num_output: int) -> int:
         """Planned number of output tokens of a request that has `num_output` now; at most its max_tokens."""
         if not sampling.stop_token_ids:
             return sampling.max_tokens
-        planned = self._mean + DEVIATIONS * math.sqrt(self._variance)
-        return min(sampling.max_tokens, math.ceil(max(planned, OVERDUE * num_output, num_output + 1)))
+        return min(sampling.max_tokens, math.ceil(max(self._planned, OVERDUE * num_output, num_output + 1)))

@@ -19,6 +19,7 @@ ANCHOR = 1e-3  # pull towards the last fit, in units of the data's own weight: w
 TRUSTED = 4  # samples after which a curve may call a sample an outlier
 OUTLIER = 3.0  # a longer step than so many times the expected one counts as that: a hiccup is not a cost
 SMALLEST_S = 1e-5
+REFIT_ALWAYS, REFIT_EVERY = 32, 8  # a fit costs some 20 us: at first after every sample, then after every eighth
 CORRECTION_EMA = 0.1
 CORRECTION_LIMITS = (0.5, 4.0)
 TRANSFER_FALL, TRANSFER_RISE = 0.3, 0.1
@@ -40,14 +41,6 @@ class StepLoad:
     def of(cls, batch: MicroBatch) -> StepLoad:
         context = sum(attended(item.start, item.num_new) for item in batch.items)
         return cls(batch.num_tokens, context, sum(item.samples for item in batch.items))
-
-    @classmethod
-    def total(cls, loads: Collection[StepLoad]) -> StepLoad:
-        return cls(
-            sum(load.num_tokens for load in loads),
-            sum(load.context_tokens for load in loads),
-            sum(load.num_samples for load in loads),
-        )
 
     def plus(self, other: StepLoad) -> StepLoad:
         return StepLoad(
@@ -101,7 +94,7 @@ class Curve:
         size = len(self._theta)
         self._gram = [[0.0] * size for _ in range(size)]
         self._moment = [0.0] * size
-        self._stale = False
+        self._num_new = 0  # samples since the last fit
         self.num_samples = 0
 
     @property
@@ -127,12 +120,12 @@ class Curve:
                 row[j] = FORGETTING * row[j] + weight * x[i] * x[j]
             self._moment[i] = FORGETTING * self._moment[i] + weight * x[i] * seconds
         self.num_samples += 1
-        self._stale = True
+        self._num_new += 1
 
     def _refit(self) -> None:
-        if not self._stale:
+        if self._num_new < (REFIT_EVERY if self.num_samples > REFIT_ALWAYS else 1):
             return
-        self._stale = False
+        self._num_new = 0
         size = len(self._theta)
         anchor = ANCHOR * sum(self._gram[i][i] for i in range(size))
         gram = [[self._gram[i][j] + (anchor if i == j else 0.0) for j in range(size)] for i in range(size)]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from afd.sched.forecast import LengthForecast
-from afd.sched.latency import NOTHING, LatencyModel, StepLoad, attended
+from afd.sched.latency import LatencyModel, StepLoad, attended
 from afd.sched.scheduler import Scheduler
 from afd.sched.sequence import Sequence as Request
 from afd.types import SamplingParams
@@ -21,7 +21,8 @@ Policy = Literal["enforce", "observe", "off"]
 
 HEADROOM = 0.9  # share of a target that may be planned with: the rest is for what no model knows
 NEVER_S = 60.0  # retry_after of a request for which no departure makes room
-EMA = 0.2
+SIZE_EMA = 0.2
+INTERVAL_EMA = 0.05
 SATURATED_S = 1.0  # so long after a refusal an admission still means that a place became free
 
 
@@ -64,15 +65,18 @@ class Outlook:
     cycle_s: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Share:
-    """One sequence's part in every cycle. num_chunks: cycles of prefill ahead of it.  num_left: output tokens to come.
+    """One sequence's part in every cycle: a decode at its final length, and while it prefills a chunk.
 
+    context: KV entries that the decode reads.  chunk, chunk_context: tokens and KV entries of a prefill chunk.
+    num_chunks: cycles of prefill ahead of it.  num_left: output tokens to come.
     num_blocks: KV blocks that it still has to get.  num_held: those it has.
     """
 
-    decode: StepLoad
-    prefill: StepLoad
+    context: int
+    chunk: int
+    chunk_context: float
     num_chunks: int
     num_left: int
     num_blocks: int
@@ -95,6 +99,7 @@ class Admission:
         self._typical: tuple[float, float] | None = None  # prompt and planned output tokens of recent requests
         self._refused_at = self._admitted_at = float("-inf")
         self._place_interval_s = 0.0
+        self._num_intervals = 0
         self.num_admitted = 0
         self.num_refused = 0
         self.cycle_s = 0.0  # of the last `outlook`, for other threads
@@ -108,12 +113,16 @@ class Admission:
         if self.policy == "off":
             return None
         self._note_size(ask)
-        refusal = self._refusal(ask)
-        if refusal is not None:
+        shares = [self._share_of(seq) for seq in self._scheduler.sequences()]
+        candidate = self._candidate(ask)
+        idle = not shares and candidate.target_s >= self._tpot_s
+        # An idle worker takes it: nobody is hurt, and only what runs can correct a pessimistic model.
+        obstacle = None if idle else self._obstacle([*shares, candidate], new=not ask.resumed)
+        if obstacle is not None:
             self.num_refused += 1
             self._refused_at = now
             if self.policy == "enforce":
-                return refusal
+                return Refusal(obstacle, self._wait_s(shares, candidate, new=not ask.resumed))
         self._note_place(now)
         self.num_admitted += 1
         return None
@@ -139,18 +148,6 @@ class Admission:
 
     # -- decisions ----------------------------------------------------------------------------------------
 
-    def _refusal(self, ask: Ask) -> Refusal | None:
-        shares = [self._share_of(seq) for seq in self._scheduler.sequences()]
-        target_s = self.target_of(ask.tpot_s)
-        if not shares and target_s >= self._tpot_s:
-            return None  # an idle worker: nobody is hurt, and only what runs can correct a pessimistic model
-        num_left = self._lengths.final_output(ask.sampling, ask.num_output) - ask.num_output
-        candidate = self._share(ask.num_prompt + ask.num_output, 0, num_left, held=0, target_s=target_s)
-        obstacle = self._obstacle([*shares, candidate], new=not ask.resumed)
-        if obstacle is None:
-            return None
-        return Refusal(obstacle, self._wait_s(shares, candidate, new=not ask.resumed))
-
     def _obstacle(self, shares: Sequence[_Share], *, new: bool, num_freed: int = 0) -> str | None:
         """Why these sequences cannot all be served as promised, or None. num_freed: blocks free by then besides."""
         config, pool = self._scheduler.config, self._scheduler.pool
@@ -161,9 +158,7 @@ class Admission:
         if len(shares) > config.max_num_seqs:
             return f"{config.max_num_seqs} requests run already (attention.max_num_seqs)"
         num_streams = min(len(shares), self._scheduler.num_streams)
-        if sum(share.decode.num_tokens + share.prefill.num_tokens for share in shares) > (
-            num_streams * config.max_step_tokens
-        ):
+        if len(shares) + sum(share.chunk for share in shares) > num_streams * config.max_step_tokens:
             return f"steps of {config.max_step_tokens} tokens are full (attention.max_step_tokens)"
         cycle_s, target_s = self._cycle_s(shares), min(share.target_s for share in shares)
         if cycle_s > HEADROOM * target_s:
@@ -185,7 +180,7 @@ class Admission:
             for _, idx, leaves in events[:num_events]:
                 share = then[idx]
                 assert share is not None
-                then[idx] = None if leaves else replace(share, prefill=NOTHING)
+                then[idx] = None if leaves else replace(share, chunk=0, chunk_context=0.0)
                 num_freed += share.num_held if leaves else 0
             rest = [share for share in then if share is not None]
             return self._obstacle([*rest, candidate], new=new, num_freed=num_freed) is None
@@ -207,7 +202,8 @@ class Admission:
         """With the scheduler's streams and an even split, which the scheduler keeps to."""
         if not shares:
             return 0.0
-        total = StepLoad.total([*(share.decode for share in shares), *(share.prefill for share in shares)])
+        context = sum(share.context + share.chunk_context for share in shares)
+        total = StepLoad(len(shares) + sum(share.chunk for share in shares), context, len(shares))
         num_streams = min(len(shares), self._scheduler.num_streams)
         return self._model.cycle_s([total.split(num_streams)] * num_streams)
 
@@ -215,12 +211,17 @@ class Admission:
         """Cycles at the target, whose room for prefill one more request shares with those that prefill."""
         config = self._scheduler.config
         num_streams = min(len(shares), self._scheduler.num_streams)
-        decodes = StepLoad.total([share.decode for share in shares]).split(num_streams)
+        decodes = StepLoad(len(shares), sum(share.context for share in shares), len(shares)).split(num_streams)
         room = PrefillBudget(self._model).prefill_tokens(
             [decodes] * num_streams, 0, target_s, start=0, limit=config.max_step_tokens
         )
         num_prefills = 1 + sum(share.num_chunks > 0 for share in shares)
         return HEADROOM * target_s / max(config.min_chunk_tokens, room / num_prefills)
+
+    def _candidate(self, ask: Ask) -> _Share:
+        num_left = self._lengths.final_output(ask.sampling, ask.num_output) - ask.num_output
+        target_s = self.target_of(ask.tpot_s)
+        return self._share(ask.num_prompt + ask.num_output, 0, num_left, held=0, target_s=target_s)
 
     def _share_of(self, seq: Request) -> _Share:
         num_left = max(1, self._lengths.final_output(seq.sampling, seq.num_output) - seq.num_output)
@@ -229,21 +230,21 @@ class Admission:
 
     def _share(self, num_tokens: int, num_computed: int, num_left: int, *, held: int, target_s: float) -> _Share:
         num_pending = num_tokens - num_computed
-        prefill, num_chunks = NOTHING, 0
+        chunk, chunk_context, num_chunks = 0, 0.0, 0
         if num_pending > 1:
             chunk = min(self._scheduler.config.min_chunk_tokens, num_pending)
-            prefill = StepLoad(chunk, attended(num_tokens - chunk, chunk), 0)
+            chunk_context = attended(num_tokens - chunk, chunk)
             num_chunks = -(-num_pending // chunk)
         final = num_tokens + num_left
         num_blocks = max(0, self._scheduler.pool.blocks_for(final) - held)
-        return _Share(StepLoad(1, final, 1), prefill, num_chunks, num_left, num_blocks, held, target_s)
+        return _Share(final, chunk, chunk_context, num_chunks, num_left, num_blocks, held, target_s)
 
     # -- what was seen ------------------------------------------------------------------------------------
 
     def _note_size(self, ask: Ask) -> None:
         size = (float(ask.num_prompt), float(self._lengths.final_output(ask.sampling, ask.num_output)))
         old = self._typical or size
-        self._typical = (old[0] + EMA * (size[0] - old[0]), old[1] + EMA * (size[1] - old[1]))
+        self._typical = (old[0] + SIZE_EMA * (size[0] - old[0]), old[1] + SIZE_EMA * (size[1] - old[1]))
 
     def _note_place(self, now: float) -> None:
         """While full, the time between two admissions is the time between two places."""
@@ -251,8 +252,9 @@ class Admission:
         self._admitted_at = now
         if now - self._refused_at > SATURATED_S or interval_s > 10 * SATURATED_S:
             return
-        old = self._place_interval_s or interval_s
-        self._place_interval_s = old + EMA * (interval_s - old)
+        self._num_intervals += 1
+        weight = max(INTERVAL_EMA, 1.0 / self._num_intervals)
+        self._place_interval_s += weight * (interval_s - self._place_interval_s)
 
 
 class PrefillBudget:

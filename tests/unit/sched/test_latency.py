@@ -1,0 +1,177 @@
+"""Step-time model: curves that recover what they measured, and the cycle that follows from them."""
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from afd.sched.latency import Curve, LatencyModel, StepLoad, StepSample, attended
+from afd.sched.sequence import BatchItem, MicroBatch
+
+
+def curve():
+    return Curve((4e-3, 2e-4, 2e-7), (1.0, 64.0, 16384.0))
+
+
+def feed(fitted, truth, rng, count, *, tokens=None, noise=0.05, factor=1.0):
+    for _ in range(count):
+        num_tokens = tokens or rng.choice((1, 4, 16, 48, 200))
+        context = num_tokens * rng.randrange(20, 1000)
+        seconds = truth[0] + truth[1] * num_tokens + truth[2] * context
+        fitted.add(factor * seconds * rng.uniform(1 - noise, 1 + noise), 1.0, num_tokens, context)
+
+
+@settings(max_examples=40, derandomize=True, deadline=None)
+@given(
+    base_ms=st.floats(0.2, 30),
+    token_us=st.floats(5, 2000),
+    context_us=st.floats(0, 0.5),
+    seed=st.integers(0, 1000),
+)
+def test_a_curve_predicts_what_it_measured(base_ms, token_us, context_us, seed):
+    truth = (base_ms / 1e3, token_us / 1e6, context_us / 1e6)
+    fitted = curve()
+    feed(fitted, truth, random.Random(seed), 150)
+    for num_tokens, context in ((1, 500), (10, 5000), (100, 20_000), (200, 100_000)):
+        expected = truth[0] + truth[1] * num_tokens + truth[2] * context
+        assert fitted(1.0, num_tokens, context) == pytest.approx(expected, rel=0.1)
+
+
+@settings(max_examples=40, derandomize=True, deadline=None)
+@given(samples=st.lists(st.tuples(st.floats(1e-6, 1.0), st.integers(1, 256), st.integers(1, 10**6)), max_size=40))
+def test_no_sequence_of_measurements_makes_a_coefficient_negative(samples):
+    fitted = curve()
+    for seconds, num_tokens, context in samples:
+        fitted.add(seconds, 1.0, num_tokens, context)
+        assert fitted(1.0, num_tokens, context) >= 0.0
+        assert min(fitted.coefficients) >= 0.0
+
+
+def test_before_any_sample_a_curve_is_its_prior():
+    assert curve()(1.0, 64, 0) == pytest.approx(4e-3 + 64 * 2e-4)
+    assert curve().coefficients == pytest.approx((4e-3, 2e-4, 2e-7))
+
+
+def test_what_recent_steps_do_not_tell_apart_stays_known():
+    rng, truth, fitted = random.Random(3), (5e-3, 4e-4, 1e-7), curve()
+    feed(fitted, truth, rng, 200)
+    feed(fitted, truth, rng, 3000, tokens=32)  # far longer than the memory: only one batch size
+    assert fitted(1.0, 1, 500) == pytest.approx(5e-3 + 4e-4 + 5e-5, rel=0.25)
+    assert fitted(1.0, 128, 64_000) == pytest.approx(5e-3 + 128 * 4e-4 + 6.4e-3, rel=0.25)
+
+
+def test_a_machine_that_becomes_slower_is_followed():
+    rng, truth, fitted = random.Random(4), (5e-3, 4e-4, 1e-7), curve()
+    feed(fitted, truth, rng, 300)
+    before = fitted(1.0, 48, 20_000)
+    feed(fitted, truth, rng, 250, factor=2.0)
+    assert fitted(1.0, 48, 20_000) == pytest.approx(2 * before, rel=0.15)
+
+
+def test_one_hiccup_is_not_a_cost():
+    rng, truth, fitted = random.Random(5), (5e-3, 4e-4, 0.0), curve()
+    feed(fitted, truth, rng, 100)
+    before = fitted(1.0, 16, 1000)
+    fitted.add(2.0, 1.0, 16, 1000)  # two seconds instead of eleven milliseconds
+    assert fitted(1.0, 16, 1000) < 1.15 * before
+
+
+def test_attended_counts_every_pair_of_row_and_position():
+    assert attended(0, 3) == 1 + 2 + 3
+    assert attended(10, 1) == 11
+    assert attended(4, 2) == 5 + 6
+
+
+def test_the_load_of_a_micro_batch():
+    batch = MicroBatch(0, 1, (BatchItem(None, 9, 1, True), BatchItem(None, 0, 4, False)))
+    assert StepLoad.of(batch) == StepLoad(5, 10 + 10, 1)
+
+
+class Pipeline:
+    """Feeds a model with steps of a machine whose curves are known; returns that machine's cycle."""
+
+    A, H, F, C = (2e-3, 1e-4), (1e-3, 5e-5), (3e-3, 2e-4), 1.5e-3
+
+    def __init__(self, *, overlap=True, slowness=1.0):
+        self.model = LatencyModel(overlap=overlap)
+        self.overlap, self.slowness = overlap, slowness
+
+    def parts(self, num_tokens):
+        a = self.A[0] + self.A[1] * num_tokens + self.H[0] + self.H[1] * num_tokens
+        return a, self.F[0] + self.F[1] * num_tokens
+
+    def cycle(self, tokens_by_stream):
+        steps = [self.parts(tokens) for tokens in tokens_by_stream]
+        sum_a, sum_f = sum(a for a, _ in steps), sum(f for _, f in steps)
+        if not self.overlap:
+            return self.slowness * (sum_a + sum_f)
+        return self.slowness * max(sum_a, sum_f, max(a + f for a, f in steps) + self.C)
+
+    def run(self, tokens_by_stream, rounds=60):
+        took = self.cycle(tokens_by_stream)
+        for _ in range(rounds):
+            for stream, tokens in enumerate(tokens_by_stream):
+                _, f = self.parts(tokens)
+                self.model.observe(
+                    StepSample(
+                        stream=stream,
+                        load=StepLoad(tokens, 100 * tokens, tokens),
+                        attention_s=self.A[0] + self.A[1] * tokens,
+                        head_s=self.H[0] + self.H[1] * tokens,
+                        ffn_s=f,
+                        exchange_s=f + (self.C if self.overlap else 0.0),
+                        gang_tokens=tokens,
+                        took_s=took,
+                        in_flight=range(len(tokens_by_stream)),
+                    )
+                )
+        return took
+
+    def predicted(self, tokens_by_stream):
+        return self.model.cycle_s([StepLoad(tokens, 100 * tokens, tokens) for tokens in tokens_by_stream])
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("slowness", [1.0, 1.4])
+def test_the_cycle_is_predicted_for_batches_and_streams_that_did_not_run(overlap, slowness):
+    pipeline = Pipeline(overlap=overlap, slowness=slowness)
+    for tokens in (1, 8, 30, 8, 64):
+        pipeline.run([tokens])
+    for wanted in ([16], [48], [16, 16], [20, 20, 20]):
+        assert pipeline.predicted(wanted) == pytest.approx(pipeline.cycle(wanted), rel=0.1), wanted
+
+
+def test_a_number_of_streams_that_behaves_otherwise_is_corrected_by_itself():
+    pipeline = Pipeline()
+    pipeline.run([8])
+    pipeline.run([32])
+    pipeline.slowness = 1.5  # two streams get in each other's way on this machine
+    pipeline.run([16, 16])
+    assert pipeline.predicted([16, 16]) == pytest.approx(pipeline.cycle([16, 16]), rel=0.1)
+    pipeline.slowness = 1.0
+    assert pipeline.predicted([32]) == pytest.approx(pipeline.cycle([32]), rel=0.1)
+    assert pipeline.model.correction(3) == pytest.approx(1.5, rel=0.1)  # the nearest that is known
+
+
+def test_rows_of_other_attention_workers_count_for_the_ffn():
+    alone, shared = LatencyModel(), LatencyModel()
+    for model, others in ((alone, 0), (shared, 64)):
+        for tokens in (4, 16, 32, 64) * 20:
+            f = 3e-3 + 2e-4 * (tokens + others)
+            load = StepLoad(tokens, tokens * 10, tokens)
+            model.observe(StepSample(0, load, 2e-3, 1e-3, f, f + 1e-3, tokens + others, f + 4e-3, [0]))
+    load = StepLoad(16, 160, 16)
+    assert shared.step_s(load)[1] - alone.step_s(load)[1] == pytest.approx(64 * 2e-4, rel=0.15)
+
+
+def test_waiting_for_other_streams_is_not_mistaken_for_the_wire():
+    model = LatencyModel()
+    load = StepLoad(8, 80, 8)
+    for _ in range(50):
+        model.observe(StepSample(0, load, 2e-3, 1e-3, 3e-3, 4e-3, 8, 7e-3, [0]))
+    alone_s = model.transfer_s
+    assert alone_s == pytest.approx(1e-3, rel=0.1)
+    for _ in range(50):
+        model.observe(StepSample(0, load, 2e-3, 1e-3, 3e-3, 12e-3, 8, 15e-3, [0, 1]))
+    assert model.transfer_s == pytest.approx(alone_s)
