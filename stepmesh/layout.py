@@ -7,7 +7,7 @@ A slot in memory, and a frame on a byte stream, is
     trailer  8 bytes: a copy of seq, at the payload's end rounded up to 8
 
 Example: hidden 576, FP8, 3 tokens, top_k 2: rows at 0 (1728 bytes), 5 scales a row at 1728 (60 bytes), expert ids
-at 1792 (24), weights at 1856 (24); payload 1880 bytes, trailer at 1880.
+at 1792 (24), weights at 1856 (24); payload 1880 bytes, trailer at 128 + 1880. Sparse: row_idx at 1920 (12) as well.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ class DispatchSections(NamedTuple):
     scales: int
     expert_ids: int
     expert_weights: int
+    row_idx: int
     total: int
 
 
@@ -68,7 +69,8 @@ class PayloadLayout:
             raise ConfigError(f"max_top_k {self.max_top_k} is not in 0..4096")
         object.__setattr__(self, "dispatch_dtype", WireDtype(self.dispatch_dtype))
         object.__setattr__(self, "combine_dtype", WireDtype(self.combine_dtype))
-        largest = max(self.dispatch(self.max_tokens, self.max_top_k).total, self.combine(self.max_tokens).total)
+        dispatch = self.dispatch(self.max_tokens, self.max_top_k, sparse=True)
+        largest = max(dispatch.total, self.combine(self.max_tokens).total)
         if largest >= 1 << 32:
             raise ConfigError(f"a payload of {largest} bytes does not fit the header's 32 bits: lower max_tokens")
 
@@ -76,7 +78,7 @@ class PayloadLayout:
     def num_scale_groups(self) -> int:
         return -(-self.hidden // SCALE_GROUP)
 
-    def dispatch(self, num_tokens: int, top_k: int) -> DispatchSections:
+    def dispatch(self, num_tokens: int, top_k: int, *, sparse: bool = False) -> DispatchSections:
         """Sections of a dispatch of `num_tokens` rows with `top_k` experts each (0: no routing)."""
         end = num_tokens * self.hidden * self.dispatch_dtype.itemsize
         scales = align(end, SECTION_ALIGN)
@@ -86,7 +88,10 @@ class PayloadLayout:
         expert_weights = align(expert_ids + num_tokens * top_k * 4, SECTION_ALIGN)
         if top_k:
             end = expert_weights + num_tokens * top_k * 4
-        return DispatchSections(0, scales, expert_ids, expert_weights, end)
+        row_idx = align(end, SECTION_ALIGN)
+        if sparse:
+            end = row_idx + num_tokens * 4
+        return DispatchSections(0, scales, expert_ids, expert_weights, row_idx, end)
 
     def combine(self, num_tokens: int) -> CombineSections:
         """Sections of a combine of `num_tokens` rows."""
@@ -98,8 +103,8 @@ class PayloadLayout:
 
     @property
     def dispatch_slot_bytes(self) -> int:
-        """Memory of one dispatch slot: any (num_tokens, top_k) within the limits fits."""
-        return slot_bytes(self.dispatch(self.max_tokens, self.max_top_k).total)
+        """Memory of one dispatch slot: any (num_tokens, top_k) within the limits fits, sparse or not."""
+        return slot_bytes(self.dispatch(self.max_tokens, self.max_top_k, sparse=True).total)
 
     @property
     def combine_slot_bytes(self) -> int:

@@ -29,7 +29,7 @@ from stepmesh.errors import (
 )
 from stepmesh.pair import AttentionPair, Environment, FfnPair, Pair
 from stepmesh.session import Draining, Ended, Idle, Notice
-from stepmesh.slots import copy_section
+from stepmesh.slots import copy_parts, rises_below, take_parts
 from stepmesh.spin import SpinPolicy
 from stepmesh.stats import MeshStats
 from stepmesh.topology import Membership, MembershipChange
@@ -51,6 +51,7 @@ from stepmesh.types import (
     PeerUp,
     RankId,
     Role,
+    RowIdx,
     Rows,
 )
 from stepmesh.wire import ControlFrame, ControlKind, encode_control, encode_idle
@@ -186,22 +187,14 @@ class Mesh:
         All or nothing: raises PeerNotConnectedError, SlotBusyError or ConfigError before anything was sent. `parts` may
         be the views that dispatch_view(peers[0], ...) gave; then nothing is copied for that peer.
         """
+        seq, pairs = self._begin(peers, meta)
         stream = meta.stream
-        seq = self._next_seq(stream)
-        if meta.epoch not in self._membership.live_epochs:
-            raise ConfigError(f"epoch {meta.epoch} is not live here")
-        pairs = [self._attention_pair(peer, stream, seq) for peer in peers]
-        if not pairs:
-            raise ConfigError("dispatch to no peer at all")
         num_tokens = parts.rows.shape[0]
         top_k = 0 if parts.expert_ids is None else parts.expert_ids.shape[1]
         first = pairs[0].tx_slot(stream, seq)
         view, payload_bytes = first.dispatch(num_tokens, top_k)
         if parts is not view:
-            copy_section(view.rows, parts.rows, "rows")
-            copy_section(view.scales, parts.scales, "scales")
-            copy_section(view.expert_ids, parts.expert_ids, "expert_ids")
-            copy_section(view.expert_weights, parts.expert_weights, "expert_weights")
+            copy_parts(view, parts)
         self._seq[stream] = seq
         self._active[stream] = True
         now_ns = int(self._fabric.now() * 1e9)
@@ -211,6 +204,38 @@ class Mesh:
                 if slot is not first:
                     slot.payload[:payload_bytes] = first.payload[:payload_bytes]
                 pair.post_dispatch(seq, meta, num_tokens, top_k, payload_bytes, now_ns)
+        except struct.error as error:
+            raise ConfigError(f"{meta} does not fit the header: {error}") from None
+        return seq
+
+    def dispatch_sparse(
+        self, peers: Sequence[RankId], meta: DispatchMeta, parts: DispatchParts, rows_of_peer: Sequence[RowIdx]
+    ) -> int:
+        """Send each peer only its rows of the micro-batch: peers[i] gets parts[rows_of_peer[i]], with their indices.
+
+        Indices rise strictly (as np.flatnonzero gives them) and may be none; a row may go to several peers. The arrays
+        must not change before the combine, whose `row_idx` they are. All or nothing, raises as dispatch does.
+        """
+        seq, pairs = self._begin(peers, meta)
+        stream, batch_tokens = meta.stream, parts.rows.shape[0]
+        if len(rows_of_peer) != len(pairs):
+            raise ConfigError(f"{len(rows_of_peer)} lists of rows for {len(pairs)} peers")
+        if batch_tokens > self.config.layout.max_tokens:
+            raise ConfigError(f"{batch_tokens} tokens exceed the slot ({self.config.layout.max_tokens})")
+        top_k = 0 if parts.expert_ids is None else parts.expert_ids.shape[1]
+        sizes = []
+        for pair, row_idx in zip(pairs, rows_of_peer, strict=True):
+            if not rises_below(row_idx, batch_tokens):
+                raise ConfigError(f"row indices for {pair.peer} do not rise strictly within {batch_tokens} rows")
+            view, payload_bytes = pair.tx_slot(stream, seq).dispatch(row_idx.size, top_k, True)
+            take_parts(view, parts, row_idx)
+            sizes.append(payload_bytes)
+        self._seq[stream] = seq
+        self._active[stream] = True
+        now_ns = int(self._fabric.now() * 1e9)
+        try:
+            for pair, row_idx, size in zip(pairs, rows_of_peer, sizes, strict=True):
+                pair.post_dispatch(seq, meta, row_idx.size, top_k, size, now_ns, row_idx, batch_tokens)
         except struct.error as error:
             raise ConfigError(f"{meta} does not fit the header: {error}") from None
         return seq
@@ -286,6 +311,16 @@ class Mesh:
         if not 0 <= stream < self.config.num_streams:
             raise ConfigError(f"stream {stream} is not in 0..{self.config.num_streams - 1}")
         return self._seq[stream] + 1
+
+    def _begin(self, peers: Sequence[RankId], meta: DispatchMeta) -> tuple[int, list[AttentionPair]]:
+        """The dispatch's seq and its pairs, whose slots are free. Nothing has changed yet."""
+        seq = self._next_seq(meta.stream)
+        if meta.epoch not in self._membership.live_epochs:
+            raise ConfigError(f"epoch {meta.epoch} is not live here")
+        pairs = [self._attention_pair(peer, meta.stream, seq) for peer in peers]
+        if not pairs:
+            raise ConfigError("dispatch to no peer at all")
+        return seq, pairs
 
     def _attention_pair(self, peer: RankId, stream: int, seq: int) -> AttentionPair:
         pair = self._pairs.get(peer)

@@ -14,7 +14,7 @@ from stepmesh.config import MeshConfig
 from stepmesh.errors import FrameError, StaleArrivalError
 from stepmesh.layout import NUM_PARITIES, frame_bytes
 from stepmesh.session import Notice, Session
-from stepmesh.slots import CombineView, Slot, copy_section
+from stepmesh.slots import CombineView, Slot, copy_section, rises_below
 from stepmesh.stats import PeerStats
 from stepmesh.topology import Membership
 from stepmesh.trace import Stage, Trace
@@ -27,6 +27,7 @@ from stepmesh.types import (
     FrameKind,
     Header,
     RankId,
+    RowIdx,
     Rows,
 )
 from stepmesh.window import CombineWindow, DispatchWindow, Verdict
@@ -165,6 +166,7 @@ class AttentionPair(Pair):
         super().__init__(env, identity, link, channel, stats)
         self.window = DispatchWindow(env.config.num_streams)
         self._dtype = int(self._layout.dispatch_dtype)
+        self._row_idx: list[RowIdx | None] = [None] * len(self._tx)  # which rows an exchange carries, if not all
 
     @property
     def pending(self) -> bool:
@@ -175,16 +177,24 @@ class AttentionPair(Pair):
         return None if oldest_ns is None else oldest_ns / 1e9
 
     def post_dispatch(
-        self, seq: int, meta: DispatchMeta, num_tokens: int, top_k: int, payload_bytes: int, now_ns: int
+        self,
+        seq: int,
+        meta: DispatchMeta,
+        num_tokens: int,
+        top_k: int,
+        payload_bytes: int,
+        now_ns: int,
+        row_idx: RowIdx | None = None,
+        batch_tokens: int = 0,
     ) -> None:
-        """Publish the payload that lies in the slot of `seq`."""
+        """Publish the payload that lies in the slot of `seq`. Sparse: `row_idx` of a batch of `batch_tokens`."""
         slot = self.tx_slot(meta.stream, seq)
         HEADER.pack_into(
             slot.memory,
             0,
             DATA_MAGIC,
             PROTOCOL_VERSION,
-            FrameKind.DISPATCH,
+            FrameKind.DISPATCH if row_idx is None else FrameKind.SPARSE_DISPATCH,
             meta.flags,
             meta.epoch,
             self.generation,
@@ -195,7 +205,7 @@ class AttentionPair(Pair):
             meta.member_mask & _LOW64,
             meta.member_mask >> 64,
             num_tokens,
-            0,
+            batch_tokens,
             payload_bytes,
             0,
             meta.stream,
@@ -204,6 +214,7 @@ class AttentionPair(Pair):
             self._dtype,
             self._checksum_kind,
         )
+        self._row_idx[NUM_PARITIES * meta.stream + (seq & 1)] = row_idx
         self.window.sent(meta.stream, seq, meta.epoch, num_tokens, now_ns)
         self._post(slot, meta.stream, seq, payload_bytes)
         self.env.trace.record(now_ns, Stage.DISPATCH_POSTED, self.peer, meta.stream, meta.layer, seq)
@@ -227,7 +238,8 @@ class AttentionPair(Pair):
             self.stats.received_bytes += view.payload_bytes
             self.stats.answers_waited_ns += now_ns - sent_ns
             self.env.trace.record(now_ns, Stage.COMBINE_ARRIVED, self.peer, header.stream, header.layer, header.seq)
-            arrived.append(CombineArrived(self.peer, header, view.rows, view.scales))
+            row_idx = self._row_idx[NUM_PARITIES * posted.stream + posted.parity]
+            arrived.append(CombineArrived(self.peer, header, view.rows, view.scales, row_idx))
         return arrived
 
 
@@ -323,8 +335,11 @@ class FfnPair(Pair):
         now_ns = int(now * 1e9)
         for posted in posts:
             slot, header = self._read_header(posted)
-            view = slot.dispatch(header.num_tokens, header.top_k)
+            view = slot.dispatch(header.num_tokens, header.top_k, header.kind == FrameKind.SPARSE_DISPATCH)
             check_frame(slot.memory, header, view.payload_bytes)
+            row_idx = view.parts.row_idx
+            if row_idx is not None and not rises_below(row_idx, min(header.gang_tokens, self._layout.max_tokens)):
+                raise FrameError(f"row_idx does not rise strictly within a batch of {header.gang_tokens} rows")
             if self._parked:
                 self._check_not_parked(posted)
             verdict = self.window.accept(header, membership.live_epochs, membership.newest_epoch)

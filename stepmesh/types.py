@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 Rows = npt.NDArray[Any]  # uint16 (bf16 bits), uint8 (fp8 bits) or float32, [num_tokens, hidden]
+RowIdx = npt.NDArray[np.signedinteger[Any]]  # places of rows in a micro-batch, rising; int32 on the wire
 
 
 class Role(StrEnum):
@@ -103,6 +104,7 @@ class FrameKind(IntEnum):
 
     DISPATCH = 1  # attention -> FFN
     COMBINE = 2  # FFN -> attention
+    SPARSE_DISPATCH = 3  # attention -> FFN: some rows of the micro-batch, with their places in it
 
 
 class DispatchMeta(NamedTuple):
@@ -128,12 +130,17 @@ class CombineMeta(NamedTuple):
 
 
 class DispatchParts(NamedTuple):
-    """The payload of a dispatch. num_tokens may be 0; top_k 0 (both routing arrays None) is a dense layer."""
+    """The payload of a dispatch. num_tokens may be 0; top_k 0 (both routing arrays None) is a dense layer.
+
+    `row_idx` is set in a sparse dispatch only: row i is row row_idx[i] of the sender's micro-batch. The indices rise
+    strictly, below the header's gang_tokens.
+    """
 
     rows: Rows  # [num_tokens, hidden]
     scales: npt.NDArray[np.float32] | None = None  # [num_tokens, ceil(hidden / 128)], FP8 only
     expert_ids: npt.NDArray[np.int32] | None = None  # [num_tokens, top_k]
     expert_weights: npt.NDArray[np.float32] | None = None  # [num_tokens, top_k]
+    row_idx: RowIdx | None = None  # [num_tokens], sparse only
 
 
 class Header(NamedTuple):
@@ -152,7 +159,7 @@ class Header(NamedTuple):
     member_mask_low: int
     member_mask_high: int
     num_tokens: int
-    gang_tokens: int  # combine only
+    gang_tokens: int  # combine: tokens of the gang's batch; sparse dispatch: rows of the sender's micro-batch
     payload_bytes: int
     checksum: int
     stream: int
@@ -200,12 +207,17 @@ class DispatchArrived:
 
 @dataclass(frozen=True, slots=True)
 class CombineArrived:
-    """Attention side. `rows` [num_tokens, hidden] is valid until the next-but-one dispatch on that stream."""
+    """Attention side. `rows` [num_tokens, hidden] is valid until the next-but-one dispatch on that stream.
+
+    They answer the rows that were sent to that peer, in their order: `row_idx` is what dispatch_sparse was given for it
+    (None after a dispatch of all rows).
+    """
 
     peer: RankId
     header: Header
     rows: Rows
     scales: npt.NDArray[np.float32] | None = None
+    row_idx: RowIdx | None = None
 
 
 @dataclass(frozen=True, slots=True)

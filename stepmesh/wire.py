@@ -38,7 +38,7 @@ def read_header(memory: memoryview) -> Header:
 
 
 def check_header(header: Header, *, kind: FrameKind, layout: PayloadLayout, num_streams: int, generation: int) -> None:
-    """Raise FrameError unless the header is one that this pair may carry.
+    """Raise FrameError unless the header is one that this pair may carry. Where dispatches go, sparse ones may go, too.
 
     Size, trailer and checksum are for `check_frame`, the sequence is the window's business.
     """
@@ -46,7 +46,7 @@ def check_header(header: Header, *, kind: FrameKind, layout: PayloadLayout, num_
         raise FrameError(f"bad magic {header.magic!r}")
     if not OLDEST_VERSION <= header.version <= PROTOCOL_VERSION:
         raise FrameError(f"frame version {header.version}, this end speaks {OLDEST_VERSION}..{PROTOCOL_VERSION}")
-    if header.kind != kind:
+    if header.kind != kind and not (kind is FrameKind.DISPATCH and header.kind == FrameKind.SPARSE_DISPATCH):
         raise FrameError(f"frame kind {header.kind}, expected {kind.name}")
     if header.generation != generation:
         raise FrameError(f"generation {header.generation}, the pair is in generation {generation}")

@@ -33,12 +33,14 @@ layouts = st.builds(
 def test_sections_are_aligned_disjoint_and_fit(layout: PayloadLayout, data: st.DataObject) -> None:
     num_tokens = data.draw(st.integers(0, layout.max_tokens))
     top_k = data.draw(st.integers(0, layout.max_top_k))
-    at = layout.dispatch(num_tokens, top_k)
+    sparse = data.draw(st.booleans())
+    at = layout.dispatch(num_tokens, top_k, sparse=sparse)
     sizes = [
         (at.rows, num_tokens * layout.hidden * layout.dispatch_dtype.itemsize),
         (at.scales, num_tokens * layout.num_scale_groups * 4 if layout.dispatch_dtype is WireDtype.FP8_E4M3 else 0),
         (at.expert_ids, num_tokens * top_k * 4),
         (at.expert_weights, num_tokens * top_k * 4),
+        (at.row_idx, num_tokens * 4 if sparse else 0),
     ]
     end = 0
     for offset, size in sizes:
@@ -56,7 +58,8 @@ def test_sections_are_aligned_disjoint_and_fit(layout: PayloadLayout, data: st.D
 def test_the_worked_example_of_the_docstring() -> None:
     layout = PayloadLayout(576, 3, 2, WireDtype.FP8_E4M3, WireDtype.BF16)
     assert layout.num_scale_groups == 5  # the last group is short: 576 = 4.5 x 128
-    assert tuple(layout.dispatch(3, 2)) == (0, 1728, 1792, 1856, 1880)
+    assert tuple(layout.dispatch(3, 2)) == (0, 1728, 1792, 1856, 1920, 1880)
+    assert tuple(layout.dispatch(3, 2, sparse=True)) == (0, 1728, 1792, 1856, 1920, 1932)
     assert trailer_offset(1880) == HEADER_BYTES + 1880
     assert layout.combine(3) == (0, align(3 * 576 * 2, 64), 3 * 576 * 2)
 
