@@ -6,6 +6,7 @@ Stages hold names, times and counts only: no text, no token, nothing of a reques
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
@@ -70,13 +71,8 @@ class TraceRing:
     def snapshot(self, since_s: float = 0.0) -> list[Stage]:
         """Stages that ended after `since_s`, oldest first."""
         stages = self._copy()
-        # Stages are added when they end, so the wanted ones stand together at the end of the ring.
-        count = 0
-        for stage in reversed(stages):
-            if stage.end_s < since_s:
-                break
-            count += 1
-        return stages[len(stages) - count :]
+        # Stages are added as they end, so their ends rise.
+        return stages[bisect_left(stages, since_s, key=lambda stage: stage.end_s) :]
 
     @property
     def kept_since_s(self) -> float:

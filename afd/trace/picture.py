@@ -31,6 +31,7 @@ TEXT_COLOURS = ("white", "black", "white", "black")
 WAIT_COLOUR, INK = "#ececec", "#222222"
 MAIN, THIN, GAP, SIDES_GAP = 1.0, 0.26, 0.55, 0.75  # heights and distances of lanes
 THIN_ALPHA = 0.32
+GANG_LINE = 0.27  # streams' gangs are named on lines of their own
 LABEL_IN = 0.15  # a bar this wide holds a layer's number
 
 
@@ -91,7 +92,7 @@ def _layout(timeline: Timeline) -> tuple[dict[str, Lanes], float]:
             layout[worker.name] = Lanes(worker, y + thin_height, tuple(y + THIN * k for k in range(streams)))
         else:
             layout[worker.name] = Lanes(worker, y, tuple(y + MAIN + THIN * k for k in range(streams)))
-        y += MAIN + thin_height + GAP
+        y += MAIN + thin_height + GAP + (GANG_LINE * (streams - 1) if worker.role == FFN else 0.0)
     return layout, y
 
 
@@ -178,7 +179,7 @@ class _Picture:
             members = self._members.get(stage.gang_id) or f"{stage.gang_size} of A"
             self._axes.text(
                 self._ms(begin_s),
-                lanes.main + MAIN + 0.08,
+                lanes.main + MAIN + 0.08 + GANG_LINE * stage.stream,
                 f"gang {stage.gang_id & 0xFFFFFFFF}: {members}",
                 fontsize=7,
                 color=_colour(stage.stream),

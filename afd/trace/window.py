@@ -5,11 +5,10 @@ from __future__ import annotations
 from bisect import bisect_left
 from statistics import median
 
-from afd.events import Stage
 from afd.trace.errors import TraceError
 from afd.trace.timeline import ATTENTION, COMPUTING, FFN, Timeline, Worker
 
-ROUNDS = 44  # layers' worth of an attention worker's turns: each can still be told from the next
+TURNS_WIDE = 80  # so many turns of attention would fill the window: one is wide enough for its layer's number
 MIN_WINDOW_S = 1e-4
 LEAD = 0.45  # a step ends this far into the window
 
@@ -25,7 +24,7 @@ def choose_window(timeline: Timeline, from_s: float | None = None, for_s: float 
         raise TraceError(
             "nothing ran while the trace was taken: send requests, such as with `afd bench`, and try again"
         )
-    length_s = for_s if for_s is not None else _length(timeline, median(turns))
+    length_s = for_s if for_s is not None else max(MIN_WINDOW_S, TURNS_WIDE * median(turns))
     if from_s is not None:
         return from_s, from_s + length_s
     if length_s >= timeline.seconds:
@@ -43,22 +42,6 @@ def choose_window(timeline: Timeline, from_s: float | None = None, for_s: float 
 
 def _drivers(timeline: Timeline) -> tuple[Worker, ...]:
     return timeline.of_role(ATTENTION) or timeline.of_role(FFN)
-
-
-def _length(timeline: Timeline, turn_s: float) -> float:
-    """ROUNDS turns of the busiest attention worker, its waits included."""
-    rates = [
-        sum(1 for s in worker.stages if s.name in ("attention", "ffn")) / _span(worker.stages)
-        for worker in _drivers(timeline)
-        if worker.stages
-    ]
-    paced_s = ROUNDS / max(rates) if rates and max(rates) > 0 else ROUNDS * turn_s
-    # A worker that was idle most of the time has a low rate; its turns still have to be visible.
-    return min(timeline.seconds, max(MIN_WINDOW_S, min(paced_s, 4 * ROUNDS * turn_s)))
-
-
-def _span(stages: tuple[Stage, ...]) -> float:
-    return max(1e-9, max(s.end_s for s in stages) - stages[0].start_s)
 
 
 class _Busy:
