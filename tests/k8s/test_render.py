@@ -1,0 +1,287 @@
+"""The chart renders for every value set, to objects that Kubernetes' own schemas accept, and refuses bad values."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+from typing import Any
+
+import jsonschema
+import kubernetes_validate
+import pytest
+import yaml
+
+from afd.cli.main import main
+from afd.cluster.chart import SECRET_KEY, find_helm
+from afd.errors import ConfigError
+from tests.k8s.chart import CHART, REPOSITORY, Object, named, of_kind, pod_templates, render_text, rendered
+from tests.k8s.value_sets import RDMA_RACK, REFUSED, VALUE_SETS, Values
+
+CRD_SCHEMA = json.loads((REPOSITORY / "tests/fixtures/k8s/disaggregatedset.v1.schema.json").read_text())
+# Of operators, whose schemas are not at hand; checked field by field below.
+UNKNOWN_KINDS = {"ServiceMonitor", "PrometheusRule", "HTTPRoute"}
+OLDEST, NEWEST = "1.30", "1.36"
+GOLDEN = {"2a2f": VALUE_SETS["2a2f"], "disaggregatedset-rack": {**RDMA_RACK, "shape": "disaggregatedset"}}
+
+
+def test_lint() -> None:
+    result = subprocess.run([find_helm(), "lint", "--strict", str(CHART)], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0 and "[WARNING]" not in result.stdout, result.stdout + result.stderr
+
+
+def check(one: Object, version: str) -> None:
+    """Against the schemas of a Kubernetes version; unknown fields are errors."""
+    if one["kind"] == "DisaggregatedSet":
+        jsonschema.validate(one, CRD_SCHEMA)
+        for _, template in pod_templates((one,)):
+            pod_template = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "t"}, "template": template}
+            kubernetes_validate.validate(pod_template, version, strict=True)
+    elif one["kind"] not in UNKNOWN_KINDS:
+        kubernetes_validate.validate(one, version, strict=True)
+
+
+@pytest.mark.parametrize("name", VALUE_SETS)
+def test_every_object_is_valid(name: str) -> None:
+    for one in rendered(name):
+        check(one, NEWEST)
+
+
+@pytest.mark.parametrize("name", ["everything", "autoscale-apply", "disaggregatedset-rack"])
+def test_the_oldest_kubernetes_takes_it_too(name: str) -> None:
+    for one in rendered(name):
+        check(one, OLDEST)
+
+
+@pytest.mark.parametrize(
+    ("kind", "path", "value"),
+    [
+        ("StatefulSet", ["spec", "replica"], 1),
+        ("StatefulSet", ["spec", "template", "spec", "containers", 0, "readinesProbe"], {}),
+        ("Service", ["spec", "ports", 0, "port"], "http"),
+        ("DisaggregatedSet", ["spec", "roles", 0, "replicas"], 1),
+        ("DisaggregatedSet", ["spec", "roles", 0, "scaling"], {"mode": "external"}),
+    ],
+)
+def test_the_check_finds_what_is_wrong(kind: str, path: list[str | int], value: object) -> None:
+    one = copy.deepcopy(of_kind(rendered("1a1f") + rendered("disaggregatedset"), kind)[0])
+    place: Any = one
+    for step in path[:-1]:
+        place = place[step]
+    place[path[-1]] = value
+    with pytest.raises(jsonschema.ValidationError):
+        check(one, NEWEST)
+
+
+@pytest.mark.parametrize("name", VALUE_SETS)
+def test_names_are_unique_and_references_lead_somewhere(name: str) -> None:
+    objects = rendered(name)
+    ids = [(one["kind"], one["metadata"]["name"]) for one in objects]
+    assert len(set(ids)) == len(ids)
+    names = {kind: {name for other, name in ids if other == kind} for kind, _ in ids}
+    given = {"Secret": {"afd-secret", "afd-tls"} | names.get("Secret", set()), "ConfigMap": names["ConfigMap"]}
+    for _, template in pod_templates(objects):
+        spec = template["spec"]
+        assert spec["serviceAccountName"] in names["ServiceAccount"]
+        volumes = {volume["name"]: volume for volume in spec["volumes"]}
+        mounts = spec["containers"][0]["volumeMounts"]
+        assert {mount["name"] for mount in mounts} == set(volumes), "a volume nobody mounts, or a mount of nothing"
+        assert len({mount["mountPath"] for mount in mounts}) == len(mounts)
+        for volume in volumes.values():
+            if "secret" in volume:
+                assert volume["secret"]["secretName"] in given["Secret"]
+            if "configMap" in volume:
+                assert volume["configMap"]["name"] in given["ConfigMap"]
+
+
+@pytest.mark.parametrize("name", VALUE_SETS)
+def test_every_selector_finds_its_pods(name: str) -> None:
+    objects = rendered(name)
+    pods = [template["metadata"]["labels"] for _, template in pod_templates(objects)]
+    for one in objects:
+        spec = one.get("spec", {})
+        if one["kind"] == "Service":
+            selector = spec["selector"]
+        elif one["kind"] == "NetworkPolicy":
+            selector = spec["podSelector"]["matchLabels"]
+        elif one["kind"] in ("PodDisruptionBudget", "Deployment", "StatefulSet"):
+            selector = spec["selector"]["matchLabels"]
+        else:
+            continue
+        assert sum(selector.items() <= labels.items() for labels in pods) == 1, one["metadata"]["name"]
+
+
+@pytest.mark.parametrize("shape", ["statefulsets", "disaggregatedset"])
+@pytest.mark.parametrize(
+    ("topology", "num_attention", "num_ffn"), [("1A1F", 1, 1), ("16A2F", 16, 2), ("128A99F", 128, 99)]
+)
+def test_the_topology_is_the_number_of_pods(shape: str, topology: str, num_attention: int, num_ffn: int) -> None:
+    text = render_text({"shape": shape, "topology": topology, "secret": {"existingSecret": "s"}})
+    objects = tuple(one for one in yaml.load_all(text, Loader=yaml.CSafeLoader) if one)
+    if shape == "statefulsets":
+        sizes = {one["metadata"]["name"]: one["spec"]["replicas"] for one in of_kind(objects, "StatefulSet")}
+    else:
+        roles = named(objects, "DisaggregatedSet", "afd")["spec"]["roles"]
+        sizes = {f"afd-{role['name']}": role["spec"]["replicas"] for role in roles}
+    assert sizes == {"afd-attention": num_attention, "afd-ffn": num_ffn}
+
+
+def test_an_outside_scaler_owns_the_number_of_attention_workers() -> None:
+    hpa = named(rendered("everything"), "HorizontalPodAutoscaler", "afd-attention")["spec"]
+    assert hpa["scaleTargetRef"] == {"apiVersion": "apps/v1", "kind": "StatefulSet", "name": "afd-attention"}
+    assert (hpa["minReplicas"], hpa["maxReplicas"]) == (3, 8)
+    assert "replicas" not in named(rendered("everything"), "StatefulSet", "afd-attention")["spec"]
+    assert named(rendered("everything"), "StatefulSet", "afd-ffn")["spec"]["replicas"] == 2
+    for name in ("disaggregatedset-everything", "disaggregatedset-apply"):
+        attention, ffn = named(rendered(name), "DisaggregatedSet", "afd")["spec"]["roles"]
+        assert attention["scaling"] == {"mode": "External"} and "replicas" not in attention["spec"]
+        assert "scaling" not in ffn and ffn["spec"]["replicas"] > 0
+    hpa = named(rendered("disaggregatedset-everything"), "HorizontalPodAutoscaler", "afd-attention")["spec"]
+    assert hpa["scaleTargetRef"]["kind"] == "DisaggregatedSetRoleScaler"
+
+
+def test_the_autoscaler_may_only_scale_its_own_target() -> None:
+    for name, group, resource in (
+        ("autoscale-apply", "apps", "statefulsets/scale"),
+        ("disaggregatedset-apply", "disaggregatedset.x-k8s.io", "disaggregatedsetrolescalers/scale"),
+    ):
+        role = named(rendered(name), "Role", "afd-autoscale")
+        assert role["rules"] == [
+            {
+                "apiGroups": [group],
+                "resources": [resource],
+                "resourceNames": ["afd-attention"],
+                "verbs": ["get", "patch"],
+            }
+        ]
+    assert not of_kind(rendered("everything"), "Role"), "recommending needs no rights"
+
+
+def test_rdma_and_gpus_reach_the_workers_only() -> None:
+    for role, template in pod_templates(rendered("rdma-rack")):
+        container = template["spec"]["containers"][0]
+        worker = role in ("attention", "ffn")
+        devices = {"nvidia.com/gpu": 8, "rdma/ib": 8} if worker else {}
+        for which in ("requests", "limits"):
+            found = {key: value for key, value in container["resources"][which].items() if "/" in key}
+            assert found == devices
+        assert container["securityContext"]["capabilities"].get("add", []) == (["IPC_LOCK"] if worker else [])
+        assert ("NCCL_IB_HCA" in {entry["name"] for entry in container["env"]}) == worker
+        assert template["spec"].get("hostNetwork", False) == worker
+
+
+def test_a_release_stays_under_one_switch() -> None:
+    for _, template in pod_templates(tuple(of_kind(rendered("rdma-rack"), "StatefulSet"))):
+        (term,) = template["spec"]["affinity"]["podAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+        assert term["topologyKey"] == "topology.kubernetes.io/rack"
+        assert term["labelSelector"]["matchLabels"] == {"app.kubernetes.io/instance": "afd"}
+    placed = named(rendered("disaggregatedset-rack"), "DisaggregatedSet", "afd")["spec"]["placementPolicy"]
+    assert placed == {"type": "ExclusiveSlice", "topology": "topology.kubernetes.io/rack"}
+
+
+def test_operators_objects() -> None:
+    objects = rendered("everything")
+    monitor = named(objects, "ServiceMonitor", "afd")
+    ports = {port["name"] for one in of_kind(objects, "Service") for port in one["spec"]["ports"]}
+    assert {endpoint["port"] for endpoint in monitor["spec"]["endpoints"]} <= ports
+    assert monitor["metadata"]["labels"]["release"] == "prom"
+    assert named(objects, "PrometheusRule", "afd")["spec"]["groups"][0]["rules"]
+    (route,) = named(objects, "HTTPRoute", "afd-gateway")["spec"]["rules"]
+    (backend,) = route["backendRefs"]
+    service = named(objects, "Service", backend["name"])
+    assert backend["port"] in {port["port"] for port in service["spec"]["ports"]}
+
+
+def test_a_changed_configuration_is_a_new_pod() -> None:
+    sums = []
+    for policy in ("observe", "enforce"):
+        text = render_text({"secret": {"existingSecret": "s"}, "sla": {"policy": policy}})
+        objects = tuple(one for one in yaml.load_all(text, Loader=yaml.CSafeLoader) if one)
+        found = {template["metadata"]["annotations"]["checksum/config"] for _, template in pod_templates(objects)}
+        assert len(found) == 1
+        sums += found
+    assert sums[0] != sums[1]
+
+
+def test_two_releases_share_no_name_and_no_pod() -> None:
+    first, second = (render_text({"secret": {"existingSecret": "s"}}, release=name) for name in ("afd", "other"))
+    names = [
+        {(one["kind"], one["metadata"]["name"]) for one in yaml.load_all(text, Loader=yaml.CSafeLoader) if one}
+        for text in (first, second)
+    ]
+    assert not names[0] & names[1]
+    assert "instance: afd" not in second
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_values_are_refused_with_a_reason(case: str) -> None:
+    values, reason = REFUSED[case]
+    with pytest.raises(ConfigError) as caught:
+        render_text(values)
+    assert reason in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden(name: str) -> None:
+    """Reviewed renders: AFD_UPDATE_GOLDEN=1 writes them anew."""
+    path = REPOSITORY / "tests" / "k8s" / "golden" / f"{name}.yaml"
+    text = render_text(GOLDEN[name])
+    if os.environ.get("AFD_UPDATE_GOLDEN"):
+        path.write_text(text)
+    assert text == path.read_text(), f"{path} differs: review, then AFD_UPDATE_GOLDEN=1 pytest {__file__}"
+
+
+# --- afd k8s render -------------------------------------------------------------------------------------------
+
+
+def objects_printed(capsys: pytest.CaptureFixture[str]) -> tuple[Object, ...]:
+    return tuple(one for one in yaml.load_all(capsys.readouterr().out, Loader=yaml.CSafeLoader) if one)
+
+
+def test_the_command_prints_what_helm_renders(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["k8s", "render", "--topology", "2A2F", "--namespace", "demo", "--set", "streams=2"]) == 0
+    captured = capsys.readouterr()
+    values: Values = {"topology": "2A2F", "streams": 2, "secret": {"existingSecret": "afd-secret"}}
+    assert captured.out == render_text(values)
+    assert f"--from-literal={SECRET_KEY}=" in captured.err
+
+
+def test_a_plan_and_a_values_file_feed_the_render(
+    capsys: pytest.CaptureFixture[str], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("values")
+    assert main(["plan", "--model", "step3", "--context", "4096", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    (folder / "plan.json").write_text(json.dumps(plan))
+    (folder / "more.yaml").write_text("secret: {existingSecret: ours}\nmodel: {dtype: float32}\n")
+    arguments = ["--plan", str(folder / "plan.json"), "--values", str(folder / "more.yaml"), "--model", "dummy:step3"]
+    assert main(["k8s", "render", *arguments]) == 0
+    captured = capsys.readouterr()
+    assert f'topology = "{plan["plans"][0]["topology"]}"' in captured.out
+    assert 'name = "dummy:step3"' in captured.out and 'dtype = "float32"' in captured.out
+    assert "secretName: ours" in captured.out and not captured.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--topology", "2A"], "does not match pattern"),
+        (["--chart", "/nowhere"], "/nowhere holds no Chart.yaml"),
+        (["--plan", "/nowhere.json"], "cannot read plan /nowhere.json"),
+        (["--plan", str(CHART / "Chart.yaml")], "is not what `afd plan --json` prints"),
+    ],
+)
+def test_what_is_wrong_is_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["k8s", "render", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.err.count("\n") == 1 and not captured.out
+
+
+def test_without_helm_the_command_says_where_to_get_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setattr("sys.executable", "/nowhere/python")
+    assert main(["k8s", "render"]) == 2
+    assert "helm is needed to render the chart" in capsys.readouterr().err
