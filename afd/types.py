@@ -26,11 +26,15 @@ class FfnParallel(StrEnum):
     EP = "ep"  # routed experts whole per rank; shared expert whole, for rows t mod y
 
 
+MAX_LOGPROBS = 20
+MIN_TEMPERATURE = 1e-5  # below, no second token has a chance, and float32 could not even divide by it
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How one request's tokens are drawn. The seed is always set (the gateway draws one if none is given).
 
-    temperature: 0 = greedy.  top_k: 0 = off.  logprobs: -1 = none, k >= 0 = sampled token plus top k.
+    temperature: 0 (or next to it) = greedy.  top_k: 0 = off.  logprobs: -1 = none, k >= 0 = sampled token plus top k.
     stop_token_ids: ends the request when sampled (the model's EOS ids are already in it unless ignore_eos).
     choice: index among the `n` choices of one HTTP request; part of the sampler's key.
     """
@@ -50,9 +54,30 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()
     logprobs: int = -1
 
+    def fault(self, vocab_size: int) -> str | None:
+        """Why no sampler can use these values, in one line; None when it can. NaN is in no range."""
+        ranges = (
+            ("temperature", self.temperature, 0.0, 100.0),
+            ("top_p", self.top_p, 1e-300, 1.0),
+            ("top_k", self.top_k, 0, 1 << 31),
+            ("min_p", self.min_p, 0.0, 1.0),
+            ("min_tokens", self.min_tokens, 0, 1 << 31),
+            ("presence_penalty", self.presence_penalty, -2.0, 2.0),
+            ("frequency_penalty", self.frequency_penalty, -2.0, 2.0),
+            ("repetition_penalty", self.repetition_penalty, 0.01, 100.0),
+            ("logprobs", self.logprobs, -1, MAX_LOGPROBS),
+            *(("logit_bias", bias, -100.0, 100.0) for _, bias in self.logit_bias),
+            *(("a token id of logit_bias", token, 0, vocab_size - 1) for token, _ in self.logit_bias),
+            *(("stop_token_ids", token, 0, vocab_size - 1) for token in self.stop_token_ids),
+        )
+        for name, value, low, high in ranges:
+            if not low <= value <= high:
+                return f"{name} is {value}, not in {low}..{high}"
+        return None
+
     @property
     def greedy(self) -> bool:
-        return self.temperature == 0.0
+        return self.temperature < MIN_TEMPERATURE
 
     @property
     def needs_history(self) -> bool:

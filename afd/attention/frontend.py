@@ -29,6 +29,7 @@ from afd.types import FinishReason
 log = logging.getLogger(__name__)
 
 FINISHED_KEPT = 1024  # ended requests whose tokens a gateway may still ask for again
+MAX_LEASE_S = 60.0
 RECEIVE_BATCH = 256  # messages taken per call, so that a flood cannot starve the pipeline
 
 
@@ -54,6 +55,7 @@ class Frontend:
         self._records: OrderedDict[str, _Record] = OrderedDict()
         self._finished: OrderedDict[str, None] = OrderedDict()
         self._outbox: dict[bytes, list[TokenChunk]] = {}
+        self._resent: set[str] = set()  # requests whose tokens are in the outbox once more
         self._lease_end_s: dict[bytes, float] = {}
         self.num_dropped = 0
 
@@ -79,7 +81,7 @@ class Frontend:
                 log.warning("dropped a frame of gateway %s: %s", frames[0].hex(), error)
                 continue
             if isinstance(message, Lease):
-                self._lease_end_s[frames[0]] = now + message.ttl_s
+                self._lease_end_s[frames[0]] = now + min(max(0.0, message.ttl_s), MAX_LEASE_S)  # NaN counts as 0
             else:
                 self._lease_end_s.setdefault(frames[0], now + 5.0)
             received.append((frames[0], message))
@@ -131,6 +133,9 @@ class Frontend:
         record = self._records.get(req_id)
         if record is None or record.attempt != attempt:
             return False
+        if req_id in self._resent:
+            return True  # asked for twice before the first answer left
+        self._resent.add(req_id)
         skip = max(0, from_idx - record.first_idx)
         chunk = TokenChunk(
             req_id,
@@ -155,6 +160,7 @@ class Frontend:
         for gateway, chunks in self._outbox.items():
             self.send(gateway, Tokens(chunks))
         self._outbox.clear()
+        self._resent.clear()
 
     def refuse(self, gateway: bytes, refused: Refused) -> None:
         self.send(gateway, refused)

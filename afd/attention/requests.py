@@ -10,6 +10,9 @@ from afd.sched.scheduler import Scheduler
 from afd.sched.sequence import Sequence
 from afd.types import FinishReason
 
+MAX_TPOT_S = 1e4
+MAX_ID_CHARS = 256
+
 
 class RequestBook:
     """Between the frontend (sockets) and the scheduler (decisions). Main thread only.
@@ -155,6 +158,13 @@ class RequestBook:
             return "invalid", f"a token id is outside 0..{self._vocab_size - 1}"
         if message.sampling.max_tokens <= len(message.output_ids):
             return "invalid", "max_tokens must leave at least one token to generate"
+        fault = message.sampling.fault(self._vocab_size)
+        if fault is not None:
+            return "invalid", fault
+        if not 0.0 <= message.tpot_s <= MAX_TPOT_S:
+            return "invalid", f"a TPOT target of {message.tpot_s} s is not in 0..{MAX_TPOT_S:.0f}"
+        if len(message.req_id) > MAX_ID_CHARS:
+            return "invalid", f"a request id of {len(message.req_id)} characters is longer than {MAX_ID_CHARS}"
         never = self._scheduler.refusal(len(message.prompt_ids), message.sampling.max_tokens)
         return ("invalid", never) if never else ("", "")
 

@@ -214,6 +214,7 @@ class _Worker:
             self._adopt(view)
         for gateway, message in self._frontend.receive(now):
             self._book.handle(gateway, message, now)
+        self._frontend.flush()  # what was asked for again leaves even when nothing runs
         for gateway in self._frontend.ended_leases(now):
             log.warning("a gateway went silent: %d of its requests aborted", self._book.end_gateway(gateway))
         self._judge_readiness(now)

@@ -76,7 +76,7 @@ def load_served_model(config: ModelConfig) -> ServedModel:
         names=tuple(dict.fromkeys(name for name in (config.served_name, folder.name, config.name) if name)),
         vocab_size=folder.spec.vocab_size,
         max_context=max_context,
-        eos_token_ids=folder.spec.eos_token_ids,
+        eos_token_ids=tuple(token for token in folder.spec.eos_token_ids if token < folder.spec.vocab_size),
         tokenizer=TextTokenizer(files.tokenizer) if files is not None else None,
         template=template,
         created=int(time.time()),

@@ -217,6 +217,13 @@ def test_rows_that_are_not_finite_are_reported_and_the_others_served(bad: float)
     assert got.logprobs[0] is None and got.logprobs[1] is not None
 
 
+@pytest.mark.parametrize("temperature", [1e-320, 1e-50, 1e-9])
+def test_a_temperature_that_float32_cannot_divide_by_is_greedy(temperature: float) -> None:
+    logits = torch.tensor([[0.0, 3.0, 2.999, -1.0]])
+    params = SamplingParams(max_tokens=1, seed=5, temperature=temperature)
+    assert Sampler().sample(logits, [params], [0]).ids == [1]
+
+
 def test_a_tiny_temperature_is_greedy_and_an_empty_batch_ordinary() -> None:
     logits = torch.randn(1, 5000, generator=torch.Generator().manual_seed(2))
     params = SamplingParams(max_tokens=1, seed=4, temperature=1e-40, top_p=0.9)
