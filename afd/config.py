@@ -104,11 +104,11 @@ class AttentionConfig(Listener, frozen=True):
 
 
 class FfnConfig(Listener, frozen=True):
-    """gang_window_ms: upper bound of the wait for other attention workers at layer 0 (10 % of a step at most)."""
+    """gang_window_ms: upper bound of the wait for other attention workers at layer 0 (a quarter of a step at most)."""
 
     threads: NonNegativeInt = 0
     device: Literal["cpu", "cuda"] = "cpu"
-    gang_window_ms: Annotated[float, msgspec.Meta(ge=0, le=100)] = 5.0
+    gang_window_ms: Annotated[float, msgspec.Meta(ge=0, le=100)] = 10.0
     mesh_port: Port = 0
     metrics_port: Port = 0
 

@@ -6,7 +6,7 @@ one big batch per layer. FFN rank `stream mod num_ffn` (the *former*) decides it
 agreement. Other ranks answer layer 0 with whatever is there.
 
 Bounds, so that nobody waits for ever:
-  layer 0, members of the last gang   `window_s` (10 % of the measured step, at most the configured maximum)
+  layer 0, members of the last gang   `window_s` (a quarter of the measured step, at most the configured maximum)
   layer 0, newcomer while a gang runs one predicted step, then a gang of its own
   later layers                        `straggler_s`; who is missing then is detached: served alone until its layer 0
 """
@@ -16,7 +16,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-WINDOW_SHARE = 0.1  # of the measured step: what lock-step may cost
+WINDOW_SHARE = 0.25
+"""Of the measured step: how long members may wait for one that is late. Going without it costs the late one a whole
+step (it is parked until the next layer 0), so waiting pays for as long as less than half a step is to be expected."""
 
 
 @dataclass(frozen=True, slots=True)
