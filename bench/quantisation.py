@@ -35,8 +35,8 @@ TEXTS = (
     "in the north to the Southern Ocean in the south, and is bounded by the continents of Asia and Australia in the "
     "west and the Americas in the east.",
     "def quicksort(items):\n    if len(items) <= 1:\n        return items\n    pivot = items[0]\n    left = "
-    "[x for x in items[1:] if x < pivot]\n    right = [x for x in items[1:] if x >= pivot]\n    return quicksort(left) + [pivot] + "
-    "quicksort(right)\n",
+    "[x for x in items[1:] if x < pivot]\n    right = [x for x in items[1:] if x >= pivot]\n    return "
+    "quicksort(left) + [pivot] + quicksort(right)\n",
     "To make a simple bread, mix flour, water, salt and yeast in a large bowl. Knead the dough for ten minutes until "
     "it is smooth and elastic, then cover it and let it rise in a warm place until it has doubled in size.",
     "The theory of evolution by natural selection was proposed by Charles Darwin in 1859. It explains how populations "

@@ -145,6 +145,9 @@ class AttentionEngine:
             batch = AttentionBatch.build(
                 [(item.start, item.num_new, item.seq.blocks) for item in micro_batch.items],
                 self._cache.block_size,
+                window_blocks=None
+                if self.scheduler.windowed is None
+                else [item.seq.window_blocks for item in micro_batch.items],
             )
             self._streams[idx] = _Stream(micro_batch, batch, started_s=self._clock())
             self._ready.append((idx, None))

@@ -22,7 +22,8 @@ from afd.data_plane import config_hash, mesh_members, payload_layout
 from afd.errors import ConfigError, PeerLostError
 from afd.events import TracePage
 from afd.kv.block_pool import BlockPool
-from afd.kv.cache import KVCache, num_blocks_for_bytes
+from afd.kv.cache import KVCache, count_blocks
+from afd.kv.windowed_blocks import WindowedBlocks, held_at_most
 from afd.messages.membership import ClusterView, WorkerInfo
 from afd.messages.membership_port import Announce, Join, SyncFields
 from afd.messages.serving import WorkerStats
@@ -154,7 +155,10 @@ class _Worker:
 
         half = load_attention_half(self._folder, config.model.dtype, section.device, loaded)
         scheduler = self._make_scheduler(half.dtype)
-        cache = KVCache(spec, scheduler.pool.num_blocks, section.block_size, half.dtype, section.device)
+        windowed = None if scheduler.windowed is None else scheduler.windowed.pool.num_blocks
+        cache = KVCache(
+            spec, scheduler.pool.num_blocks, section.block_size, half.dtype, section.device, num_window_blocks=windowed
+        )
         if seat.mesh is None:
             shard = ShardSpec(0, 1, config.cluster.ffn_parallel)
             ffn = load_ffn_half(self._folder, shard, config.model.dtype, section.device, weights=config.model.weights)
@@ -173,10 +177,10 @@ class _Worker:
     def _make_scheduler(self, dtype: torch.dtype) -> Scheduler:
         config, spec = self._config, self._folder.spec
         section = config.attention
-        num_blocks = section.num_blocks or num_blocks_for_bytes(
-            spec, int(section.kv_cache_gib * 2**30), section.block_size, dtype
-        )
-        if num_blocks < 1:
+        prefix_cache, block_size = section.prefix_cache, section.block_size
+        held = held_at_most(spec.max_window, section.max_step_tokens, block_size) * section.max_num_seqs
+        blocks = count_blocks(spec, int(section.kv_cache_gib * 2**30), block_size, dtype, held, section.num_blocks)
+        if blocks.full < 1:
             raise ConfigError(f"attention.kv_cache_gib {section.kv_cache_gib} holds not one block of {spec.name}")
         return Scheduler(
             SchedulerConfig(
@@ -186,8 +190,15 @@ class _Worker:
                 max_context=min(config.model.max_context or spec.max_context, spec.max_context),
                 num_streams=section.streams or (1 if config.topology.mono else FIRST_STREAMS),
             ),
-            BlockPool(num_blocks, section.block_size, prefix_cache=section.prefix_cache),
+            BlockPool(blocks.full, block_size, prefix_cache=prefix_cache),
             PrefillBudget(self._latency) if config.sla.policy == "enforce" else None,
+            windowed=WindowedBlocks(
+                BlockPool(blocks.windowed, block_size, prefix_cache=prefix_cache),
+                spec.max_window,
+                section.max_step_tokens,
+            )
+            if blocks.windowed
+            else None,
         )
 
     # -- loop ---------------------------------------------------------------------------------------------

@@ -51,23 +51,34 @@ class BlockPool:
 
         At least one token is left to compute, since logits come from computing one.
         """
-        blocks: list[int] = []
+        hashes = self.find(token_ids)
+        return self.take(hashes), hashes
+
+    def find(self, token_ids: Sequence[int]) -> list[bytes]:
+        """Hashes of the longest cached prefix, as `match`, without taking a reference."""
         hashes: list[bytes] = []
         if not self._prefix_cache:
-            return blocks, hashes
+            return hashes
         parent = ROOT_HASH
         for start in range(0, len(token_ids) - self.block_size, self.block_size):
             parent = chain_hash(parent, token_ids[start : start + self.block_size])
-            block = self._block_of_hash.get(parent)
-            if block is None:
+            if parent not in self._block_of_hash:
                 break
-            blocks.append(block)
             hashes.append(parent)
+        return hashes
+
+    def is_cached(self, content_hash: bytes) -> bool:
+        """True when `take` of this hash would succeed."""
+        return content_hash in self._block_of_hash
+
+    def take(self, hashes: Sequence[bytes]) -> list[int]:
+        """Take a reference on the block of each cached hash."""
+        blocks = [self._block_of_hash[content_hash] for content_hash in hashes]
         for block in blocks:
             if self._ref[block] == 0:
                 del self._free[block]
             self._ref[block] += 1
-        return blocks, hashes
+        return blocks
 
     def allocate(self, num_blocks: int) -> list[int] | None:
         """`num_blocks` blocks with one reference each, or None (and nothing taken) when there are too few."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -20,6 +21,8 @@ class KVLayer(Protocol):
     def cached_k_dim(self) -> int: ...
     @property
     def cached_v_dim(self) -> int: ...
+    @property
+    def window(self) -> int: ...
 
 
 class KVModel(Protocol):
@@ -30,20 +33,31 @@ class KVModel(Protocol):
 
 
 class KVCache:
-    """k[layer], v[layer]: [num_blocks, num_kv_heads, block_size, width], contiguous; v's width is 0 for MLA.
+    """num_window_blocks: of sliding-window layers, where they have a pool of their own; None = num_blocks.
+
+    k[layer], v[layer]: [num_blocks, num_kv_heads, block_size, width], contiguous; v's width is 0 for MLA.
 
     A token's slot is block * block_size + offset. Zeroed at start: kernels may read (and mask) a block's unwritten
     slots, and uninitialised memory could hold NaN, which a mask by multiplication would spread.
     """
 
-    def __init__(self, spec: KVModel, num_blocks: int, block_size: int, dtype: torch.dtype, device: str = "cpu"):
+    def __init__(
+        self,
+        spec: KVModel,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: str = "cpu",
+        num_window_blocks: int | None = None,
+    ):
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.k: list[Tensor] = []
         self.v: list[Tensor] = []
         for layer in spec.attention_layers:
             for tensors, width in ((self.k, layer.cached_k_dim), (self.v, layer.cached_v_dim)):
-                shape = (num_blocks, layer.num_kv_heads, block_size, width)
+                count = num_blocks if num_window_blocks is None or not layer.window else num_window_blocks
+                shape = (count, layer.num_kv_heads, block_size, width)
                 tensors.append(_zeros(shape, dtype, device))
 
     @property
@@ -56,14 +70,41 @@ class KVCache:
         self.v.clear()
 
 
+@dataclass(frozen=True, slots=True)
+class BlockCounts:
+    """full: blocks of all layers, or of those without a window.  windowed: of sliding-window layers; 0 = none apart."""
+
+    full: int
+    windowed: int = 0
+
+
+def count_blocks(
+    spec: KVModel, num_bytes: int, block_size: int, dtype: torch.dtype, most_windowed: int = 0, num_full: int = 0
+) -> BlockCounts:
+    """How many blocks fit into `num_bytes`.
+
+    most_windowed: the windowed blocks with which no sequence ever lacks one. If there is not room for so many, both
+    kinds of layer get the same number.  num_full: the count of blocks, whatever `num_bytes` is; 0 = what fits.
+    """
+    full, windowed = (
+        block_size * dtype.itemsize * sum(_elements(a) for a in spec.attention_layers if bool(a.window) is kind)
+        for kind in (False, True)
+    )
+    if windowed == 0 or full == 0:
+        return BlockCounts(num_full or num_bytes // (full + windowed))
+    even = num_full or num_bytes // (full + windowed)
+    if num_full or even <= most_windowed:
+        return BlockCounts(even, min(even, most_windowed))
+    return BlockCounts((num_bytes - most_windowed * windowed) // full, most_windowed)
+
+
+def _elements(layer: KVLayer) -> int:
+    """Of one token in one layer."""
+    return layer.num_kv_heads * (layer.cached_k_dim + layer.cached_v_dim)
+
+
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
     """Zeros; on the CPU from memory that the kernel zeroes when it is first touched, so that start-up pays nothing."""
     if device != "cpu" or 0 in shape:
         return torch.zeros(shape, dtype=dtype, device=device)
     return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
-
-
-def num_blocks_for_bytes(spec: KVModel, num_bytes: int, block_size: int, dtype: torch.dtype) -> int:
-    """How many blocks (of all layers together) fit into `num_bytes`."""
-    elements = sum(a.num_kv_heads * (a.cached_k_dim + a.cached_v_dim) for a in spec.attention_layers)
-    return num_bytes // (elements * block_size * dtype.itemsize)

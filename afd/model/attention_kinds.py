@@ -75,6 +75,7 @@ class _RotaryAttention:
             k = self._normed_heads(k, self._w.k_head_norm)
         k_cache, v_cache = cache.k[layer_idx], cache.v[layer_idx]
         tables = batch.rope_tables(spec.rope, self._inv_freq)
+        batch = batch.of_layer(spec.window)
         q = rope_write_kv(q, k, v, tables, spec.rope.interleaved, k_cache, v_cache, batch)
         out = paged_attention(q, k_cache, v_cache, batch, spec.scale, spec.window)
         if spec.head_gate:

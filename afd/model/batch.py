@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ NewTokens = tuple[int, int, Sequence[int]]
 class AttentionBatch:
     """Tokens of several sequences back to back; decodes (one token) and prefill chunks mix freely.
 
+    windowed: the same tokens with the blocks of sliding-window layers; None = all layers share blocks.
     positions [n] int64; slot_mapping [n] int64 = block * block_size + offset; query_start [s + 1] int32 offsets into
     the n tokens; seq_lens [s] int32 contexts including this step's tokens; block_table [s, max_blocks] int32.
     """
@@ -31,33 +32,51 @@ class AttentionBatch:
     block_table: Tensor
     max_query_len: int
     max_seq_len: int
+    windowed: AttentionBatch | None = None
     _rope: dict[RopeSpec, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def build(cls, seqs: Sequence[NewTokens], block_size: int, device: str = "cpu") -> AttentionBatch:
-        """From (start_pos, num_new, block_ids) of each sequence, in the order of the tokens in the batch."""
+    def build(
+        cls,
+        seqs: Sequence[NewTokens],
+        block_size: int,
+        device: str = "cpu",
+        window_blocks: Sequence[Sequence[int]] | None = None,
+    ) -> AttentionBatch:
+        """From (start_pos, num_new, block_ids) of each sequence, in the order of the tokens in the batch.
+
+        window_blocks: each sequence's blocks in sliding-window layers, where those have blocks of their own.
+        """
         starts = np.array([start for start, _, _ in seqs], np.int64)
         counts = np.array([count for _, count, _ in seqs], np.int64)
         lengths = starts + counts
         num_blocks = -(-lengths // block_size)
-        table = np.zeros((len(seqs), int(num_blocks.max(initial=0))), np.int32)
-        for row, (blocks, needed) in enumerate(zip((seq[2] for seq in seqs), num_blocks, strict=True)):
-            assert len(blocks) >= needed, f"sequence {row} has {len(blocks)} blocks and needs {needed}"
-            table[row, :needed] = blocks[:needed]
+        table = _block_table([blocks for _, _, blocks in seqs], num_blocks)
         query_start = np.zeros(len(seqs) + 1, np.int32)
         np.cumsum(counts, out=query_start[1:])
         rows = np.repeat(np.arange(len(seqs)), counts)
         positions = np.arange(len(rows)) - query_start[rows] + starts[rows]
-        slots = table[rows, positions // block_size].astype(np.int64) * block_size + positions % block_size
-        return cls(
+        batch = cls(
             positions=torch.from_numpy(positions).to(device),
-            slot_mapping=torch.from_numpy(slots).to(device),
+            slot_mapping=_slots(table, rows, positions, block_size).to(device),
             query_start=torch.from_numpy(query_start).to(device),
             seq_lens=torch.from_numpy(lengths.astype(np.int32)).to(device),
             block_table=torch.from_numpy(table).to(device),
             max_query_len=int(counts.max(initial=0)),
             max_seq_len=int(lengths.max(initial=0)),
         )
+        if window_blocks is not None:
+            table = _block_table(window_blocks, num_blocks)
+            batch.windowed = replace(
+                batch,
+                slot_mapping=_slots(table, rows, positions, block_size).to(device),
+                block_table=torch.from_numpy(table).to(device),
+            )
+        return batch
+
+    def of_layer(self, window: int) -> AttentionBatch:
+        """The batch with the blocks that a layer of this window (0 = none) has."""
+        return self.windowed if window and self.windowed is not None else self
 
     @property
     def num_tokens(self) -> int:
@@ -73,3 +92,25 @@ class AttentionBatch:
             factor = spec.scaling.attention_factor if spec.scaling is not None else 1.0
             self._rope[spec] = cos_sin(inv_freq, self.positions, factor)
         return self._rope[spec]
+
+
+def _block_table(
+    blocks_of: Sequence[Sequence[int]], num_blocks: np.ndarray[tuple[int, ...], np.dtype[np.int64]]
+) -> np.ndarray[tuple[int, ...], np.dtype[np.int32]]:
+    """[num_seqs, max_blocks]; what no token sees (padding, dropped blocks) is 0, a block that exists."""
+    table = np.zeros((len(blocks_of), int(num_blocks.max(initial=0))), np.int32)
+    for row, (blocks, needed) in enumerate(zip(blocks_of, num_blocks, strict=True)):
+        assert len(blocks) >= needed, f"sequence {row} has {len(blocks)} blocks and needs {needed}"
+        table[row, :needed] = blocks[:needed]
+    return np.maximum(table, 0, out=table)
+
+
+def _slots(
+    table: np.ndarray[tuple[int, ...], np.dtype[np.int32]],
+    rows: np.ndarray[tuple[int, ...], np.dtype[np.int64]],
+    positions: np.ndarray[tuple[int, ...], np.dtype[np.int64]],
+    block_size: int,
+) -> Tensor:
+    """[n] int64: where each token's K and V go."""
+    blocks = table[rows, positions // block_size].astype(np.int64)
+    return torch.from_numpy(blocks * block_size + positions % block_size)

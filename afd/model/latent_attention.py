@@ -53,6 +53,7 @@ class MlaAttention:
 
     def __call__(self, h: Tensor, batch: AttentionBatch, cache: KVCache, layer_idx: int) -> Tensor:
         spec, rope = self._spec, self._spec.rope
+        batch = batch.of_layer(spec.window)
         tables = batch.rope_tables(rope, self._inv_freq)
         latent, k_rotary = torch.split(linear(h, self._w.kv_down), [spec.kv_rank, rope.rotary_dim], dim=1)
         latent = rms_norm(latent.contiguous(), self._w.kv_norm, LATENT_NORM_EPS)

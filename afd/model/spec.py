@@ -179,6 +179,11 @@ class ModelSpec:
         return tuple(layer.attention for layer in self.layers)
 
     @property
+    def max_window(self) -> int:
+        """The widest sliding window; 0 for a model without."""
+        return max((attention.window for attention in self.attention_layers), default=0)
+
+    @property
     def max_top_k(self) -> int:
         """Largest number of experts per token over the layers; 0 for a dense model."""
         return max((layer.ffn.top_k for layer in self.layers), default=0)

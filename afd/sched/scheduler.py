@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from afd.kv.block_pool import ROOT_HASH, BlockPool, chain_hash
+from afd.kv.windowed_blocks import WindowedBlocks, kept
 from afd.sched.latency import NOTHING, StepLoad, attended
 from afd.sched.sequence import BatchItem, MicroBatch, Progress, Sequence, SequenceState
 from afd.types import FinishReason
@@ -42,12 +43,20 @@ class PrefillPace(Protocol):
 class Scheduler:
     """Owns the worker's sequences and their blocks. Not thread safe: the worker's main thread calls it.
 
+    windowed: blocks of sliding-window layers; None = the model has none, or they keep everything in `pool`'s blocks.
     pace: limits prefill beside running decodes, down to `min_chunk_tokens` for each request; None = no limit.
     """
 
-    def __init__(self, config: SchedulerConfig, pool: BlockPool, pace: PrefillPace | None = None):
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        pool: BlockPool,
+        pace: PrefillPace | None = None,
+        windowed: WindowedBlocks | None = None,
+    ):
         self.config = config
         self.pool = pool
+        self.windowed = windowed
         self._pace = pace
         self._flying: dict[int, StepLoad] = {}  # only with a pace
         self.num_streams = config.num_streams
@@ -174,6 +183,8 @@ class Scheduler:
                 continue
             seq.num_computed += item.num_new
             self._publish(seq)
+            if self.windowed is not None:
+                self.windowed.trim(seq.window_blocks, seq.num_computed)
             if item.samples:
                 progress.append(self._append(seq, sampled[seq.req_id]))
             if seq.state is SequenceState.RUNNING and seq.evicted:
@@ -202,7 +213,10 @@ class Scheduler:
     def check(self) -> None:
         """Integrity of blocks and lists (tests, idle times)."""
         doomed = [s for seqs in self._running for s in seqs if s.doomed is not None]
-        self.pool.check([s.blocks for s in [*self._by_id.values(), *doomed]])
+        live = [*self._by_id.values(), *doomed]
+        self.pool.check([s.blocks for s in live])
+        if self.windowed is not None:
+            self.windowed.pool.check([kept(s.window_blocks) for s in live])
         assert all(s.stream == i for i, seqs in enumerate(self._running) for s in seqs)
         assert len(self._waiting) + self.num_running == len(self._by_id) + len(doomed)
 
@@ -226,14 +240,12 @@ class Scheduler:
         """Waiting -> running, in service order, while a place and the blocks of the whole text so far are free."""
         while self._waiting and self.num_running < self.config.max_num_seqs:
             seq = self._waiting[0]
-            blocks, hashes = self.pool.match(seq.tokens)
-            missing = self.pool.blocks_for(len(seq.tokens) + 1) - len(blocks)
-            if missing > self.pool.num_free:
-                self.pool.release(blocks)
+            self._match(seq)
+            if self._lacks(seq, len(seq.tokens) + 1, at_once=False):
+                self._give_back(seq)
                 return
             self._waiting.pop(0)
-            seq.blocks, seq.hashes = blocks, hashes
-            seq.num_computed = len(blocks) * self.pool.block_size
+            seq.num_computed = len(seq.blocks) * self.pool.block_size
             seq.num_cached = min(seq.num_computed, seq.num_prompt)
             self.prefix_queries += seq.num_prompt
             self.prefix_hits += seq.num_cached
@@ -250,8 +262,7 @@ class Scheduler:
 
     def _reserve(self, seq: Sequence, num_tokens: int) -> bool:
         """Blocks for the first `num_tokens` tokens; takes them from a younger or less urgent sequence if it must."""
-        missing = self.pool.blocks_for(num_tokens) - len(seq.blocks)
-        while missing > self.pool.num_free:
+        while self._lacks(seq, num_tokens):
             victim = max((s for seqs in self._running for s in seqs), key=lambda s: s.rank_key)
             if victim is seq:
                 self._preempt(seq)
@@ -260,11 +271,34 @@ class Scheduler:
                 victim.evicted = True  # its blocks come back at its commit; sit out until then
                 return False
             self._preempt(victim)
-        if missing > 0:
-            blocks = self.pool.allocate(missing)
-            assert blocks is not None
-            seq.blocks.extend(blocks)
+        _extend(seq.blocks, self.pool, self.pool.blocks_for(num_tokens) - len(seq.blocks))
+        if self.windowed is not None:
+            _extend(seq.window_blocks, self.windowed.pool, self.windowed.missing(seq.window_blocks, num_tokens))
         return True
+
+    def _lacks(self, seq: Sequence, num_tokens: int, at_once: bool = True) -> bool:
+        """True when the blocks of its first `num_tokens` tokens are not free. at_once: all are computed next step."""
+        if self.pool.blocks_for(num_tokens) - len(seq.blocks) > self.pool.num_free:
+            return True
+        if self.windowed is None:
+            return False
+        missing = self.windowed.missing if at_once else self.windowed.missing_over_time
+        return missing(seq.window_blocks, num_tokens) > self.windowed.pool.num_free
+
+    def _match(self, seq: Sequence) -> None:
+        """Take the longest cached prefix that every layer can go on from."""
+        hashes = self.pool.find(seq.tokens)
+        if self.windowed is not None:
+            hashes = hashes[: self.windowed.usable(hashes)]
+            seq.window_blocks = self.windowed.take(hashes)
+        seq.blocks, seq.hashes = self.pool.take(hashes), hashes
+
+    def _give_back(self, seq: Sequence) -> None:
+        """All its blocks return to their pools."""
+        self.pool.release(seq.blocks)
+        if self.windowed is not None:
+            self.windowed.release(seq.window_blocks)
+        seq.blocks, seq.window_blocks, seq.hashes = [], [], []
 
     def _preempt(self, seq: Sequence) -> None:
         """Back to the queue; its KV is recomputed later (or found again in the prefix cache)."""
@@ -281,6 +315,8 @@ class Scheduler:
         for idx in range(len(seq.hashes), seq.num_computed // size):
             parent = chain_hash(parent, seq.tokens[idx * size : (idx + 1) * size])
             self.pool.publish(seq.blocks[idx], parent)
+            if self.windowed is not None:
+                self.windowed.pool.publish(seq.window_blocks[idx], parent)
             seq.hashes.append(parent)
 
     def _append(self, seq: Sequence, token: int) -> Progress:
@@ -304,8 +340,8 @@ class Scheduler:
         seq.state = SequenceState.FINISHED
 
     def _release(self, seq: Sequence) -> None:
-        self.pool.release(seq.blocks)
-        seq.blocks, seq.hashes, seq.num_computed = [], [], 0
+        self._give_back(seq)
+        seq.num_computed = 0
         self._running[seq.stream].remove(seq)
         seq.stream = -1
 
@@ -320,6 +356,14 @@ class Scheduler:
                 self._running[stream].remove(seq)
                 self._running[target].append(seq)
                 seq.stream = target
+
+
+def _extend(held: list[int], pool: BlockPool, missing: int) -> None:
+    """Add `missing` fresh blocks, which are known to be free."""
+    if missing > 0:
+        blocks = pool.allocate(missing)
+        assert blocks is not None
+        held.extend(blocks)
 
 
 def _decode_load(seqs: Seq[Sequence]) -> StepLoad:

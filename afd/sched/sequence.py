@@ -20,6 +20,7 @@ class Sequence:
 
     tokens: prompt followed by output, resubmitted output included.  num_prompt: length of the prompt part.
     num_computed: leading tokens whose KV is in the cache (committed).
+    window_blocks: likewise of sliding-window layers, DROPPED behind the window; empty for models without.
     blocks: KV blocks in order; hashes: prefix-chain hashes of its first full blocks that are published.
     tpot_s: its TPOT target; 0 = none.
     stream: place in the pipeline, -1 while waiting.  in_flight: part of a micro-batch that is not committed.
@@ -40,6 +41,7 @@ class Sequence:
     stream: int = -1
     num_computed: int = 0
     blocks: list[int] = field(default_factory=list)
+    window_blocks: list[int] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)
     in_flight: bool = False
     doomed: FinishReason | None = None

@@ -10,6 +10,7 @@ from afd.attention.exchange import LocalExchange
 from afd.errors import PeerLostError
 from afd.kv.block_pool import BlockPool
 from afd.kv.cache import KVCache
+from afd.kv.windowed_blocks import WindowedBlocks
 from afd.model.loading import load_attention_half, load_ffn_half, resolve_model
 from afd.model.reference import compare, reference_generate
 from afd.model.sharding import ShardSpec
@@ -175,3 +176,29 @@ def test_logits_that_are_not_finite_end_only_their_own_request(halves):
         engine.run_once(0.0)
     engine.scheduler.check()
     assert good.num_output == 3
+
+
+@pytest.mark.parametrize(("num_blocks", "num_windowed"), [(128, 24), (16, 16)])
+def test_windowed_layers_with_blocks_of_their_own_equal_the_reference(num_blocks, num_windowed):
+    """The reference keeps everything. Contexts beyond the window, shared prefixes, preemption."""
+    folder = resolve_model("dummy:step3.5-flash-tiny")  # window 24
+    attention = load_attention_half(folder, "float32")
+    whole = load_ffn_half(folder, ShardSpec(), "float32")
+    config = SchedulerConfig(max_step_tokens=16, min_chunk_tokens=4, max_num_seqs=4, max_context=256, num_streams=2)
+    windowed = WindowedBlocks(BlockPool(num_windowed, 8), folder.spec.max_window, 16)
+    scheduler = Scheduler(config, BlockPool(num_blocks, 8), windowed=windowed)
+    cache = KVCache(folder.spec, num_blocks, 8, attention.dtype, num_window_blocks=num_windowed)
+    engine = AttentionEngine(attention, cache, scheduler, LocalExchange([whole]))
+    rng = random.Random(4)
+    shared = [rng.randrange(500) for _ in range(50)]
+    prompts = [[*shared[: rng.randrange(20, 50)], *(rng.randrange(500) for _ in range(3))] for _ in range(6)]
+    params = SamplingParams(max_tokens=30, seed=0, temperature=0.0)
+    seqs = [Sequence(f"r{i}", 0, b"gw", list(p), len(p), params, 0, i) for i, p in enumerate(prompts)]
+    for seq in seqs:
+        scheduler.add(seq)
+    outputs, _ = run_all(engine)
+    for seq, prompt in zip(seqs, prompts, strict=True):
+        verdict = compare(reference_generate(attention, [whole], prompt, params), outputs[seq.req_id])
+        assert verdict.ok, (seq.req_id, verdict)
+    assert (scheduler.num_preemptions > 0) == (num_blocks == 16)
+    assert windowed.pool.num_free == num_windowed

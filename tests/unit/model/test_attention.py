@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from afd.kv.cache import KVCache, num_blocks_for_bytes
+from afd.kv.cache import BlockCounts, KVCache, count_blocks
 from afd.model.attention_core import paged_attention, rope_write_kv, write_kv
 from afd.model.batch import AttentionBatch
 from afd.model.loading import resolve_model
@@ -40,10 +40,24 @@ def test_cache_shapes_and_sizes() -> None:
     assert len(cache.k) == len(cache.v) == 5
     assert cache.k[0].shape == cache.v[4].shape == (6, 1, 16, 32)
     assert cache.num_bytes == 6 * 16 * spec.kv_bytes_per_token("bfloat16")
-    assert num_blocks_for_bytes(spec, cache.num_bytes, 16, torch.bfloat16) == 6
-    assert num_blocks_for_bytes(spec, cache.num_bytes - 1, 16, torch.bfloat16) == 5
+    assert count_blocks(spec, cache.num_bytes, 16, torch.bfloat16) == BlockCounts(6)
+    assert count_blocks(spec, cache.num_bytes - 1, 16, torch.bfloat16) == BlockCounts(5)
+    assert count_blocks(spec, 0, 16, torch.bfloat16, num_full=7) == BlockCounts(7)
     cache.close()
     assert cache.num_bytes == 0
+
+
+def test_windowed_layers_have_a_count_of_blocks_of_their_own() -> None:
+    """As many as their sequences can hold at once; the rest of the memory is the others'."""
+    spec = resolve_model("dummy:step3.5-flash-tiny").spec  # 2 full and 4 windowed layers of 64 elements
+    block_bytes = 16 * 64 * 2
+    total = 600 * block_bytes
+    assert count_blocks(spec, total, 16, torch.bfloat16, most_windowed=50) == BlockCounts((600 - 200) // 2, 50)
+    assert count_blocks(spec, total, 16, torch.bfloat16, most_windowed=500) == BlockCounts(100, 100)
+    assert count_blocks(spec, total, 16, torch.bfloat16, 50, num_full=90) == BlockCounts(90, 50)
+    cache = KVCache(spec, 200, 16, torch.bfloat16, num_window_blocks=50)
+    assert cache.num_bytes == total
+    assert [k.shape[0] for k in cache.k] == [200, 50, 50, 50, 200, 50]
 
 
 def _twin(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
