@@ -194,3 +194,23 @@ def test_garbage_never_reaches_the_scheduler(worker):
                 worker.book.handle(GATEWAY, Abort([seq.req_id]), 0.0)
             worker.heard()
     assert worker.scheduler.idle
+
+
+def test_under_enforcement_a_full_worker_refuses_and_says_when_to_come_again(worker):
+    worker.admission.policy = "enforce"
+    worker.tell(submit("first", max_tokens=3))
+    assert worker.scheduler.get("first").tpot_s == 0.05
+    worker.step()
+    worker.tell(Submit("tight", 0, [1, 2], [], SamplingParams(max_tokens=3, seed=1), tpot_s=0.001))
+    refused = [message for message in worker.heard() if isinstance(message, Refused)]
+    assert [(r.req_id, r.reason) for r in refused] == [("tight", "capacity")]
+    assert refused[0].retry_after_s > 1.0 and "tightest target here is 1 ms" in refused[0].detail
+    assert worker.scheduler.get("tight") is None
+    worker.tell(Submit("tight", 1, [1, 2], [], SamplingParams(max_tokens=3, seed=1), tpot_s=0.001))
+    assert worker.scheduler.get("tight").tpot_s == 0.001  # it ran elsewhere: it is not new
+
+
+def test_a_request_that_is_impossible_does_not_reach_admission(worker):
+    worker.admission.policy = "enforce"
+    worker.tell(submit(prompt=[100]))
+    assert (worker.admission.num_admitted, worker.admission.num_refused) == (0, 0)

@@ -1,0 +1,88 @@
+"""The gateway's forecast: how long a newcomer would wait, who is turned away at once for it, and who is let in."""
+
+import pytest
+
+from afd.errors import UnavailableError
+from afd.gateway.admission import AdmissionQueue, predicted_wait_s, prefill_s
+from tests.fakes.dispatch_scene import Scene, stats
+
+
+def full(wait_s=0.5, interval_s=0.1, **fields):
+    return stats(predicted_wait_s=wait_s, place_interval_s=interval_s, **fields)
+
+
+def test_the_first_place_then_one_interval_for_each_in_line():
+    assert predicted_wait_s([full()], 0) == pytest.approx(0.5)
+    assert predicted_wait_s([full()], 5) == pytest.approx(1.0)
+    assert predicted_wait_s([full(), full(0.2)], 4) == pytest.approx(0.2 + 4 * 0.05)  # two workers: twice the places
+    assert predicted_wait_s([full()], 5, first_s=2.0) == pytest.approx(2.5)
+    assert predicted_wait_s([stats()], 100) == 0.0  # a worker that says nothing promises nothing
+    assert predicted_wait_s([], 3) == 0.0
+
+
+def test_prefill_is_that_of_the_quickest_worker():
+    assert prefill_s([full(prefill_token_s=1e-3), full(prefill_token_s=5e-4)], 200) == pytest.approx(0.1)
+    assert prefill_s([stats()], 200) == prefill_s([], 200) == 0.0
+
+
+def test_the_queue_tells_how_many_come_first():
+    scene = Scene(enforce=True, ttft_s=60.0)
+    scene.refuse("a", scene.submit(), 0.0, retry_after_s=5.0)
+    for priority in (0, 1, 2):
+        scene.submit(0.0, priority=priority)
+    queue: AdmissionQueue = scene.dispatcher.queue
+    assert len(queue) == 4
+    assert [queue.num_ahead(priority) for priority in (-1, 0, 1, 2)] == [0, 2, 3, 4]
+    assert queue.num_ahead(0, order=1) == 0
+    assert queue.num_ahead(1, order=1) == 2
+
+
+def test_the_line_in_front_counts():
+    scene = Scene(enforce=True, ttft_s=2.0)
+    first = scene.submit()
+    scene.refuse("a", first, 0.0, retry_after_s=0.5)
+    scene.say("a", full(0.5, 0.25), 0.01)
+    waiting = []
+    with pytest.raises(UnavailableError) as error:
+        for _ in range(100):
+            waiting.append(scene.submit(0.02))
+    # 0.5 s and 0.25 s for each in line, planned to 80 % of 2 s: four before the newcomer are allowed.
+    assert len(waiting) == 4
+    assert error.value.code == "overloaded" and error.value.retry_after_s == 2
+    assert scene.dispatcher.counters.rejected_ttft == 1
+    assert scene.submit(0.03, priority=-1) is not None  # who comes before them does not wait for them
+
+
+def test_a_long_prompt_leaves_less_time_to_wait():
+    scene = Scene(enforce=True, ttft_s=2.0)
+    scene.say("a", full(0.5, 0.1, prefill_token_s=1e-3), 0.0)
+    assert scene.submit(num_prompt=100) is not None
+    with pytest.raises(UnavailableError):
+        scene.submit(num_prompt=1500)  # its prefill alone takes 1.5 s
+    scene.say("a", stats(), 0.1)
+    assert scene.submit(0.1, num_prompt=1500) is not None  # a place is free: waiting would not make it shorter
+
+
+def test_a_refusal_far_down_the_line_is_final_at_once():
+    scene = Scene(enforce=True, ttft_s=1.0)
+    scene.say("a", stats(place_interval_s=0.3), 0.0)
+    requests = [scene.submit() for _ in range(6)]  # all at once, before the worker answers any
+    for request in requests:
+        scene.refuse("a", request, 0.01, retry_after_s=0.2)
+    ended = [request.sink.error is not None for request in requests]
+    assert ended == [False] * 3 + [True] * 3
+    assert requests[-1].sink.error.code == "overloaded"
+
+
+def test_the_choices_of_one_request_wait_for_one_another():
+    scene = Scene(enforce=True, ttft_s=1.0)
+    scene.say("a", full(0.1, 0.3), 0.0)
+    assert scene.submit(count=3) is not None
+    with pytest.raises(UnavailableError):
+        scene.submit(count=4)
+
+
+def test_without_enforcement_nobody_is_turned_away_for_the_wait():
+    scene = Scene(ttft_s=1.0)
+    scene.say("a", full(50.0, 10.0), 0.0)
+    assert scene.submit() is not None
