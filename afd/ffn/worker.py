@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 
 import torch
 
@@ -12,6 +13,7 @@ from afd.config import ClusterConfig
 from afd.data_plane import config_hash, mesh_members, payload_layout
 from afd.events import TracePage
 from afd.ffn.engine import FFNEngine
+from afd.ffn.expert_watch import ExpertWatch
 from afd.ffn.gang import GangTable
 from afd.ffn.metrics import FFNMetrics
 from afd.messages.membership import ClusterView, WorkerInfo
@@ -57,6 +59,7 @@ class _Worker:
         self._server: MetricsServer | None = None
         self._engine: FFNEngine | None = None
         self._epoch = 0
+        self._watch = ExpertWatch()
         self._is_ready = False
         self._why_not = "starting"
 
@@ -116,6 +119,7 @@ class _Worker:
             mesh.tick()
             self._progress += 1
             self._engine.run_once(IDLE_S)
+            self._warn_of_silent_experts(time.monotonic())
         mesh.drain()
 
     def _adopt(self, view: ClusterView) -> None:
@@ -126,6 +130,16 @@ class _Worker:
             self._seat.mesh.retire_epoch(self._epoch - 1)
         self._epoch = view.epoch
         self._seat.mesh.set_members(view.epoch, mesh_members(view, Role.ATTENTION))
+
+    def _warn_of_silent_experts(self, now: float) -> None:
+        assert self._engine is not None
+        for layer, expert in self._watch.look(self._engine.expert_loads(), now):
+            log.warning(
+                "layer %d: expert %d receives tokens and gives nothing beside its layer's others; "
+                "check the checkpoint with `afd inspect`",
+                layer,
+                expert,
+            )
 
     def _fields(self) -> SyncFields:  # side thread
         engine = self._engine
@@ -140,6 +154,7 @@ class _Worker:
                 "wait_s": totals.wait_s,
                 "batches": float(totals.num_batches),
                 "tokens": float(totals.num_tokens),
+                "silent_experts": float(self._watch.num_silent),
                 "gang_size": totals.num_members / max(1, totals.num_batches),
             },
         )

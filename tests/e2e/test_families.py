@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 
 import pytest
 
@@ -65,3 +66,17 @@ def test_quantised_clusters_stay_close(wire, weights, tmp_path, reference):
     expected = [reference.generate("dummy:step3-tiny", tuple(p), n) for p, n in zip(prompts, lengths, strict=True)]
     first_equal = [want.token_ids[0] == got[0] for want, got in zip(expected, outputs, strict=True)]
     assert sum(first_equal) >= len(prompts) - 2
+
+
+def test_expert_metrics_add_up_over_the_ranks(tmp_path):
+    """Every token of every step goes to top_k experts of each MoE layer, whatever rank has them."""
+    with LocalCluster(tmp_path, "--topology", "1A2F", "--dtype", "float32", "--model", "dummy:step3-tiny") as cluster:
+        cluster.greedy_ids([5, 6, 7, 8, 9], 20)
+        samples = [cluster.metrics("ffn", rank) for rank in (0, 1)]
+    tokens = {1: 0.0, 2: 0.0, 3: 0.0}
+    for name, value in ((n, v) for rank in samples for n, v in rank.items()):
+        match = re.match(r'afd_expert_tokens_total\{expert="\d+",layer="(\d+)"\}', name)
+        if match:
+            tokens[int(match[1])] += value
+    assert set(tokens.values()) == {3.0 * (5 + 19)}
+    assert any(name.startswith("afd_expert_output_rms") for name in samples[0])

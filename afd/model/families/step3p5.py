@@ -47,7 +47,14 @@ NAMES = {
 
 
 def parse(config: ConfigReader, name: str) -> ModelSpec:
-    for key, known in (("attention_bias", False), ("mlp_bias", False), ("sink", False), ("hidden_act", "silu")):
+    for key, known in (
+        ("attention_bias", False),
+        ("mlp_bias", False),
+        ("sink", False),
+        ("use_mfa", False),
+        ("use_rope_layers", []),
+        ("hidden_act", "silu"),
+    ):
         config.refuse(key, unless=known)
     num_layers = config.integer("num_hidden_layers")
     types = config.per_layer("layer_types", num_layers) or [FULL] * num_layers

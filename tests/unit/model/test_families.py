@@ -202,6 +202,7 @@ def test_deepseek_caches_the_latent_only() -> None:
         ("step3.5-flash-tiny", {"moe_router_activation": "tanh"}, "'tanh' is not supported"),
         ("step3.5-flash-tiny", {"sliding_window": None}, "sliding_window: missing"),
         ("step3.5-flash-tiny", {"sink": True}, "sink: True is not supported"),
+        ("step3.5-flash-tiny", {"use_rope_layers": [0]}, r"use_rope_layers: \[0\] is not supported"),
         ("deepseek-v3-tiny", {"n_group": 3}, "n_group: 3 does not divide 16 experts"),
         ("deepseek-v3-tiny", {"topk_group": 1, "num_experts_per_tok": 5}, "cannot give 5 experts"),
         ("deepseek-v3-tiny", {"n_group": 16, "topk_group": 8}, "needs two"),

@@ -1,0 +1,31 @@
+"""Finds experts that receive tokens and give nothing, each once. Pure: what the experts did and `now` in, news out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from afd.model.expert_load import ExpertLoad
+
+PERIOD_S = 10.0  # between two looks: a look costs a median for each layer
+
+
+class ExpertWatch:
+    """num_silent: experts found so far."""
+
+    def __init__(self) -> None:
+        self._next_s = 0.0
+        self._found: set[tuple[int, int]] = set()
+
+    @property
+    def num_silent(self) -> int:
+        return len(self._found)
+
+    def look(self, loads: Mapping[int, ExpertLoad], now: float) -> list[tuple[int, int]]:
+        """(layer, expert) of those that went silent since the last look; nothing before the next look is due."""
+        if now < self._next_s:
+            return []
+        self._next_s = now + PERIOD_S
+        silent = {(layer, expert) for layer, load in loads.items() for expert in load.silent()}
+        news = sorted(silent - self._found)
+        self._found |= silent
+        return news
