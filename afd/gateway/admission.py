@@ -7,7 +7,10 @@ from collections.abc import Collection
 from afd.gateway.sequence import Sequence
 from afd.messages.serving import WorkerStats
 
-PLANNED = 0.8  # share of the TTFT target that the predicted wait may take: whoever is let in shall not wait in vain
+# Whoever is let in shall not wait in vain: the prediction may take this share of the time there is, less what reports
+# and probes are old.
+PLANNED = 0.8
+STALENESS_S = 0.1
 
 
 def predicted_wait_s(workers: Collection[WorkerStats], num_ahead: int, *, first_s: float | None = None) -> float:
@@ -19,6 +22,11 @@ def predicted_wait_s(workers: Collection[WorkerStats], num_ahead: int, *, first_
         first_s = min((stats.predicted_wait_s for stats in workers), default=0.0)
     places_per_s = sum(1.0 / stats.place_interval_s for stats in workers if stats.place_interval_s > 0.0)
     return first_s + (num_ahead / places_per_s if places_per_s else 0.0)
+
+
+def is_too_long(wait_s: float, patience_s: float) -> bool:
+    """True when a newcomer would probably not get its place within `patience_s`."""
+    return wait_s > 0.0 and wait_s + STALENESS_S > PLANNED * patience_s
 
 
 def prefill_s(workers: Collection[WorkerStats], num_prompt: int) -> float:
