@@ -6,13 +6,12 @@ each sequence's sink. No socket, clock or task in here; one thread (the event lo
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
 from afd.errors import AfdError, PeerLostError, RequestError, UnavailableError
-from afd.gateway.admission import PLANNED, AdmissionQueue, predicted_wait_s, prefill_s
+from afd.gateway.admission import AdmissionQueue, is_too_long, predicted_wait_s, prefill_s
 from afd.gateway.router import Worker, choose_worker
 from afd.gateway.sequence import Delta, Sequence, Verdict
 from afd.messages.membership import ClusterView
@@ -56,7 +55,10 @@ class WorkerPort(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class DispatchLimits:
-    """ttft_s: target of a first token; with `enforce` it is a deadline, else `request_timeout_s` is."""
+    """ttft_s: target of a first token; with `enforce` it is a deadline, else `request_timeout_s` is.
+
+    vocab_size: token ids from there on are none of the model's.
+    """
 
     lease_s: float = 3.0
     max_queue: int = 1024
@@ -64,6 +66,7 @@ class DispatchLimits:
     enforce: bool = False
     request_timeout_s: float = 600.0
     migration_timeout_s: float = 60.0
+    vocab_size: int = 1 << 31
 
 
 @dataclass(slots=True)
@@ -119,7 +122,7 @@ class Dispatcher:
             patience_s = max(0.1 * target_s, target_s - prefill_s(reports, max(len(s.prompt_ids) for s in sequences)))
             last = self.queue.num_ahead(sequences[0].priority) + len(sequences) - 1
             wait_s = predicted_wait_s(reports, last)
-            if wait_s > PLANNED * patience_s:
+            if is_too_long(wait_s, patience_s):
                 self.counters.rejected_ttft += 1
                 raise self._too_late(wait_s, target_s)
         for sequence in sequences:
@@ -214,6 +217,13 @@ class Dispatcher:
         sequence = worker.active.get(chunk.req_id)
         if sequence is None:
             self.counters.stale_chunks += 1
+            return
+        fault = sequence.fault(chunk, self.limits.vocab_size)
+        if fault is not None:
+            worker.remove(sequence)
+            self._port.send(worker.key, Abort([sequence.req_id]))
+            self._fail(sequence, WorkerError(f"attention worker {worker.rank} sent {fault}"))
+            self._pump(now)
             return
         outcome = sequence.accept(chunk)
         if outcome is not Verdict.STALE:
@@ -382,7 +392,7 @@ class Dispatcher:
     def _too_late(wait_s: float, target_s: float) -> UnavailableError:
         return UnavailableError(
             f"no worker has room within {target_s:.1f} s (time to first token); retry later",
-            retry_after_s=math.ceil(wait_s),
+            retry_after_s=wait_s,
             code="overloaded",
         )
 

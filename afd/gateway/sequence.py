@@ -120,6 +120,16 @@ class Sequence:
             tpot_s=self.tpot_s,
         )
 
+    def fault(self, chunk: TokenChunk, vocab_size: int) -> str | None:
+        """What of a chunk cannot be true, whatever the worker computed; None when nothing is. Any attempt's."""
+        if chunk.first_idx < 0 or chunk.cached_tokens < 0:
+            return "a negative index or count"
+        if chunk.ids and not 0 <= min(chunk.ids) <= max(chunk.ids) < vocab_size:
+            return f"a token id outside 0..{vocab_size - 1}"
+        if chunk.ids and chunk.first_idx + len(chunk.ids) > self.sampling.max_tokens:
+            return f"more than the {self.sampling.max_tokens} tokens asked for"
+        return None
+
     def accept(self, chunk: TokenChunk) -> Delta | Verdict:
         """Take a chunk's new tokens. A delta with `finish` is the last; ERROR and ABORT are left to the caller."""
         if chunk.attempt != self.attempt or self.done:

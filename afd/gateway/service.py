@@ -45,7 +45,7 @@ class GatewayService:
         self.draining = False
         self._membership = membership
         self._client = WorkerClient(secret, self.gateway_id.encode(), self._on_message)
-        self.dispatcher = Dispatcher(self.gateway_id, _limits(config), self._client)
+        self.dispatcher = Dispatcher(self.gateway_id, _limits(config, model), self._client)
         self.registry: CollectorRegistry = process_registry("gateway")
         self._sla = SlaWindow(config.sla.tpot_ms / 1e3, config.sla.ttft_ms / 1e3)
         self.metrics = GatewayMetrics(self.registry, model.name, self._sla)
@@ -209,7 +209,7 @@ class GatewayService:
             self._membership.set_ready(ready)
 
 
-def _limits(config: ClusterConfig) -> DispatchLimits:
+def _limits(config: ClusterConfig, model: ServedModel) -> DispatchLimits:
     return DispatchLimits(
         lease_s=config.gateway.lease_s,
         max_queue=config.gateway.max_queue,
@@ -217,4 +217,5 @@ def _limits(config: ClusterConfig) -> DispatchLimits:
         enforce=config.sla.policy == "enforce",
         request_timeout_s=config.gateway.request_timeout_s,
         migration_timeout_s=config.cluster.recovery_timeout_s,
+        vocab_size=model.vocab_size,
     )

@@ -15,6 +15,7 @@ import tokenizers
 from tokenizers import decoders
 
 REPLACEMENT = "\ufffd"
+_ID_LIMIT = 1 << 32  # of the tokenizer library's integers
 _WINDOW_SEED_TOKENS = 6  # prompt tokens that give the first output token its context (a leading space, mostly)
 _MAX_UNDECIDED_TOKENS = 16  # a run of invalid bytes is shown as it is after so many tokens
 
@@ -61,7 +62,7 @@ class TextTokenizer:
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token stands for; special tokens by name, unknown ids as nothing."""
-        token = self._tokenizer.id_to_token(token_id)
+        token = self._tokenizer.id_to_token(token_id) if 0 <= token_id < _ID_LIMIT else None
         if token is None:
             return b""
         if self._byte_level:

@@ -16,7 +16,7 @@ from afd.errors import AfdError, PeerLostError, RequestError, UnavailableError
 log = logging.getLogger(__name__)
 
 _TYPES = {401: "authentication_error", 503: "service_unavailable", 504: "timeout"}
-_NO_BODY = {204, 304}
+MAX_RETRY_AFTER_S = 3600.0  # of any forecast, also one that is no number
 
 
 class ApiError(msgspec.Struct):
@@ -40,7 +40,7 @@ def describe(error: Exception) -> tuple[int, ApiError, dict[str, str]]:
         status, message, param, code = error.status, str(error), error.param, error.code
     elif isinstance(error, UnavailableError):
         status, message, code = (504 if error.code == "timeout" else 503), str(error), error.code
-        headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
+        headers["retry-after"] = str(math.ceil(min(max(1.0, error.retry_after_s), MAX_RETRY_AFTER_S)))
     elif isinstance(error, PeerLostError):
         status, message, code = 503, str(error), "worker_lost"
         headers["retry-after"] = "1"
