@@ -10,9 +10,53 @@ from stepmesh.errors import ConfigError
 from stepmesh.layout import PayloadLayout
 from stepmesh.types import RankId
 
-TransportChoice = Literal["auto", "shm", "tcp", "inproc"]
+TransportChoice = Literal["auto", "shm", "verbs", "tcp", "inproc"]
+TRANSPORTS = ("auto", "shm", "verbs", "tcp", "inproc")
 MAX_STREAMS = 64
 MAX_ATTENTION_RANKS = 128  # width of the gang's member mask
+
+
+@dataclass(frozen=True, slots=True)
+class VerbsOptions:
+    """How RDMA connections are made. Raises ConfigError. The defaults suit most RoCE v2 networks.
+
+    device          "mlx5_0", or "mlx5_0:2" for its second port; "": see transports/verbs/selection.py
+    near            PCI address ("0000:3b:00.0") of the GPU whose nearest port is wanted
+    gid_index       of the port's GID table; -1: RoCE v2, IPv4 before IPv6
+    mtu_bytes       upper limit of the path MTU (256..4096, power of two); 0: what both ports have
+    service_level   0..15: InfiniBand's, and RoCE's priority where traffic_class does not set it
+    traffic_class   0..255: the IP header's, DSCP in its upper six bits
+    timeout         0..31: an unacknowledged packet is sent again after 4.096 us * 2^timeout (14: 67 ms)
+    retry_count     0..7 times; Soft-RoCE takes 7 for "for ever"
+    rnr_retry       0..7 times, when the peer has no receive posted (which our peers always have)
+    """
+
+    device: str = ""
+    near: str = ""
+    gid_index: int = -1
+    mtu_bytes: int = 0
+    service_level: int = 0
+    traffic_class: int = 0
+    timeout: int = 14
+    retry_count: int = 6
+    rnr_retry: int = 6
+
+    def __post_init__(self) -> None:
+        problems = []
+        for name, low, high in (
+            ("gid_index", -1, 255),
+            ("service_level", 0, 15),
+            ("traffic_class", 0, 255),
+            ("timeout", 0, 31),
+            ("retry_count", 0, 7),
+            ("rnr_retry", 0, 7),
+        ):
+            if not low <= getattr(self, name) <= high:
+                problems.append(f"{name} {getattr(self, name)} is not in {low}..{high}")
+        if self.mtu_bytes not in (0, 256, 512, 1024, 2048, 4096):
+            problems.append(f"mtu_bytes {self.mtu_bytes} is not one of 0, 256, 512, 1024, 2048, 4096")
+        if problems:
+            raise ConfigError("verbs: " + "; ".join(problems))
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,13 +69,15 @@ class MeshConfig:
     layout, num_streams slot geometry; both ends must agree (checked in the handshake)
     listen_host/_port   FFN ranks: TCP listener (port 0: any free one)
     advertise_host      what others are told to connect to (default: listen_host)
-    transport           "auto": shm on the same host, else tcp. "shm", "tcp": only that one
+    transport           "auto": shm on the same host, verbs where both ends have an active RDMA port, else tcp.
+                        "shm", "verbs", "tcp": only that one
+    verbs               how RDMA connections are made
     heartbeat_s         period of the heartbeats
     peer_timeout_s      silence after which a peer is lost
     stall_timeout_s     a peer with work pending whose progress counter stands still for this long is lost
     exchange_timeout_s  a dispatch without an answer from a living, progressing peer for this long: pair reset
     connect_timeout_s   limit of one handshake, and the age at which a failing connection is reported
-    spin_us             busy polling before `progress` blocks (shm only: tcp's I/O thread needs the interpreter)
+    spin_us             busy polling before `progress` blocks (shm, verbs: tcp's I/O thread needs the interpreter)
     checksum            crc32 over header and payload of what this rank sends (received ones are always checked)
     max_pending         unauthenticated connections kept at once; beyond, the oldest is closed
     trace_events        size of the ring of timestamps (0: off)
@@ -47,6 +93,7 @@ class MeshConfig:
     listen_port: int = 0
     advertise_host: str | None = None
     transport: TransportChoice = "auto"
+    verbs: VerbsOptions = VerbsOptions()
     heartbeat_s: float = 0.2
     peer_timeout_s: float = 1.0
     stall_timeout_s: float = 5.0
@@ -69,8 +116,8 @@ class MeshConfig:
             problems.append("config_hash must be 1..64 bytes")
         if not 1 <= self.num_streams <= MAX_STREAMS:
             problems.append(f"num_streams {self.num_streams} is not in 1..{MAX_STREAMS}")
-        if self.transport not in ("auto", "shm", "tcp", "inproc"):
-            problems.append(f"transport {self.transport!r} is not one of auto, shm, tcp, inproc")
+        if self.transport not in TRANSPORTS:
+            problems.append(f"transport {self.transport!r} is not one of {', '.join(TRANSPORTS)}")
         for name in ("heartbeat_s", "peer_timeout_s", "stall_timeout_s", "exchange_timeout_s", "connect_timeout_s"):
             if not getattr(self, name) > 0:
                 problems.append(f"{name} must be positive")

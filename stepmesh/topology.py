@@ -154,6 +154,13 @@ def choose_transport(offered: Sequence[str], own: Sequence[str], link_kind: str)
     name = usable[0]
     if name == "shm":
         return Choice(name, "same host: the peer's UNIX socket connects")
+    reasons = []
     if "shm" in common:
-        return Choice(name, "the peer's UNIX socket cannot be reached: another host or network namespace")
-    return Choice(name, f"the only one in common (initiator {list(offered)}, responder {list(own)})")
+        reasons.append("the peer's UNIX socket cannot be reached: another host or network namespace")
+    if name == "verbs":
+        reasons.append("both ends have an active RDMA port")
+    elif "verbs" in {*offered, *own}:
+        reasons.append(f"only the {'initiator' if 'verbs' in offered else 'responder'} has an active RDMA port")
+    if not reasons:
+        reasons.append(f"the only one in common (initiator {list(offered)}, responder {list(own)})")
+    return Choice(name, "; ".join(reasons))

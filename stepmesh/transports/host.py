@@ -1,4 +1,4 @@
-"""The real world of a rank: monotonic time, sockets, epoll, an eventfd as bell, threads; shm and tcp channels."""
+"""The real world of a rank: monotonic time, sockets, epoll, an eventfd as bell, threads; shm, verbs, tcp channels."""
 
 from __future__ import annotations
 
@@ -20,28 +20,36 @@ from stepmesh.transports.base import Channel, ChannelSpec, Fabric, Link, Wakeups
 from stepmesh.transports.shm import ShmChannel, unsupported_reason
 from stepmesh.transports.sockets import SocketLink, dial_tcp, dial_unix, listen_tcp, listen_unix
 from stepmesh.transports.tcp import TcpChannel, TcpIo
+from stepmesh.transports.verbs.base import Verbs
+from stepmesh.transports.verbs.endpoint import VerbsEndpoint, open_endpoint
 from stepmesh.types import Address, Role
 from stepmesh.wire import ATTACH_MAGIC, MAC_BYTES
 
 log = logging.getLogger("stepmesh")
 
 _TOKEN_BYTES = len(ATTACH_MAGIC) + MAC_BYTES
+_CONTROLLED_OVER_TCP = {"tcp", "verbs"}  # transports whose control link may be a TCP connection
 _ACCEPT_PAUSE_S = 1.0  # after running out of descriptors: accepting again at once would only spin
 
 
 class HostFabric(Fabric):
-    """Used by every rank that runs for real. Raises ConfigError when the forced transport cannot work here."""
+    """Used by every rank that runs for real. Raises ConfigError when the forced transport cannot work here.
+
+    `verbs`: another way to speak verbs than this machine's pyverbs (tests).
+    """
 
     waits = True
 
-    def __init__(self, config: MeshConfig) -> None:
+    def __init__(self, config: MeshConfig, verbs: Verbs | None = None) -> None:
         if not hasattr(select, "epoll") or not hasattr(os, "eventfd"):
             raise ConfigError("stepmesh's sockets need Linux (epoll, eventfd); inproc runs everywhere")
         self._config = config
-        self._transports = _offered(config)
+        self._transports, self._rdma = _offered(config, verbs)
         self._epoll = select.epoll()
         self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._epoll.register(self._bell, select.EPOLLIN)
+        if self._rdma is not None:
+            self._epoll.register(self._rdma.event_fd, select.EPOLLIN)
         self._woken = False
         self._links: dict[int, SocketLink] = {}
         self._watched: set[int] = set()
@@ -76,7 +84,7 @@ class HostFabric(Fabric):
                 return self._track(SocketLink(dial_unix(address), self._epoll))
             except TransportError as error:
                 unreachable = str(error)
-        if "tcp" not in self._transports:
+        if not _CONTROLLED_OVER_TCP & {*self._transports}:
             raise TransportError(f"transport 'shm' is forced, but {unreachable}")
         if not address.port:
             raise TransportError(f"the peer listens on no TCP port ({unreachable})")
@@ -85,7 +93,9 @@ class HostFabric(Fabric):
     def open_channel(self, transport: str, spec: ChannelSpec, link: Link) -> Channel:
         if transport == "shm":
             return ShmChannel(spec, self._bell)
-        if transport != "tcp":
+        if transport == "verbs" and self._rdma is not None:
+            return self._rdma.open_channel(spec)
+        if transport != "tcp" or "tcp" not in self._transports:
             raise TransportError(f"transport {transport!r} does not exist here")
         if self._io is None:
             self._io = TcpIo(str(self._config.id), self._epoll, self._ring)
@@ -100,6 +110,8 @@ class HostFabric(Fabric):
     def wait(self, timeout_s: float) -> Wakeups:
         wakeups = Wakeups()
         self._resume_accepting()
+        if self._rdma is not None and (self._rdma.arm() if timeout_s > 0.0 else self._rdma.drain()):
+            timeout_s = 0.0
         for fd, mask in self._epoll.poll(timeout_s):
             if fd == self._bell:
                 with contextlib.suppress(BlockingIOError):
@@ -110,6 +122,8 @@ class HostFabric(Fabric):
                 wakeups.readable.append(link)
             elif self._io is not None and (channel := self._io.receiving(fd)) is not None:
                 channel.receive()
+            elif self._rdma is not None and fd == self._rdma.event_fd:
+                self._rdma.ring()
             elif fd in self._watched:
                 wakeups.external = True
             elif (listener := self._listeners.get(fd)) is not None:
@@ -155,6 +169,8 @@ class HostFabric(Fabric):
             self._dismiss(newcomer)
         for listener in self._listeners.values():
             listener.close()
+        if self._rdma is not None:
+            self._rdma.close()
         self._epoll.close()
         os.close(self._bell)
 
@@ -167,7 +183,7 @@ class HostFabric(Fabric):
         if "shm" in self._transports:
             unix = f"stepmesh-{secrets.token_hex(16)}"
             self._add_listener(listen_unix(unix))
-        if "tcp" in self._transports:
+        if _CONTROLLED_OVER_TCP & {*self._transports}:
             listener = listen_tcp(self._config.listen_host, self._config.listen_port)
             self._add_listener(listener)
             port = listener.getsockname()[1]
@@ -297,23 +313,36 @@ class _Periodic:
             self._call()
 
 
-def _offered(config: MeshConfig) -> tuple[str, ...]:
-    """Transports in order of preference."""
+def _offered(config: MeshConfig, verbs: Verbs | None) -> tuple[tuple[str, ...], VerbsEndpoint | None]:
+    """Transports in order of preference, and the RDMA port if verbs is among them."""
     if config.id.role is Role.FFN and not config.advertise_host and config.listen_host in ("0.0.0.0", "::", ""):
         raise ConfigError(f"listen_host {config.listen_host!r} is no address to connect to: set advertise_host")
     if config.transport == "inproc":
         raise ConfigError("transport 'inproc' needs an InprocNetwork's fabric: Mesh(config, network.fabric(config))")
     if config.transport == "tcp":
-        return ("tcp",)
+        return ("tcp",), None
     missing = unsupported_reason()
     if config.transport == "shm":
         if missing:
             raise ConfigError(f"transport 'shm' is forced: {missing}")
-        return ("shm",)
+        return ("shm",), None
+    offered, absent, rdma = ["tcp"], [], None
+    try:
+        rdma = open_endpoint(config, verbs)
+        offered.insert(0, "verbs")
+    except TransportError as error:
+        if config.transport == "verbs":
+            raise ConfigError(f"transport 'verbs' is forced: {error}") from error
+        absent.append(f"verbs: {error}")
+    if config.transport == "verbs":
+        return ("verbs",), rdma
     if missing:
-        log.info("%s: offers tcp only: %s", config.id, missing)
-        return ("tcp",)
-    return ("shm", "tcp")
+        absent.append(missing)
+    else:
+        offered.insert(0, "shm")
+    if absent:
+        log.info("%s: offers %s; not %s", config.id, ", ".join(offered), "; not ".join(absent))
+    return tuple(offered), rdma
 
 
 def _data_dialler(link: Link) -> Callable[[], socket.socket]:

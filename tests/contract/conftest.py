@@ -8,7 +8,7 @@ import pytest
 
 from tests.contract.world import Holdings, World
 
-TRANSPORTS = ("inproc", "shm", "tcp")
+TRANSPORTS = ("inproc", "shm", "tcp", "verbs")
 
 
 @pytest.fixture(params=TRANSPORTS)

@@ -35,17 +35,22 @@ from stepmesh import (
     Role,
     WireDtype,
 )
+from stepmesh.config import VerbsOptions
 from stepmesh.layout import frame_bytes
 from stepmesh.pair import Pair
 from stepmesh.slots import copy_section
+from stepmesh.transports.base import Fabric
+from stepmesh.transports.host import HostFabric
 from stepmesh.transports.inproc import Faults, InprocNetwork
 from stepmesh.types import FrameKind
 from stepmesh.wire import DATA_MAGIC, HEADER, PROTOCOL_VERSION, seal_checksum, write_trailer
+from tests.fakes.verbs import FakeVerbs
 
 LAYOUT = PayloadLayout(
     hidden=160, max_tokens=64, max_top_k=4, dispatch_dtype=WireDtype.FP32, combine_dtype=WireDtype.FP32
 )
 SECRET = b"a cluster secret"
+RDMA_DEVICES = tuple(filter(None, os.environ.get("STEPMESH_TEST_RDMA_DEVICES", "").split(",")))
 LIMIT_S = 20.0  # of waiting, virtual or real; only a failing test takes that long
 STEP_S = 0.0005  # virtual time between two rounds
 
@@ -64,6 +69,8 @@ class World:
     def __init__(self, transport: str, *, seed: int = 0, faults: Faults | None = None) -> None:
         self.transport = transport
         self.network = InprocNetwork(seed, faults)
+        # Where there is Soft-RoCE (make test-rdma) its devices are used, one for each role.
+        self.verbs = None if RDMA_DEVICES else FakeVerbs()
         self.meshes: dict[RankId, Mesh] = {}
         self.events: dict[RankId, list[Event]] = {}
         self.frozen: set[RankId] = set()
@@ -83,15 +90,22 @@ class World:
             "layout": LAYOUT,
             "transport": self.transport,
         }
+        if RDMA_DEVICES:
+            fields["verbs"] = VerbsOptions(device=RDMA_DEVICES[rank_id.role is Role.FFN])
         return MeshConfig(**(fields | overrides))
 
     def add(self, rank_id: RankId, **overrides: Any) -> Mesh:
         """One more rank; a rank that was there before is replaced (and must have been closed)."""
         config = self.config(rank_id, **overrides)
-        mesh = Mesh(config, self.network.fabric(config) if self.virtual else None)
+        mesh = Mesh(config, self._fabric(config))
         self.meshes[rank_id] = mesh
         self.events[rank_id] = []
         return mesh
+
+    def _fabric(self, config: MeshConfig) -> Fabric:
+        if self.virtual:
+            return self.network.fabric(config)
+        return HostFabric(config, self.verbs)
 
     def member(self, rank_id: RankId) -> Member:
         mesh = self.meshes[rank_id]

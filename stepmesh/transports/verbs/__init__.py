@@ -1,0 +1,1 @@
+"""RDMA: reliable-connected queue pairs over the verbs of rdma-core (InfiniBand, RoCE, Soft-RoCE)."""
