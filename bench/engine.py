@@ -20,7 +20,9 @@ from contextlib import ExitStack
 import torch
 
 from afd.kernels import linear
+from afd.model.inventory import Half, inventory
 from afd.model.loading import resolve_model
+from afd.model.spec import ModelSpec
 from bench.local import BenchCluster, run_round
 
 CONFIGS = "mono,1A1F:1,1A1F:2,1A1F:3,1A1F:0"
@@ -53,36 +55,47 @@ def memory_bandwidth() -> float:
     return data.nbytes / time_of(lambda: data.sum())
 
 
+def gemms(spec: ModelSpec, batch: int) -> dict[str, list[tuple[int, tuple[int, ...]]]]:
+    """(rows, weight shape) of every GEMM of one decode step; experts as many as even routing hits on average."""
+    found: dict[str, list[tuple[int, tuple[int, ...]]]] = {"projections": [], "ffn": [], "head": []}
+    for tensor in inventory(spec):
+        if len(tensor.shape) == 1 or tensor.part == "embed":
+            if tensor.part == "embed" and spec.tie_embeddings:
+                found["head"].append((batch, tensor.shape))
+        elif tensor.part == "head":
+            found["head"].append((batch, tensor.shape))
+        elif tensor.half is Half.ATTENTION:
+            found["projections"].append((batch, tensor.shape))
+        elif tensor.part.startswith("expert_"):
+            ffn = spec.layers[tensor.layer].ffn
+            active = round(ffn.num_experts * (1 - (1 - ffn.top_k / ffn.num_experts) ** batch))
+            found["ffn"] += [(max(1, batch * ffn.top_k // active), tensor.shape[1:])] * active
+        else:
+            found["ffn"].append((batch, tensor.shape))
+    return found
+
+
 def bound(model: str, dtype: str, batch: int, context: int, bandwidth: float) -> dict[str, float]:
     """Seconds of one decode step of `batch` sequences from its bare GEMMs (one thread) and its KV bytes.
 
-    A: attention projections, head, KV read.  F: FFN.  A pipeline cannot be faster than max(A, F), nor, on two
-    cores, than (A + F) / 2.  Dense Llama-shaped models only.
+    A: attention projections, routers, head, KV read.  F: FFN, experts evenly routed.  A pipeline cannot be faster than
+    max(A, F), nor, on two cores, than (A + F) / 2.
     """
     spec = resolve_model(model).spec
     torch_dtype = getattr(torch, dtype)
-    attention, ffn = spec.layers[0].attention, spec.layers[0].ffn
-    q_dim, kv_dim = attention.num_heads * attention.head_dim, attention.num_kv_heads * attention.head_dim
-    shapes = {
-        "projections": [(q_dim + 2 * kv_dim, spec.hidden), (spec.hidden, q_dim)],
-        "ffn": [(2 * ffn.intermediate, spec.hidden), (spec.hidden, ffn.intermediate)],
-        "head": [(spec.vocab_size, spec.hidden)],
-    }
     seconds = {}
     torch.set_num_threads(1)
-    for name, pairs in shapes.items():
-        layers = 1 if name == "head" else spec.num_layers
-        weights = [[torch.randn(shape).to(torch_dtype) for shape in pairs] for _ in range(layers)]
-        inputs = [torch.randn(batch, shape[1]).to(torch_dtype) for shape in pairs]
+    for name, found in gemms(spec, batch).items():
+        pairs = [(torch.randn(rows, shape[1]).to(torch_dtype), torch.randn(shape).to(torch_dtype))
+                 for rows, shape in found]  # fmt: skip
 
-        def run(weights=weights, inputs=inputs):
-            for layer in weights:
-                for x, w in zip(inputs, layer, strict=True):
-                    linear(x, w)
+        def run(pairs=pairs):
+            for x, w in pairs:
+                linear(x, w)
 
         with torch.inference_mode():
             seconds[name] = time_of(run)
-    kv_bytes = batch * context * spec.num_layers * 2 * kv_dim * torch_dtype.itemsize
+    kv_bytes = batch * context * spec.kv_elements_per_token() * torch_dtype.itemsize
     a = seconds["projections"] + seconds["head"] + kv_bytes / bandwidth
     f = seconds["ffn"]
     return {**seconds, "kv": kv_bytes / bandwidth, "a": a, "f": f, "step": max(a, f, (a + f) / 2)}
