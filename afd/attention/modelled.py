@@ -153,6 +153,7 @@ class ModelledEngine:
 
 
 def modelled_token(seq: Sequence, vocab_size: int) -> int:
-    """Depends on seed, choice, position and the token before only: a migrated request goes on as it would have."""
-    key = f"{seq.sampling.seed} {seq.sampling.choice} {seq.num_output} {seq.tokens[-1]}".encode()
+    """Depends on position, the token before and, unless greedy, seed and choice: a moved request goes on as before."""
+    drawn = "" if seq.sampling.greedy else f"{seq.sampling.seed} {seq.sampling.choice}"
+    key = f"{drawn} {seq.num_output} {seq.tokens[-1]}".encode()
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") % vocab_size

@@ -3,6 +3,7 @@
 import pytest
 
 from afd.attention.modelled import ModelledEngine, StepFormula, modelled_token
+from afd.config import resolve_config
 from afd.errors import ConfigError
 from afd.kv.block_pool import BlockPool
 from afd.sched.latency import StepLoad
@@ -97,7 +98,10 @@ def test_the_same_request_gets_the_same_tokens_in_any_company_and_after_a_move()
     moved.scheduler.add(request("moved", max_tokens=12, output=alone[:5]))
     assert [o.progress.ids[0] for o in run(moved)["moved"]] == alone[5:]
     assert len(set(alone)) > 6 and all(0 <= token < VOCAB for token in alone)
-    assert modelled_token(request("other seed", temperature=0.5), VOCAB) == alone[0]
+    assert modelled_token(request("hot", temperature=0.5), VOCAB) == alone[0]
+    assert modelled_token(request("second choice", choice=1), VOCAB) != alone[0]
+    greedy = [modelled_token(request("greedy", temperature=0.0, choice=choice), VOCAB) for choice in range(2)]
+    assert greedy[0] == greedy[1]
 
 
 def test_streams_take_turns_on_the_one_device():
@@ -168,3 +172,10 @@ def test_a_wrong_formula_is_named(text, wrong):
     with pytest.raises(ConfigError, match=r"attention\.modelled") as error:
         StepFormula.parse(text)
     assert wrong in str(error.value)
+
+
+def test_a_modelled_worker_has_no_ffn_side():
+    overrides = {"attention.modelled": "base_ms=1", "cluster.topology": "1A1F"}
+    with pytest.raises(ConfigError, match="'mono', not 1A1F"):
+        resolve_config(None, overrides)
+    assert resolve_config(None, overrides | {"cluster.topology": "mono"}).attention.modelled == "base_ms=1"
