@@ -1,7 +1,7 @@
 """Overload: an open loop at a multiple of the capacity, with each SLA policy, against a modelled worker.
 
-    python bench/overload.py                       # capacity first, then twice as much with enforce, observe, off
-    python bench/overload.py --quick               # a few seconds each: does it run
+    python -m bench.overload            # capacity first, then twice as much with enforce, observe, off
+    python -m bench.overload --quick    # a few seconds each: does it run
 
 Real processes (`afd up --topology mono`), real HTTP, `afd bench` as the load; only the model is a formula, so that two
 cores show what a large machine would. Capacity is what a closed loop of many users completes per second under enforce.

@@ -132,6 +132,8 @@ class GatewayService:
             "finished": float(report.num_requests),
             "tpot_p99_ms": report.tpot_p99_s * 1e3,
             "ttft_p99_ms": report.ttft_p99_s * 1e3,
+            "tpot_met": report.tpot_attainment,
+            "ttft_met": report.ttft_attainment,
         }
 
     def unready_reason(self) -> str | None:
