@@ -66,11 +66,13 @@ def ffn(rank: int) -> RankId:
 class World:
     """Meshes over one transport, and everything they reported."""
 
-    def __init__(self, transport: str, *, seed: int = 0, faults: Faults | None = None) -> None:
+    def __init__(
+        self, transport: str, *, seed: int = 0, faults: Faults | None = None, verbs: FakeVerbs | None = None
+    ) -> None:
         self.transport = transport
         self.network = InprocNetwork(seed, faults)
-        # Where there is Soft-RoCE (make test-rdma) its devices are used, one for each role.
-        self.verbs = None if RDMA_DEVICES else FakeVerbs()
+        # Whatever RDMA this machine has plays no part, but for Soft-RoCE in its guest (make test-rdma).
+        self.verbs = verbs or FakeVerbs(None if transport == "verbs" else [])
         self.meshes: dict[RankId, Mesh] = {}
         self.events: dict[RankId, list[Event]] = {}
         self.frozen: set[RankId] = set()
@@ -105,7 +107,7 @@ class World:
     def _fabric(self, config: MeshConfig) -> Fabric:
         if self.virtual:
             return self.network.fabric(config)
-        return HostFabric(config, self.verbs)
+        return HostFabric(config, None if RDMA_DEVICES else self.verbs)
 
     def member(self, rank_id: RankId) -> Member:
         mesh = self.meshes[rank_id]
