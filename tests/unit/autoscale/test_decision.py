@@ -108,15 +108,15 @@ def test_limits_that_exclude_everything_are_refused() -> None:
         max_size=40,
     )
 )
-def test_advice_stays_within_the_limits_and_changed_means_changed(seen: list[Observation]) -> None:
+def test_advice_stays_within_the_limits_and_is_news_only_once(seen: list[Observation]) -> None:
     adviser = Adviser(POLICY, limits("1A2F", "4A4F"))
-    before = None
+    before = ""
     for step, one in enumerate(seen):
         advice = adviser.observe(one, step * 20.0)
         assert 1 <= advice.num_attention <= 4 and 2 <= advice.num_ffn <= 4
-        if advice.changed and before is not None:
-            assert str(advice) != before
-        before = str(advice)
+        wanted = str(advice) if str(advice) != f"{one.num_attention}A{one.num_ffn}F" else ""
+        assert advice.changed == (wanted != before)
+        before = wanted
 
 
 def test_a_constant_load_finds_its_size_and_stays_there() -> None:

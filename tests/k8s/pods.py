@@ -1,0 +1,167 @@
+"""Pods without Kubernetes: each a process in its own network namespace and with its own view of the file system.
+
+A pod gets an address on a bridge, /etc/hosts with the release's Services, its ConfigMap and Secrets where the chart
+mounts them, a read-only root file system and a scratch /tmp. The bridge lives in a namespace, too: the host's network
+is not touched. Needs root and iproute2; `unavailable()` says what is missing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests.k8s.chart import REPOSITORY, Object
+
+CLONE_NEWNET = 0x40000000
+SUBNET = "10.77.0"
+# Runs in the pod's namespaces: its files, a root that cannot be written to, then the container's command.
+ENTER = """
+set -e
+mount --make-rprivate /
+mount -t overlay overlay -o lowerdir="$1":/etc /etc
+mount -t tmpfs -o size=64m tmpfs /tmp
+mount -o remount,bind,ro /
+shift
+exec "$@"
+"""
+
+
+def unavailable() -> str:
+    """Why pods cannot be made here; "" when they can."""
+    if os.geteuid() != 0:
+        return "network namespaces need root"
+    if shutil.which("ip") is None or shutil.which("unshare") is None:
+        return "network namespaces need iproute2 and util-linux (apt-get install iproute2)"
+    probe = f"afd-probe-{os.getpid()}"
+    made = subprocess.run(["ip", "netns", "add", probe], capture_output=True, text=True, check=False)
+    if made.returncode != 0:
+        return f"network namespaces cannot be made here: {made.stderr.strip()}"
+    subprocess.run(["ip", "netns", "del", probe], check=True)
+    return ""
+
+
+def ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True, capture_output=True, timeout=20)
+
+
+class Network:
+    """A bridge in a namespace of its own, and pods' namespaces beside it. Close it; then nothing is left."""
+
+    def __init__(self) -> None:
+        self._tag = f"afd{os.getpid()}"
+        self._hub = f"{self._tag}-hub"
+        self._namespaces: list[str] = []
+        self._add(self._hub)
+        ip("-n", self._hub, "link", "add", "bridge", "type", "bridge")
+        ip("-n", self._hub, "addr", "add", f"{SUBNET}.1/24", "dev", "bridge")
+        ip("-n", self._hub, "link", "set", "bridge", "up")
+
+    def _add(self, namespace: str) -> None:
+        ip("netns", "add", namespace)
+        self._namespaces.append(namespace)
+        ip("-n", namespace, "link", "set", "lo", "up")
+
+    def attach(self, pod: str) -> tuple[str, str]:
+        """A new namespace with an address: (namespace, address)."""
+        number = len(self._namespaces)
+        namespace, port, address = f"{self._tag}-{pod}", f"port{number}", f"{SUBNET}.{number + 1}"
+        self._add(namespace)
+        ip("-n", namespace, "link", "add", "eth0", "type", "veth", "peer", "name", port, "netns", self._hub)
+        ip("-n", namespace, "addr", "add", f"{address}/24", "dev", "eth0")
+        ip("-n", namespace, "link", "set", "eth0", "up")
+        ip("-n", self._hub, "link", "set", port, "master", "bridge", "up")
+        return namespace, address
+
+    @contextlib.contextmanager
+    def inside(self) -> Iterator[None]:
+        """Sockets that this thread makes in here are on the bridge, at SUBNET.1."""
+        with open("/proc/thread-self/ns/net", "rb") as home, open(f"/run/netns/{self._hub}", "rb") as hub:
+            _setns(hub.fileno())
+            try:
+                yield
+            finally:
+                _setns(home.fileno())
+
+    def close(self) -> None:
+        while self._namespaces:
+            subprocess.run(["ip", "netns", "del", self._namespaces.pop()], check=True, timeout=20)
+
+
+def _setns(fd: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.setns(fd, CLONE_NEWNET) != 0:
+        raise OSError(ctypes.get_errno(), "setns")
+
+
+class Pod:
+    """One pod of a workload. `start` runs its container, again after it has ended."""
+
+    def __init__(self, network: Network, role: str, ordinal: int, template: Object, folder: Path):
+        self.role = role
+        self.name = f"{role}-{ordinal}"
+        self.ordinal = ordinal
+        self.namespace, self.address = network.attach(self.name)
+        (self.container,) = template["spec"]["containers"]
+        self.labels = template["metadata"]["labels"]
+        self._etc = folder / self.name / "etc"
+        self._log = (folder / f"{self.name}.log").open("wb")
+        self.process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def ports(self) -> dict[str, int]:
+        return {entry["name"]: entry["containerPort"] for entry in self.container["ports"]}
+
+    def mount(self, files: dict[str, bytes]) -> None:
+        """Files below /etc, by absolute path. Before `start`."""
+        for path, data in files.items():
+            target = self._etc / path.removeprefix("/etc/")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(data)
+            target.chmod(0o440 if "secret" in path else 0o444)
+
+    def start(self) -> None:
+        """Run the container's command with the kubelet's substitutions."""
+        environment = {"PATH": os.environ["PATH"], "LANG": "C.UTF-8", "PYTHONDONTWRITEBYTECODE": "1"}
+        environment["PYTHONPATH"] = str(REPOSITORY)  # the image has it installed
+        environment |= {entry["name"]: entry["value"] for entry in self.container["env"] if "value" in entry}
+        environment |= {"POD_IP": self.address, "AFD_RANK": str(self.ordinal)}
+        command = [sys.executable, "-m", "afd"]
+        for text in self.container["args"]:
+            command.append(text.replace("$(POD_IP)", self.address).replace("$(AFD_RANK)", str(self.ordinal)))
+        self.process = subprocess.Popen(
+            [
+                *("ip", "netns", "exec", self.namespace, "unshare", "--mount", "sh", "-c", ENTER, "sh", str(self._etc)),
+                *command,
+            ],
+            cwd="/",
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+        )
+
+    def kill(self) -> None:
+        """The process is gone at once, as after an out-of-memory kill."""
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait(10)
+
+    def terminate(self) -> None:
+        """What the kubelet sends first."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGTERM)
+
+    def log(self) -> str:
+        return Path(self._log.name).read_text(errors="replace")
+
+    def close(self) -> None:
+        if self.process is not None and self.process.poll() is None:
+            self.kill()
+        self._log.close()

@@ -1,0 +1,168 @@
+"""What every pod of every value set must and must not have, and who may talk to whom."""
+
+from __future__ import annotations
+
+import pytest
+
+from afd.config import resolve_config
+from tests.k8s.chart import Object, named, of_kind, pod_templates, rendered
+from tests.k8s.value_sets import VALUE_SETS
+
+STOP_MARGIN_S = 8  # a process that does not end within drain_s and this ends itself
+
+
+def all_pods(name: str) -> list[tuple[str, Object, Object]]:
+    """(role, pod spec, container) of every pod; the chart makes pods of one container."""
+    pods = []
+    for role, template in pod_templates(rendered(name)):
+        (container,) = template["spec"]["containers"]
+        pods.append((role, template["spec"], container))
+    assert {role for role, _, _ in pods} >= {"gateway", "coordinator", "attention", "ffn"}
+    return pods
+
+
+@pytest.mark.parametrize("name", VALUE_SETS)
+def test_rights(name: str) -> None:
+    for role, spec, container in all_pods(name):
+        assert spec["securityContext"]["runAsNonRoot"] is True and spec["securityContext"]["runAsUser"] >= 10000
+        assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        rights = container["securityContext"]
+        assert rights["allowPrivilegeEscalation"] is False and rights["readOnlyRootFilesystem"] is True
+        assert rights["capabilities"]["drop"] == ["ALL"]
+        assert set(rights["capabilities"].get("add", [])) <= {"IPC_LOCK"}
+        assert "privileged" not in rights
+        assert not spec.get("hostPID") and not spec.get("hostIPC")
+        applies = role == "autoscale" and name.endswith("apply")
+        assert spec["automountServiceAccountToken"] is applies
+    for account in of_kind(rendered(name), "ServiceAccount"):
+        assert account["automountServiceAccountToken"] is False
+
+
+@pytest.mark.parametrize("name", VALUE_SETS)
+def test_images_and_resources(name: str) -> None:
+    for _, _, container in all_pods(name):
+        repository, _, tag = container["image"].rpartition(":")
+        assert repository and tag and tag != "latest"
+        assert container["resources"]["requests"].keys() >= {"cpu", "memory"}
+        assert "memory" in container["resources"]["limits"]
+
+
+@pytest.mark.parametrize("name", VALUE_SETS)
+def test_probes_leave_time_to_load_and_to_drain(name: str) -> None:
+    for role, spec, container in all_pods(name):
+        startup, readiness, liveness = (container[f"{kind}Probe"] for kind in ("startup", "readiness", "liveness"))
+        assert startup["periodSeconds"] * startup["failureThreshold"] >= (1800 if role in ("attention", "ffn") else 60)
+        assert liveness["httpGet"]["path"] == "/livez" and readiness["httpGet"]["path"] == "/readyz"
+        assert liveness["periodSeconds"] * liveness["failureThreshold"] >= 30, (
+            "a long step must not be a death sentence"
+        )
+        grace_s = spec["terminationGracePeriodSeconds"]
+        if role != "autoscale":
+            before_s = container.get("lifecycle", {}).get("preStop", {}).get("sleep", {}).get("seconds", 0)
+            assert grace_s > before_s + 30 + STOP_MARGIN_S
+
+
+def test_the_margin_is_the_programs() -> None:
+    from afd.cluster import role_process
+
+    assert STOP_MARGIN_S == role_process.STOP_MARGIN_S
+
+
+@pytest.mark.parametrize("name", ["tls", "everything"])
+def test_each_role_sees_only_the_keys_that_it_needs(name: str) -> None:
+    seen = {}
+    for role, spec, _ in all_pods(name):
+        secrets = [volume["secret"] for volume in spec["volumes"] if "secret" in volume]
+        assert all(secret["defaultMode"] == 0o440 for secret in secrets)
+        seen[role] = {item["key"] for secret in secrets for item in secret["items"]}
+    worker = {"cluster-secret", "ca.crt"}
+    assert seen["attention"] == seen["ffn"] == worker
+    assert seen["coordinator"] == worker | {"tls.crt", "tls.key"}
+    assert seen["gateway"] == (worker | {"api-keys"} if name == "everything" else worker)
+
+
+@pytest.mark.parametrize("name", VALUE_SETS)
+def test_disruption_budgets_cover_the_roles(name: str) -> None:
+    budgets = of_kind(rendered(name), "PodDisruptionBudget")
+    covered = {budget["spec"]["selector"]["matchLabels"]["app.kubernetes.io/component"] for budget in budgets}
+    wanted = set() if name == "closed-in" else {"gateway", "coordinator", "attention", "ffn"}
+    assert covered == wanted
+
+
+# --- who may talk to whom -------------------------------------------------------------------------------------
+
+
+def allowed(policies: dict[str, Object], source: str, target: str, port: int) -> bool:
+    """Whether NetworkPolicies let a pod of role `source` open a TCP connection to a pod of role `target`."""
+
+    def matches(rule: Object, peers: str, other: str) -> bool:
+        if port not in {entry["port"] for entry in rule.get("ports", []) if entry["protocol"] == "TCP"}:
+            return False
+        if peers not in rule:
+            return True
+        for peer in rule[peers]:
+            for expression in peer.get("podSelector", {}).get("matchExpressions", []):
+                if other in expression["values"]:
+                    return True
+        return False
+
+    incoming = any(matches(rule, "from", source) for rule in policies[target]["spec"]["ingress"])
+    own = policies[source]["spec"]
+    outgoing = "Egress" not in own["policyTypes"] or any(matches(rule, "to", target) for rule in own["egress"])
+    return incoming and outgoing
+
+
+@pytest.mark.parametrize("name", ["2a2f", "everything", "closed-in", "disaggregatedset-everything"])
+def test_only_the_right_roles_talk(name: str) -> None:
+    policies = {
+        policy["spec"]["podSelector"]["matchLabels"]["app.kubernetes.io/component"]: policy
+        for policy in of_kind(rendered(name), "NetworkPolicy")
+    }
+    roles = {role for role, _ in pod_templates(rendered(name))}
+    assert set(policies) == roles
+    lines = {
+        ("gateway", "coordinator", 7070),
+        ("attention", "coordinator", 7070),
+        ("ffn", "coordinator", 7070),
+        ("autoscale", "coordinator", 7070),
+        ("gateway", "attention", 7071),
+        ("attention", "ffn", 7072),
+    }
+    for source in roles:
+        for target in roles:
+            for port in (7070, 7071, 7072):
+                wanted = (source, target, port) in lines
+                assert allowed(policies, source, target, port) == wanted, f"{source} -> {target}:{port}"
+
+
+@pytest.mark.parametrize("name", VALUE_SETS)
+def test_every_listening_port_is_covered_by_a_policy(name: str) -> None:
+    policies = of_kind(rendered(name), "NetworkPolicy")
+    if name.endswith("rack"):
+        assert not policies, "NetworkPolicies do not reach pods in the host's network"
+        return
+    for role, _, container in all_pods(name):
+        (policy,) = [one for one in policies if one["metadata"]["name"] == f"afd-{role}"]
+        named_ports = {entry["port"] for rule in policy["spec"]["ingress"] for entry in rule["ports"]}
+        assert {entry["containerPort"] for entry in container["ports"]} == named_ports
+
+
+def test_clients_and_scrapers_can_be_named() -> None:
+    policies = {policy["metadata"]["name"]: policy for policy in of_kind(rendered("everything"), "NetworkPolicy")}
+    (clients,) = policies["afd-gateway"]["spec"]["ingress"]
+    assert [peer["namespaceSelector"]["matchLabels"]["name"] for peer in clients["from"]] == ["apps", "monitoring"]
+    scrapers = policies["afd-ffn"]["spec"]["ingress"][-1]
+    assert [peer["namespaceSelector"]["matchLabels"]["name"] for peer in scrapers["from"]] == ["monitoring"]
+
+
+def test_the_secret_made_at_install_is_long_enough_and_stays() -> None:
+    import base64
+
+    secret = named(rendered("defaults"), "Secret", "afd-secret")
+    assert len(base64.b64decode(secret["data"]["cluster-secret"])) >= 32
+    assert secret["metadata"]["annotations"]["helm.sh/resource-policy"] == "keep"
+    assert not of_kind(rendered("1a1f"), "Secret")
+
+
+def test_the_drain_fits_the_configuration() -> None:
+    assert resolve_config(None, {}).gateway.drain_s <= 30
