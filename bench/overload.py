@@ -4,7 +4,7 @@
     python -m bench.overload --quick    # a few seconds each: does it run
 
 Real processes (`afd up --topology mono`), real HTTP, `afd bench` as the load; only the model is a formula, so that two
-cores show what a large machine would. Capacity is what a closed loop of many users completes per second under enforce.
+cores show what a large machine would. Capacity is what it completes per second under enforce when far more is offered.
 Memory is the resident set of all cluster processes; its growth is that of the run's second half, when queues and caches
 are as full as they get: what grows then is a leak. The last line of the output is one JSON object.
 """
@@ -88,10 +88,11 @@ def load(url: str, args: argparse.Namespace, *shape: str) -> dict:
 
 
 def measure_capacity(args: argparse.Namespace) -> float:
-    """Requests per second that a closed loop of many users completes under enforce."""
+    """Requests per second in the middle of an open loop at `probe_rate` under enforce."""
     with BenchCluster(*flags_of(args, "enforce")) as cluster:
-        found = load(cluster.url, args, "--concurrency", str(args.users), "--num-prompts", str(2 * args.users))
-    return found["request_throughput"]
+        count = round(args.probe_rate * args.probe_s)
+        found = load(cluster.url, args, "--rate", str(args.probe_rate), "--num-prompts", str(count))
+    return found["steady_output_throughput"] / (found["total_output_tokens"] / found["completed"])
 
 
 def overload(args: argparse.Namespace, policy: str, rate: float) -> dict[str, float]:
@@ -165,7 +166,8 @@ def main() -> None:
     parser.add_argument("--output-len", type=int, default=64)
     parser.add_argument("--factor", type=float, default=2.0, help="offered load / capacity")
     parser.add_argument("--capacity", type=float, help="requests/s; measured if not given")
-    parser.add_argument("--users", type=int, default=100, help="of the closed loop that measures the capacity")
+    parser.add_argument("--probe-rate", type=float, default=60.0, help="requests/s that measure the capacity")
+    parser.add_argument("--probe-s", type=float, default=20.0)
     parser.add_argument("--seconds", type=float, default=60.0, help="of arrivals, per policy")
     parser.add_argument("--quick", action="store_true", help="4 s per policy, capacity not measured")
     args = parser.parse_args()

@@ -132,12 +132,17 @@ class Admission:
         self._lengths.add(seq.num_output)
 
     def outlook(self) -> Outlook:
-        """For the gateways, a few times a second: its cost grows with the number of sequences."""
+        """For the gateways, a few times a second: its cost grows with the number of sequences.
+
+        Nothing with policy off; no wait with observe, which makes nobody wait.
+        """
+        if self.policy == "off":
+            return Outlook(0.0, 0.0, 0.0, 0.0, 0.0)
         shares = [self._share_of(seq) for seq in self._scheduler.sequences()]
         cycle_s = self.cycle_s = self._cycle_s(shares)
         target_s = min([self._tpot_s, *(share.target_s for share in shares)])
         wait_s = interval_s = prefill_token_s = 0.0
-        if shares and self._typical is not None and self.policy != "off":
+        if shares and self._typical is not None and self.policy == "enforce":
             num_prompt, num_output = (round(value) for value in self._typical)
             wait_s = self._wait_s(shares, self._share(num_prompt, 0, num_output, held=0, target_s=self._tpot_s))
             prefill_token_s = self._prefill_token_s(shares, target_s)
