@@ -198,6 +198,6 @@ def linear(x: Tensor, w: Tensor, num_threads: int = 1) -> Tensor:
     own threads.
     """
     small = x.dtype == w.dtype == torch.bfloat16 and x.dim() == 2 and x.shape[0] <= MAX_SMALL_GEMM_ROWS
-    if small and _kernels().name == "avx512" and x.device.type == "cpu":
+    if small and x.is_cpu and _kernels().name in ("avx2", "avx512"):
         return gemm_bf16_small(x, w, num_threads=num_threads)
     return torch.nn.functional.linear(x, w)

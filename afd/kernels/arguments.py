@@ -28,17 +28,20 @@ def check_attention(
 ) -> None:
     _check_cache(k_cache, v_cache)
     num_tokens, num_heads, head_dim = _rows_of_heads("q", q)
-    num_kv_heads, v_dim = k_cache.shape[1], v_cache.shape[3]
-    if q.dtype != k_cache.dtype or out.dtype != k_cache.dtype:
-        raise ValueError(f"q is {q.dtype} and out {out.dtype}, the cache {k_cache.dtype}: they must agree")
-    if head_dim != k_cache.shape[3]:
-        raise ValueError(f"q has head_dim {head_dim}, k_cache {k_cache.shape[3]}")
+    _, num_kv_heads, _, cache_dim = k_cache.shape
+    v_dim, dtype = v_cache.shape[3], k_cache.dtype
+    if q.dtype != dtype or out.dtype != dtype:
+        raise ValueError(f"q is {q.dtype} and out {out.dtype}, the cache {dtype}: they must agree")
+    if head_dim != cache_dim:
+        raise ValueError(f"q has head_dim {head_dim}, k_cache {cache_dim}")
     if num_heads % num_kv_heads:
         raise ValueError(f"{num_heads} query heads cannot share {num_kv_heads} KV heads evenly")
     if _rows_of_heads("out", out) != (num_tokens, num_heads, v_dim):
         raise ValueError(f"out is {tuple(out.shape)}, expected {(num_tokens, num_heads, v_dim)}")
-    num_seqs = seq_lens.shape[0]
-    _check_index("block_table", block_table, torch.int32, (num_seqs, None))
+    num_seqs = len(seq_lens)
+    if block_table.dim() != 2:
+        raise ValueError(f"block_table must be [num_seqs, max_blocks]; it is {_describe(block_table)}")
+    _check_index("block_table", block_table, torch.int32, (num_seqs, block_table.shape[1]))
     _check_index("seq_lens", seq_lens, torch.int32, (num_seqs,))
     _check_index("query_start", query_start, torch.int32, (num_seqs + 1,))
     if window < 0:
@@ -132,7 +135,7 @@ def _unit_stride(tensor: Tensor) -> bool:
 
 
 def _check_storage(name: str, tensor: Tensor) -> None:
-    if tensor.dtype not in _STORAGE or tensor.device.type != "cpu":
+    if tensor.dtype not in _STORAGE or not tensor.is_cpu:
         raise ValueError(f"{name} must be float32 or bfloat16 on the CPU; it is {_describe(tensor)}")
 
 
@@ -145,15 +148,12 @@ def _check_matrix(name: str, tensor: Tensor) -> None:
 def _rows_of_heads(name: str, tensor: Tensor) -> tuple[int, int, int]:
     """The shape of `[num_tokens, heads, dim]` whose tokens may be apart (a slice of a fused projection)."""
     _check_storage(name, tensor)
-    if (
-        tensor.dim() != 3
-        or not _unit_stride(tensor)
-        or not (tensor.shape[1] <= 1 or tensor.stride(1) == tensor.shape[2])
-    ):
-        raise ValueError(
-            f"{name} must be [num_tokens, heads, dim] with its heads side by side; it is {_describe(tensor)}"
-        )
-    return tensor.shape[0], tensor.shape[1], tensor.shape[2]
+    if tensor.dim() == 3:
+        num_tokens, heads, dim = tensor.shape
+        _, head_stride, stride = tensor.stride()
+        if (stride == 1 or dim <= 1) and (head_stride == dim or heads <= 1):
+            return num_tokens, heads, dim
+    raise ValueError(f"{name} must be [num_tokens, heads, dim] with its heads side by side; it is {_describe(tensor)}")
 
 
 def _check_cache(k_cache: Tensor, v_cache: Tensor) -> None:
@@ -163,16 +163,16 @@ def _check_cache(k_cache: Tensor, v_cache: Tensor) -> None:
             raise ValueError(
                 f"{name} must be contiguous [num_blocks, num_kv_heads, block_size, head_dim]; it is {_describe(cache)}"
             )
-        if cache.shape[2] % KEY_GROUP or cache.shape[3] % KEY_GROUP or not 0 < cache.shape[3] <= MAX_HEAD_DIM:
+        _, num_kv_heads, block_size, dim = cache.shape
+        if block_size % KEY_GROUP or dim % KEY_GROUP or not (num_kv_heads and block_size and 0 < dim <= MAX_HEAD_DIM):
             raise ValueError(
-                f"{name}: block_size {cache.shape[2]} and head_dim {cache.shape[3]} must be multiples of {KEY_GROUP}, "
-                f"head_dim at most {MAX_HEAD_DIM}"
+                f"{name}: {num_kv_heads} KV heads, block_size {block_size}, head_dim {dim}; the latter two must be "
+                f"multiples of {KEY_GROUP}, head_dim at most {MAX_HEAD_DIM}"
             )
     if k_cache.dtype != v_cache.dtype or k_cache.shape[:3] != v_cache.shape[:3]:
         raise ValueError(f"k_cache {_describe(k_cache)} and v_cache {_describe(v_cache)} do not belong together")
 
 
-def _check_index(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int | None, ...]) -> None:
-    fits = tensor.dim() == len(shape) and all(w is None or w == n for w, n in zip(shape, tensor.shape, strict=True))
-    if not fits or tensor.dtype != dtype or tensor.device.type != "cpu" or not tensor.is_contiguous():
+def _check_index(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    if tensor.dtype != dtype or tensor.shape != shape or not (tensor.is_cpu and tensor.is_contiguous()):
         raise ValueError(f"{name} must be contiguous {dtype} of shape {shape}; it is {_describe(tensor)}")

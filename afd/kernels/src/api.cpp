@@ -86,7 +86,8 @@ struct AttentionJob {
             return;
         }
         const int offset = item.chunk_begin - tile.chunk_begin;
-        kernels.attention_chunks(args, tile, item.chunk_begin, item.chunk_end, state(item.first_state + offset), memory);
+        kernels.attention_chunks(args, tile, item.chunk_begin, item.chunk_end, state(item.first_state + offset),
+                                 memory);
         if (chunks_left[item.first_state].fetch_sub(1, std::memory_order_acq_rel) != 1) return;
         const SoftmaxState total = state(item.first_state);
         for (int i = 1; i < tile.num_chunks(); ++i)
@@ -107,7 +108,12 @@ int32_t attend(const KernelTable& kernels, const AttentionArgs& args, int num_th
     const size_t state_floats = kernels.state_floats(args);
     void* states = plan.num_states > 0 ? arena.reserve(plan.num_states * state_floats * sizeof(float)) : nullptr;
     if (plan.num_states > 0 && states == nullptr) return kOutOfMemory;
-    AttentionJob job{kernels, args, plan, static_cast<float*>(states), state_floats, aligned64(kernels.scratch_bytes(args)),
+    AttentionJob job{kernels,
+                     args,
+                     plan,
+                     static_cast<float*>(states),
+                     state_floats,
+                     aligned64(kernels.scratch_bytes(args)),
                      std::make_unique<std::atomic<int>[]>(plan.num_states)};
     for (const AttentionItem& item : plan.items)
         if (item.first_state >= 0) job.chunks_left[item.first_state].store(plan.tiles[item.tile].num_chunks());
@@ -172,9 +178,10 @@ int32_t afd_paged_attention(int32_t isa, int32_t num_threads, int32_t dtype, con
                             int32_t num_tokens, int32_t num_seqs, int32_t num_heads, int32_t num_kv_heads,
                             int32_t head_dim, int32_t v_dim, int32_t num_blocks, int32_t block_size, int32_t window,
                             float scale, int32_t* error_detail) {
-    const AttentionArgs args{q,        k_cache,  v_cache,    out,          block_table,  seq_lens, query_start,
-                             q_stride, out_stride, table_stride, dtype,      num_tokens,   num_seqs, num_heads,
-                             num_kv_heads, head_dim, v_dim,  num_blocks,   block_size,   window,   scale};
+    const AttentionArgs args{q,           k_cache,   v_cache,      out,          block_table, seq_lens,
+                             query_start, q_stride,  out_stride,   table_stride, dtype,       num_tokens,
+                             num_seqs,    num_heads, num_kv_heads, head_dim,     v_dim,       num_blocks,
+                             block_size,  window,    scale};
     try {
         return attend(table_of(isa), args, num_threads, error_detail);
     } catch (const std::bad_alloc&) {
@@ -183,13 +190,12 @@ int32_t afd_paged_attention(int32_t isa, int32_t num_threads, int32_t dtype, con
 }
 
 int32_t afd_write_kv(int32_t isa, int32_t dtype, const void* k, const void* v, void* k_cache, void* v_cache,
-                     const int64_t* slots, int64_t k_stride, int64_t v_stride, int32_t num_tokens,
-                     int32_t num_kv_heads, int32_t head_dim, int32_t v_dim, int32_t num_blocks, int32_t block_size,
-                     int32_t* error_detail) {
+                     const int64_t* slots, int64_t k_stride, int64_t v_stride, int32_t num_tokens, int32_t num_kv_heads,
+                     int32_t head_dim, int32_t v_dim, int32_t num_blocks, int32_t block_size, int32_t* error_detail) {
     const int32_t status = check_slots(slots, num_tokens, static_cast<int64_t>(num_blocks) * block_size, error_detail);
     if (status != kOk) return status;
-    table_of(isa).write_kv({k, v, k_cache, v_cache, slots, k_stride, v_stride, dtype, num_tokens, num_kv_heads, head_dim,
-                            v_dim, block_size});
+    table_of(isa).write_kv({k, v, k_cache, v_cache, slots, k_stride, v_stride, dtype, num_tokens, num_kv_heads,
+                            head_dim, v_dim, block_size});
     return kOk;
 }
 
@@ -215,8 +221,8 @@ int32_t afd_add_rms_norm(int32_t isa, int32_t dtype, int32_t partial_dtype, void
     return kOk;
 }
 
-int32_t afd_silu_mul(int32_t isa, int32_t dtype, const void* gate_up, void* out, int64_t in_stride,
-                     int64_t out_stride, int32_t num_rows, int32_t width, float limit) {
+int32_t afd_silu_mul(int32_t isa, int32_t dtype, const void* gate_up, void* out, int64_t in_stride, int64_t out_stride,
+                     int32_t num_rows, int32_t width, float limit) {
     table_of(isa).silu_mul({gate_up, out, in_stride, out_stride, dtype, num_rows, width, limit}, 0, num_rows);
     return kOk;
 }
@@ -236,7 +242,8 @@ float afd_read_memory(int32_t isa, int32_t num_threads, const void* memory, int6
     constexpr int kGrainBytes = 1 << 20;
     run_ranges(static_cast<int>(num_bytes / kGrainBytes), 1, num_threads, [&](int begin, int end) {
         const char* p = static_cast<const char*>(memory);
-        const float sum = kernels.read(p + static_cast<int64_t>(begin) * kGrainBytes, static_cast<int64_t>(end - begin) * kGrainBytes);
+        const float sum = kernels.read(p + static_cast<int64_t>(begin) * kGrainBytes,
+                                       static_cast<int64_t>(end - begin) * kGrainBytes);
         float seen = total.load();
         while (!total.compare_exchange_weak(seen, seen + sum)) {
         }

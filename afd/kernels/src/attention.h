@@ -31,9 +31,7 @@ struct Scratch {
     Scratch(const AttentionArgs& a, void* memory);
 };
 
-AFD_INLINE SoftmaxState make_state(float* memory) {
-    return {memory, memory + kMaxRows, memory + 2 * kMaxRows};
-}
+AFD_INLINE SoftmaxState make_state(float* memory) { return {memory, memory + kMaxRows, memory + 2 * kMaxRows}; }
 
 template <class T>
 Scratch<T>::Scratch(const AttentionArgs& a, void* memory) {
@@ -50,8 +48,8 @@ template <class T>
 void load_queries(const AttentionArgs& a, const AttentionTile& t, typename Operand<T>::Word* q) {
     const int dim = a.head_dim;
     for (int row = 0; row < t.num_rows(); ++row) {
-        const T* from = static_cast<const T*>(a.q) + (t.token_begin + row / t.num_heads) * a.q_stride +
-                        static_cast<int64_t>(t.head_begin + row % t.num_heads) * dim;
+        const T* from =
+            static_cast<const T*>(a.q) + t.token_of(row) * a.q_stride + static_cast<int64_t>(t.head_of(row)) * dim;
         if (Operand<T>::kPerWord == 2 || sizeof(T) == 4) {
             std::memcpy(q + row * (dim / Operand<T>::kPerWord), from, static_cast<size_t>(dim) * sizeof(T));
         } else {
@@ -73,29 +71,40 @@ AFD_INLINE void for_row_groups(int num_rows, Function function) {
 
 #define AFD_BY_ROWS(COUNT, CALL) \
     switch (COUNT) {             \
-        case 1: CALL(1); break;  \
-        case 2: CALL(2); break;  \
-        case 3: CALL(3); break;  \
-        case 4: CALL(4); break;  \
-        case 5: CALL(5); break;  \
-        default: CALL(6);        \
+        case 1:                  \
+            CALL(1);             \
+            break;               \
+        case 2:                  \
+            CALL(2);             \
+            break;               \
+        case 3:                  \
+            CALL(3);             \
+            break;               \
+        case 4:                  \
+            CALL(4);             \
+            break;               \
+        case 5:                  \
+            CALL(5);             \
+            break;               \
+        default:                 \
+            CALL(6);             \
     }
 
-// Where the 8-key groups of one tile lie.
+// Where the 8-key groups of one KV head lie in one tile of keys.
 template <class T, int Keys>
 struct TileGroups {
     static constexpr int kGroups = Keys / kKeyGroup;
     const T *k[kGroups], *v[kGroups];
 
-    // Groups without a key in [begin, end) repeat a valid one: their block may be gone (behind a window) or not be there
-    // yet.
-    void find(const AttentionArgs& a, const AttentionTile& t, int tile_key, int begin, int end) {
+    // Groups without a key in [begin, end) repeat a valid one: their block may be gone (behind a window) or not be
+    // there yet.
+    void find(const AttentionArgs& a, int seq, int kv_head, int tile_key, int begin, int end) {
         const int first = (begin - tile_key) / kKeyGroup, last = (end - 1 - tile_key) / kKeyGroup;
         const int key = tile_key + first * kKeyGroup;
-        const int32_t* block = a.block_table + t.seq * a.table_stride + key / a.block_size;
+        const int32_t* block = a.block_table + seq * a.table_stride + key / a.block_size;
         int offset = key % a.block_size;
         for (int g = first; g <= last; ++g) {
-            const int64_t row = (static_cast<int64_t>(*block) * a.num_kv_heads + t.kv_head) * a.block_size + offset;
+            const int64_t row = (static_cast<int64_t>(*block) * a.num_kv_heads + kv_head) * a.block_size + offset;
             k[g] = static_cast<const T*>(a.k_cache) + row * a.head_dim;
             v[g] = static_cast<const T*>(a.v_cache) + row * a.v_dim;
             offset += kKeyGroup;
@@ -111,73 +120,103 @@ struct TileGroups {
         }
     }
 
-    // In the order in which they will be read.
-    void list_runs(const AttentionArgs& a, Run* runs) const {
+    // What will be read, in that order, groups that touch as one run. Returns how many there are, at most 2 * kGroups.
+    int list_runs(const AttentionArgs& a, Run* runs) const {
+        const int num_k = join_groups(k, kKeyGroup * a.head_dim, runs);
+        return num_k + join_groups(v, kKeyGroup * a.v_dim, runs + num_k);
+    }
+
+  private:
+    static int join_groups(const T* const* groups, int size, Run* runs) {
+        int count = 0;
         for (int g = 0; g < kGroups; ++g) {
-            runs[g] = {reinterpret_cast<const char*>(k[g]), kKeyGroup * a.head_dim * static_cast<int>(sizeof(T))};
-            runs[kGroups + g] = {reinterpret_cast<const char*>(v[g]), kKeyGroup * a.v_dim * static_cast<int>(sizeof(T))};
+            if (g > 0 && groups[g] == groups[g - 1] + size)
+                runs[count - 1].bytes += size * static_cast<int>(sizeof(T));
+            else
+                runs[count++] = {reinterpret_cast<const char*>(groups[g]), size * static_cast<int>(sizeof(T))};
         }
+        return count;
     }
 };
 
-// Steps of the inner loops in one tile, over which the next one's prefetches are spread.
+// Steps of the inner loops for one KV head in one tile, over which the prefetches are spread.
 template <class T, int Keys>
-int64_t steps_per_tile(const AttentionArgs& a, int rows) {
+int64_t inner_steps(const AttentionArgs& a, int rows) {
     const int words = a.head_dim / Operand<T>::kPerWord, row_groups = (rows + kRowTile - 1) / kRowTile;
     const int columns = (a.v_dim + kChunkTile * kChunk - 1) / (kChunkTile * kChunk);
     const int score = words * (Keys / kLanes) / kVectorTile<Keys>, accumulate = Keys / Operand<T>::kPerWord * columns;
-    return words * Keys / kMaxKeys + static_cast<int64_t>(row_groups) * (score + accumulate);
+    const int pack = a.head_dim * static_cast<int>(sizeof(T)) / 16 * (Keys / (AFD_LANES == 16 ? 16 : 4));
+    return pack + static_cast<int64_t>(row_groups) * (score + accumulate);
+}
+
+// One KV head of the tile over the keys [lo, hi) after tile_key.
+template <class T, int Keys>
+AFD_INLINE void attend_tile(const AttentionArgs& a, const AttentionTile& t, int h, int tile_key, int lo, int hi,
+                            const TileGroups<T, Keys>& groups, const Scratch<T>& s, Lookahead& ahead,
+                            SoftmaxState state) {
+    const int rows = t.rows_per_kv_head(), first_row = h * rows;
+    const int words = a.head_dim / Operand<T>::kPerWord, acc_stride = padded(a.v_dim);
+    const float scale = a.scale * kLog2e;
+    const typename Operand<T>::Word* q = s.q + first_row * words;
+    float* acc = state.acc + first_row * acc_stride;
+    for (int g = 0; g * kKeyGroup < hi; g += 2)
+        pack_keys<T, Keys>(groups.k[g], groups.k[g + 1], a.head_dim, ahead, s.keys + g * kKeyGroup);
+    for_row_groups(rows, [&](int row, int count) {
+#define AFD_SCORE(R) score_rows<T, Keys, R>(q + row * words, s.keys, words, ahead, s.scores + row * Keys)
+        AFD_BY_ROWS(count, AFD_SCORE)
+#undef AFD_SCORE
+    });
+    for (int r = 0; r < rows; ++r) {
+        const int visible_end = t.first_position + r / t.num_heads + 1 - tile_key;
+        const int visible_begin = a.window > 0 && visible_end - a.window > lo ? visible_end - a.window : lo;
+        s.factors[r] = soften_row<T, Keys>(s.scores + r * Keys, visible_begin, visible_end < hi ? visible_end : hi,
+                                           scale, state.max + first_row + r, state.sum + first_row + r);
+    }
+    for (int column = 0; column < a.v_dim; column += kChunkTile * kChunk)
+        for_row_groups(rows, [&](int row, int count) {
+#define AFD_ACCUMULATE_ROWS(R)                                                                                    \
+    accumulate_rows<T, Keys, R>(groups.v, lo, hi, a.v_dim, column, ahead, s.scores + row * Keys, s.factors + row, \
+                                acc + row * acc_stride, acc_stride)
+            AFD_BY_ROWS(count, AFD_ACCUMULATE_ROWS)
+#undef AFD_ACCUMULATE_ROWS
+        });
 }
 
 // The keys [begin, end), which lie in one chunk. Prefetches up to fetch_end.
 template <class T, int Keys>
 void attend_keys(const AttentionArgs& a, const AttentionTile& t, int begin, int end, int fetch_end, const Scratch<T>& s,
                  SoftmaxState state) {
-    const int rows = t.num_rows(), words = a.head_dim / Operand<T>::kPerWord, acc_stride = padded(a.v_dim);
-    const float scale = a.scale * kLog2e;
+    const int rows = t.num_rows(), acc_stride = padded(a.v_dim);
     for (int r = 0; r < rows; ++r) {
         state.max[r] = kMinusInfinity;
         state.sum[r] = 0;
     }
     std::memset(state.acc, 0, static_cast<size_t>(rows) * acc_stride * sizeof(float));
 
-    TileGroups<T, Keys> groups[2];  // of this tile and of the next
+    // A step is one KV head in one tile of keys; what the next step reads is fetched during this one.
+    TileGroups<T, Keys> groups[2];
     Run runs[2 * TileGroups<T, Keys>::kGroups];
-    const int64_t num_steps = steps_per_tile<T, Keys>(a, rows);
-    int tile_key = begin / Keys * Keys;
-    groups[0].find(a, t, tile_key, begin, end < tile_key + Keys ? end : tile_key + Keys);
-    for (int side = 0; tile_key < end; tile_key += Keys, side ^= 1) {
+    const int head_rows = t.rows_per_kv_head();
+    const int64_t num_steps = inner_steps<T, Keys>(a, head_rows);
+    const auto find = [&](int side, int h, int tile_key) {
+        const int first = begin > tile_key ? begin : tile_key;
+        const int last = fetch_end < tile_key + Keys ? fetch_end : tile_key + Keys;
+        groups[side].find(a, t.seq, t.kv_head + h, tile_key, first, last);
+    };
+    int side = 0, tile_key = begin / Keys * Keys;
+    find(side, 0, tile_key);
+    for (; tile_key < end; tile_key += Keys) {
         const int next_key = tile_key + Keys;
-        Lookahead ahead;
-        if (next_key < fetch_end) {
-            groups[side ^ 1].find(a, t, next_key, next_key, fetch_end < next_key + Keys ? fetch_end : next_key + Keys);
-            groups[side ^ 1].list_runs(a, runs);
-            ahead = Lookahead(runs, 2 * TileGroups<T, Keys>::kGroups, num_steps);
-        }
-        const T* const* k = groups[side].k;
-        const T* const* v = groups[side].v;
         const int lo = begin > tile_key ? begin - tile_key : 0, hi = (end < next_key ? end : next_key) - tile_key;
-        for (int g = 0; g * kKeyGroup < hi; g += 2)
-            pack_keys<T, Keys>(k[g], k[g + 1], a.head_dim, ahead, s.keys + g * kKeyGroup);
-        for_row_groups(rows, [&](int row, int count) {
-#define AFD_SCORE(R) score_rows<T, Keys, R>(s.q + row * words, s.keys, words, ahead, s.scores + row * Keys)
-            AFD_BY_ROWS(count, AFD_SCORE)
-#undef AFD_SCORE
-        });
-        for (int r = 0; r < rows; ++r) {
-            const int visible_end = t.first_position + r / t.num_heads + 1 - tile_key;
-            const int visible_begin = a.window > 0 && visible_end - a.window > lo ? visible_end - a.window : lo;
-            s.factors[r] = soften_row<T, Keys>(s.scores + r * Keys, visible_begin, visible_end < hi ? visible_end : hi,
-                                               scale, state.max + r, state.sum + r);
+        for (int h = 0; h < t.num_kv_heads; ++h, side ^= 1) {
+            const bool same_tile = h + 1 < t.num_kv_heads;
+            Lookahead ahead;
+            if (same_tile || next_key < fetch_end) {
+                find(side ^ 1, same_tile ? h + 1 : 0, same_tile ? tile_key : next_key);
+                ahead = Lookahead(runs, groups[side ^ 1].list_runs(a, runs), num_steps);
+            }
+            attend_tile<T, Keys>(a, t, h, tile_key, lo, hi, groups[side], s, ahead, state);
         }
-        for (int column = 0; column < a.v_dim; column += kChunkTile * kChunk)
-            for_row_groups(rows, [&](int row, int count) {
-#define AFD_ACCUMULATE_ROWS(R)                                                                             \
-    accumulate_rows<T, Keys, R>(v, lo, hi, a.v_dim, column, ahead, s.scores + row * Keys, s.factors + row, \
-                                state.acc + row * acc_stride, acc_stride)
-                AFD_BY_ROWS(count, AFD_ACCUMULATE_ROWS)
-#undef AFD_ACCUMULATE_ROWS
-            });
     }
 }
 
@@ -198,7 +237,8 @@ inline void merge_states(const AttentionArgs& a, int num_rows, SoftmaxState into
 }
 
 template <class T>
-void attend_chunks(const AttentionArgs& a, const AttentionTile& t, int begin, int end, SoftmaxState state, void* memory) {
+void attend_chunks(const AttentionArgs& a, const AttentionTile& t, int begin, int end, SoftmaxState state,
+                   void* memory) {
     const Scratch<T> scratch(a, memory);
     load_queries<T>(a, t, scratch.q);
     // Two tiles of K and V and the packed K have to fit into the L1 cache, or the prefetched one falls out before it is
@@ -210,7 +250,7 @@ void attend_chunks(const AttentionArgs& a, const AttentionTile& t, int begin, in
     for (int chunk = begin; chunk < end; ++chunk) {
         const int first = chunk * kChunkKeys, last = first + kChunkKeys;
         attend(a, t, first > t.key_begin ? first : t.key_begin, last < item_end ? last : item_end, item_end, scratch,
-                       chunk == begin ? state : scratch.chunk);
+               chunk == begin ? state : scratch.chunk);
         if (chunk != begin) merge_states(a, t.num_rows(), state, scratch.chunk);
     }
 }
@@ -219,8 +259,7 @@ template <class T>
 void write_rows(const AttentionArgs& a, const AttentionTile& t, SoftmaxState state) {
     const int stride = padded(a.v_dim);
     for (int r = 0; r < t.num_rows(); ++r) {
-        T* out = static_cast<T*>(a.out) + (t.token_begin + r / t.num_heads) * a.out_stride +
-                 static_cast<int64_t>(t.head_begin + r % t.num_heads) * a.v_dim;
+        T* out = static_cast<T*>(a.out) + t.token_of(r) * a.out_stride + static_cast<int64_t>(t.head_of(r)) * a.v_dim;
         const float inverse = 1.0f / state.sum[r];
         for (int i = 0; i < a.v_dim; i += kChunk) {
             const float* p = state.acc + r * stride + i;

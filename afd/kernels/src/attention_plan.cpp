@@ -7,20 +7,28 @@ namespace {
 
 // Items per thread below which a tile is worth splitting: enough for the threads to finish together.
 constexpr int kItemsPerThread = 4;
-// Work of a chunk with r rows, in units of one row: reading and transposing the keys costs about as much as 8 rows.
-constexpr int64_t kChunkBaseCost = 8;
+// Query heads of a KV head up to which tiles of several KV heads pay: with more, their sums of values push K and V out
+// of the L1 cache.
+constexpr int kJoinedHeads = 4;
+// Work of a chunk, in units of one row's: reading and transposing the keys of a KV head costs about as much as 8 rows.
+constexpr int64_t kKeysCost = 8;
 
-int64_t cost_of(const AttentionTile& t) { return t.num_chunks() * (kChunkBaseCost + t.num_rows()); }
+int64_t cost_of(const AttentionTile& t) { return t.num_chunks() * (kKeysCost * t.num_kv_heads + t.num_rows()); }
 
 // The first key that the query at `position` sees.
 int first_key(int position, int window) { return window > 0 ? std::max(0, position + 1 - window) : 0; }
 
-void add_tiles(const AttentionArgs& a, int seq, std::vector<AttentionTile>* tiles) {
+// Tiles of one sequence: as many tokens and heads of one KV head as fit, so that they share the loads of K and V; where
+// that leaves room (decode), several KV heads, whose K and V lie side by side in each block, if `join_kv_heads`.
+void add_tiles(const AttentionArgs& a, int seq, bool join_kv_heads, std::vector<AttentionTile>* tiles) {
     const int token_begin = a.query_start[seq], num_tokens = a.query_start[seq + 1] - token_begin;
     const int heads_per_kv = a.num_heads / a.num_kv_heads;
-    const int tile_heads = std::min(heads_per_kv, kMaxRows), tile_tokens = std::max(1, kMaxRows / tile_heads);
+    const int tile_heads = std::min(heads_per_kv, kMaxRows);
+    const int tile_tokens = std::max(1, std::min(kMaxRows / tile_heads, num_tokens));
+    const int fitting = join_kv_heads ? kMaxRows / (tile_heads * tile_tokens) : 1;
+    const int tile_kv_heads = heads_per_kv > kMaxRows ? 1 : std::min(fitting, a.num_kv_heads);
     const int first_position = a.seq_lens[seq] - num_tokens;
-    for (int kv_head = 0; kv_head < a.num_kv_heads; ++kv_head) {
+    for (int kv_head = 0; kv_head < a.num_kv_heads; kv_head += tile_kv_heads) {
         for (int token = 0; token < num_tokens; token += tile_tokens) {
             const int tokens = std::min(tile_tokens, num_tokens - token), position = first_position + token;
             for (int head = 0; head < heads_per_kv; head += tile_heads) {
@@ -29,9 +37,10 @@ void add_tiles(const AttentionArgs& a, int seq, std::vector<AttentionTile>* tile
                 t.token_begin = token_begin + token;
                 t.num_tokens = tokens;
                 t.first_position = position;
+                t.kv_head = kv_head;
+                t.num_kv_heads = std::min(tile_kv_heads, a.num_kv_heads - kv_head);
                 t.head_begin = kv_head * heads_per_kv + head;
                 t.num_heads = std::min(tile_heads, heads_per_kv - head);
-                t.kv_head = kv_head;
                 t.key_begin = first_key(position, a.window);
                 t.key_end = position + tokens;
                 t.chunk_begin = t.key_begin / kChunkKeys;
@@ -64,7 +73,9 @@ BatchCheck check_batch(const AttentionArgs& a) {
 
 AttentionPlan plan_attention(const AttentionArgs& a, int num_threads) {
     AttentionPlan plan;
-    for (int seq = 0; seq < a.num_seqs; ++seq) add_tiles(a, seq, &plan.tiles);
+    const bool join_kv_heads = a.num_heads / a.num_kv_heads <= kJoinedHeads &&
+                               (num_threads == 1 || a.num_seqs >= num_threads * kItemsPerThread);
+    for (int seq = 0; seq < a.num_seqs; ++seq) add_tiles(a, seq, join_kv_heads, &plan.tiles);
     int64_t total = 0;
     for (const AttentionTile& t : plan.tiles) total += cost_of(t);
     const int64_t share = total / (static_cast<int64_t>(num_threads) * kItemsPerThread);

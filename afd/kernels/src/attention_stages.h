@@ -14,17 +14,17 @@ using afd::kKeyGroup;
 using afd::kMaxRows;
 using afd::SoftmaxState;
 
-constexpr int kMaxKeys = 64;  // keys scored at once: `Keys` below is this or half of it
-constexpr int kRowTile = 6;                            // rows held in registers,
-constexpr int kChunkTile = AFD_LANES == 16 ? 2 : 1;    // times this many chunks of values
+constexpr int kMaxKeys = 64;                         // keys scored at once: `Keys` below is this or half of it
+constexpr int kRowTile = 6;                          // rows held in registers,
+constexpr int kChunkTile = AFD_LANES == 16 ? 2 : 1;  // times this many chunks of values
 // Vectors of keys held against kRowTile rows: all of a tile with AVX-512, two elsewhere.
 template <int Keys>
 constexpr int kVectorTile = AFD_LANES == 16 ? Keys / kLanes : 2;
 constexpr float kLog2e = 1.44269504088896340736f;
 constexpr float kMinusInfinity = -__builtin_inff();
 
-// The two products in terms of what the instruction set multiplies. Word: an element of a query, of a transposed key, of
-// a row of weights. Values: V of kPerWord keys, ready to be multiplied by one word of weights.
+// The two products in terms of what the instruction set multiplies. Word: an element of a query, of a transposed key,
+// of a row of weights. Values: V of kPerWord keys, ready to be multiplied by one word of weights.
 template <class T>
 struct Operand {
     typedef float Word;
@@ -51,7 +51,8 @@ template <>
 struct Operand<bf16> {
     typedef int32_t Word;
     struct Values {
-        Vi even, odd;  // dimension 2 i, 2 i + 1 of the first key in the lower half of word i, of the second in the upper
+        Vi even,
+            odd;  // dimension 2 i, 2 i + 1 of the first key in the lower half of word i, of the second in the upper
     };
     static constexpr int kPerWord = 2;
 
@@ -102,8 +103,10 @@ AFD_INLINE void transpose_keys(const int32_t* low, const int32_t* high, int word
             row = _mm512_mask_broadcast_i32x4(row, 0x0f00, _mm_loadu_si128(c));
             rows[j] = _mm512_mask_broadcast_i32x4(row, 0xf000, _mm_loadu_si128(d));
         }
-        const __m512i ab_low = _mm512_unpacklo_epi32(rows[0], rows[1]), ab_high = _mm512_unpackhi_epi32(rows[0], rows[1]);
-        const __m512i cd_low = _mm512_unpacklo_epi32(rows[2], rows[3]), cd_high = _mm512_unpackhi_epi32(rows[2], rows[3]);
+        const __m512i ab_low = _mm512_unpacklo_epi32(rows[0], rows[1]),
+                      ab_high = _mm512_unpackhi_epi32(rows[0], rows[1]);
+        const __m512i cd_low = _mm512_unpacklo_epi32(rows[2], rows[3]),
+                      cd_high = _mm512_unpackhi_epi32(rows[2], rows[3]);
         int32_t* p = out + w * Keys;
         _mm512_storeu_si512(p, _mm512_unpacklo_epi64(ab_low, cd_low));
         _mm512_storeu_si512(p + Keys, _mm512_unpackhi_epi64(ab_low, cd_low));
@@ -116,7 +119,7 @@ template <class T, int Keys>
 AFD_INLINE void pack_keys(const T* low, const T* high, int head_dim, Lookahead& ahead, typename Operand<T>::Word* out) {
     static_assert(sizeof(typename Operand<T>::Word) == 4, "the transpose moves 32-bit words");
     transpose_keys<Keys>(reinterpret_cast<const int32_t*>(low), reinterpret_cast<const int32_t*>(high),
-                   head_dim / Operand<T>::kPerWord, ahead, reinterpret_cast<int32_t*>(out));
+                         head_dim / Operand<T>::kPerWord, ahead, reinterpret_cast<int32_t*>(out));
 }
 #else
 AFD_INLINE void transpose4(Quad& a, Quad& b, Quad& c, Quad& d) {
@@ -163,8 +166,8 @@ AFD_INLINE void pack_keys(const T* low, const T* high, int head_dim, Lookahead& 
 
 // scores[r][key] = q[r] . k[key] for R rows and all keys of the tile.
 template <class T, int Keys, int R>
-void score_rows(const typename Operand<T>::Word* q, const typename Operand<T>::Word* keys, int words, Lookahead& lookahead,
-                float* scores) {
+void score_rows(const typename Operand<T>::Word* q, const typename Operand<T>::Word* keys, int words,
+                Lookahead& lookahead, float* scores) {
     constexpr int kTile = kVectorTile<Keys>;
     Lookahead ahead = lookahead;
     for (int first = 0; first < Keys / kLanes; first += kTile) {
@@ -177,14 +180,13 @@ void score_rows(const typename Operand<T>::Word* q, const typename Operand<T>::W
                     acc[r][j] = Operand<T>::dot(acc[r][j], q[r * words + w], k + j * kLanes);
         }
         for (int r = 0; r < R; ++r)
-            for (int j = 0; j < kTile; ++j)
-                store_vector(scores + r * Keys + (first + j) * kLanes, acc[r][j]);
+            for (int j = 0; j < kTile; ++j) store_vector(scores + r * Keys + (first + j) * kLanes, acc[r][j]);
     }
     lookahead = ahead;
 }
 
-// Turns one row's scores into weights, in place, keys outside [begin, end) of the tile into zeros. Returns the factor for
-// what the row has accumulated so far.
+// Turns one row's scores into weights, in place, keys outside [begin, end) of the tile into zeros. Returns the factor
+// for what the row has accumulated so far.
 template <class T, int Keys>
 AFD_INLINE float soften_row(float* scores, int begin, int end, float scale, float* max, float* sum) {
     constexpr int kVectors = Keys / kLanes;

@@ -2,7 +2,8 @@
 //
 // At a few rows of x the weights' bytes are the cost, so nothing is repacked: w is read as it lies. kWeightTile rows
 // of w and up to kRowTileX rows of x are held against each other in registers; kBlockRows rows of w stay in the L1
-// cache while all of x passes, and the next block is fetched meanwhile. Each output is summed in the same order for any m and any tiling.
+// cache while all of x passes, and the next block is fetched meanwhile. Each output is summed in the same order for any
+// m and any tiling.
 #pragma once
 
 #include "kernels.h"
@@ -73,13 +74,24 @@ void gemm(const afd::GemmArgs& a, int n_begin, int n_end) {
                 for (int j = 0; j < kWeightTile; ++j) rows[j] = w + (n + (j < valid ? j : valid - 1)) * a.w_stride;
                 Quad sums[kRowTileX];
                 switch (count) {
-                    case 1: dot_rows<1>(rows, from, a.x_stride, a.k, ahead, sums); break;
-                    case 2: dot_rows<2>(rows, from, a.x_stride, a.k, ahead, sums); break;
+                    case 1:
+                        dot_rows<1>(rows, from, a.x_stride, a.k, ahead, sums);
+                        break;
+                    case 2:
+                        dot_rows<2>(rows, from, a.x_stride, a.k, ahead, sums);
+                        break;
 #if AFD_LANES == 16
-                    case 3: dot_rows<3>(rows, from, a.x_stride, a.k, ahead, sums); break;
-                    case 4: dot_rows<4>(rows, from, a.x_stride, a.k, ahead, sums); break;
-                    case 5: dot_rows<5>(rows, from, a.x_stride, a.k, ahead, sums); break;
-                    default: dot_rows<6>(rows, from, a.x_stride, a.k, ahead, sums);
+                    case 3:
+                        dot_rows<3>(rows, from, a.x_stride, a.k, ahead, sums);
+                        break;
+                    case 4:
+                        dot_rows<4>(rows, from, a.x_stride, a.k, ahead, sums);
+                        break;
+                    case 5:
+                        dot_rows<5>(rows, from, a.x_stride, a.k, ahead, sums);
+                        break;
+                    default:
+                        dot_rows<6>(rows, from, a.x_stride, a.k, ahead, sums);
 #endif
                 }
                 for (int r = 0; r < count; ++r) {

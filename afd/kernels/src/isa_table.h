@@ -18,7 +18,8 @@ size_t scratch_bytes(const AttentionArgs& a) {
 
 SoftmaxState state_at(const AttentionArgs&, float* memory) { return make_state(memory); }
 
-void attention_chunks(const AttentionArgs& a, const AttentionTile& t, int begin, int end, SoftmaxState state, void* scratch) {
+void attention_chunks(const AttentionArgs& a, const AttentionTile& t, int begin, int end, SoftmaxState state,
+                      void* scratch) {
     if (a.dtype == kBfloat16)
         attend_chunks<bf16>(a, t, begin, end, state, scratch);
     else
@@ -83,9 +84,8 @@ float read_memory(const char* memory, int64_t num_bytes) {
 }
 
 constexpr afd::KernelTable make_table(const char* name) {
-    return {name,   state_floats, scratch_bytes,     state_at,         attention_chunks, merge_states,
-            finish, write_kv_any, rope_write_kv_any, add_rms_norm_any, silu_mul_any,     gemm_any,
-            read_memory};
+    return {name,         state_floats,      scratch_bytes,    state_at,     attention_chunks, merge_states, finish,
+            write_kv_any, rope_write_kv_any, add_rms_norm_any, silu_mul_any, gemm_any,         read_memory};
 }
 
 }  // namespace

@@ -9,16 +9,16 @@ namespace afd {
 
 enum DType : int32_t { kFloat32 = 0, kBfloat16 = 1 };
 
-constexpr int kKeyGroup = 8;    // keys that are certain to lie side by side in one block
-constexpr int kChunkKeys = 512; // keys summed up before a merge; fixed, so that no result depends on the work split
-constexpr int kMaxRows = 64;    // query rows (tokens x heads of one KV head) that share each load of K and V
+constexpr int kKeyGroup = 8;     // keys that are certain to lie side by side in one block
+constexpr int kChunkKeys = 512;  // keys summed up before a merge; fixed, so that no result depends on the work split
+constexpr int kMaxRows = 64;     // query rows of a tile
 constexpr int kMaxPartials = 16;
 
 struct AttentionArgs {
-    const void* q;        // [num_tokens, num_heads, head_dim], tokens q_stride apart
-    const void* k_cache;  // [num_blocks, num_kv_heads, block_size, head_dim]
-    const void* v_cache;  // [num_blocks, num_kv_heads, block_size, v_dim]
-    void* out;            // [num_tokens, num_heads, v_dim], tokens out_stride apart
+    const void* q;               // [num_tokens, num_heads, head_dim], tokens q_stride apart
+    const void* k_cache;         // [num_blocks, num_kv_heads, block_size, head_dim]
+    const void* v_cache;         // [num_blocks, num_kv_heads, block_size, v_dim]
+    void* out;                   // [num_tokens, num_heads, v_dim], tokens out_stride apart
     const int32_t* block_table;  // [num_seqs, table_stride]
     const int32_t* seq_lens;     // [num_seqs], this step's tokens included
     const int32_t* query_start;  // [num_seqs + 1]
@@ -27,13 +27,18 @@ struct AttentionArgs {
     float scale;
 };
 
-// Query rows that go over the same keys: `num_tokens` consecutive tokens of one sequence x `num_heads` heads of one
-// KV head. Row r is token r / num_heads, head r % num_heads.
+// Query rows that go over the same keys: `num_tokens` consecutive tokens of one sequence x `num_kv_heads` KV heads x
+// `num_heads` query heads of each. Rows are ordered by KV head, then token, then head.
 struct AttentionTile {
-    int32_t seq, token_begin, num_tokens, first_position, head_begin, num_heads, kv_head;
+    int32_t seq, token_begin, num_tokens, first_position;
+    int32_t kv_head, num_kv_heads;   // the first KV head, and how many
+    int32_t head_begin, num_heads;   // the first query head, and how many there are for each KV head
     int32_t key_begin, key_end;      // keys that any row sees
     int32_t chunk_begin, chunk_end;  // the chunks of kChunkKeys keys they lie in
-    int num_rows() const { return num_tokens * num_heads; }
+    int rows_per_kv_head() const { return num_tokens * num_heads; }
+    int num_rows() const { return rows_per_kv_head() * num_kv_heads; }
+    int token_of(int row) const { return token_begin + row % rows_per_kv_head() / num_heads; }
+    int head_of(int row) const { return head_begin + row / rows_per_kv_head() * num_heads + row % num_heads; }
     int num_chunks() const { return chunk_end - chunk_begin; }
 };
 
@@ -52,9 +57,9 @@ struct NormArgs {
 };
 
 struct KvWriteArgs {
-    const void *k, *v;           // [num_tokens, num_kv_heads, head_dim | v_dim], tokens k_stride, v_stride apart
-    void *k_cache, *v_cache;     // as in AttentionArgs
-    const int64_t* slots;        // [num_tokens]: block * block_size + offset, negative to skip
+    const void *k, *v;        // [num_tokens, num_kv_heads, head_dim | v_dim], tokens k_stride, v_stride apart
+    void *k_cache, *v_cache;  // as in AttentionArgs
+    const int64_t* slots;     // [num_tokens]: block * block_size + offset, negative to skip
     int64_t k_stride, v_stride;
     int32_t dtype, num_tokens, num_kv_heads, head_dim, v_dim, block_size;
 };
@@ -90,7 +95,8 @@ struct KernelTable {
     size_t (*scratch_bytes)(const AttentionArgs&);
     SoftmaxState (*state_at)(const AttentionArgs&, float* memory);
     // Chunks [begin, end) of a tile, merged in order into `state`.
-    void (*attention_chunks)(const AttentionArgs&, const AttentionTile&, int begin, int end, SoftmaxState state, void* scratch);
+    void (*attention_chunks)(const AttentionArgs&, const AttentionTile&, int begin, int end, SoftmaxState state,
+                             void* scratch);
     void (*merge)(const AttentionArgs&, int num_rows, SoftmaxState into, SoftmaxState from);
     void (*finish)(const AttentionArgs&, const AttentionTile&, SoftmaxState state);
     void (*write_kv)(const KvWriteArgs&);

@@ -193,9 +193,7 @@ AFD_INLINE Chunk load(const bf16* p) {
 }
 AFD_INLINE Chunk load(const float* p) { return {load_vector<Vf>(p), load_vector<Vf>(p + kLanes)}; }
 
-AFD_INLINE void store(bf16* p, Chunk c) {
-    store_vector(p, (round_bf16(c.a) >> 16) | (round_bf16(c.b) & 0xffff0000u));
-}
+AFD_INLINE void store(bf16* p, Chunk c) { store_vector(p, (round_bf16(c.a) >> 16) | (round_bf16(c.b) & 0xffff0000u)); }
 AFD_INLINE void store(float* p, Chunk c) {
     store_vector(p, c.a);
     store_vector(p + kLanes, c.b);
