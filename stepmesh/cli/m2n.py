@@ -1,0 +1,216 @@
+"""M attention and N FFN ranks, a process each, exchange payloads of given sizes: verified first, then timed.
+
+All ranks meet at a rendezvous. Without --at this process is the rendezvous, with a key made for the run, and starts
+all ranks itself; with it, each host starts its own, and attention/0's host is the rendezvous.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from typing import Any, NamedTuple, cast
+
+from stepmesh.cli.m2n_rank import ROW_BYTES, Task, run_rank
+from stepmesh.config import MAX_ATTENTION_RANKS, TRANSPORTS, TransportChoice
+from stepmesh.errors import ConfigError, TransportError
+from stepmesh.rendezvous import RendezvousServer
+from stepmesh.types import RankId, Role
+
+_MAX_BYTES = 64 << 20
+_UNITS = {"K": 1 << 10, "M": 1 << 20}
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to run."""
+
+    num_attention: int
+    num_ffn: int
+    transports: tuple[TransportChoice, ...]
+    sizes: tuple[int, ...]  # bytes of a dispatch to one peer
+    back: int  # bytes of an answer: this many times as many
+    count: int
+    host: str
+    timeout_s: float
+
+    @classmethod
+    def parse(
+        cls, *, ranks: str, transports: str, sizes: str, back: str, count: int, host: str, timeout_s: float
+    ) -> Plan:
+        """From the command line's words. Raises ConfigError."""
+        sides = ranks.split("x")
+        if len(sides) != 2 or not all(side.isdecimal() and 1 <= int(side) <= MAX_ATTENTION_RANKS for side in sides):
+            raise ConfigError(f"ranks {ranks!r}: say MxN with numbers in 1..{MAX_ATTENTION_RANKS}, such as 2x2")
+        names = transports.split(",")
+        usable = [name for name in TRANSPORTS if name != "inproc"]
+        if unknown := [name for name in names if name not in usable]:
+            raise ConfigError(f"transport {unknown[0]!r} is not one of {', '.join(usable)}")
+        if back not in ("1", "2"):
+            raise ConfigError(f"back {back!r} is not 1 or 2")
+        if count < 1 or not timeout_s > 0:
+            raise ConfigError("count and timeout must be positive")
+        wanted = tuple(parse_size(size) for size in sizes.split(","))
+        return cls(
+            int(sides[0]),
+            int(sides[1]),
+            tuple(cast(TransportChoice, name) for name in names),
+            wanted,
+            int(back),
+            count,
+            host,
+            timeout_s,
+        )
+
+    @property
+    def ranks(self) -> list[RankId]:
+        attention = [RankId(Role.ATTENTION, rank) for rank in range(self.num_attention)]
+        return attention + [RankId(Role.FFN, rank) for rank in range(self.num_ffn)]
+
+
+class Result(NamedTuple):
+    """Times of one transport and size, over all exchanges of attention/0; all attention ranks ran at once."""
+
+    transport: str  # as asked for
+    carried_by: str  # what the pairs of attention/0 took
+    ranks: str
+    out_bytes: int
+    back_bytes: int
+    exchanges: int
+    p50_us: float
+    p99_us: float
+    gb_per_s: float  # both directions, all pairs, from the slowest attention rank's time
+
+
+def parse_size(text: str) -> int:
+    """A number of bytes, rounded up to whole rows of 64. Raises ConfigError."""
+    digits, unit = (text[:-1], _UNITS[text[-1]]) if text[-1:] in _UNITS else (text, 1)
+    if not digits.isdecimal() or not 0 <= int(digits) * unit <= _MAX_BYTES:
+        raise ConfigError(f"size {text!r} is not a number of bytes up to 64M, such as 64, 8K or 917504")
+    return -(-int(digits) * unit // ROW_BYTES) * ROW_BYTES
+
+
+def run(plan: Plan, *, secret: bytes, at: str | None, run_ranks: str | None) -> list[Result]:
+    """Run all or this host's ranks. Results come where attention/0 runs, elsewhere the list is empty.
+
+    Raises ConfigError for arguments, TransportError when a rank fails; none of the processes is left then.
+    """
+    ours = _ranks_here(plan, run_ranks)
+    host, port = ("127.0.0.1", 0) if at is None else _endpoint(at)
+    if at is None:
+        if len(ours) != len(plan.ranks):
+            raise ConfigError("some ranks run elsewhere: say where they meet (--at HOST:PORT)")
+        secret = secrets.token_bytes(32)
+    elif len(secret) < 16:
+        raise ConfigError("ranks of several hosts need a common key of 16 bytes or more (--secret-file)")
+    results = []
+    leads = RankId(Role.ATTENTION, 0) in ours
+    server = RendezvousServer(host, port, secret) if leads else None
+    try:
+        where = server.address if server is not None else (host, port)
+        for transport in plan.transports:
+            part = replace(plan, transports=(transport,))
+            answers = _run_processes([Task(rank_id, part, where, secret) for rank_id in ours], plan)
+            if leads:
+                results += _summarise(part, answers)
+    finally:
+        if server is not None:
+            server.close()
+    return results
+
+
+def text(result: Result) -> str:
+    """One line of the table."""
+    carried = result.carried_by if result.carried_by == result.transport else f"{result.transport}:{result.carried_by}"
+    return (
+        f"{result.ranks:>6} {carried:>10} {result.out_bytes:>9} B out {result.back_bytes:>9} B back"
+        f"  p50 {result.p50_us:9.1f} us  p99 {result.p99_us:9.1f} us  {result.gb_per_s:7.3f} GB/s"
+    )
+
+
+def _ranks_here(plan: Plan, run_ranks: str | None) -> list[RankId]:
+    if run_ranks is None:
+        return plan.ranks
+    by_name = {str(rank_id): rank_id for rank_id in plan.ranks}
+    names = run_ranks.split(",")
+    if unknown := [name for name in names if name not in by_name]:
+        raise ConfigError(f"rank {unknown[0]!r} is none of {', '.join(by_name)}")
+    return [by_name[name] for name in names]
+
+
+def _endpoint(at: str) -> tuple[str, int]:
+    host, _, port = at.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
+        raise ConfigError(f"{at!r} is no HOST:PORT")
+    return host.strip("[]"), int(port)
+
+
+def _run_processes(tasks: Sequence[Task], plan: Plan) -> dict[RankId, Any]:
+    """What each rank has to say at its end."""
+    spawn = multiprocessing.get_context("spawn")
+    running: list[tuple[RankId, SpawnProcess, Connection]] = []
+    try:
+        for task in tasks:
+            here, there = spawn.Pipe(duplex=False)
+            process = spawn.Process(target=run_rank, args=(task, there), daemon=True)
+            process.start()
+            there.close()
+            running.append((task.id, process, here))
+        deadline = time.monotonic() + plan.timeout_s * (2 + len(plan.sizes))
+        return _collect({pipe: rank_id for rank_id, _, pipe in running}, deadline)
+    finally:
+        for _, process, pipe in running:
+            pipe.close()
+            process.join(2.0)
+            if process.is_alive():
+                process.kill()
+                process.join()
+            process.close()
+
+
+def _collect(pipes: dict[Connection, RankId], deadline: float) -> dict[RankId, Any]:
+    """What each rank has to say. Raises TransportError with the first complaint: the others would only wait for it."""
+    said: dict[RankId, Any] = {}
+    left = dict(pipes)
+    while left:
+        ready = wait([*left], max(deadline - time.monotonic(), 0.0))
+        if not ready:
+            raise TransportError(f"{', '.join(map(str, left.values()))} not finished in time")
+        for pipe in ready:
+            assert isinstance(pipe, Connection)
+            rank_id = left.pop(pipe)
+            try:
+                kind, value = pipe.recv()
+            except EOFError:
+                raise TransportError(f"{rank_id} has died") from None
+            if kind == "error":
+                raise TransportError(str(value) if str(value).startswith(str(rank_id)) else f"{rank_id}: {value}")
+            said[rank_id] = value
+    return said
+
+
+def _summarise(plan: Plan, answers: dict[RankId, Any]) -> list[Result]:
+    lead = answers[RankId(Role.ATTENTION, 0)]
+    results = []
+    for part in lead["parts"]:
+        micros = sorted(time_ns / 1e3 for time_ns in part["times_ns"])
+        slowest_s = max(part["total_s"])
+        moved = (part["out_bytes"] + part["back_bytes"]) * plan.num_attention * plan.num_ffn * plan.count
+        results.append(
+            Result(
+                transport=plan.transports[0],
+                carried_by="+".join(lead["carried_by"]),
+                ranks=f"{plan.num_attention}x{plan.num_ffn}",
+                out_bytes=part["out_bytes"],
+                back_bytes=part["back_bytes"],
+                exchanges=len(micros),
+                p50_us=round(micros[len(micros) // 2], 1),
+                p99_us=round(micros[len(micros) * 99 // 100], 1),
+                gb_per_s=round(moved / slowest_s / 1e9, 3),
+            )
+        )
+    return results
