@@ -11,7 +11,6 @@ from afd.model.sharding import ShardSpec
 from afd.model.spec import DTYPE_BYTES, AttentionKind, AttentionSpec, FfnKind, FfnSpec, LayerSpec, ModelSpec
 from afd.types import FfnParallel, Topology
 
-_FLOAT32_PARTS = frozenset(("attn_norm", "ffn_norm", "final_norm", "q_norm", "kv_norm", "router_bias"))
 _INT8_SCALE_BYTES = 4
 
 
@@ -87,7 +86,7 @@ def role_memory(
 ) -> Iterable[RoleMemory]:
     """Weight bytes of each worker, in rank order, attention first."""
     attention = sum(
-        t.num_elements * (4 if t.part in _FLOAT32_PARTS or "head_norm" in t.part else DTYPE_BYTES[dtype])
+        t.num_elements * (4 if _is_float32(spec, t) else DTYPE_BYTES[dtype])
         for t in inventory(spec)
         if t.half is Half.ATTENTION
     )
@@ -99,6 +98,14 @@ def role_memory(
     for rank in range(topology.num_ffn):
         shard = ShardSpec(rank, topology.num_ffn, parallel)
         yield RoleMemory(f"ffn/{rank}", ffn_bytes(spec, shard, dtype, weights))
+
+
+def _is_float32(spec: ModelSpec, tensor: TensorSpec) -> bool:
+    """True for parts of the attention half that are float32 whatever the compute dtype."""
+    if tensor.part == "router":
+        router = spec.layers[tensor.layer].ffn.router
+        return router is not None and router.dtype == "float32"
+    return tensor.part == "router_bias" or tensor.part.endswith("norm")
 
 
 def ffn_bytes(spec: ModelSpec, shard: ShardSpec, dtype: str, weights: str) -> int:

@@ -113,13 +113,14 @@ def _resolve_dummy(name: str) -> ModelFolder:
     config = ConfigReader(PRESETS[preset], name)
     spec = family_of_config(config).parse(config, name)
     tensors = inventory(spec)
+    source = DummySource(tensors, DUMMY_SEED, vector_mean=0.0 if spec.zero_centred_norms else 1.0)
     return ModelFolder(
         name=name,
         spec=spec,
         path=None,
         tokenizer_path=None,
         fingerprint=hashlib.sha256(f"{DUMMY_SEED} {spec!r}".encode()).hexdigest(),
-        checkpoint=Checkpoint(spec, DummySource(tensors, DUMMY_SEED), dummy_naming(tensors), name),
+        checkpoint=Checkpoint(spec, source, dummy_naming(tensors), name),
     )
 
 

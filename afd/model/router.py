@@ -37,7 +37,7 @@ class Router:
 
 def _within_top_groups(choice: Tensor, num_groups: int, top_groups: int) -> Tensor:
     """choice [n, num_experts] with -inf outside each row's best groups (DeepSeek-V3 report, section 2.1.2)."""
-    grouped = choice.view(choice.shape[0], num_groups, -1)
+    grouped = choice.view(choice.shape[0], num_groups, choice.shape[1] // num_groups)
     best = grouped.topk(2, dim=-1).values.sum(dim=-1).topk(top_groups, dim=-1).indices
     outside = torch.ones(grouped.shape[:2], dtype=torch.bool, device=choice.device).scatter_(1, best, False)
     return grouped.masked_fill(outside[:, :, None], -torch.inf).view(choice.shape)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from afd.model.families.config_reader import ConfigReader
 from afd.model.inventory import TensorSpec
@@ -57,13 +57,14 @@ class Naming:
         """This layout, or its per-expert form where that is what is stored (canonical names)."""
         if self.per_expert is None:
             return self
-        names = {**self.names, **self.per_expert}
-        pattern = "|".join(
-            re.escape(template).replace(r"\{layer\}", r"\d+").replace(r"\{expert\}", r"\d+")
-            for template in self.per_expert.values()
+        pattern = re.compile(
+            "|".join(
+                re.escape(template).replace(r"\{layer\}", r"\d+").replace(r"\{expert\}", r"\d+")
+                for template in self.per_expert.values()
+            )
         )
-        if any(re.fullmatch(pattern, name) for name in stored):
-            return Naming(names, None, self.aliases, self.ignored, self.layer_prefix, self.interleaved_rope_rows)
+        if any(pattern.fullmatch(name) for name in stored):
+            return replace(self, names={**self.names, **self.per_expert}, per_expert=None)
         return self
 
 

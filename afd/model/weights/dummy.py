@@ -21,10 +21,14 @@ ROWS_PER_CHUNK = 64
 
 
 class DummySource(TensorSource):
-    """tensors: the model's inventory. Stored names are "<part>" or "<part>.<layer>"."""
+    """tensors: the model's inventory. Stored names are "<part>" or "<part>.<layer>".
 
-    def __init__(self, tensors: tuple[TensorSpec, ...], seed: int = 0):
+    vector_mean: of one-dimensional tensors: 1 for norms' factors, 0 where norms are stored as offsets from 1.
+    """
+
+    def __init__(self, tensors: tuple[TensorSpec, ...], seed: int = 0, vector_mean: float = 1.0):
         self._seed = seed
+        self._vector_mean = vector_mean
         self._tensors = {
             dummy_name(t): StoredTensor(dummy_name(t), t.shape, "F32", f"dummy (seed {seed})") for t in tensors
         }
@@ -46,7 +50,7 @@ class DummySource(TensorSource):
         limits = bounds(shape, slices)
         out = np.empty([stop - start for start, stop in limits], np.float32)
         if len(shape) == 1:
-            out[:] = 1.0 + 0.1 * self._uniform(name, 0, 0, 1, shape[0])[0, slice(*limits[0])]
+            out[:] = self._vector_mean + 0.1 * self._uniform(name, 0, 0, 1, shape[0])[0, slice(*limits[0])]
         elif len(shape) == 2:
             self._fill_matrix(out, name, 0, shape, limits)
         else:
