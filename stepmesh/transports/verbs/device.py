@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import importlib
+import ipaddress
 import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -207,7 +208,10 @@ class PyQueuePair(QueuePair):
         attributes.min_rnr_timer = 12  # 0.64 ms; receives are posted ahead, so it is never needed
         attributes.timeout, attributes.retry_cnt, attributes.rnr_retry = wire.timeout, wire.retry_count, wire.rnr_retry
         route = GlobalRoute(
-            dgid=GID(remote.gid), sgid_index=self._gid_index, hop_limit=64, traffic_class=wire.traffic_class
+            dgid=GID(ipaddress.IPv6Address(remote.gid).exploded),
+            sgid_index=self._gid_index,
+            hop_limit=64,
+            traffic_class=wire.traffic_class,
         )
         attributes.ah_attr = AHAttr(gr=route, is_global=1, port_num=port.number, sl=wire.service_level, dlid=remote.lid)
         with _explained(f"cannot connect to GID {remote.gid} from GID index {self._gid_index} of {port.device}"):
