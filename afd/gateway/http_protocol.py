@@ -1,6 +1,6 @@
-"""uvicorn's HTTP/1.1 protocol with the bounds it lacks: header size, time for a request's head, unread output.
+"""uvicorn's HTTP/1.1 protocol with the bounds it lacks: head size and time, unread output, pipelined requests.
 
-uvicorn itself bounds only idle keep-alive connections. Without these three, a client that never finishes its headers
+uvicorn itself bounds only idle keep-alive connections. Without these, a client that never finishes its headers
 or never reads its stream holds a connection, and with it memory, for ever.
 """
 
@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from afd.errors import RequestError
 from afd.gateway.api.errors import ApiError, describe
 
 HEAD_TIMEOUT_S = 20.0
 MAX_HEAD_BYTES = 64 << 10
+MAX_PIPELINED = 64
 WRITE_STALL_S = 30.0
 
 
@@ -28,6 +29,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._head_bytes = 0
         self._head_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
+        self._cycles: list[RequestResponseCycle] = []  # requests without a complete answer, oldest first
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -37,6 +39,9 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._cancel_head_timer()
         self._cancel_write_timer()
         super().connection_lost(exc)
+        for cycle in self._cycles:  # uvicorn tells only the newest of pipelined requests, which has not even begun
+            _hang_up(cycle)
+        self._cycles.clear()
 
     def data_received(self, data: bytes) -> None:
         if self._in_head:
@@ -62,6 +67,11 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._head_bytes = 0
         self._cancel_head_timer()
         super().on_headers_complete()
+        self._cycles = [cycle for cycle in self._cycles if not cycle.response_complete]
+        if self.cycle is not None and self.cycle not in self._cycles:
+            self._cycles.append(self.cycle)
+        if len(self._cycles) > MAX_PIPELINED:
+            raise ValueError("too many requests before the first answer")  # becomes a parser error: closed
 
     def on_message_complete(self) -> None:
         super().on_message_complete()
@@ -81,10 +91,15 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         super().resume_writing()
 
     def _refuse(self, error: RequestError) -> None:
-        """Answer and close, unless an answer is already under way on this connection."""
+        """Answer and close. Not answered when that would be taken for the answer to an earlier request."""
         status, body, _ = describe(error)
-        if self.cycle is None or self.cycle.response_complete:
+        waiting = [cycle for cycle in self._cycles if not cycle.response_complete]
+        # A request whose body is bad; None: the one at fault has no head yet.
+        at_fault = waiting[-1] if waiting and waiting[-1].more_body else None
+        if not waiting or (waiting == [at_fault] and not waiting[0].response_started):
             self.transport.write(_plain_response(status, body))
+        if at_fault is not None:
+            _hang_up(at_fault)  # its body will never be complete
         self.transport.close()
 
     def _arm_head_timer(self) -> None:
@@ -105,6 +120,13 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._head_timer = None
         if not self.transport.is_closing():
             self._refuse(RequestError("the request's head did not arrive in time", status=408, code="timeout"))
+
+
+def _hang_up(cycle: RequestResponseCycle) -> None:
+    """As far as the application can tell, the client has gone."""
+    if not cycle.response_complete:
+        cycle.disconnected = True
+        cycle.message_event.set()
 
 
 def _plain_response(status: int, body: ApiError) -> bytes:
