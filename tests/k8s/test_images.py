@@ -22,7 +22,7 @@ from tests.k8s.chart import CHART, REPOSITORY
 DEPLOY = REPOSITORY / "deploy"
 DOCKERFILE = (DEPLOY / "Dockerfile").read_text()
 COMPOSE: dict[str, Any] = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
-BUILD_TOOLS = re.compile(r"\b(g\+\+|gcc|clang|make|cmake|build-essential|apt-get|pip)\b")
+BUILD_TOOLS = re.compile(r"\b(g\+\+|gcc|clang|make|cmake|build-essential|\w+-dev|pip)\b")
 
 
 def stages() -> dict[str, list[tuple[str, str]]]:
@@ -86,7 +86,7 @@ def test_what_is_installed_is_pinned() -> None:
     wanted = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["dependencies"]
     names = {re.split(r"[<>=\[]", one)[0].lower().replace("-", "_") for one in wanted}
     assert names <= {name.replace("-", "_") for name in pinned}
-    for step in instructions("build", "RUN"):
+    for step in [*instructions("build", "RUN"), *instructions("cuda", "RUN")]:
         for command in step.split("&&"):
             words = command.split()
             if "pip" in command and "install" in words:

@@ -139,6 +139,20 @@ def test_the_environment_is_what_the_arguments_quote_and_what_the_values_add(nam
         assert set(names) - quoted - added <= {"HOME", "POD_IP"}
 
 
+def test_the_doctor_is_called_as_it_is() -> None:
+    from stepmesh.cli.main import main as stepmesh
+
+    for role, template in pod_templates(rendered("rdma-rack")):
+        spec = template["spec"]
+        if role in ("attention", "ffn"):
+            (doctor,) = spec["initContainers"]
+            assert doctor["command"] == ["python"] and doctor["args"][:2] == ["-m", "stepmesh"]
+            assert doctor["resources"] == spec["containers"][0]["resources"], "it must see the devices"
+            assert stepmesh([*doctor["args"][2:], "--json"]) in (0, 1)
+        else:
+            assert "initContainers" not in spec
+
+
 def test_a_pods_rank_is_its_ordinal() -> None:
     for stateful_set in of_kind(rendered("2a2f"), "StatefulSet"):
         (container,) = stateful_set["spec"]["template"]["spec"]["containers"]

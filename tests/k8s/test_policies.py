@@ -13,7 +13,7 @@ STOP_MARGIN_S = 8  # a process that does not end within drain_s and this ends it
 
 def all_pods(name: str) -> list[tuple[str, Object, Object]]:
     """(role, pod spec, container) of every pod; the chart makes pods of one container."""
-    pods = []
+    pods: list[tuple[str, Object, Object]] = []
     for role, template in pod_templates(rendered(name)):
         (container,) = template["spec"]["containers"]
         pods.append((role, template["spec"], container))
@@ -21,9 +21,15 @@ def all_pods(name: str) -> list[tuple[str, Object, Object]]:
     return pods
 
 
+def all_containers(name: str) -> list[tuple[str, Object, Object]]:
+    """The same with the init containers."""
+    pods = all_pods(name)
+    return pods + [(role, spec, one) for role, spec, _ in pods for one in spec.get("initContainers", [])]
+
+
 @pytest.mark.parametrize("name", VALUE_SETS)
 def test_rights(name: str) -> None:
-    for role, spec, container in all_pods(name):
+    for role, spec, container in all_containers(name):
         assert spec["securityContext"]["runAsNonRoot"] is True and spec["securityContext"]["runAsUser"] >= 10000
         assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
         rights = container["securityContext"]
@@ -40,7 +46,7 @@ def test_rights(name: str) -> None:
 
 @pytest.mark.parametrize("name", VALUE_SETS)
 def test_images_and_resources(name: str) -> None:
-    for _, _, container in all_pods(name):
+    for _, _, container in all_containers(name):
         repository, _, tag = container["image"].rpartition(":")
         assert repository and tag and tag != "latest"
         assert container["resources"]["requests"].keys() >= {"cpu", "memory"}

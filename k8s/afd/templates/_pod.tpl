@@ -40,12 +40,12 @@ tolerations:
 {{- end }}
 {{- end -}}
 
-{{/* Image and rights of the afd container; call with (list $ extraCapabilities). */}}
+{{/* Image, rights and command of a container; call with (list $ extraCapabilities "afd"). */}}
 {{- define "afd.container" -}}
 {{- $root := index . 0 -}}
 image: {{ include "afd.image" $root | quote }}
 imagePullPolicy: {{ $root.Values.image.pullPolicy }}
-command: [afd]
+command: [{{ index . 2 }}]
 securityContext:
   allowPrivilegeEscalation: false
   readOnlyRootFilesystem: true

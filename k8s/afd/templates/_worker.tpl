@@ -22,13 +22,23 @@ spec:
   affinity:
     {{- toYaml . | nindent 4 }}
   {{- end }}
-  {{- with $values.initContainers }}
+  {{- $doctor := and $v.rdma.enabled $v.rdma.doctor }}
+  {{- if or $doctor $values.initContainers }}
   initContainers:
+    {{- if $doctor }}
+    - name: doctor
+      {{- include "afd.container" (list $root (list "IPC_LOCK") "python") | nindent 6 }}
+      args: [-m, stepmesh, doctor]
+      resources:
+        {{- include "afd.workerResources" (list $root $values) | nindent 8 }}
+    {{- end }}
+    {{- with $values.initContainers }}
     {{- toYaml . | nindent 4 }}
+    {{- end }}
   {{- end }}
   containers:
     - name: {{ $role }}
-      {{- include "afd.container" (list $root (ternary (list "IPC_LOCK") list $v.rdma.enabled)) | nindent 6 }}
+      {{- include "afd.container" (list $root (ternary (list "IPC_LOCK") list $v.rdma.enabled) "afd") | nindent 6 }}
       args:
         - {{ $role }}
         - --config=/etc/afd/config/afd.toml
