@@ -38,6 +38,7 @@ class _Target:
     retry_at: float = 0.0
     backoff_s: float = _FIRST_BACKOFF_S
     failing_since: float | None = None
+    withheld: str = ""  # "verbs: why": RDMA was agreed on and did not work, so it is not offered until the next loss
     reported: bool = False
 
 
@@ -99,7 +100,8 @@ class Dialler:
             if target.failing_since is None:
                 target.failing_since = now
             generation = self._generations.get(rank_id, 0) + 1
-            target.attempt = Dialling(self._env, target.member, generation, self._stats.peer(str(rank_id)))
+            stats = self._stats.peer(str(rank_id))
+            target.attempt = Dialling(self._env, target.member, generation, stats, target.withheld)
         elif not target.attempt.broken and target.attempt.link not in readable and now <= target.attempt.deadline:
             return None
         attempt = target.attempt
@@ -116,6 +118,11 @@ class Dialler:
         if attempt is not None:
             if attempt.accepted:
                 self._generations[target.member.id] = attempt.generation
+            if attempt.transport == "verbs" and len(self._env.fabric.transports) > 1:
+                target.withheld = f"verbs: {error}"
+                log.warning(
+                    "%s: %s: RDMA does not work, falling back: %s", self._env.config.id, target.member.id, error
+                )
             attempt.abandon()
         peer, reason = target.member.id, str(error)
         if not error.retryable:

@@ -59,6 +59,7 @@ class Hello:
     generation: int
     target: RankId
     target_incarnation: str
+    withheld: str = ""  # a transport that is not offered although it is there, and why, for logs
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -72,6 +73,7 @@ class Hello:
             "target_role": self.target.role.value,
             "target_rank": self.target.rank,
             "target_incarnation": self.target_incarnation,
+            "withheld": self.withheld,
         }
 
     @classmethod
@@ -87,6 +89,7 @@ class Hello:
                 generation=_number(fields["generation"], 1, _MAX_U32),  # it stands in 32 bits of every header
                 target=RankId(Role(fields["target_role"]), _number(fields["target_rank"], 0, MAX_ATTENTION_RANKS - 1)),
                 target_incarnation=_text(fields["target_incarnation"]),
+                withheld=_reason(fields.get("withheld", "")),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ProtocolError(f"hello is malformed: {error!r}") from None

@@ -53,6 +53,11 @@ class _Attempt(ABC):
         return self._channel is not None
 
     @property
+    def transport(self) -> str:
+        """What both ends have agreed on; "" until then."""
+        return self._channel.kind if self._channel is not None else ""
+
+    @property
     def broken(self) -> bool:
         """The channel failed before the pair was up; that does not show on the link."""
         return self._channel is not None and self._channel.failure is not None
@@ -115,13 +120,14 @@ class _Attempt(ABC):
 class Dialling(_Attempt):
     """The attention rank tries to reach one member. Raises TransportError when there is no way at all."""
 
-    def __init__(self, env: Environment, member: Member, generation: int, stats: PeerStats) -> None:
+    def __init__(self, env: Environment, member: Member, generation: int, stats: PeerStats, withheld: str = "") -> None:
         config = env.config
         self.member = member
         self.generation = generation
         self._stats = stats
         self._pair: AttentionPair | None = None
-        hello = _hello(config, env.fabric.transports, member, generation)
+        transports = tuple(name for name in env.fabric.transports if not withheld.startswith(f"{name}:"))
+        hello = _hello(config, transports, member, generation, withheld)
         handshake = Initiator(config.secret, env.fabric.nonce(NONCE_BYTES), hello)
         super().__init__(env, env.fabric.connect(member.address), handshake)
         self.link.send(handshake.start())
@@ -203,7 +209,7 @@ class Visit(_Attempt):
     def _answer(self, handshake: Responder, hello: Hello) -> None:
         verdict: Refusal | Choice | None = self._decide(hello)
         if verdict is None:
-            verdict = choose_transport(hello.transports, self._env.fabric.transports, self.link.kind)
+            verdict = choose_transport(hello.transports, self._env.fabric.transports, self.link.kind, hello.withheld)
         if isinstance(verdict, Refusal):
             self.link.send(handshake.reject(verdict.reason, retryable=verdict.retryable))
             raise HandshakeError(verdict.reason, retryable=verdict.retryable)
@@ -212,7 +218,7 @@ class Visit(_Attempt):
         self.link.send(handshake.accept(verdict.transport, verdict.reason, offer.descriptor, len(offer.fds)), offer.fds)
 
 
-def _hello(config: MeshConfig, transports: tuple[str, ...], member: Member, generation: int) -> Hello:
+def _hello(config: MeshConfig, transports: tuple[str, ...], member: Member, generation: int, withheld: str) -> Hello:
     return Hello(
         id=config.id,
         incarnation=config.incarnation,
@@ -222,4 +228,5 @@ def _hello(config: MeshConfig, transports: tuple[str, ...], member: Member, gene
         generation=generation,
         target=member.id,
         target_incarnation=member.incarnation,
+        withheld=withheld,
     )

@@ -141,8 +141,13 @@ def admit(hello: Hello, config: MeshConfig, members: dict[RankId, Member], last_
 _LINK_OF = {"shm": "unix", "tcp": "tcp"}  # shm passes descriptors, tcp dials where its control link goes
 
 
-def choose_transport(offered: Sequence[str], own: Sequence[str], link_kind: str) -> Choice | Refusal:
-    """The first transport in the initiator's order that both ends offer and that the control link can serve."""
+def choose_transport(
+    offered: Sequence[str], own: Sequence[str], link_kind: str, withheld: str = ""
+) -> Choice | Refusal:
+    """The first transport in the initiator's order that both ends offer and that the control link can serve.
+
+    `withheld`: what the initiator does not offer this time, and why.
+    """
     common = [name for name in offered if name in own]
     usable = [name for name in common if _LINK_OF.get(name, link_kind) == link_kind]
     if not usable:
@@ -159,6 +164,8 @@ def choose_transport(offered: Sequence[str], own: Sequence[str], link_kind: str)
         reasons.append("the peer's UNIX socket cannot be reached: another host or network namespace")
     if name == "verbs":
         reasons.append("both ends have an active RDMA port")
+    elif withheld:
+        reasons.append(f"withheld by the initiator: {withheld}")
     elif "verbs" in {*offered, *own}:
         reasons.append(f"only the {'initiator' if 'verbs' in offered else 'responder'} has an active RDMA port")
     if not reasons:

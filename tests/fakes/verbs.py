@@ -66,6 +66,7 @@ class FakeVerbs(Verbs):
         self.adapters: list[FakeAdapter] = []
         self.numbers = itertools.count(0x100)
         self.paused = False
+        self.routed = True  # False: no packet finds its way
         self._waiting: deque[Callable[[], None]] = deque()
 
     def ports(self) -> list[Port]:
@@ -264,7 +265,13 @@ class FakeQueuePair(QueuePair):
     def _peer(self) -> FakeQueuePair | None:
         assert self.connection is not None
         peer = self.verbs.queue_pairs.get(self.connection.remote.qp_number)
-        alive = peer is not None and not peer.failed and peer.connection is not None and peer.adapter.open
+        alive = (
+            self.verbs.routed
+            and peer is not None
+            and not peer.failed
+            and peer.connection is not None
+            and peer.adapter.open
+        )
         return peer if alive else None
 
     def _succeed(self, wr_id: int, covered: int) -> None:

@@ -77,6 +77,7 @@ class VerbsChannel(Channel):
         self._probes = probes
         self._reachable = not probes
         self._failure: Failure | None = None
+        self._cause_unknown = False
         self._regions: list[Region] = []
         self._qp: QueuePair | None = None
         try:
@@ -184,10 +185,12 @@ class VerbsChannel(Channel):
     def completed(self, wr_id: int, status: int, imm: int) -> None:
         """A work request of this channel is over. From the endpoint."""
         qp = self._qp
-        if qp is None or self._failure is not None:
+        if qp is None or (self._failure is not None and not self._cause_unknown):
             return
         if status != SUCCESS:
             self._fail(wr_id, status)
+        elif self._failure is not None:
+            return
         elif wr_id & _RECEIVE:
             self._receive(qp, imm)
         else:
@@ -227,9 +230,8 @@ class VerbsChannel(Channel):
 
     def _fail(self, wr_id: int, status: int) -> None:
         what = "receive" if wr_id & _RECEIVE else "probe of the path" if wr_id & _PROBE else "write"
-        if status == FLUSHED and self._connected:
-            # The request that failed reports too, before or behind this one.
-            what = f"{what} (behind another one that failed)"
+        # What fails for the failure of another request may report first; the other one's status is the cause.
+        self._cause_unknown = status == FLUSHED
         self._failure = Failure(f"RDMA {what} over {self._endpoint.selection.port.device}: {explain(status)}", False)
         self._backlog.clear()
         self._frame_bytes.clear()
@@ -264,7 +266,8 @@ def _number(descriptor: dict[str, Any], name: str, num_bits: int) -> int:
 
 
 def _gid(descriptor: dict[str, Any]) -> str:
+    value = str(descriptor.get("gid"))  # an integer would pass for an address
     try:
-        return str(ipaddress.IPv6Address(descriptor.get("gid")))
-    except (ValueError, TypeError):
-        raise ProtocolError(f"verbs descriptor: {str(descriptor.get('gid'))[:40]!a} is no GID") from None
+        return str(ipaddress.IPv6Address(value))
+    except ValueError:
+        raise ProtocolError(f"verbs descriptor: {value[:40]!a} is no GID") from None
