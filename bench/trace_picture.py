@@ -32,7 +32,7 @@ def main() -> int:
     parser.add_argument("--topology", default="2A1F")
     parser.add_argument("--streams", type=int, default=2)
     parser.add_argument("--num-seqs", type=int, default=32)
-    parser.add_argument("--recordings", type=int, default=8)
+    parser.add_argument("--recordings", type=int, default=12)
     parser.add_argument("--seconds", type=float, default=1.0, help="of each recording")
     parser.add_argument("--for-ms", type=float, default=40.0)
     parser.add_argument("--png", default="docs/figures/trace_2a1f.png")
