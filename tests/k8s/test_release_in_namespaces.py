@@ -24,6 +24,7 @@ T = TypeVar("T")
 VALUES: Values = {
     **SECRET,
     "topology": "2A2F",
+    "model": {"dtype": "float32"},  # a text recomputed at another worker is then the same to the letter
     "apiKeys": True,
     "drainSeconds": 5,
     "recoveryTimeoutSeconds": 40,
