@@ -95,6 +95,7 @@ class RendezvousServer:
         self._connections: dict[socket.socket, _Connection] = {}
         self._named: dict[str, _Connection] = {}
         self._changed = threading.Condition()
+        self._num_come = 0
         self._num_left = 0
         self._thread = threading.Thread(target=self._run, name="stepmesh-rendezvous", daemon=True)
         self._thread.start()
@@ -104,6 +105,11 @@ class RendezvousServer:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def wait_come(self, count: int, timeout_s: float) -> bool:
+        """Wait until `count` participants have come. False: not within the time. Any thread."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._num_come >= count, timeout_s)
 
     def wait_left(self, count: int, timeout_s: float) -> bool:
         """Wait until `count` participants have come and gone. False: not within the time. Any thread."""
@@ -191,6 +197,9 @@ class RendezvousServer:
                 raise ProtocolError(f"{who} is connected already")
             connection.name = who
             self._named[who] = connection
+            with self._changed:
+                self._num_come += 1
+                self._changed.notify_all()
         elif connection.name != who:
             raise ProtocolError(f"{connection.name} suddenly calls itself {who}")
         self._tell(self._gatherings.come(who, name, size, message.get("payload")))
