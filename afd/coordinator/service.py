@@ -71,8 +71,9 @@ class CoordinatorServer:
         self._lock = threading.Lock()
         self._metrics = metrics
         self._refusal_logged_at = float("-inf")
+        self._pool = futures.ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="coordinator")
         self._server = grpc.server(
-            futures.ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="coordinator"),
+            self._pool,
             options=_SERVER_OPTIONS,
             maximum_concurrent_rpcs=MAX_CONCURRENT_CALLS,
         )
@@ -102,6 +103,7 @@ class CoordinatorServer:
     def close(self) -> None:
         """Refuse new calls, let those under way finish (0.1 s)."""
         self._server.stop(grace=0.1).wait(1.0)
+        self._pool.shutdown(cancel_futures=True)
 
     def _handlers(self) -> dict[str, Any]:
         state = self._state

@@ -45,6 +45,8 @@ MAX_GATEWAYS = 64
 MAX_EVENTS = 200
 MAX_NOTE_CHARS = 300
 MAX_REMEMBERED_LOST = 4096
+MAX_VERSION_SEEN = 1 << 48
+MAX_EPOCH_SEEN = 1 << 31  # half of what a data frame can carry: nobody has lived so long, and room is left
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +159,7 @@ class CoordinatorState:
             return SyncReply(known=False, lost=why is not None, reason=why or "")
         if entry.resumed_until is not None and request.epoch_seen > self._view.epoch:
             return SyncReply(known=False)  # it has a newer view than the one resumed here: have it registered
-        self._epoch_floor = max(self._epoch_floor, request.epoch_seen)
+        self._epoch_floor = max(self._epoch_floor, min(request.epoch_seen, MAX_EPOCH_SEEN))
         if request.leaving:
             self._remove(entry)
             self._log(logging.INFO, f"{entry.name} left")
@@ -218,6 +220,7 @@ class CoordinatorState:
         info = request.info
         if info.role not in ROLES:
             raise RefusedError(f"unknown role {info.role!r}; known: {', '.join(ROLES)}")
+        self._check_claims(request)
         if info.incarnation in self._lost:
             raise RefusedError(f"this process was declared lost ({self._lost[info.incarnation]}); start a new one")
         if info.incarnation not in self._entries:
@@ -261,6 +264,23 @@ class CoordinatorState:
                 f"start this worker with the same settings"
             )
 
+    def _check_claims(self, request: RegisterRequest) -> None:
+        """Refuse what no coordinator can have said: it would be believed by one that was restarted."""
+        seen = request.last_view
+        if max(request.epoch_seen, seen.epoch if seen is not None else 0) > MAX_EPOCH_SEEN:
+            raise RefusedError(f"an epoch above {MAX_EPOCH_SEEN} cannot have been")
+        if seen is None:
+            return
+        if seen.version > MAX_VERSION_SEEN:
+            raise RefusedError(f"a view's version above {MAX_VERSION_SEEN} cannot have been")
+        sizes = {ATTENTION: MAX_ATTENTION, FFN: seen.num_ffn, GATEWAY: MAX_GATEWAYS}
+        places = {(member.info.role, member.rank) for member in seen.members}
+        names = {member.info.incarnation for member in seen.members}
+        if len(places) < len(seen.members) or len(names) < len(seen.members):
+            raise RefusedError("the last view has two members in one place")
+        if not all(rank < sizes.get(role, 0) for role, rank in places):
+            raise RefusedError("the last view has a member in a place that does not exist")
+
     def _free_rank(self, info: WorkerInfo) -> int:
         """The rank asked for, or the lowest free one; RefusedError when taken, out of range or full."""
         size = {ATTENTION: MAX_ATTENTION, FFN: self._view.num_ffn, GATEWAY: MAX_GATEWAYS}[info.role]
@@ -285,7 +305,7 @@ class CoordinatorState:
     def _resume(self, seen: ClusterView, now: float) -> None:
         """Take over the view of an earlier coordinator, when it is newer than anything known here."""
         formed_here = self._view.epoch > 0 and seen.cluster_id != self._view.cluster_id
-        if seen.epoch <= max(self._view.epoch, 0) or formed_here:
+        if seen.epoch <= max(self._view.epoch, 0) or formed_here or seen.num_ffn != self._view.num_ffn:
             return
         identities = frozenset((m.info.role, m.rank, m.info.incarnation) for m in seen.members)
         places = {(role, rank) for role, rank, _ in identities}

@@ -6,47 +6,59 @@ the cluster view whenever its version is newer than the caller's. The coordinato
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
+from msgspec import Meta
 
 from afd.messages.codec import Decoder
+
+# Bounds of what is decoded: wide for any real cluster, and such that no message can make the coordinator's state, or
+# an answer built from it, unreasonably large.
+Name = Annotated[str, Meta(max_length=256)]
+Text = Annotated[str, Meta(max_length=4096)]
+Small = Annotated[int, Meta(ge=0, le=1 << 16)]
+Counter = Annotated[int, Meta(ge=0, le=1 << 62)]
+Epoch = Annotated[int, Meta(ge=0, le=(1 << 32) - 1)]  # what a data frame can carry
 
 
 class MeshAddress(msgspec.Struct, frozen=True):
     """Where a rank's stepmesh listens: abstract UNIX name (same host) and TCP host:port."""
 
-    unix: str
-    host: str
-    port: int
+    unix: Name
+    host: Name
+    port: Annotated[int, Meta(ge=0, le=65535)]
 
 
 class WorkerInfo(msgspec.Struct, frozen=True):
     """What a process says of itself when it registers. Identity is (role, rank, incarnation)."""
 
-    role: str  # "attention" | "ffn" | "gateway"
-    incarnation: str  # uuid4 hex of this process start
-    host: str
-    pid: int
-    config_hash: str  # model fingerprint, wire dtype, shapes, slot sizes, protocol version (hex)
+    role: Name  # "attention" | "ffn" | "gateway"
+    incarnation: Name  # uuid4 hex of this process start
+    host: Name
+    pid: Counter
+    config_hash: Name  # model fingerprint, wire dtype, shapes, slot sizes, protocol version (hex)
     mesh: MeshAddress | None = None  # attention and ffn
-    serving: str = ""  # attention: ZeroMQ endpoint "tcp://host:port"
-    serving_key: str = ""  # attention: CURVE public key (z85)
-    metrics: str = ""  # "host:port" of /metrics, /livez, /readyz
-    rank: int = -1  # asked for (a re-registration or a StatefulSet ordinal); -1 = any free one
-    num_experts: int = 0  # ffn: routed experts of the model's MoE layers; 0 = a dense model
+    serving: Name = ""  # attention: ZeroMQ endpoint "tcp://host:port"
+    serving_key: Name = ""  # attention: CURVE public key (z85)
+    metrics: Name = ""  # "host:port" of /metrics, /livez, /readyz
+    # asked for (a re-registration or a StatefulSet ordinal); -1 = any free one
+    rank: Annotated[int, Meta(ge=-1, le=1 << 16)] = -1
+    num_experts: Small = 0  # ffn: routed experts of the model's MoE layers; 0 = a dense model
 
 
 class Plan(msgspec.Struct, frozen=True):
     """Pipeline plan: may change without an epoch."""
 
-    version: int = 1
-    max_streams: int = 3
-    max_step_tokens: int = 256
-    gang_window_s: float = 0.005  # upper bound of the layer-0 window
+    version: Counter = 1
+    max_streams: Annotated[int, Meta(ge=1, le=64)] = 3
+    max_step_tokens: Annotated[int, Meta(ge=1, le=1 << 20)] = 256
+    gang_window_s: Annotated[float, Meta(ge=0, le=60)] = 0.005  # upper bound of the layer-0 window
 
 
 class Member(msgspec.Struct, frozen=True):
     info: WorkerInfo
-    rank: int
+    rank: Small
     ready: bool = False  # model loaded and data plane connected
     draining: bool = False
 
@@ -58,18 +70,18 @@ class ClusterView(msgspec.Struct, frozen=True):
     the status).  expert_ranks: FFN rank of each routed expert, [num_experts]; empty for a dense model.
     """
 
-    cluster_id: str
-    version: int
-    epoch: int  # 0 = not formed yet
-    num_attention: int  # asked for by the topology
-    num_ffn: int
-    model: str
-    config_hash: str
-    ffn_parallel: str
+    cluster_id: Name
+    version: Counter
+    epoch: Epoch  # 0 = not formed yet
+    num_attention: Small  # asked for by the topology
+    num_ffn: Small
+    model: Text
+    config_hash: Name
+    ffn_parallel: Name
     plan: Plan
-    members: list[Member]
+    members: Annotated[list[Member], Meta(max_length=1024)]
     shutdown: bool = False
-    expert_ranks: list[int] = []
+    expert_ranks: Annotated[list[Small], Meta(max_length=1 << 16)] = []
 
     def of_role(self, role: str) -> list[Member]:
         """Members of one role in rank order."""
@@ -83,7 +95,7 @@ class ClusterView(msgspec.Struct, frozen=True):
 
 class RegisterRequest(msgspec.Struct, frozen=True):
     info: WorkerInfo
-    epoch_seen: int = 0  # the largest epoch this process has lived in: a restarted coordinator adopts the maximum
+    epoch_seen: Epoch = 0  # the largest epoch this process has lived in: a restarted coordinator adopts the maximum
     last_view: ClusterView | None = None  # the newest view it has: a restarted coordinator resumes from it
 
 
@@ -102,9 +114,9 @@ class RegisterReply(msgspec.Struct, frozen=True):
 class PairReport(msgspec.Struct, frozen=True):
     """A worker's data-plane complaint about a peer."""
 
-    peer: str  # "ffn/0"
+    peer: Name  # "ffn/0"
     broken: bool
-    reason: str = ""
+    reason: Text = ""
 
 
 class SyncRequest(msgspec.Struct, frozen=True):
@@ -114,18 +126,18 @@ class SyncRequest(msgspec.Struct, frozen=True):
     pairs: every pair of this worker that is broken now (the whole list each time, so a lost call loses nothing).
     """
 
-    role: str
-    incarnation: str
-    view_version: int
-    progress: int = 0
+    role: Name
+    incarnation: Name
+    view_version: Counter
+    progress: Counter = 0
     pending: bool = False
     loading: float = 1.0
     ready: bool = False
     draining: bool = False
     leaving: bool = False
-    epoch_seen: int = 0
-    stats: dict[str, float] = {}
-    pairs: list[PairReport] = []
+    epoch_seen: Epoch = 0
+    stats: Annotated[dict[Name, float], Meta(max_length=4096)] = {}
+    pairs: Annotated[list[PairReport], Meta(max_length=256)] = []
 
 
 class SyncReply(msgspec.Struct, frozen=True):
@@ -160,8 +172,8 @@ class StatusReply(msgspec.Struct, frozen=True):
 class ControlRequest(msgspec.Struct, frozen=True):
     """action: "shutdown" (drain all and stop) | "drain" with target "attention/1" | "note" with a line as target."""
 
-    action: str
-    target: str = ""
+    action: Name
+    target: Name = ""
 
 
 class ControlReply(msgspec.Struct, frozen=True):
