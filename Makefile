@@ -5,10 +5,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SERVE_ARGS ?=
+FUZZ_SEED ?= $(shell date +%s)
 # Unit, contract and simulation tests: no worker processes, no real model.
 FAST := tests/unit tests/contract tests/sim
 
-.PHONY: setup serve test test-fast test-matrix lint format clean
+.PHONY: setup serve test test-fast test-matrix fuzz lint format clean
 
 setup: $(STAMP)
 
@@ -32,6 +33,10 @@ test-fast: setup
 
 test-matrix: setup
 	$(BIN)/python -m pytest -m "matrix or not matrix" tests/e2e/test_topologies.py --timeout 600
+
+# Hostile input at full volume, a few minutes; every campaign prints what repeats it.
+fuzz: setup
+	AFD_FUZZ=full AFD_FUZZ_SEED=$(FUZZ_SEED) $(BIN)/python -m pytest tests/fuzz -s --timeout 900
 
 lint: setup
 	$(BIN)/ruff check .

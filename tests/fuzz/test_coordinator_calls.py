@@ -256,9 +256,7 @@ def test_claims_that_cannot_be_true_are_refused() -> None:
     bad_views = (
         msgspec.structs.replace(view, epoch=(1 << 31) + 1),
         msgspec.structs.replace(view, epoch=3, version=1 << 60),
-        msgspec.structs.replace(
-            view, epoch=3, members=[member, Member(msgspec.structs.replace(who, incarnation="b"), 0)]
-        ),
+        msgspec.structs.replace(view, epoch=3, members=[member, twin]),
         msgspec.structs.replace(view, epoch=3, members=[member, Member(who, 1)]),
         msgspec.structs.replace(view, epoch=3, members=[Member(who, 500)]),
         msgspec.structs.replace(view, epoch=3, members=[Member(msgspec.structs.replace(who, role="judge"), 0)]),
