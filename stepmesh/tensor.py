@@ -53,7 +53,7 @@ def to_numpy(tensor: torch.Tensor) -> npt.NDArray[Any]:
 
 
 def read_bytes(tensor: torch.Tensor) -> npt.NDArray[np.uint8]:
-    """A tensor's bytes: its own memory where it is contiguous and on the host, else a copy, made behind its producer."""
+    """A tensor's bytes: its own memory where it is contiguous and on the host, else a copy made behind its producer."""
     raw: npt.NDArray[np.uint8] = flat_bytes(tensor.detach().cpu().contiguous()).numpy()
     return raw
 

@@ -100,8 +100,8 @@ class Tokens(msgspec.Struct, tag="tokens", frozen=True):
 class Refused(msgspec.Struct, tag="refused", frozen=True):
     """Not admitted here.
 
-    reason: "capacity" (predicted latency or KV), "draining", "not_ready", "invalid"; "unknown": a Resend named an attempt
-    that is not here (its Submit was lost).
+    reason: "capacity" (predicted latency or KV), "draining", "not_ready", "invalid"; "unknown": a Resend named an
+    attempt that is not here (its Submit was lost).
     retry_after_s: when a place is predicted.  For "invalid", detail is the text for the client.
     """
 
