@@ -48,6 +48,7 @@ class MemoryWatch:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
         self.samples: list[tuple[float, int]] = []
+        self.lost = ""
 
     def __enter__(self) -> MemoryWatch:
         self._thread.start()
@@ -59,7 +60,11 @@ class MemoryWatch:
 
     def _sample(self) -> None:
         while True:
-            self.samples.append((time.monotonic(), sum(p.memory_info().rss for p in self._processes)))
+            try:
+                self.samples.append((time.monotonic(), sum(p.memory_info().rss for p in self._processes)))
+            except psutil.NoSuchProcess as error:
+                self.lost = str(error)
+                return
             if self._stop.wait(self._interval_s):
                 return
 
@@ -104,6 +109,10 @@ def overload(args: argparse.Namespace, policy: str, rate: float) -> dict[str, fl
         )  # the model of step times has seen something
         with MemoryWatch(cluster.process.pid) as memory:
             found = load(cluster.url, args, "--rate", str(rate), "--num-prompts", str(count))
+        if memory.lost:
+            raise RuntimeError(
+                f"{policy}: a process of the cluster ended: {memory.lost}\n" + "\n".join(cluster.lines[-30:])
+            )
         counted = cluster.stats("attention")[0]
     refusals = [s for s, error in zip(found["latencies"], found["errors"], strict=True) if error]
     attained = found["slo_attainment"] or {}

@@ -132,10 +132,12 @@ class RequestBook:
         if reason:
             return Refused(message.req_id, message.attempt, reason, detail)
         ask = Ask(
+            message.req_id,
             len(message.prompt_ids),
             message.sampling,
             num_output=len(message.output_ids),
             tpot_s=message.tpot_s,
+            priority=message.priority,
             resumed=message.attempt > 0,
         )
         refusal = self._admission.judge(ask, now)

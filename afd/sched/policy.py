@@ -23,6 +23,9 @@ HEADROOM = 0.9  # share of a target that may be planned with: the rest is for wh
 NEVER_S = 60.0  # retry_after of a request for which no departure makes room
 SIZE_EMA = 0.2
 INTERVAL_EMA = 0.05
+LINE_S = 0.3  # a refused request that asks again so soon keeps its place before smaller ones that came later
+MAX_LINE = 32
+LINE_WAIT_S = 1.0  # nobody is held back for a request whose place is farther away
 SATURATED_S = 1.0  # so long after a refusal an admission still means that a place became free
 
 
@@ -34,10 +37,12 @@ class Ask:
     resumed: it ran elsewhere before, so it is not new: only want of KV space refuses it.
     """
 
+    req_id: str
     num_prompt: int
     sampling: SamplingParams
     num_output: int = 0
     tpot_s: float = 0.0
+    priority: int = 0
     resumed: bool = False
 
 
@@ -84,6 +89,16 @@ class _Share:
     target_s: float
 
 
+@dataclass(slots=True)
+class _Waiting:
+    """A request that was refused. It holds others back once it has asked again. rank_key: lower comes first."""
+
+    rank_key: tuple[int, int]
+    share: _Share
+    asked_at: float
+    num_asked: int = 1
+
+
 class Admission:
     """Beside the scheduler whose sequences it counts; the worker's main thread calls it.
 
@@ -100,6 +115,8 @@ class Admission:
         self._refused_at = self._admitted_at = float("-inf")
         self._place_interval_s = 0.0
         self._num_intervals = 0
+        self._line: dict[str, _Waiting] = {}
+        self._num_refusals = 0
         self.num_admitted = 0
         self.num_refused = 0
         self.cycle_s = 0.0  # of the last `outlook`, for other threads
@@ -115,14 +132,19 @@ class Admission:
         self._note_size(ask)
         shares = [self._share_of(seq) for seq in self._scheduler.sequences()]
         candidate = self._candidate(ask)
-        idle = not shares and candidate.target_s >= self._tpot_s
+        ahead = [] if ask.resumed else self._ahead_of(ask, now)
+        idle = not shares and not ahead and candidate.target_s >= self._tpot_s
         # An idle worker takes it: nobody is hurt, and only what runs can correct a pessimistic model.
-        obstacle = None if idle else self._obstacle([*shares, candidate], new=not ask.resumed)
+        obstacle = None if idle else self._obstacle([*shares, *ahead, candidate], new=not ask.resumed)
         if obstacle is not None:
             self.num_refused += 1
             self._refused_at = now
             if self.policy == "enforce":
-                return Refusal(obstacle, self._wait_s(shares, candidate, new=not ask.resumed))
+                wait_s = self._wait_s(shares, candidate, new=not ask.resumed)
+                if wait_s <= LINE_WAIT_S and candidate.target_s >= self._tpot_s and not ask.resumed:
+                    self._line_up(ask, candidate, now)
+                return Refusal(obstacle, wait_s)
+        self._line.pop(ask.req_id, None)
         self._note_place(now)
         self.num_admitted += 1
         return None
@@ -152,6 +174,21 @@ class Admission:
         return Outlook(wait_s, interval_s, prefill_token_s, target_s - cycle_s, cycle_s)
 
     # -- decisions ----------------------------------------------------------------------------------------
+
+    def _ahead_of(self, ask: Ask, now: float) -> list[_Share]:
+        """Who was refused before it and still asks: small requests shall not pass a large one until it gives up."""
+        self._line = {req_id: other for req_id, other in self._line.items() if now - other.asked_at <= LINE_S}
+        own = self._line.get(ask.req_id)
+        rank_key = own.rank_key if own is not None else (ask.priority, self._num_refusals + 1)
+        return [other.share for other in self._line.values() if other.num_asked > 1 and other.rank_key < rank_key]
+
+    def _line_up(self, ask: Ask, candidate: _Share, now: float) -> None:
+        self._num_refusals += 1
+        own = self._line.get(ask.req_id)
+        if own is not None:
+            own.asked_at, own.share, own.num_asked = now, candidate, own.num_asked + 1
+        elif len(self._line) < MAX_LINE:
+            self._line[ask.req_id] = _Waiting((ask.priority, self._num_refusals), candidate, now)
 
     def _obstacle(self, shares: Sequence[_Share], *, new: bool, num_freed: int = 0) -> str | None:
         """Why these sequences cannot all be served as promised, or None. num_freed: blocks free by then besides."""

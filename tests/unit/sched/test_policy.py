@@ -46,7 +46,7 @@ class Worker:
     def ask(self, name, num_prompt=32, max_tokens=64, **fields):
         """Submit; the refusal or None."""
         params = SamplingParams(max_tokens=max_tokens, seed=1)
-        refusal = self.admission.judge(Ask(num_prompt, params, **fields), self.now)
+        refusal = self.admission.judge(Ask(name, num_prompt, params, **fields), self.now)
         if refusal is None:
             num_output, target_s = fields.get("num_output", 0), self.admission.target_of(fields.get("tpot_s", 0.0))
             tokens = [hash((name, i)) % 1000 for i in range(num_prompt + num_output)]
@@ -252,6 +252,28 @@ def test_the_outlook_of_a_full_worker_tells_how_often_places_come():
     assert outlook.place_interval_s == pytest.approx(interval_s, rel=0.6)
     assert outlook.cycle_s == pytest.approx(TPOT_S - outlook.headroom_s)
     assert 0.0 < outlook.prefill_token_s <= 0.9 * TPOT_S / 64
+
+
+@pytest.mark.parametrize("asks_again", [True, False])
+def test_small_requests_do_not_pass_a_large_one_for_as_long_as_it_asks(asks_again):
+    worker = Worker(token_s=6e-4)
+    worker.warm_up()
+    large, small, count = {"num_prompt": 60, "max_tokens": 60}, {"num_prompt": 2, "max_tokens": 60}, 0
+    while worker.ask(f"large{count}", **large) is None:
+        count += 1
+        for _ in range(3):
+            worker.step()
+    if asks_again:
+        assert worker.ask(f"large{count}", **large) is not None
+    # It would fit, and has to wait only where somebody does come again.
+    first = None if worker.ask("small", **small) is not None else "small"
+    while first is None:
+        worker.step()
+        if worker.ask("small", **small) is None:
+            first = "small"
+        elif asks_again and worker.ask(f"large{count}", **large) is None:
+            first = "large"
+    assert first == ("large" if asks_again else "small")
 
 
 @pytest.mark.parametrize("num_streams", [1, 2, 3])
