@@ -9,7 +9,7 @@ FUZZ_SEED ?= $(shell date +%s)
 # Unit, contract and simulation tests: no worker processes, no real model.
 FAST := tests/unit tests/contract tests/sim
 
-.PHONY: setup serve test test-fast test-matrix fuzz lint format clean
+.PHONY: setup serve test test-fast test-matrix test-rdma fuzz lint format clean
 
 setup: $(STAMP)
 
@@ -37,6 +37,11 @@ test-matrix: setup
 # Hostile input at full volume, a few minutes; every campaign prints what repeats it.
 fuzz: setup
 	AFD_FUZZ=full AFD_FUZZ_SEED=$(FUZZ_SEED) $(BIN)/python -m pytest tests/fuzz -s --timeout 900
+
+# The verbs transport over a real RDMA stack, in a QEMU guest of Debian's (root, apt-get; nothing of .venv is used).
+test-rdma:
+	$(PYTHON) tests/rdma/guest/boot.py run --limit 540 --set STEPMESH_TEST_RDMA_DEVICES=rxe0,rxe1 -- \
+		/usr/bin/python3 -m pytest tests/rdma tests/contract tests/unit/stepmesh/test_processes.py -k verbs
 
 lint: setup
 	$(BIN)/ruff check .

@@ -58,7 +58,8 @@ class ModelConfig(Section, frozen=True):
 
 
 class TopologyConfig(Section, frozen=True):
-    """topology: xAyF or mono.  transport: of the data plane; auto = shared memory on one host, else TCP.
+    """topology: xAyF or mono.  transport: of the data plane; auto = shared memory on one host, RDMA between hosts that
+    both have an active port (verbs), else TCP.
 
     wire: type of the rows from attention to FFN; auto = model.dtype, fp8 = e4m3 with a scale for each 128 columns.
     Answers come back in model.dtype, or in bf16 or fp32 where that is set.
@@ -69,12 +70,30 @@ class TopologyConfig(Section, frozen=True):
 
     topology: str = "1A1F"
     ranks_per_instance: Literal[1] = 1
-    transport: Literal["auto", "shm", "tcp"] = "auto"
+    transport: Literal["auto", "shm", "verbs", "tcp"] = "auto"
     wire: Literal["auto", "fp8", "bf16", "fp32"] = "auto"
     ffn_parallel: FfnParallel = FfnParallel.HYBRID
     checksum: bool = False
     secret_file: str = ""  # "" with `afd up`: a fresh secret for this run, handed to the children by pipe
     recovery_timeout_s: Positive = 2.0
+
+
+class VerbsConfig(Section, frozen=True):
+    """RDMA connections of the data plane: `stepmesh.config.VerbsOptions`, key for key (docs/rdma.md).
+
+    device: "mlx5_0" or "mlx5_0:2"; "" = chosen.  near: PCI address of the GPU whose nearest port is wanted.
+    gid_index: -1 = RoCE v2, IPv4 first.  mtu_bytes: 0 = what both ports have.
+    """
+
+    device: str = ""
+    near: str = ""
+    gid_index: Annotated[int, msgspec.Meta(ge=-1, le=255)] = -1
+    mtu_bytes: Literal[0, 256, 512, 1024, 2048, 4096] = 0
+    service_level: Annotated[int, msgspec.Meta(ge=0, le=15)] = 0
+    traffic_class: Annotated[int, msgspec.Meta(ge=0, le=255)] = 0
+    timeout: Annotated[int, msgspec.Meta(ge=0, le=31)] = 14
+    retry_count: Annotated[int, msgspec.Meta(ge=0, le=7)] = 6
+    rnr_retry: Annotated[int, msgspec.Meta(ge=0, le=7)] = 6
 
 
 class AttentionConfig(Listener, frozen=True):
@@ -164,6 +183,7 @@ class ClusterConfig(Section, frozen=True):
 
     model: ModelConfig = ModelConfig()
     cluster: TopologyConfig = TopologyConfig()
+    verbs: VerbsConfig = VerbsConfig()
     attention: AttentionConfig = AttentionConfig()
     ffn: FfnConfig = FfnConfig()
     coordinator: CoordinatorConfig = CoordinatorConfig()

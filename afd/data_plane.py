@@ -6,11 +6,12 @@ import hashlib
 import json
 from collections.abc import Iterable
 
+import msgspec
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from afd.config import ClusterConfig
 from afd.messages.membership import ClusterView, MeshAddress
-from stepmesh.config import MeshConfig
+from stepmesh.config import MeshConfig, VerbsOptions
 from stepmesh.layout import PayloadLayout
 from stepmesh.mesh import Mesh
 from stepmesh.types import Address, Member, RankId, Role, WireDtype
@@ -63,6 +64,7 @@ def mesh_config(
         listen_port=section.mesh_port,
         advertise_host=section.advertise_host or None,
         transport=config.cluster.transport,
+        verbs=VerbsOptions(**msgspec.structs.asdict(config.verbs)),
         stall_timeout_s=config.coordinator.stall_timeout_s,
         checksum=config.cluster.checksum,
     )

@@ -39,7 +39,7 @@ FLAGS = (
     Flag("--dtype", ("model.dtype",), "compute dtype", EVERY, choices=("float32", "bfloat16")),
     Flag("--max-context", ("model.max_context",), "tokens per request, 0 = the model's own", EVERY, int, metavar="N"),
     Flag("--topology", ("cluster.topology",), "xAyF, such as 2A1F, or mono", EVERY),
-    Flag("--transport", ("cluster.transport",), "of the data plane", COMPUTE, choices=("auto", "shm", "tcp")),
+    Flag("--transport", ("cluster.transport",), "of the data plane", COMPUTE, choices=("auto", "shm", "verbs", "tcp")),
     Flag("--ffn-parallel", ("cluster.ffn_parallel",), "cut of an FFN layer", EVERY, choices=("hybrid", "tp", "ep")),
     Flag("--secret-file", ("cluster.secret_file",), "the cluster's secret, the same file everywhere", EVERY),
     Flag("--checksum", ("cluster.checksum",), "checksum of every payload", COMPUTE, choices=("true", "false")),

@@ -77,6 +77,11 @@ class HostFabric(Fabric):
     def transports(self) -> tuple[str, ...]:
         return self._transports
 
+    @property
+    def rdma(self) -> VerbsEndpoint | None:
+        """This rank's RDMA port, if it offers verbs."""
+        return self._rdma
+
     def connect(self, address: Address) -> Link:
         unreachable = "the peer listens on no UNIX socket"
         if "shm" in self._transports and address.unix:

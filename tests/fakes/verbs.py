@@ -29,6 +29,7 @@ from stepmesh.transports.verbs.base import (
     QueuePair,
     Region,
     Remote,
+    RowSource,
     Verbs,
     Wire,
 )
@@ -65,6 +66,8 @@ class FakeVerbs(Verbs):
         self.regions: dict[int, FakeRegion] = {}
         self.adapters: list[FakeAdapter] = []
         self.numbers = itertools.count(0x100)
+        self.takes_dmabuf = True
+        self.dmabuf_addresses: dict[int, int] = {}  # what an exporter's descriptor begins with, offset included
         self.paused = False
         self.routed = True  # False: no packet finds its way
         self._waiting: deque[Callable[[], None]] = deque()
@@ -113,7 +116,11 @@ class FakeAdapter(Adapter):
         return FakeRegion(self.verbs, address, address, num_bytes, remote=remote)
 
     def register_dmabuf(self, fd: int, offset: int, num_bytes: int, *, remote: bool) -> FakeRegion:
-        raise TransportError("this device registers no dma-buf")
+        if not self.verbs.takes_dmabuf:
+            raise TransportError("cannot register device memory: Operation not supported")
+        os.fstat(fd)  # open, as the kernel wants it
+        address = self.verbs.dmabuf_addresses[fd]
+        return FakeRegion(self.verbs, offset, address, num_bytes, remote=remote)
 
     def create_queue_pair(self, gid_index: int, limits: QueueLimits) -> FakeQueuePair:
         assert any(gid.number == gid_index for gid in self.port.gids)
@@ -221,14 +228,24 @@ class FakeQueuePair(QueuePair):
     def connect(self, psn: int, remote: Remote, wire: Wire, lkey: int, rkey: int) -> None:
         self.connection = Connection(remote, wire, lkey, rkey)
 
-    def post_frame(self, wr_id: int, signalled: bool, source: int, target: int, head: int, size: int, imm: int) -> None:
+    def post_frame(
+        self,
+        wr_id: int,
+        signalled: bool,
+        source: int,
+        target: int,
+        head: int,
+        size: int,
+        imm: int,
+        rows: RowSource | None = None,
+    ) -> None:
         inline = head <= self.inline_bytes
-        num_requests = 1 if head == size else 2
+        num_requests = 1 if head == size else 2 if rows is None else 3
         self._take(wr_id, num_requests)
         self.send_queue.posts.append(Posted(num_requests, signalled, inline, size, imm))
         copied = ctypes.string_at(source, head) if inline else None
         covered = self._cover(num_requests, signalled)
-        self.verbs.transfer(lambda: self._write_frame(wr_id, covered, source, target, head, size, imm, copied))
+        self.verbs.transfer(lambda: self._write_frame(wr_id, covered, source, target, head, size, imm, copied, rows))
 
     def post_probe(self, wr_id: int) -> None:
         self._take(wr_id, 1)
@@ -291,7 +308,16 @@ class FakeQueuePair(QueuePair):
             self._succeed(wr_id, covered)
 
     def _write_frame(
-        self, wr_id: int, covered: int, source: int, target: int, head: int, size: int, imm: int, copied: bytes | None
+        self,
+        wr_id: int,
+        covered: int,
+        source: int,
+        target: int,
+        head: int,
+        size: int,
+        imm: int,
+        copied: bytes | None,
+        rows: RowSource | None,
     ) -> None:
         if self.number not in self.verbs.queue_pairs:
             return  # destroyed with its requests
@@ -309,6 +335,10 @@ class FakeQueuePair(QueuePair):
             self.fail(wr_id, REM_ACCESS_ERR)
             return
         ctypes.memmove(remote + head, local + head, size - head)
+        if rows is not None:
+            taken = self.verbs.regions[rows.lkey].at(rows.base, rows.num_bytes)
+            assert taken is not None, "the rows lie outside of their region"
+            ctypes.memmove(remote + head, taken, rows.num_bytes)
         if not peer.receives:
             self.fail(wr_id, RNR_RETRY_EXC_ERR)
             return

@@ -86,6 +86,14 @@ class Remote:
     lid: int
 
 
+class RowSource(NamedTuple):
+    """Registered memory from which a frame's bytes right behind its head are taken, instead of from the slot."""
+
+    base: int  # as work requests call it
+    num_bytes: int
+    lkey: int
+
+
 class Region(ABC):
     """Registered memory. Whoever made it keeps the memory alive; `close` ends all access by the device."""
 
@@ -113,11 +121,21 @@ class QueuePair(ABC):
         """Ready to receive and to send. Frames are read under `lkey` and written under `rkey`."""
 
     @abstractmethod
-    def post_frame(self, wr_id: int, signalled: bool, source: int, target: int, head: int, size: int, imm: int) -> None:
+    def post_frame(
+        self,
+        wr_id: int,
+        signalled: bool,
+        source: int,
+        target: int,
+        head: int,
+        size: int,
+        imm: int,
+        rows: RowSource | None = None,
+    ) -> None:
         """Write `size` bytes from `source` to `target`: what is behind `head` first, then the head with the immediate.
 
-        The peer sees the immediate when all of it is in place. One doorbell, one work request if head == size and else
-        two; the last one is `signalled` or not.
+        The peer sees the immediate when all of it is in place. One doorbell; one work request if head == size, else
+        two, and one more with `rows`. The last one is `signalled` or not.
         """
 
     @abstractmethod

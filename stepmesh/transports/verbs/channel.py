@@ -24,7 +24,7 @@ from stepmesh.config import VerbsOptions
 from stepmesh.errors import ProtocolError, TransportError
 from stepmesh.layout import HEADER_BYTES, NUM_PARITIES
 from stepmesh.transports.base import Channel, ChannelSpec, Failure, Offer, Posted, close_fds
-from stepmesh.transports.verbs.base import QueueLimits, QueuePair, Region, Remote, Wire
+from stepmesh.transports.verbs.base import QueueLimits, QueuePair, Region, Remote, RowSource, Wire
 from stepmesh.transports.verbs.ledger import SendLedger
 from stepmesh.transports.verbs.selection import common_mtu
 from stepmesh.transports.verbs.status import FLUSHED, SUCCESS, explain
@@ -39,14 +39,14 @@ SERIAL_SHIFT = 32
 _RECEIVE = 1 << 31
 _PROBE = 1 << 30
 _COVERED_MASK = _PROBE - 1
-_WRITES_PER_FRAME = 2
+_WRITES_PER_FRAME = 3  # rows from elsewhere, the rest of the payload, the header
 _NOTHING: tuple[Posted, ...] = ()
 
 
 def limits(num_streams: int) -> QueueLimits:
     """What a pair's queues must hold: every slot's frame, twice over."""
     num_slots = num_streams * NUM_PARITIES
-    return QueueLimits(num_writes=max(16, 2 * _WRITES_PER_FRAME * num_slots), num_receives=2 * num_slots)
+    return QueueLimits(num_writes=max(24, 2 * _WRITES_PER_FRAME * num_slots), num_receives=2 * num_slots)
 
 
 class VerbsChannel(Channel):
@@ -68,8 +68,8 @@ class VerbsChannel(Channel):
         self._psn = int.from_bytes(hmac.digest(spec.session_secret, b"psn", "sha256")[:3], "little")
         queues = limits(spec.num_streams)
         self._ledger = SendLedger(queues.num_writes, _WRITES_PER_FRAME)
-        self._backlog: deque[Posted] = deque()  # posts that the send queue had no room for
-        self._frame_bytes: dict[Posted, int] = {}
+        # Posts that the send queue had no room for.
+        self._backlog: deque[tuple[Posted, int, RowSource | None]] = deque()
         self._arrived: deque[Posted] = deque()
         self._last_seq = [0] * spec.num_streams
         self._target = 0  # where the peer's slots begin
@@ -148,15 +148,17 @@ class VerbsChannel(Channel):
         return self._rx.slots[NUM_PARITIES * stream + parity]
 
     def post(self, stream: int, parity: int, seq: int, frame_bytes: int) -> None:
+        self.post_with_rows(Posted(stream, parity, seq), frame_bytes, None)
+
+    def post_with_rows(self, posted: Posted, frame_bytes: int, rows: RowSource | None) -> None:
+        """As `post`; with the payload's first bytes from `rows`, which must not change until it is answered."""
         if self._qp is None or self._failure is not None:
             return
-        posted = Posted(stream, parity, seq)
         if self._backlog or not self._ledger.has_room(_WRITES_PER_FRAME):
-            self._backlog.append(posted)
-            self._frame_bytes[posted] = frame_bytes
+            self._backlog.append((posted, frame_bytes, rows))
             self._endpoint.drain()
         else:
-            self._send(self._qp, posted, frame_bytes)
+            self._send(self._qp, posted, frame_bytes, rows)
 
     def poll(self) -> Sequence[Posted]:
         arrived = self._arrived
@@ -180,7 +182,6 @@ class VerbsChannel(Channel):
         while self._regions:
             self._regions.pop().close()
         self._backlog.clear()
-        self._frame_bytes.clear()
 
     def completed(self, wr_id: int, status: int, imm: int) -> None:
         """A work request of this channel is over. From the endpoint."""
@@ -198,17 +199,18 @@ class VerbsChannel(Channel):
             if wr_id & _PROBE:
                 self._reachable = True
             while self._backlog and self._ledger.has_room(_WRITES_PER_FRAME):
-                posted = self._backlog.popleft()
-                self._send(qp, posted, self._frame_bytes.pop(posted))
+                self._send(qp, *self._backlog.popleft())
 
-    def _send(self, qp: QueuePair, posted: Posted, frame_bytes: int) -> None:
-        head = frame_bytes if frame_bytes <= qp.inline_bytes else HEADER_BYTES
-        covered = self._ledger.post(1 if head == frame_bytes else _WRITES_PER_FRAME)
+    def _send(self, qp: QueuePair, posted: Posted, frame_bytes: int, rows: RowSource | None) -> None:
+        head = frame_bytes if frame_bytes <= qp.inline_bytes and rows is None else HEADER_BYTES
+        covered = self._ledger.post(1 if head == frame_bytes else 2 if rows is None else _WRITES_PER_FRAME)
         offset = self._tx.slot_bytes * (NUM_PARITIES * posted.stream + posted.parity)
         imm = posted.stream << _SEQ_BITS | posted.seq & _SEQ_MASK
         source = self._tx.region.base + offset
         try:
-            qp.post_frame(self._serial | covered, covered > 0, source, self._target + offset, head, frame_bytes, imm)
+            qp.post_frame(
+                self._serial | covered, covered > 0, source, self._target + offset, head, frame_bytes, imm, rows
+            )
         except TransportError as error:
             self._failure = Failure(str(error), False)
 
@@ -234,7 +236,6 @@ class VerbsChannel(Channel):
         self._cause_unknown = status == FLUSHED
         self._failure = Failure(f"RDMA {what} over {self._endpoint.selection.port.device}: {explain(status)}", False)
         self._backlog.clear()
-        self._frame_bytes.clear()
 
 
 class _Slots:

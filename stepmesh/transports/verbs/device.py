@@ -40,6 +40,7 @@ from stepmesh.transports.verbs.base import (
     QueuePair,
     Region,
     Remote,
+    RowSource,
     Verbs,
     Wire,
 )
@@ -92,6 +93,8 @@ class PyAdapter(Adapter):
             self.close()
             raise
         self.body, self.head = _send_request(e.IBV_WR_RDMA_WRITE), _send_request(e.IBV_WR_RDMA_WRITE_WITH_IMM)
+        self.rows = _send_request(e.IBV_WR_RDMA_WRITE)
+        self.rows.request.next_wr = self.body.request
         self.body.request.next_wr = self.head.request
         self.probe = _send_request(e.IBV_WR_RDMA_WRITE)
         self.receive = RecvWR(num_sge=1, sg=[SGE(0, 0, 0)])
@@ -218,7 +221,17 @@ class PyQueuePair(QueuePair):
             self._qp.to_rtr(attributes)
             self._qp.to_rts(attributes)
 
-    def post_frame(self, wr_id: int, signalled: bool, source: int, target: int, head: int, size: int, imm: int) -> None:
+    def post_frame(
+        self,
+        wr_id: int,
+        signalled: bool,
+        source: int,
+        target: int,
+        head: int,
+        size: int,
+        imm: int,
+        rows: RowSource | None = None,
+    ) -> None:
         adapter, lkey, rkey = self._adapter, self._lkey, self._rkey
         flags = e.IBV_SEND_SIGNALED if signalled else 0
         if head <= self.inline_bytes:
@@ -229,8 +242,14 @@ class PyQueuePair(QueuePair):
         request.wr_id, request.send_flags, request.imm_data = wr_id, flags, socket.htonl(imm)
         request.set_wr_rdma(rkey, target)
         if size > head:
-            adapter.body.place(source + head, size - head, lkey)
+            start = head if rows is None else head + rows.num_bytes
+            adapter.body.place(source + start, size - start, lkey)
             first = adapter.body.request
+            first.wr_id = wr_id
+            first.set_wr_rdma(rkey, target + start)
+        if rows is not None:
+            adapter.rows.place(rows.base, rows.num_bytes, rows.lkey)
+            first = adapter.rows.request
             first.wr_id = wr_id
             first.set_wr_rdma(rkey, target + head)
         try:

@@ -16,7 +16,7 @@ echo 1 > /proc/sys/net/ipv4/conf/default/accept_local
   for i in 0 1; do
     address=10.77.0.$((i + 1))
     table=$((100 + i))
-    echo "link add nic$i mtu 4200 type veth peer name port$i mtu 4200"
+    echo "link add nic$i address 02:00:00:00:00:0$i mtu 4200 type veth peer name port$i mtu 4200"
     echo "link set port$i master bridge0 up"
     echo "link set nic$i up"
     echo "addr add $address/24 dev nic$i"
@@ -24,6 +24,9 @@ echo 1 > /proc/sys/net/ipv4/conf/default/accept_local
     echo "route add local $address/32 dev nic$i table $table"
     echo "rule add pref $((10 + i)) oif nic$i lookup $table"
   done
+  # Known from the start: rxe drops packets while the kernel asks for an address.
+  echo "neigh add 10.77.0.2 lladdr 02:00:00:00:00:01 dev nic0 nud permanent"
+  echo "neigh add 10.77.0.1 lladdr 02:00:00:00:00:00 dev nic1 nud permanent"
   # The rule for local addresses has to come behind those.
   echo "rule add pref 1000 lookup local"
   echo "rule del pref 0"

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from stepmesh import CombineArrived, CombineMeta, DispatchArrived, Event, Member, Mesh, PeerDown, PeerUp
-from tests.contract.world import Holdings, World, attention, ffn, make_parts
+from tests.contract.world import RDMA_DEVICES, Holdings, World, attention, ffn, make_parts
 
 A0, F0 = attention(0), ffn(0)
 LIMIT_S = 30.0
@@ -63,7 +63,8 @@ class Server:
         self.process.close()
 
 
-@pytest.fixture(params=["shm", "tcp"])
+# Over the twin of a device two processes would not meet: verbs only where there is a real one (make test-rdma).
+@pytest.fixture(params=["shm", "tcp", *(["verbs"] if RDMA_DEVICES else [])])
 def world(request: pytest.FixtureRequest) -> Iterator[World]:
     # The first spawn starts a resource tracker that stays: not ours to count.
     from multiprocessing import resource_tracker
