@@ -219,7 +219,7 @@ def call(channel: grpc.Channel, method: str, body: bytes, token: str | None = TO
 
 
 def test_hostile_calls_over_grpc(server: CoordinatorServer) -> None:
-    num_cases = volume(2_000, 150)
+    num_cases = volume(2_000, 100)
     rng = generator("coordinator over gRPC", num_cases)
     state = fresh_state()
     seen: dict[grpc.StatusCode, int] = {}

@@ -112,7 +112,7 @@ def alarm() -> Any:
 @pytest.mark.parametrize("policy", ["off", "enforce"])
 @async_test
 async def test_mutated_frames(alarm: Alarm, policy: str) -> None:
-    num_cases = volume(25_000, 1_200)
+    num_cases = volume(25_000, 800)
     rng = generator(f"frames to a gateway, sla {policy}", num_cases)
     gauge = MemoryGauge(num_cases // BURST)
     clients: set[asyncio.Task[None]] = set()
@@ -150,7 +150,7 @@ async def test_mutated_frames(alarm: Alarm, policy: str) -> None:
             rig.worker._gate = None
             assert (await rig.complete([1, 2], max_tokens=1)).status_code == 200
     assert alarm.raised == []
-    assert num_requests > 2 * NUM_CLIENTS
+    assert num_requests > NUM_CLIENTS
 
 
 def forget_old(rig: Rig, live: set[str]) -> None:
