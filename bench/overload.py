@@ -35,6 +35,7 @@ def flags_of(args: argparse.Namespace, policy: str) -> list[str]:
         *("--topology", "mono", "--sla-policy", policy),
         *("--sla-tpot-ms", str(args.tpot_ms), "--sla-ttft-ms", str(args.ttft_ms)),
         *("--set", f"attention.modelled={args.modelled}"),
+        *("--set", f"attention.min_chunk_tokens={args.min_chunk}"),
     ]
 
 
@@ -169,6 +170,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--policies", default="enforce,observe,off")
     parser.add_argument("--modelled", default="base_ms=6,token_us=600,context_us=0.2", help="attention.modelled")
+    parser.add_argument("--min-chunk", type=int, default=16, help="prefill tokens that each step can afford")
     parser.add_argument("--tpot-ms", type=float, default=50.0)
     parser.add_argument("--ttft-ms", type=float, default=2000.0)
     parser.add_argument("--input-len", type=int, default=32)

@@ -9,7 +9,7 @@ from afd.messages.serving import WorkerStats
 
 # Whoever is let in shall not wait in vain: the prediction may take this share of the time there is, less what reports
 # and probes are old.
-PLANNED = 0.8
+PLANNED = 0.7
 STALENESS_S = 0.1
 
 
