@@ -370,7 +370,7 @@ def test_200_join_and_leave_cycles_leave_nothing_behind(world: World, caplog: py
         if cycle in (109, 199):
             gc.collect()
             # Without what the twin of the verbs library writes down for tests.
-            ours = sum(not type(one).__module__.startswith("tests.") for one in gc.get_objects())
+            ours = sum(not str(type(one).__module__).startswith("tests.") for one in gc.get_objects())
             held.append((Holdings.now(), ours))
     (first, num_objects), (last, num_objects_then) = held
     assert last == first
