@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from stepmesh.config import MeshConfig
 from stepmesh.errors import FrameError, StaleArrivalError
-from stepmesh.layout import NUM_PARITIES, frame_bytes
+from stepmesh.layout import NUM_PARITIES, TRAILER_BYTES, trailer_offset
 from stepmesh.session import Notice, Session
 from stepmesh.slots import CombineView, Slot, copy_section, rises_below
 from stepmesh.stats import PeerStats
@@ -37,6 +37,7 @@ from stepmesh.wire import (
     DATA_MAGIC,
     HEADER,
     PROTOCOL_VERSION,
+    SEQ,
     ControlFrame,
     Heartbeat,
     check_frame,
@@ -45,7 +46,6 @@ from stepmesh.wire import (
     encode_heartbeat,
     read_header,
     seal_checksum,
-    write_trailer,
 )
 
 _LOW64 = (1 << 64) - 1
@@ -149,10 +149,11 @@ class Pair(ABC):
         return slot, header
 
     def _post(self, slot: Slot, stream: int, seq: int, payload_bytes: int) -> None:
-        write_trailer(slot.memory, payload_bytes, seq)
+        end = trailer_offset(payload_bytes)
+        SEQ.pack_into(slot.memory, end, seq)
         if self._checksum_kind is CHECKSUM_CRC32:
             seal_checksum(slot.memory, payload_bytes)
-        self.channel.post(stream, seq & 1, seq, frame_bytes(payload_bytes))
+        self.channel.post(stream, seq & 1, seq, end + TRAILER_BYTES)
         self.stats.sent_messages += 1
         self.stats.sent_bytes += payload_bytes
 

@@ -66,8 +66,10 @@ class DispatchWindow:
     def accept(self, header: Header) -> tuple[Verdict, int]:
         """Judge a combine; returns (verdict, time the dispatch was sent). Raises FrameError."""
         exchanges = self._open[header.stream]
-        place = next((i for i, exchange in enumerate(exchanges) if exchange.seq == header.seq), None)
-        if place is None:
+        place = len(exchanges) - 1
+        while place >= 0 and exchanges[place].seq != header.seq:
+            place -= 1
+        if place < 0:
             raise FrameError(f"combine for seq {header.seq} of stream {header.stream}, which awaits no answer")
         exchange = exchanges[place]
         if header.epoch != exchange.epoch:
