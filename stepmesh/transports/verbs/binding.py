@@ -7,8 +7,11 @@ work; what differs between them is told apart by feature, not by number.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import logging
 import os
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -29,7 +32,8 @@ def load() -> Verbs:
     if not _DEVICES.is_dir() or not os.listdir(_DEVICES):
         raise VerbsUnavailable(f"no RDMA device ({_DEVICES} is empty or missing)")
     try:
-        importlib.import_module("pyverbs.device")
+        with _logging_left_alone():
+            importlib.import_module("pyverbs.device")
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != "pyverbs":
             raise VerbsUnavailable(f"pyverbs is incomplete: {error}") from error
@@ -43,6 +47,19 @@ def load() -> Verbs:
     device = importlib.import_module("stepmesh.transports.verbs.device")
     verbs: Verbs = device.PyVerbs(f"pyverbs of rdma-core {release or 'of unknown release'}")
     return verbs
+
+
+@contextlib.contextmanager
+def _logging_left_alone() -> Iterator[None]:
+    """pyverbs gives the root logger a handler and a level when it is imported: both are the application's to choose."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    try:
+        yield
+    finally:
+        for handler in [handler for handler in root.handlers if handler not in handlers]:
+            root.removeHandler(handler)
+        root.setLevel(level)
 
 
 def _release() -> int:

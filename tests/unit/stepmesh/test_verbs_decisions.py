@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 
 import pytest
@@ -148,6 +149,38 @@ def test_options_out_of_range_are_all_named() -> None:
 def test_a_host_without_rdma_devices_says_so(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setattr(binding, "_DEVICES", tmp_path / "nothing")
     with pytest.raises(binding.VerbsUnavailable, match="no RDMA device"):
+        binding.load()
+
+
+def test_the_import_of_pyverbs_does_not_configure_logging(
+    tmp_path,  # type: ignore[no-untyped-def]
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "mlx5_0").mkdir()
+    monkeypatch.setattr(binding, "_DEVICES", tmp_path)
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+
+    def configure(name: str) -> None:
+        root.addHandler(logging.StreamHandler())
+        root.setLevel(logging.INFO)
+        raise ImportError("enough seen")
+
+    monkeypatch.setattr(binding.importlib, "import_module", configure)
+    with pytest.raises(binding.VerbsUnavailable):
+        binding.load()
+    assert (root.handlers, root.level) == (handlers, level)
+
+
+def test_a_pyverbs_older_than_those_that_work_is_refused(
+    tmp_path,  # type: ignore[no-untyped-def]
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "mlx5_0").mkdir()
+    monkeypatch.setattr(binding, "_DEVICES", tmp_path)
+    monkeypatch.setattr(binding.importlib, "import_module", lambda name: None)
+    monkeypatch.setattr(binding.metadata, "version", lambda name: "28.0")
+    with pytest.raises(binding.VerbsUnavailable, match="of rdma-core 28, at least 44 is needed"):
         binding.load()
 
 
