@@ -24,8 +24,8 @@ def feed(fitted, truth, rng, count, *, tokens=None, noise=0.05, factor=1.0):
 
 @settings(max_examples=40, derandomize=True, deadline=None)
 @given(
-    base_ms=st.floats(0.2, 30),
-    token_us=st.floats(5, 2000),
+    base_ms=st.floats(2, 30),
+    token_us=st.floats(20, 2000),
     context_us=st.floats(0, 0.5),
     seed=st.integers(0, 1000),
 )
