@@ -1,5 +1,6 @@
 #include "api.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <memory>
@@ -118,7 +119,7 @@ int32_t attend(const KernelTable& kernels, const AttentionArgs& args, int num_th
     for (const AttentionItem& item : plan.items)
         if (item.first_state >= 0) job.chunks_left[item.first_state].store(plan.tiles[item.tile].num_chunks());
     run_parallel(
-        static_cast<int>(plan.items.size()), num_threads,
+        static_cast<int>(plan.items.size()), plan.num_threads,
         [](void* context, int item) { static_cast<AttentionJob*>(context)->run(item); }, &job);
     return job.out_of_memory ? kOutOfMemory : kOk;
 }
@@ -231,8 +232,10 @@ int32_t afd_gemm_bf16(int32_t isa, int32_t num_threads, const void* x, const voi
                       int64_t x_stride, int64_t w_stride, int64_t out_stride, int32_t m, int32_t n, int32_t k) {
     const GemmArgs args{x, w, out, x_stride, w_stride, out_stride, out_dtype, m, n, k};
     const KernelTable& kernels = table_of(isa);
-    constexpr int kRowGrain = 32;  // rows of w: whole cache lines of every output
-    run_ranges(n, kRowGrain, num_threads, [&](int begin, int end) { kernels.gemm(args, begin, end); });
+    constexpr int kRowGrain = 32;                   // rows of w: whole cache lines of every output
+    constexpr int64_t kBytesPerThread = 256 << 10;  // less is read in the time it takes to wake a thread
+    const int64_t busy = std::clamp<int64_t>(static_cast<int64_t>(n) * k * 2 / kBytesPerThread, 1, num_threads);
+    run_ranges(n, kRowGrain, static_cast<int>(busy), [&](int begin, int end) { kernels.gemm(args, begin, end); });
     return kOk;
 }
 

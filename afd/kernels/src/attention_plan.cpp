@@ -10,10 +10,16 @@ constexpr int kItemsPerThread = 4;
 // Query heads of a KV head up to which tiles of several KV heads pay: with more, their sums of values push K and V out
 // of the L1 cache.
 constexpr int kJoinedHeads = 4;
-// Work of a chunk, in units of one row's: reading and transposing the keys of a KV head costs about as much as 8 rows.
+// Work, in units of one row and one dimension of one key: reading and transposing the keys of a KV head costs about as
+// much as 8 rows. A microsecond is some 20,000 units (AVX-512).
 constexpr int64_t kKeysCost = 8;
+// Work that is worth a thread: less takes no longer than to wake one.
+constexpr int64_t kCostPerThread = 200'000;
 
-int64_t cost_of(const AttentionTile& t) { return t.num_chunks() * (kKeysCost * t.num_kv_heads + t.num_rows()); }
+int64_t cost_of(const AttentionArgs& a, const AttentionTile& t) {
+    const int64_t rows = kKeysCost * t.num_kv_heads + t.num_rows();
+    return rows * (t.key_end - t.key_begin) * a.head_dim;
+}
 
 // The first key that the query at `position` sees.
 int first_key(int position, int window) { return window > 0 ? std::max(0, position + 1 - window) : 0; }
@@ -77,11 +83,12 @@ AttentionPlan plan_attention(const AttentionArgs& a, int num_threads) {
                                (num_threads == 1 || a.num_seqs >= num_threads * kItemsPerThread);
     for (int seq = 0; seq < a.num_seqs; ++seq) add_tiles(a, seq, join_kv_heads, &plan.tiles);
     int64_t total = 0;
-    for (const AttentionTile& t : plan.tiles) total += cost_of(t);
-    const int64_t share = total / (static_cast<int64_t>(num_threads) * kItemsPerThread);
+    for (const AttentionTile& t : plan.tiles) total += cost_of(a, t);
+    plan.num_threads = static_cast<int>(std::clamp<int64_t>(total / kCostPerThread, 1, num_threads));
+    const int64_t share = total / (static_cast<int64_t>(plan.num_threads) * kItemsPerThread);
     for (int32_t i = 0; i < static_cast<int32_t>(plan.tiles.size()); ++i) {
         const AttentionTile& t = plan.tiles[i];
-        if (num_threads == 1 || t.num_chunks() == 1 || cost_of(t) <= share) {
+        if (plan.num_threads == 1 || t.num_chunks() == 1 || cost_of(a, t) <= share) {
             plan.items.push_back({i, t.chunk_begin, t.chunk_end, -1});
             continue;
         }

@@ -19,6 +19,7 @@ struct AttentionPlan {
     std::vector<AttentionTile> tiles;
     std::vector<AttentionItem> items;
     int num_states = 0;
+    int num_threads = 1;  // as many of those offered as have enough to do
 };
 
 // Why a batch is refused; `seq` and `value` say where.

@@ -95,16 +95,25 @@ def test_workers_start_when_wanted_and_end_when_told(library: ctypes.CDLL) -> No
     kernels.close()
 
 
+def test_little_work_wakes_nobody(library: ctypes.CDLL) -> None:
+    kernels = NativeKernels(library, "portable")
+    kernels.close()
+    make_batch(BatchShape(((100, 1), (20, 2)))).run(kernels, 4)
+    x, w = torch.ones(4, 64, dtype=torch.bfloat16), torch.ones(512, 64, dtype=torch.bfloat16)
+    kernels.gemm_bf16_small(x, w, torch.empty(4, 512), 4)
+    assert kernels.num_workers() == 0
+
+
 def test_fork_and_exit_with_workers_up(library: ctypes.CDLL) -> None:
     """A forked child has workers of its own, and neither process hangs on its way out."""
     code = (
         "import os, sys, torch, afd.kernels as k\n"
-        "x = torch.ones(4, 64, dtype=torch.bfloat16); w = torch.ones(512, 64, dtype=torch.bfloat16)\n"
+        "x = torch.ones(4, 512, dtype=torch.bfloat16); w = torch.ones(4096, 512, dtype=torch.bfloat16)\n"
         "k.gemm_bf16_small(x, w, num_threads=3)\n"
         "pid = os.fork()\n"
         "total = float(k.gemm_bf16_small(x, w, num_threads=2).sum())\n"
         "workers = k.select_kernels().num_workers()\n"
-        "if pid == 0: sys.exit(0 if (total, workers) == (64.0 * 4 * 512, 1) else 1)\n"
+        "if pid == 0: sys.exit(0 if (total, workers) == (512.0 * 4 * 4096, 1) else 1)\n"
         "print(total, workers, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))\n"
     )
     ran = subprocess.run(
@@ -115,7 +124,7 @@ def test_fork_and_exit_with_workers_up(library: ctypes.CDLL) -> None:
         timeout=60,
         check=False,
     )
-    assert (ran.returncode, ran.stdout.split()) == (0, [str(64.0 * 4 * 512), "2", "0"]), ran.stderr
+    assert (ran.returncode, ran.stdout.split()) == (0, [str(512.0 * 4 * 4096), "2", "0"]), ran.stderr
 
 
 def test_functions_allocate_their_result() -> None:
