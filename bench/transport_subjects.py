@@ -132,6 +132,7 @@ def mesh_driver(pipe: Connection, shape: Shape, transport: str, rank: int, serve
                 raise TimeoutError(f"connected to {connected} of {peers}")
         source = dispatch_parts(mesh, peers[0], shape, rank)
         check_answers(mesh, peers, shape, source)
+        mesh.idle(0)  # whoever has work under way must not sit here while others start
         pipe.send("ready")
         while (count := pipe.recv()) > 0:
             pipe.send([round_trip(mesh, peers, shape, source, step) for step in range(count)])

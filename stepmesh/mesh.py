@@ -34,7 +34,7 @@ from stepmesh.spin import SpinPolicy
 from stepmesh.stats import MeshStats
 from stepmesh.topology import Membership, MembershipChange
 from stepmesh.trace import Stage, Trace
-from stepmesh.transports.base import Fabric, Link
+from stepmesh.transports.base import Fabric, Link, Posted
 from stepmesh.transports.host import HostFabric
 from stepmesh.types import (
     Address,
@@ -117,7 +117,7 @@ class Mesh:
         self._apply(self._membership.set_members(epoch, members))
         for pair in self._live:
             if isinstance(pair, FfnPair):
-                self._take_from(pair, parked=True)
+                self._take(pair, pair.unpark())
 
     def retire_epoch(self, epoch: int) -> None:
         """This epoch and all before it are over: ranks that are in no other are dropped. Idempotent."""
@@ -339,16 +339,16 @@ class Mesh:
 
     def _poll(self) -> None:
         for pair in self._live:
-            self._take_from(pair)
+            if posts := pair.channel.poll():
+                self._take(pair, posts)
 
-    def _take_from(self, pair: Pair, *, parked: bool = False) -> None:
+    def _take(self, pair: Pair, posts: Sequence[Posted]) -> None:
         try:
-            arrived = pair.unpark() if parked and isinstance(pair, FfnPair) else pair.poll()
+            arrived = pair.take(posts)
         except FrameError as error:
             self._reject(pair, str(error))
             return
-        if arrived:
-            self._events.extend(arrived)
+        self._events.extend(arrived)
 
     def _spin(self, start: float, deadline: float) -> None:
         budget_s = self._spin_policy.budget_s()
@@ -398,7 +398,7 @@ class Mesh:
             if self._pairs.get(pair.peer) is pair:  # nothing is heard of a peer behind its CLOSE
                 self._heed(pair, notice)
         if closed is not None and self._pairs.get(pair.peer) is pair:
-            self._take_from(pair)  # what it sent before it went
+            self._take(pair, pair.channel.poll())  # what it sent before it went
         if closed is not None:
             self._drop(pair, closed, retryable=True)
 
@@ -409,7 +409,7 @@ class Mesh:
         elif isinstance(notice, Draining):
             self._events.append(PeerDraining(pair.peer))
         elif isinstance(notice, Ended):
-            self._take_from(pair)
+            self._take(pair, pair.channel.poll())
             self._drop(pair, notice.reason, retryable=notice.retryable)
 
     def _bring_up(self, pair: Pair, now: float) -> None:

@@ -96,9 +96,13 @@ class Pair(ABC):
     def pending(self) -> bool:
         """This rank owes the peer an answer, or waits for one. Any thread."""
 
-    @abstractmethod
     def poll(self) -> Sequence[DispatchArrived | CombineArrived]:
-        """What has arrived in this rank's slots; cheap when there is nothing. Raises FrameError."""
+        """What has arrived in this rank's slots. Raises FrameError."""
+        return self.take(self.channel.poll())
+
+    @abstractmethod
+    def take(self, posts: Sequence[Posted]) -> Sequence[DispatchArrived | CombineArrived]:
+        """Check and map what the channel says has arrived. Raises FrameError."""
 
     def oldest_sent_at(self) -> float | None:
         """When this rank's oldest unanswered dispatch was sent, in seconds."""
@@ -220,11 +224,7 @@ class AttentionPair(Pair):
         self._post(slot, meta.stream, seq, payload_bytes)
         self.env.trace.record(now_ns, Stage.DISPATCH_POSTED, self.peer, meta.stream, meta.layer, seq)
 
-    def poll(self) -> list[CombineArrived]:
-        posts = self.channel.poll()
-        return self._take(posts) if posts else []
-
-    def _take(self, posts: Sequence[Posted]) -> list[CombineArrived]:
+    def take(self, posts: Sequence[Posted]) -> list[CombineArrived]:
         arrived = []
         now_ns = int(self.env.fabric.now() * 1e9)
         for posted in posts:
@@ -270,14 +270,10 @@ class FfnPair(Pair):
     def pending(self) -> bool:
         return self.window.pending
 
-    def poll(self) -> list[DispatchArrived]:
-        posts = self.channel.poll()
-        return self._take(posts) if posts else []
-
-    def unpark(self) -> list[DispatchArrived]:
-        """A new epoch is live: take what waited for it. Raises FrameError."""
+    def unpark(self) -> list[Posted]:
+        """A new epoch is live: what waited for it, to be taken again."""
         parked, self._parked = self._parked, []
-        return self._take([posted for posted, _ in parked])
+        return [posted for posted, _ in parked]
 
     def check_parked(self, now: float, limit_s: float) -> None:
         """Raise FrameError when a dispatch has waited longer than `limit_s` for its epoch."""
@@ -329,7 +325,7 @@ class FfnPair(Pair):
         now_ns = int(self.env.fabric.now() * 1e9)
         self.env.trace.record(now_ns, Stage.COMBINE_POSTED, self.peer, stream, header.layer, seq)
 
-    def _take(self, posts: Sequence[Posted]) -> list[DispatchArrived]:
+    def take(self, posts: Sequence[Posted]) -> list[DispatchArrived]:
         arrived = []
         membership = self._membership
         now = self.env.fabric.now()
