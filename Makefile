@@ -9,7 +9,7 @@ FUZZ_SEED ?= $(shell date +%s)
 # Unit, contract and simulation tests: no worker processes, no real model.
 FAST := tests/unit tests/contract tests/sim
 
-.PHONY: setup serve test test-fast test-matrix test-rdma fuzz lint format clean
+.PHONY: setup serve test test-fast test-matrix test-rdma bench-rdma fuzz lint format clean
 
 setup: $(STAMP)
 
@@ -42,6 +42,10 @@ fuzz: setup
 test-rdma:
 	$(PYTHON) tests/rdma/guest/boot.py run --limit 540 --set STEPMESH_TEST_RDMA_DEVICES=rxe0,rxe1 -- \
 		/usr/bin/python3 -m pytest tests/rdma tests/contract tests/unit/stepmesh/test_processes.py -k verbs
+
+# The same guest; ratios only, it is emulated.
+bench-rdma:
+	$(PYTHON) tests/rdma/guest/boot.py run --set PYTHONPATH=. -- /usr/bin/python3 bench/verbs.py --devices rxe0,rxe1
 
 lint: setup
 	$(BIN)/ruff check .

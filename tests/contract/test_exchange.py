@@ -336,7 +336,7 @@ def test_progress_wakes_on_request(world: World) -> None:
     assert mesh.progress(10.0) == []  # the test's time limit is what fails otherwise
 
 
-@pytest.mark.parametrize("transport", ("shm", "tcp"), indirect=True)  # a virtual clock waits for no descriptor
+@pytest.mark.parametrize("transport", ("shm", "tcp", "verbs"), indirect=True)  # a virtual clock waits for no descriptor
 def test_progress_returns_for_a_watched_descriptor(world: World) -> None:
     world.build(1, 1)
     mesh = world.meshes[A0]

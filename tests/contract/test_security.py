@@ -19,7 +19,7 @@ from tests.contract.world import LAYOUT, World, attention, ffn, make_parts
 A0, A1 = attention(0), attention(1)
 F0 = ffn(0)
 
-over_sockets = pytest.mark.parametrize("transport", ("shm", "tcp"), indirect=True)  # strangers need them
+over_sockets = pytest.mark.parametrize("transport", ("shm", "tcp", "verbs"), indirect=True)  # strangers need them
 over_tcp = pytest.mark.parametrize("transport", ("tcp",), indirect=True)
 
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 
 from stepmesh.errors import TransportError
 from stepmesh.transports.verbs.base import (
+    POLL_BATCH,
     Adapter,
     Completion,
     Gid,
@@ -130,7 +131,7 @@ class FakeAdapter(Adapter):
         assert self.open
         self.polls += 1
         found: list[Completion] = []
-        while self._completions and len(found) < 16:
+        while self._completions and len(found) < POLL_BATCH:
             completion, polled = self._completions.popleft()
             if polled is not None:
                 polled()

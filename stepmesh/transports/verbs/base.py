@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple
 
+POLL_BATCH = 16  # completions that one poll reports at most
+
 
 class GidKind(IntEnum):
     """What a GID table's entry is for, as verbs numbers them. A higher one is preferred."""
@@ -167,7 +169,7 @@ class Adapter(ABC):
 
     @abstractmethod
     def poll(self) -> Sequence[Completion]:
-        """Some of what has completed, in order; empty when there is nothing."""
+        """What has completed, in order, POLL_BATCH at most; fewer mean that there is no more."""
 
     @abstractmethod
     def arm(self) -> None:

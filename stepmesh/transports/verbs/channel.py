@@ -69,7 +69,7 @@ class VerbsChannel(Channel):
         queues = limits(spec.num_streams)
         self._ledger = SendLedger(queues.num_writes, _WRITES_PER_FRAME)
         # Posts that the send queue had no room for.
-        self._backlog: deque[tuple[Posted, int, RowSource | None]] = deque()
+        self._backlog: deque[tuple[int, int, int, int, RowSource | None]] = deque()
         self._arrived: deque[Posted] = deque()
         self._last_seq = [0] * spec.num_streams
         self._target = 0  # where the peer's slots begin
@@ -148,17 +148,20 @@ class VerbsChannel(Channel):
         return self._rx.slots[NUM_PARITIES * stream + parity]
 
     def post(self, stream: int, parity: int, seq: int, frame_bytes: int) -> None:
-        self.post_with_rows(Posted(stream, parity, seq), frame_bytes, None)
+        self._post(stream, parity, seq, frame_bytes, None)
 
     def post_with_rows(self, posted: Posted, frame_bytes: int, rows: RowSource | None) -> None:
         """As `post`; with the payload's first bytes from `rows`, which must not change until it is answered."""
+        self._post(*posted, frame_bytes, rows)
+
+    def _post(self, stream: int, parity: int, seq: int, frame_bytes: int, rows: RowSource | None) -> None:
         if self._qp is None or self._failure is not None:
             return
         if self._backlog or not self._ledger.has_room(_WRITES_PER_FRAME):
-            self._backlog.append((posted, frame_bytes, rows))
+            self._backlog.append((stream, parity, seq, frame_bytes, rows))
             self._endpoint.drain()
         else:
-            self._send(self._qp, posted, frame_bytes, rows)
+            self._send(self._qp, stream, parity, seq, frame_bytes, rows)
 
     def poll(self) -> Sequence[Posted]:
         arrived = self._arrived
@@ -201,11 +204,13 @@ class VerbsChannel(Channel):
             while self._backlog and self._ledger.has_room(_WRITES_PER_FRAME):
                 self._send(qp, *self._backlog.popleft())
 
-    def _send(self, qp: QueuePair, posted: Posted, frame_bytes: int, rows: RowSource | None) -> None:
+    def _send(
+        self, qp: QueuePair, stream: int, parity: int, seq: int, frame_bytes: int, rows: RowSource | None
+    ) -> None:
         head = frame_bytes if frame_bytes <= qp.inline_bytes and rows is None else HEADER_BYTES
         covered = self._ledger.post(1 if head == frame_bytes else 2 if rows is None else _WRITES_PER_FRAME)
-        offset = self._tx.slot_bytes * (NUM_PARITIES * posted.stream + posted.parity)
-        imm = posted.stream << _SEQ_BITS | posted.seq & _SEQ_MASK
+        offset = self._tx.slot_bytes * (NUM_PARITIES * stream + parity)
+        imm = stream << _SEQ_BITS | seq & _SEQ_MASK
         source = self._tx.region.base + offset
         try:
             qp.post_frame(

@@ -31,6 +31,7 @@ from pyverbs.wr import SGE, RecvWR, SendWR
 
 from stepmesh.errors import TransportError
 from stepmesh.transports.verbs.base import (
+    POLL_BATCH,
     Adapter,
     Completion,
     Gid,
@@ -50,8 +51,9 @@ try:
 except ImportError:
     e = importlib.import_module("pyverbs.libibverbs_enums")
 
+# Plain numbers: pyverbs's are enum members, whose operators cost more than a post.
+_SIGNALLED, _INLINE = int(e.IBV_SEND_SIGNALED), int(e.IBV_SEND_INLINE)
 _ETHERNET = 2  # IBV_LINK_LAYER_ETHERNET: an enum that older releases do not export
-_POLL_BATCH = 16
 _MAX_GIDS = 256
 _INLINE_TRIES = (192, 128, 0)  # a header and a little more, a header alone, nothing
 _NOTHING: tuple[Completion, ...] = ()
@@ -128,7 +130,7 @@ class PyAdapter(Adapter):
         raise AssertionError("the last try returns or raises")
 
     def poll(self) -> Sequence[Completion]:
-        number, found = self._cq.poll(_POLL_BATCH)
+        number, found = self._cq.poll(POLL_BATCH)
         if not number:
             return _NOTHING
         return [Completion(wc.wr_id, wc.status, socket.ntohl(wc.imm_data)) for wc in found]
@@ -233,9 +235,9 @@ class PyQueuePair(QueuePair):
         rows: RowSource | None = None,
     ) -> None:
         adapter, lkey, rkey = self._adapter, self._lkey, self._rkey
-        flags = e.IBV_SEND_SIGNALED if signalled else 0
+        flags = _SIGNALLED if signalled else 0
         if head <= self.inline_bytes:
-            flags |= e.IBV_SEND_INLINE
+            flags |= _INLINE
         last = adapter.head
         last.place(source, head, lkey)
         first = request = last.request
@@ -260,7 +262,7 @@ class PyQueuePair(QueuePair):
     def post_probe(self, wr_id: int) -> None:
         probe = self._adapter.probe
         probe.place(0, 0, self._lkey)
-        probe.request.wr_id, probe.request.send_flags = wr_id, e.IBV_SEND_SIGNALED
+        probe.request.wr_id, probe.request.send_flags = wr_id, _SIGNALLED
         probe.request.set_wr_rdma(self._rkey, 0)
         probe.request.num_sge = 0
         with _explained("cannot post a write"):
@@ -291,8 +293,7 @@ def _send_request(opcode: int) -> _SendRequest:
 
 
 def _access(remote: bool) -> int:
-    flags = e.IBV_ACCESS_LOCAL_WRITE | (e.IBV_ACCESS_REMOTE_WRITE if remote else 0)
-    return int(flags)
+    return int(e.IBV_ACCESS_LOCAL_WRITE) | (int(e.IBV_ACCESS_REMOTE_WRITE) if remote else 0)
 
 
 def _ports_of(name: str, context: Any) -> list[Port]:

@@ -10,7 +10,7 @@ from stepmesh.config import MAX_ATTENTION_RANKS, MeshConfig
 from stepmesh.errors import TransportError
 from stepmesh.transports.base import ChannelSpec
 from stepmesh.transports.verbs import binding
-from stepmesh.transports.verbs.base import Verbs
+from stepmesh.transports.verbs.base import POLL_BATCH, Verbs
 from stepmesh.transports.verbs.channel import SERIAL_SHIFT, VerbsChannel, limits
 from stepmesh.transports.verbs.selection import Selection, select
 from stepmesh.types import Role
@@ -61,17 +61,18 @@ class VerbsEndpoint:
 
     def drain(self) -> bool:
         """Hand completions to their channels; True when there were any."""
-        found = False
+        completions = self.adapter.poll()
+        if not completions:
+            return False
         for _ in range(_MAX_ROUNDS):
-            completions = self.adapter.poll()
-            if not completions:
-                return found
-            found = True
             for wr_id, status, imm in completions:
                 channel = self._channels.get(wr_id >> SERIAL_SHIFT)
                 if channel is not None:
                     channel.completed(wr_id, status, imm)
-        return found
+            if len(completions) < POLL_BATCH:
+                break
+            completions = self.adapter.poll()
+        return True
 
     def arm(self) -> bool:
         """Before blocking: True when something has completed already, and blocking would be wrong."""
