@@ -20,6 +20,7 @@ TRUSTED = 4  # samples after which a curve may call a sample an outlier
 OUTLIER = 3.0  # a longer step than so many times the expected one counts as that: a hiccup is not a cost
 SMALLEST_S = 1e-5
 REFIT_ALWAYS, REFIT_EVERY = 32, 8  # a fit costs some 20 us: at first after every sample, then after every eighth
+COLD_STEPS = 2  # a process's first steps touch weights and KV for the first time: they tell nothing of later ones
 CORRECTION_EMA = 0.1
 CORRECTION_LIMITS = (0.5, 4.0)
 TRANSFER_FALL, TRANSFER_RISE = 0.3, 0.1
@@ -182,12 +183,16 @@ class LatencyModel:
         self.head = Curve((1e-3, 1e-4), (1.0, 64.0))
         self.ffn = Curve((4e-3, 2e-4) if overlap else (0.0, 0.0), (1.0, 64.0))
         self.transfer_s = 2e-3 if overlap else 0.0
+        self._num_cold = 0
         self._others = 0.0  # rows of other attention workers in our gangs
         self._loads: dict[int, StepLoad] = {}
         self._corrections: dict[int, float] = {}
 
     def observe(self, sample: StepSample) -> None:
         """Learn from one finished step."""
+        if self._num_cold < COLD_STEPS:
+            self._num_cold += 1
+            return
         load = sample.load
         self.attention.add(sample.attention_s, 1.0, load.num_tokens, load.context_tokens)
         if load.num_samples:

@@ -165,6 +165,17 @@ def test_rows_of_other_attention_workers_count_for_the_ffn():
     assert shared.step_s(load)[1] - alone.step_s(load)[1] == pytest.approx(64 * 2e-4, rel=0.15)
 
 
+def test_the_first_steps_of_a_process_are_not_believed():
+    model = LatencyModel(overlap=False)
+    cold = StepSample(0, StepLoad(64, 2080, 1), 2.0, 0.1, 0.0, 0.0, 0, 2.1, [0])
+    before = model.cycle_s([StepLoad(64, 2080, 1)])
+    model.observe(cold)
+    model.observe(cold)
+    assert model.cycle_s([StepLoad(64, 2080, 1)]) == before
+    model.observe(cold)
+    assert model.cycle_s([StepLoad(64, 2080, 1)]) > before
+
+
 def test_waiting_for_other_streams_is_not_mistaken_for_the_wire():
     model = LatencyModel()
     load = StepLoad(8, 80, 8)
