@@ -140,7 +140,7 @@ class CoordinatorConfig(Section, frozen=True):
 
     address: str = "127.0.0.1:0"
     heartbeat_s: Positive = 0.25
-    lost_after_s: Positive = 1.5
+    lost_after_s: Positive = 2.5
     stall_timeout_s: Positive = 5.0
     restart_grace_s: Positive = 5.0
     register_timeout_s: Positive = 600.0  # a worker gives up when no coordinator answers for so long at start

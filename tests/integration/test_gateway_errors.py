@@ -41,7 +41,7 @@ REFUSALS = [
     (CHAT, {"messages": HI, "logprobs": True, "top_logprobs": 21}, 400, "top_logprobs", "<= 20"),
     (CHAT, {"messages": HI, "stream_options": {"include_usage": True}}, 400, "stream_options", "stream"),
     (CHAT, {"messages": HI, "presence_penalty": 3}, 400, "presence_penalty", "<= 2"),
-    (CHAT, {"messages": HI, "repetition_penalty": 0}, 400, "repetition_penalty", "> 0"),
+    (CHAT, {"messages": HI, "repetition_penalty": 0}, 400, "repetition_penalty", ">= 0.01"),
     (CHAT, {"messages": HI, "seed": 1 << 70}, 400, "seed", "<="),
     (CHAT, {"messages": HI, "logit_bias": {"abc": 1}}, 400, "logit_bias", "token id"),
     (CHAT, {"messages": HI, "logit_bias": {"5": 101}}, 400, "logit_bias", "-100 and 100"),

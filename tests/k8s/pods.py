@@ -26,9 +26,16 @@ ENTER = """
 set -e
 mount --make-rprivate /
 mount -t overlay overlay -o lowerdir="$1":/etc /etc
-mount -t tmpfs -o size=64m tmpfs /tmp
+case "$2" in
+  /tmp/*) # the program itself lies below /tmp: keep it reachable through the scratch that hides the rest
+    mount --bind "$2" /mnt
+    mount -t tmpfs -o size=64m tmpfs /tmp
+    mkdir -p "$2"
+    mount --move /mnt "$2" ;;
+  *) mount -t tmpfs -o size=64m tmpfs /tmp ;;
+esac
 mount -o remount,bind,ro /
-shift
+shift 2
 exec "$@"
 """
 
@@ -137,7 +144,20 @@ class Pod:
             command.append(text.replace("$(POD_IP)", self.address).replace("$(AFD_RANK)", str(self.ordinal)))
         self.process = subprocess.Popen(
             [
-                *("ip", "netns", "exec", self.namespace, "unshare", "--mount", "sh", "-c", ENTER, "sh", str(self._etc)),
+                *(
+                    "ip",
+                    "netns",
+                    "exec",
+                    self.namespace,
+                    "unshare",
+                    "--mount",
+                    "sh",
+                    "-c",
+                    ENTER,
+                    "sh",
+                    str(self._etc),
+                    str(REPOSITORY),
+                ),
                 *command,
             ],
             cwd="/",
