@@ -1,11 +1,18 @@
 """How long does one exchange take, and how far is that from what the host can do at all?
 
-    python bench/transport.py [--quick] [--shapes 64B,8KiB,128x7168] [--topologies 1x1,2x2] [--transports shm,tcp]
+    python bench/transport.py [--quick] [--parts trips,cpu,idle,loaded] [--shapes 64B,8KiB,128x7168]
+                              [--topologies 1x1,2x2,4x2] [--transports shm,tcp] [--libraries zeromq,gloo,nixl]
 
-An exchange is a dispatch from one attention rank to all N FFN ranks and all N combines back, every rank in a process
-of its own; both sides write their rows into the slot. Beside it, in the same run and in turn with it: memcpy through
-shared memory (floor of shm) and a bare TCP socket pair (floor of tcp), with the same bytes. Every subject passes a
-correctness gate first; warm-up is dropped; the last line is JSON. Not included: anything a model does.
+trips   An exchange is a dispatch from one attention rank to all N FFN ranks and all N combines back, every rank in a
+        process of its own; both sides write their rows into the slot. Beside it at 1x1, in the same run and in turn
+        with it: memcpy through shared memory (floor of shm), a bare TCP socket pair (floor of tcp), and other
+        libraries, with the same bytes.
+cpu     Interpreter time of dispatch, gather, receive, combine against the number of peers (transport_cpu.py).
+idle    64 B after a pause of 1 ms, 10 ms, 1 s: the price of waking up.
+loaded  64 B and 128x7168 while every core runs something else.
+
+Every subject passes a correctness gate first; warm-up is dropped; the last line is JSON. Not included: anything a model
+does.
 
 Expect on an idle server core pair: shm below 20 us at 64 B, tcp about twice that; at 128x7168 near the floors.
 """
@@ -17,6 +24,7 @@ import json
 import multiprocessing
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 from collections.abc import Callable
@@ -24,7 +32,10 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from typing import Any
 
+import transport_libraries as libraries
 import transport_subjects as subjects
+from transport_cpu import cpu_table
+from transport_latency import GOAL_LOADED_P99_US, PAUSES_S, busy_cores, percentiles
 from transport_subjects import LIMIT_S, SHAPES, Shape
 
 spawn = multiprocessing.get_context("spawn")
@@ -39,6 +50,12 @@ class Subject:
         self._drivers: list[Connection] = []
         self._servers: list[Connection] = []
         self._processes: list[SpawnProcess] = []
+        self._folder = ""
+
+    def meet_in(self, folder: str) -> str:
+        """A folder that goes with this subject."""
+        self._folder = folder
+        return folder
 
     def start(self, target: Callable[..., None], *args: Any, server: bool = False) -> Connection:
         here, there = spawn.Pipe()
@@ -59,10 +76,10 @@ class Subject:
         for driver in self._drivers:
             receive(driver)
 
-    def run(self, count: int, *, record: bool = True) -> None:
-        """All drivers at once; the first one's times are kept."""
+    def run(self, count: int, *, record: bool = True, pause_s: float = 0.0) -> None:
+        """All drivers at once, each trip after a pause; the first one's times are kept."""
         for driver in self._drivers:
-            driver.send(count)
+            driver.send((count, pause_s) if pause_s else count)
         times = [receive(driver) for driver in self._drivers]
         if record:
             self.times_ns += times[0]
@@ -80,6 +97,8 @@ class Subject:
                 process.join()
         for pipe in (*self._drivers, *self._servers):
             pipe.close()
+        if self._folder:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def receive(pipe: Connection) -> Any:
@@ -114,7 +133,18 @@ def socket_subject(shape: Shape) -> Subject:
     return subject
 
 
-def measure(shape: Shape, topology: str, transports: list[str], rounds: int, count: int) -> list[dict[str, Any]]:
+def library_subject(shape: Shape, name: str) -> Subject:
+    subject = Subject(name)
+    place = subject.meet_in(libraries.meeting_place())
+    serve, drive = libraries.LIBRARIES[name]
+    server = subject.start(serve, shape, place, server=True)
+    subject.start(drive, shape, place, server)
+    return subject
+
+
+def measure(
+    shape: Shape, topology: str, transports: list[str], others: list[str], rounds: int, count: int
+) -> list[dict[str, Any]]:
     """Interleaved rounds of all subjects of one shape and topology."""
     num_attention, num_ffn = (int(number) for number in topology.split("x"))
     running: list[Subject] = []
@@ -122,6 +152,7 @@ def measure(shape: Shape, topology: str, transports: list[str], rounds: int, cou
         running += [mesh_subject(shape, transport, num_attention, num_ffn) for transport in transports]
         if topology == "1x1":
             running += [memcpy_subject(shape), socket_subject(shape)]
+            running += [library_subject(shape, name) for name in others]
         for subject in running:
             subject.await_ready()
         for subject in running:
@@ -164,6 +195,58 @@ def show(results: list[dict[str, Any]]) -> None:
         )
 
 
+def idle_table(transports: list[str], count: int) -> list[dict[str, Any]]:
+    """64 B after a pause."""
+    results = []
+    for transport in transports:
+        subject = mesh_subject(SHAPES["64B"], transport, 1, 1)
+        try:
+            subject.await_ready()
+            subject.run(20, record=False)
+            for name, pause_s in PAUSES_S.items():
+                subject.times_ns.clear()
+                subject.run(max(3, min(count, int(5.0 / pause_s))), pause_s=pause_s)
+                result = {"transport": transport, "pause": name, **percentiles(subject.times_ns)}
+                print(f"after {name:>5} idle {transport:>7}  p50 {result['p50_us']:9.1f} us", flush=True)
+                results.append(result)
+        finally:
+            subject.close()
+    return results
+
+
+def loaded_table(transports: list[str], rounds: int, count: int) -> list[dict[str, Any]]:
+    """Back to back, with every core busy."""
+    results = []
+    for label in ("64B", "128x7168"):
+        for transport in transports:
+            subject = mesh_subject(SHAPES[label], transport, 1, 1)
+            try:
+                subject.await_ready()
+                subject.run(20, record=False)
+                with busy_cores():
+                    for _ in range(rounds):
+                        subject.run(count)
+            finally:
+                subject.close()
+            result = {"transport": transport, "shape": label, **percentiles(subject.times_ns)}
+            kept = "kept" if result["p99_us"] <= GOAL_LOADED_P99_US else "MISSED"
+            print(
+                f"all cores busy {label:>9} {transport:>7}  p50 {result['p50_us']:9.1f} us"
+                f"  p99 {result['p99_us']:9.1f} us  (limit {GOAL_LOADED_P99_US:g}: {kept})",
+                flush=True,
+            )
+            results.append(result)
+    return results
+
+
+def present(names: list[str]) -> list[str]:
+    """The libraries that are installed; says why the others are left out."""
+    for name in names:
+        if (reason := libraries.missing(name)) is not None:
+            print(f"{name} is left out: {reason}", flush=True)
+    return [name for name in names if libraries.missing(name) is None]
+
+
 def commit() -> str:
     found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return found.stdout.strip() or "unknown"
@@ -172,22 +255,33 @@ def commit() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", default=",".join(SHAPES))
-    parser.add_argument("--topologies", default="1x1,2x2")
+    parser.add_argument("--topologies", default="1x1,2x2,4x2")
     parser.add_argument("--transports", default="shm,tcp")
+    parser.add_argument("--libraries", default="zeromq,gloo,nixl", help='"": none')
+    parser.add_argument("--parts", default="trips,cpu,idle,loaded")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--count", type=int, default=200, help="round trips of one subject in one round")
     parser.add_argument("--quick", action="store_true", help="only show that it runs")
     args = parser.parse_args()
     if args.quick:
         args.rounds, args.count = 2, 20
-    results: list[dict[str, Any]] = []
-    for label in args.shapes.split(","):
-        for topology in args.topologies.split(","):
-            part = measure(SHAPES[label], topology, args.transports.split(","), args.rounds, args.count)
-            show(part)
-            results += part
+    parts, transports = args.parts.split(","), args.transports.split(",")
+    results: dict[str, list[dict[str, Any]]] = {"trips": []}
+    if "trips" in parts:
+        others = present([name for name in args.libraries.split(",") if name])
+        for label in args.shapes.split(","):
+            for topology in args.topologies.split(","):
+                part = measure(SHAPES[label], topology, transports, others, args.rounds, args.count)
+                show(part)
+                results["trips"] += part
+    if "cpu" in parts:
+        results["cpu"] = cpu_table(transports)
+    if "idle" in parts:
+        results["idle"] = idle_table(transports, args.count)
+    if "loaded" in parts:
+        results["loaded"] = loaded_table(transports, args.rounds, args.count)
     host = {"machine": platform.machine(), "cores": os.cpu_count(), "kernel": platform.release()}
-    print(json.dumps({"bench": "transport", "commit": commit(), "host": host, "results": results}))
+    print(json.dumps({"bench": "transport", "commit": commit(), "host": host, **results}))
 
 
 if __name__ == "__main__":

@@ -134,9 +134,24 @@ def mesh_driver(pipe: Connection, shape: Shape, transport: str, rank: int, serve
         check_answers(mesh, peers, shape, source)
         mesh.idle(0)  # whoever has work under way must not sit here while others start
         pipe.send("ready")
-        while (count := pipe.recv()) > 0:
-            pipe.send([round_trip(mesh, peers, shape, source, step) for step in range(count)])
+        while (order := pipe.recv()) != 0:
+            count, pause_s = order if isinstance(order, tuple) else (order, 0.0)
+            times = []
+            for step in range(count):
+                if pause_s:
+                    mesh.idle(0)
+                    pause(mesh, pause_s)
+                times.append(round_trip(mesh, peers, shape, source, step))
+            pipe.send(times)
             mesh.idle(0)
+
+
+def pause(mesh: Mesh, seconds: float) -> None:
+    """Wait as an idle engine does."""
+    until = time.monotonic() + seconds
+    while (left_s := until - time.monotonic()) > 0:
+        if mesh.progress(left_s):
+            raise RuntimeError("something happened while nothing was to happen")
 
 
 def dispatch_parts(mesh: Mesh, peer: RankId, shape: Shape, seed: int) -> list[Any]:
