@@ -32,7 +32,7 @@ test-fast: setup
 	$(BIN)/python -m pytest $(FAST)
 
 test-matrix: setup
-	$(BIN)/python -m pytest -m "matrix or not matrix" tests/e2e/test_topologies.py --timeout 600
+	$(BIN)/python -m pytest -m "matrix or not matrix" tests/e2e/test_topologies.py tests/e2e/test_families.py --timeout 600
 
 # Hostile input at full volume, a few minutes; every campaign prints what repeats it.
 fuzz: setup

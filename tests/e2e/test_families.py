@@ -10,15 +10,15 @@ import pytest
 from tests.e2e.local_cluster import LocalCluster
 
 CASES = [
-    # preset, topology, ffn_parallel, streams
-    ("step3.5-flash-tiny", "2A1F", "hybrid", 2),
+    # preset, topology, ffn_parallel, streams; the marked ones only in `make test-matrix`
+    pytest.param("step3.5-flash-tiny", "2A1F", "hybrid", 2, marks=pytest.mark.matrix),
     ("step3.5-flash-tiny", "1A2F", "ep", 3),
     ("deepseek-v3-tiny", "2A3F", "ep", 2),
-    ("deepseek-v3-tiny", "1A1F", "tp", 1),
+    pytest.param("deepseek-v3-tiny", "1A1F", "tp", 1, marks=pytest.mark.matrix),
     ("qwen3-moe-tiny", "2A3F", "tp", 3),
-    ("ernie-4.5-moe-tiny", "2A1F", "ep", 1),
+    pytest.param("ernie-4.5-moe-tiny", "2A1F", "ep", 1, marks=pytest.mark.matrix),
     ("ernie-4.5-moe-tiny", "1A2F", "hybrid", 2),
-    ("step3-tiny", "2A3F", "ep", 3),
+    pytest.param("step3-tiny", "2A3F", "ep", 3, marks=pytest.mark.matrix),
     ("qwen3-tiny", "1A2F", "tp", 2),
 ]
 

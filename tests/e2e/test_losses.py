@@ -15,7 +15,7 @@ from tests.e2e.conftest import STEP3_TINY
 from tests.e2e.local_cluster import LocalCluster, eventually
 
 MODEL = ("--model", STEP3_TINY, "--dtype", "float32")
-LONG = 1200  # tokens: a stream that surely runs while a process is killed
+LONG = 600  # tokens: a stream that surely runs while a process is killed
 
 
 class Stream(threading.Thread):
