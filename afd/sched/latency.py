@@ -7,19 +7,19 @@ the time in which every stream makes one step, which is the TPOT of every sequen
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from operator import mul
 
 from afd.sched.sequence import MicroBatch
 
-FORGETTING = 0.99  # weight of a step against the next one: the last 100 steps or so count
-ANCHOR = 1e-3  # pull towards the last fit, in units of the data's own weight: what no step tells apart, stays
+PRIOR = 5.0  # standard deviation of a coefficient's first guess, relative to it
+MEASURED = 0.15  # of a measured step
+DRIFT = 0.01  # of a coefficient, per step
 TRUSTED = 4  # samples after which a curve may call a sample an outlier
 OUTLIER = 3.0  # a longer step than so many times the expected one counts as that: a hiccup is not a cost
 SMALLEST_S = 1e-5
-REFIT_ALWAYS, REFIT_EVERY = 32, 8  # a fit costs some 20 us: at first after every sample, then after every eighth
 COLD_STEPS = 2  # a process's first steps touch weights and KV for the first time: they tell nothing of later ones
 CORRECTION_EMA = 0.1
 CORRECTION_LIMITS = (0.5, 4.0)
@@ -83,90 +83,56 @@ class StepSample:
 
 
 class Curve:
-    """seconds = sum(coefficients * features), fitted by least squares with forgetting; no coefficient is negative.
+    """seconds = sum(coefficients * features), learnt by a Kalman filter; no coefficient is negative.
 
-    Errors count relative to the size of a step. A direction that no recent step tells (all steps of the same size)
-    keeps what was known of it. prior: coefficients before any sample.  scale: the features' typical sizes.
+    A measurement is uncertain by MEASURED of the expected time; a coefficient by PRIOR times its first guess to begin
+    with, and by another DRIFT of its value with every step, since machines change. What no step tells (all of the same
+    size, or a slope smaller than the noise) therefore stays as it was known.
     """
 
-    def __init__(self, prior: Sequence[float], scale: Sequence[float]):
-        self._scale = tuple(scale)
-        self._theta = [p * s for p, s in zip(prior, scale, strict=True)]
-        size = len(self._theta)
-        self._gram = [[0.0] * size for _ in range(size)]
-        self._moment = [0.0] * size
-        self._num_new = 0  # samples since the last fit
+    def __init__(self, *prior: float):
+        self._prior = prior
+        self._values = list(prior)
+        size = range(len(prior))
+        self._covariance = [[(PRIOR * prior[i]) ** 2 if i == j else 0.0 for j in size] for i in size]
         self.num_samples = 0
 
     @property
     def coefficients(self) -> tuple[float, ...]:
-        """As of the last prediction: may be read from another thread."""
-        return tuple(t / s for t, s in zip(self._theta, self._scale, strict=True))
+        return tuple(self._values)
 
     def __call__(self, *features: float) -> float:
         """Predicted seconds."""
-        self._refit()
-        return sum(t * f / s for t, f, s in zip(self._theta, features, self._scale, strict=True))
+        return math.fsum(map(mul, self._values, features))
 
     def add(self, seconds: float, *features: float) -> None:
         """One measured step."""
-        around = max(seconds, SMALLEST_S)
+        expected_s = self(*features)
         if self.num_samples >= TRUSTED:
-            around = max(self(*features), SMALLEST_S)
-            seconds = min(seconds, OUTLIER * around)
-        x = [f / s for f, s in zip(features, self._scale, strict=True)]
-        weight = 1.0 / around**2
-        for i, row in enumerate(self._gram):
-            for j in range(len(x)):
-                row[j] = FORGETTING * row[j] + weight * x[i] * x[j]
-            self._moment[i] = FORGETTING * self._moment[i] + weight * x[i] * seconds
+            seconds = min(seconds, OUTLIER * expected_s)
         self.num_samples += 1
-        self._num_new += 1
+        covariance = self._covariance
+        spread = [sum(map(mul, row, features)) for row in covariance]
+        variance = sum(map(mul, spread, features)) + (MEASURED * max(expected_s, SMALLEST_S)) ** 2
+        error_s = seconds - expected_s
+        for i, value in enumerate(self._values):
+            gain = spread[i] / variance
+            value = self._values[i] = max(0.0, value + gain * error_s)
+            row = covariance[i]
+            for j, other in enumerate(spread):
+                row[j] -= gain * other
+            row[i] += (DRIFT * max(value, self._prior[i])) ** 2
+        self._bound()
 
-    def _refit(self) -> None:
-        if self._num_new < (REFIT_EVERY if self.num_samples > REFIT_ALWAYS else 1):
-            return
-        self._num_new = 0
-        size = len(self._theta)
-        anchor = ANCHOR * sum(self._gram[i][i] for i in range(size))
-        gram = [[self._gram[i][j] + (anchor if i == j else 0.0) for j in range(size)] for i in range(size)]
-        moment = [self._moment[i] + anchor * self._theta[i] for i in range(size)]
-        self._theta = _least_squares(gram, moment)
-
-
-def _least_squares(gram: list[list[float]], moment: list[float]) -> list[float]:
-    """argmin x'Gx/2 - m'x over x >= 0, G positive definite, by trying every set of coefficients that stay above 0."""
-    size = len(moment)
-    best, best_cost = [0.0] * size, 0.0
-    for count in range(size, 0, -1):
-        for kept in combinations(range(size), count):
-            values = _solve([[gram[i][j] for j in kept] for i in kept], [moment[i] for i in kept])
-            if min(values) < 0.0:
-                continue
-            cost = -sum(map(mul, values, (moment[i] for i in kept))) / 2
-            if cost < best_cost:
-                best, best_cost = [0.0] * size, cost
-                for i, value in zip(kept, values, strict=True):
-                    best[i] = value
-        if count == size and best_cost < 0.0:
-            break  # the unconstrained minimum is allowed: nothing is better
-    return best
-
-
-def _solve(matrix: list[list[float]], right: list[float]) -> list[float]:
-    """Gaussian elimination; the matrix is positive definite, so no pivoting."""
-    size = len(right)
-    rows = [[*row, value] for row, value in zip(matrix, right, strict=True)]
-    for i in range(size):
-        for k in range(i + 1, size):
-            factor = rows[k][i] / rows[i][i]
-            for j in range(i, size + 1):
-                rows[k][j] -= factor * rows[i][j]
-    solution = [0.0] * size
-    for i in reversed(range(size)):
-        rest = sum(map(mul, rows[i][i + 1 : size], solution[i + 1 :]))
-        solution[i] = (rows[i][size] - rest) / rows[i][i]
-    return solution
+    def _bound(self) -> None:
+        """No coefficient gets less certain than it was at first."""
+        for i, row in enumerate(self._covariance):
+            limit = (PRIOR * max(self._values[i], self._prior[i])) ** 2
+            if row[i] > limit:
+                shrink = math.sqrt(limit / row[i])
+                for j in range(len(row)):
+                    row[j] *= shrink
+                    self._covariance[j][i] *= shrink
 
 
 class LatencyModel:
@@ -179,9 +145,9 @@ class LatencyModel:
 
     def __init__(self, *, overlap: bool = True):
         self._overlap = overlap
-        self.attention = Curve((4e-3, 2e-4, 2e-7), (1.0, 64.0, 16384.0))
-        self.head = Curve((1e-3, 1e-4), (1.0, 64.0))
-        self.ffn = Curve((4e-3, 2e-4) if overlap else (0.0, 0.0), (1.0, 64.0))
+        self.attention = Curve(4e-3, 2e-4, 2e-7)
+        self.head = Curve(1e-3, 1e-4)
+        self.ffn = Curve(4e-3, 2e-4)
         self.transfer_s = 2e-3 if overlap else 0.0
         self._num_cold = 0
         self._others = 0.0  # rows of other attention workers in our gangs
@@ -215,6 +181,8 @@ class LatencyModel:
         own = self.attention(1.0, load.num_tokens, load.context_tokens)
         if load.num_samples:
             own += self.head(1.0, load.num_samples)
+        if self.num_steps and not self.ffn.num_samples:
+            return own, 0.0  # an engine without FFN
         return own, self.ffn(1.0, load.num_tokens + self._others)
 
     def cycle_s(self, loads: Iterable[StepLoad]) -> float:

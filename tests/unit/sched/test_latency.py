@@ -11,7 +11,7 @@ from afd.sched.sequence import BatchItem, MicroBatch
 
 
 def curve():
-    return Curve((4e-3, 2e-4, 2e-7), (1.0, 64.0, 16384.0))
+    return Curve(4e-3, 2e-4, 2e-7)
 
 
 def feed(fitted, truth, rng, count, *, tokens=None, noise=0.05, factor=1.0):
@@ -59,6 +59,14 @@ def test_what_recent_steps_do_not_tell_apart_stays_known():
     feed(fitted, truth, rng, 3000, tokens=32)  # far longer than the memory: only one batch size
     assert fitted(1.0, 1, 500) == pytest.approx(5e-3 + 4e-4 + 5e-5, rel=0.25)
     assert fitted(1.0, 128, 64_000) == pytest.approx(5e-3 + 128 * 4e-4 + 6.4e-3, rel=0.25)
+
+
+def test_a_slope_below_the_noise_is_not_extrapolated():
+    """One sequence at a time, 50 to 114 tokens long, steps of 28 +- 5 ms: that says nothing of 2000 tokens."""
+    rng, fitted = random.Random(6), curve()
+    for step in range(2000):
+        fitted.add(rng.uniform(23e-3, 33e-3) * (1.0 + 0.2 * (step % 64 > 40)), 1.0, 1, 50 + step % 64)
+    assert fitted(1.0, 1, 2000) < 40e-3
 
 
 def test_a_machine_that_becomes_slower_is_followed():
