@@ -151,8 +151,9 @@ class Mesh:
         start = fabric.now()
         deadline = start + timeout_s
         self._poll()
+        missed = False
         if not self._events and spin and self._spins and timeout_s > 0.0 and start < self._look_at:
-            self._spin(start, deadline)
+            missed = self._spin_in_vain(start, deadline)
         if self._events and start < self._look_at:
             return self._take_events()
         while True:
@@ -160,7 +161,10 @@ class Mesh:
             wait_s = 0.0 if self._events else min(deadline - now, MAX_WAIT_S, self._judge_at - now)
             woken = self._look(max(wait_s, 0.0))
             self._poll()
-            if self._events or woken or not fabric.waits or fabric.now() >= deadline:
+            now = fabric.now()
+            if self._events or woken or not fabric.waits or now >= deadline:
+                if missed:
+                    self._spin_policy.missed(now - start)
                 return self._take_events()
 
     def watch_fd(self, fd: int) -> None:
@@ -350,14 +354,17 @@ class Mesh:
             return
         self._events.extend(arrived)
 
-    def _spin(self, start: float, deadline: float) -> None:
+    def _spin_in_vain(self, start: float, deadline: float) -> bool:
+        """Poll for a while if that is likely to pay. True: it was tried and has found nothing."""
         budget_s = self._spin_policy.budget_s()
         if budget_s <= 0.0:
-            return
+            return False
         now, until = self._fabric.now, min(start + budget_s, deadline)
         while not self._events and now() < until:
             self._poll()
-        self._spin_policy.result(bool(self._events))
+        if self._events:
+            self._spin_policy.hit()
+        return not self._events
 
     def _look(self, timeout_s: float) -> bool:
         """Wait, read every control socket that has something, let connections progress, judge. True: woken."""

@@ -219,9 +219,10 @@ class AttentionPair(Pair):
             self._dtype,
             self._checksum_kind,
         )
+        # Posted first, booked afterwards: the peer is at work meanwhile, and this thread alone takes its answer.
+        self._post(slot, meta.stream, seq, payload_bytes)
         self._row_idx[NUM_PARITIES * meta.stream + (seq & 1)] = row_idx
         self.window.sent(meta.stream, seq, meta.epoch, num_tokens, now_ns)
-        self._post(slot, meta.stream, seq, payload_bytes)
         self.env.trace.record(now_ns, Stage.DISPATCH_POSTED, self.peer, meta.stream, meta.layer, seq)
 
     def take(self, posts: Sequence[Posted]) -> list[CombineArrived]:
@@ -319,9 +320,9 @@ class FfnPair(Pair):
             self._dtype,
             self._checksum_kind,
         )
+        self._post(slot, stream, seq, view.payload_bytes)
         self.window.answered(stream, seq)
         self._delivered[NUM_PARITIES * stream + (seq & 1)] = None
-        self._post(slot, stream, seq, view.payload_bytes)
         now_ns = int(self.env.fabric.now() * 1e9)
         self.env.trace.record(now_ns, Stage.COMBINE_POSTED, self.peer, stream, header.layer, seq)
 

@@ -117,17 +117,33 @@ def test_spinning_stops_where_it_does_not_pay() -> None:
     policy = SpinPolicy(1.0)
     for _ in range(5):
         assert policy.budget_s() == 1.0
-        policy.result(True)
+        policy.hit()
     tries = 0
     for _ in range(1000):
         if policy.budget_s():
             tries += 1
-            policy.result(False)
+            policy.missed(50.0)
     assert 15 <= tries <= 25
     while not policy.budget_s():
         pass
-    policy.result(True)  # things have changed
+    policy.hit()  # things have changed
     assert policy.budget_s() == 1.0
+
+
+def test_spinning_reaches_for_what_it_just_missed() -> None:
+    policy = SpinPolicy(1.0)
+    assert policy.budget_s() == 1.0
+    policy.missed(3.0)
+    assert policy.budget_s() == 2.0
+    policy.missed(3.0)
+    assert policy.budget_s() == 4.0
+    policy.hit()
+    assert policy.budget_s() == 4.0
+    policy.missed(4.0)  # as far as it goes, and still in vain
+    assert policy.budget_s() == 0.0
+    assert policy.budget_s() == 1.0
+    policy.missed(100.0)
+    assert [policy.budget_s() for _ in range(4)] == [0.0, 0.0, 0.0, 1.0]
 
 
 def test_spinning_can_be_off() -> None:
