@@ -42,7 +42,9 @@ spawn = multiprocessing.get_context("spawn")
 
 
 class Subject:
-    """Processes that can be told to run a number of round trips."""
+    """Processes that can be told to run a number of round trips. `pin`: each on the next core, for the whole run."""
+
+    pin = False
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -61,6 +63,9 @@ class Subject:
         here, there = spawn.Pipe()
         process = spawn.Process(target=target, args=(there, *args), daemon=True)
         process.start()
+        if self.pin and process.pid is not None:
+            cores = sorted(os.sched_getaffinity(0))
+            os.sched_setaffinity(process.pid, {cores[len(self._processes) % len(cores)]})
         there.close()
         self._processes.append(process)
         (self._servers if server else self._drivers).append(here)
@@ -261,8 +266,10 @@ def main() -> None:
     parser.add_argument("--parts", default="trips,cpu,idle,loaded")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--count", type=int, default=200, help="round trips of one subject in one round")
+    parser.add_argument("--pin", action="store_true", help="every process on a core of its own, as a deployment has it")
     parser.add_argument("--quick", action="store_true", help="only show that it runs")
     args = parser.parse_args()
+    Subject.pin = args.pin
     if args.quick:
         args.rounds, args.count = 2, 20
     parts, transports = args.parts.split(","), args.transports.split(",")
