@@ -26,6 +26,7 @@ from stepmesh import (
     CombineMeta,
     DispatchArrived,
     DispatchMeta,
+    DispatchParts,
     Member,
     Mesh,
     MeshConfig,
@@ -110,11 +111,11 @@ def mesh_server(pipe: Connection, shape: Shape, transport: str, rank: int, num_a
         while True:
             for event in mesh.progress(1.0):
                 if isinstance(event, DispatchArrived):
-                    view = mesh.combine_view(event)
-                    np.copyto(view, rows)
+                    answer = rows
                     if event.header.layer == 0:
-                        view.view(np.uint8)[0, :4] = np.frombuffer(dispatch_digest(event.parts), np.uint8)
-                    mesh.combine(event, meta, view)
+                        answer = rows.copy()
+                        answer.view(np.uint8)[0, :4] = np.frombuffer(dispatch_digest(event.parts), np.uint8)
+                    mesh.combine(event, meta, answer)
             if pipe.poll():
                 return
 
@@ -141,7 +142,7 @@ def mesh_driver(pipe: Connection, shape: Shape, transport: str, rank: int, serve
                 if pause_s:
                     mesh.idle(0)
                     pause(mesh, pause_s)
-                times.append(round_trip(mesh, peers, shape, source, step))
+                times.append(round_trip(mesh, peers, source, step))
             pipe.send(times)
             mesh.idle(0)
 
@@ -154,14 +155,18 @@ def pause(mesh: Mesh, seconds: float) -> None:
             raise RuntimeError("something happened while nothing was to happen")
 
 
-def dispatch_parts(mesh: Mesh, peer: RankId, shape: Shape, seed: int) -> list[Any]:
+def dispatch_parts(mesh: Mesh, peer: RankId, shape: Shape, seed: int) -> DispatchParts:
     """Random content for every section that this shape has."""
     rng = np.random.default_rng(100 + seed)
     view = mesh.dispatch_view(peer, 0, shape.num_tokens, shape.top_k)
-    return [
-        None if part is None else rng.integers(0, 127, (*part.shape, part.itemsize), np.uint8).view(part.dtype)[..., 0]
-        for part in view
-    ]
+    return DispatchParts(
+        *(
+            None
+            if part is None
+            else rng.integers(0, 127, (*part.shape, part.itemsize), np.uint8).view(part.dtype)[..., 0]
+            for part in view
+        )
+    )
 
 
 def dispatch_digest(parts: Any) -> bytes:
@@ -173,12 +178,8 @@ def dispatch_digest(parts: Any) -> bytes:
     return crc.to_bytes(4, "little")
 
 
-def send(mesh: Mesh, peers: list[RankId], shape: Shape, source: list[Any], step: int, layer: int) -> None:
-    view = mesh.dispatch_view(peers[0], 0, shape.num_tokens, shape.top_k)
-    for target, part in zip(view, source, strict=True):
-        if target is not None:
-            np.copyto(target, part)
-    mesh.dispatch(peers, DispatchMeta(0, 1, step, layer), view)
+def send(mesh: Mesh, peers: list[RankId], source: DispatchParts, step: int, layer: int) -> None:
+    mesh.dispatch(peers, DispatchMeta(0, 1, step, layer), source)
 
 
 def gather(mesh: Mesh, count: int) -> list[CombineArrived]:
@@ -194,11 +195,11 @@ def gather(mesh: Mesh, count: int) -> list[CombineArrived]:
     return arrived
 
 
-def check_answers(mesh: Mesh, peers: list[RankId], shape: Shape, source: list[Any]) -> None:
+def check_answers(mesh: Mesh, peers: list[RankId], shape: Shape, source: DispatchParts) -> None:
     """The correctness gate: every byte of both directions, over both parities."""
     digest = np.frombuffer(dispatch_digest(source), np.uint8)
     for step in range(4):
-        send(mesh, peers, shape, source, step, layer=0)
+        send(mesh, peers, source, step, layer=0)
         for event in gather(mesh, len(peers)):
             expected = answer_rows(shape, event.peer.rank).view(np.uint8).copy()
             expected[0, :4] = digest
@@ -206,9 +207,9 @@ def check_answers(mesh: Mesh, peers: list[RankId], shape: Shape, source: list[An
                 raise RuntimeError(f"{mesh.id}: wrong answer of {event.peer}")
 
 
-def round_trip(mesh: Mesh, peers: list[RankId], shape: Shape, source: list[Any], step: int) -> int:
+def round_trip(mesh: Mesh, peers: list[RankId], source: DispatchParts, step: int) -> int:
     began = time.perf_counter_ns()
-    send(mesh, peers, shape, source, step, layer=1)
+    send(mesh, peers, source, step, layer=1)
     gather(mesh, len(peers))
     return time.perf_counter_ns() - began
 

@@ -131,7 +131,7 @@ def copy_section(target: npt.NDArray[Any] | None, source: npt.NDArray[Any] | Non
         raise ConfigError(f"{name} must {'not ' if target is None else ''}be given for this layout and shape")
     if source.shape != target.shape or source.dtype != target.dtype:
         raise ConfigError(f"{name} is {source.dtype}{list(source.shape)}, expected {target.dtype}{list(target.shape)}")
-    np.copyto(target, source)
+    target[...] = source  # half the overhead of np.copyto
 
 
 def _take_section(target: npt.NDArray[Any] | None, source: npt.NDArray[Any] | None, row_idx: RowIdx, name: str) -> None:
