@@ -6,10 +6,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SERVE_ARGS ?=
 FUZZ_SEED ?= $(shell date +%s)
-# Unit, contract and simulation tests: no worker processes, no real model.
-FAST := tests/unit tests/contract tests/sim
+# Decisions, protocols over the in-process transport, simulations: no worker processes, no real model.
+FAST := tests/sim tests/contract tests/unit --ignore=tests/unit/model --ignore=tests/unit/kernels \
+	-k "not (shm or tcp or verbs)"
+# Long demonstrations of single subjects: a release in network namespaces, every family, overload, hostile input.
+LONG := tests/k8s tests/fuzz tests/e2e/test_families.py tests/integration/test_overload.py
 
-.PHONY: setup serve test test-fast test-matrix test-rdma bench-rdma fuzz lint format clean
+.PHONY: setup serve test test-long test-fast test-matrix test-rdma bench-rdma fuzz lint format clean
 
 setup: $(STAMP)
 
@@ -26,7 +29,10 @@ serve: setup
 	$(BIN)/afd up $(SERVE_ARGS)
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(addprefix --ignore=,$(LONG))
+
+test-long: setup
+	$(BIN)/python -m pytest $(LONG)
 
 test-fast: setup
 	$(BIN)/python -m pytest $(FAST)
