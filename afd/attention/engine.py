@@ -160,7 +160,7 @@ class AttentionEngine:
             stream.x = self._half.embed(torch.tensor(tokens, dtype=torch.int64))
         else:
             assert stream.x is not None
-            self._half.combine(stream.x, combined.partials)
+            self._half.combine(stream.x, combined.partials, combined.row_idx)
         combined_s = self._clock()
         stream.layer += 1
         if stream.layer == self._num_layers:

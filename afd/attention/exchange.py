@@ -21,11 +21,13 @@ from afd.model.halves import Dispatch, FFNHalf
 class Combined:
     """All partials of one exchange, in FFN rank order. gang_tokens: rows of the merged batch; compute_s: F's time.
 
+    row_idx: rows of the micro-batch that each partial answers, [rows of it] int64; None = all of them, for all ranks.
     gang_id, epoch: 0 without a gang.  local: computed in this process, inside `poll`.
     """
 
     stream: int
     partials: Sequence[Tensor]
+    row_idx: Sequence[Tensor] | None = None
     gang_tokens: int = 0
     gang_size: int = 1
     compute_s: float = 0.0

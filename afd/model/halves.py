@@ -91,10 +91,17 @@ class AttentionHalf:
         expert_ids, expert_weights = layer.router(rows)
         return Dispatch(layer_idx, rows, expert_ids, expert_weights)
 
-    def combine(self, x: Tensor, partials: Sequence[Tensor]) -> None:
-        """x [n, hidden] float32 += the FFN ranks' partial rows, in rank order."""
-        for partial in partials:
-            x += partial
+    def combine(self, x: Tensor, partials: Sequence[Tensor], row_idx: Sequence[Tensor] | None = None) -> None:
+        """x [n, hidden] float32 += the FFN ranks' partial rows, in rank order.
+
+        row_idx: the rows of x that each partial is for, [rows of it] int64, no row twice; None = every row.
+        """
+        if row_idx is None:
+            for partial in partials:
+                x += partial
+            return
+        for partial, places in zip(partials, row_idx, strict=True):
+            x.index_add_(0, places, partial.to(x.dtype))
 
     def head_rows(self, x_rows: Tensor) -> Tensor:
         """Final norm of residual rows [m, hidden]: the input of head_slice."""
