@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from afd.errors import ConfigError
-from afd.types import FfnParallel, Topology
+from afd.types import DispatchMode, FfnParallel, Topology
 
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 Positive = Annotated[float, msgspec.Meta(gt=0)]
@@ -64,6 +64,9 @@ class TopologyConfig(Section, frozen=True):
     wire: type of the rows from attention to FFN; auto = model.dtype, fp8 = e4m3 with a scale for each 128 columns.
     Answers come back in model.dtype, or in bf16 or fp32 where that is set.
 
+    dispatch: which rows an FFN rank is sent at an MoE layer; sparse = only those that it works on, for ffn_parallel ep
+    and, where the model has no shared expert, hybrid.
+
     recovery_timeout_s: how long requests wait for a lost FFN worker's return (or its successor) before they end with an
     error. The default suits clients that want to hear soon; with 60 a replacement has the time to load a model.
     """
@@ -73,6 +76,7 @@ class TopologyConfig(Section, frozen=True):
     transport: Literal["auto", "shm", "verbs", "tcp"] = "auto"
     wire: Literal["auto", "fp8", "bf16", "fp32"] = "auto"
     ffn_parallel: FfnParallel = FfnParallel.HYBRID
+    dispatch: DispatchMode = DispatchMode.BROADCAST
     checksum: bool = False
     secret_file: str = ""  # "" with `afd up`: a fresh secret for this run, handed to the children by pipe
     recovery_timeout_s: Positive = 2.0
@@ -256,6 +260,8 @@ def check_config(config: ClusterConfig) -> None:
         raise ConfigError("topology mono has no transport; leave cluster.transport at auto")
     if topology.mono and config.cluster.wire != "auto":
         raise ConfigError("topology mono sends no rows; leave cluster.wire at auto")
+    if topology.mono and config.cluster.dispatch is not DispatchMode.BROADCAST:
+        raise ConfigError("topology mono sends no rows; leave cluster.dispatch at broadcast")
 
 
 def config_to_toml_dict(config: ClusterConfig) -> dict[str, Any]:

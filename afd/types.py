@@ -26,6 +26,13 @@ class FfnParallel(StrEnum):
     EP = "ep"  # routed experts whole per rank; shared expert whole, for rows t mod y
 
 
+class DispatchMode(StrEnum):
+    """Which rows of a micro-batch an FFN rank is sent at an MoE layer (at a dense one it is sent all)."""
+
+    BROADCAST = "broadcast"  # all
+    SPARSE = "sparse"  # those that its experts, or its share of the shared expert, work on
+
+
 MAX_LOGPROBS = 20
 MIN_TEMPERATURE = 1e-5  # below, no second token has a chance, and float32 could not even divide by it
 

@@ -13,7 +13,6 @@ thread owns.
 from __future__ import annotations
 
 import logging
-import struct
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -202,14 +201,11 @@ class Mesh:
         self._seq[stream] = seq
         self._active[stream] = True
         now_ns = int(self._fabric.now() * 1e9)
-        try:
-            for pair in pairs:
-                slot = pair.tx_slot(stream, seq)
-                if slot is not first:
-                    slot.payload[:payload_bytes] = first.payload[:payload_bytes]
-                pair.post_dispatch(seq, meta, num_tokens, top_k, payload_bytes, now_ns)
-        except struct.error as error:
-            raise ConfigError(f"{meta} does not fit the header: {error}") from None
+        for pair in pairs:
+            slot = pair.tx_slot(stream, seq)
+            if slot is not first:
+                slot.payload[:payload_bytes] = first.payload[:payload_bytes]
+            pair.post_dispatch(seq, meta, num_tokens, top_k, payload_bytes, now_ns)
         return seq
 
     def dispatch_sparse(
@@ -237,11 +233,8 @@ class Mesh:
         self._seq[stream] = seq
         self._active[stream] = True
         now_ns = int(self._fabric.now() * 1e9)
-        try:
-            for pair, row_idx, size in zip(pairs, rows_of_peer, sizes, strict=True):
-                pair.post_dispatch(seq, meta, row_idx.size, top_k, size, now_ns, row_idx, batch_tokens)
-        except struct.error as error:
-            raise ConfigError(f"{meta} does not fit the header: {error}") from None
+        for pair, row_idx, size in zip(pairs, rows_of_peer, sizes, strict=True):
+            pair.post_dispatch(seq, meta, row_idx.size, top_k, size, now_ns, row_idx, batch_tokens)
         return seq
 
     def dispatch_view(self, peer: RankId, stream: int, num_tokens: int, top_k: int) -> DispatchParts:
@@ -263,14 +256,18 @@ class Mesh:
 
         `rows` may be the view that combine_view gave; then nothing is copied.
         """
-        try:
-            self._ffn_pair(arrival).post_combine(arrival, meta, rows, scales)
-        except struct.error as error:
-            raise ConfigError(f"{meta} does not fit the header: {error}") from None
+        self._ffn_pair(arrival).post_combine(arrival, meta, rows, scales)
 
     def combine_view(self, arrival: DispatchArrived) -> Rows:
         """Writable rows [num_tokens, hidden] of the slot that the answer will use. Raises StaleArrivalError."""
         return self._ffn_pair(arrival).combine_slot(arrival).rows
+
+    def reject(self, arrival: DispatchArrived, reason: str) -> None:
+        """Refuse a dispatch that only the engine can know to be wrong: its pair is reset, as after any bad frame."""
+        self._check_open()
+        pair = self._pairs.get(arrival.peer)
+        if pair is not None and pair.generation == arrival.header.generation:
+            self._reject(pair, reason)
 
     # Ending
 

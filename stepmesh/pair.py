@@ -6,12 +6,13 @@ mesh's main thread, but for `beat`. A FrameError out of `poll`, or any failure t
 
 from __future__ import annotations
 
+import struct
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from stepmesh.config import MeshConfig
-from stepmesh.errors import FrameError, StaleArrivalError
+from stepmesh.errors import ConfigError, FrameError, StaleArrivalError
 from stepmesh.layout import NUM_PARITIES, TRAILER_BYTES, trailer_offset
 from stepmesh.session import Notice, Session
 from stepmesh.slots import CombineView, Slot, copy_section, rises_below
@@ -192,33 +193,39 @@ class AttentionPair(Pair):
         row_idx: RowIdx | None = None,
         batch_tokens: int = 0,
     ) -> None:
-        """Publish the payload that lies in the slot of `seq`. Sparse: `row_idx` of a batch of `batch_tokens`."""
+        """Publish the payload that lies in the slot of `seq`. Sparse: `row_idx` of a batch of `batch_tokens`.
+
+        Raises ConfigError, before anything is sent, for a `meta` out of range.
+        """
         slot = self.tx_slot(meta.stream, seq)
-        HEADER.pack_into(
-            slot.memory,
-            0,
-            DATA_MAGIC,
-            PROTOCOL_VERSION,
-            FrameKind.DISPATCH if row_idx is None else FrameKind.SPARSE_DISPATCH,
-            meta.flags,
-            meta.epoch,
-            self.generation,
-            seq,
-            meta.step,
-            meta.gang_id,
-            0,
-            meta.member_mask & _LOW64,
-            meta.member_mask >> 64,
-            num_tokens,
-            batch_tokens,
-            payload_bytes,
-            0,
-            meta.stream,
-            meta.layer,
-            top_k,
-            self._dtype,
-            self._checksum_kind,
-        )
+        try:
+            HEADER.pack_into(
+                slot.memory,
+                0,
+                DATA_MAGIC,
+                PROTOCOL_VERSION,
+                FrameKind.DISPATCH if row_idx is None else FrameKind.SPARSE_DISPATCH,
+                meta.flags,
+                meta.epoch,
+                self.generation,
+                seq,
+                meta.step,
+                meta.gang_id,
+                0,
+                meta.member_mask & _LOW64,
+                meta.member_mask >> 64,
+                num_tokens,
+                batch_tokens,
+                payload_bytes,
+                0,
+                meta.stream,
+                meta.layer,
+                top_k,
+                self._dtype,
+                self._checksum_kind,
+            )
+        except struct.error as error:
+            raise ConfigError(f"{meta} does not fit the header: {error}") from None
         # Posted first, booked afterwards: the peer is at work meanwhile, and this thread alone takes its answer.
         self._post(slot, meta.stream, seq, payload_bytes)
         self._row_idx[NUM_PARITIES * meta.stream + (seq & 1)] = row_idx
@@ -295,31 +302,34 @@ class FfnPair(Pair):
         view = slot.combine(header.num_tokens)
         copy_section(view.rows, rows, "rows")
         copy_section(view.scales, scales, "scales")
-        HEADER.pack_into(
-            slot.memory,
-            0,
-            DATA_MAGIC,
-            PROTOCOL_VERSION,
-            FrameKind.COMBINE,
-            meta.flags,
-            header.epoch,
-            self.generation,
-            seq,
-            header.step,
-            meta.gang_id,
-            meta.compute_ns,
-            meta.member_mask & _LOW64,
-            meta.member_mask >> 64,
-            header.num_tokens,
-            meta.gang_tokens,
-            view.payload_bytes,
-            0,
-            stream,
-            header.layer,
-            header.top_k,
-            self._dtype,
-            self._checksum_kind,
-        )
+        try:
+            HEADER.pack_into(
+                slot.memory,
+                0,
+                DATA_MAGIC,
+                PROTOCOL_VERSION,
+                FrameKind.COMBINE,
+                meta.flags,
+                header.epoch,
+                self.generation,
+                seq,
+                header.step,
+                meta.gang_id,
+                meta.compute_ns,
+                meta.member_mask & _LOW64,
+                meta.member_mask >> 64,
+                header.num_tokens,
+                meta.gang_tokens,
+                view.payload_bytes,
+                0,
+                stream,
+                header.layer,
+                header.top_k,
+                self._dtype,
+                self._checksum_kind,
+            )
+        except struct.error as error:
+            raise ConfigError(f"{meta} does not fit the header: {error}") from None
         self._post(slot, stream, seq, view.payload_bytes)
         self.window.answered(stream, seq)
         self._delivered[NUM_PARITIES * stream + (seq & 1)] = None
@@ -336,7 +346,7 @@ class FfnPair(Pair):
             view = slot.dispatch(header.num_tokens, header.top_k, header.kind == FrameKind.SPARSE_DISPATCH)
             check_frame(slot.memory, header, view.payload_bytes)
             row_idx = view.parts.row_idx
-            if row_idx is not None and not rises_below(row_idx, min(header.gang_tokens, self._layout.max_tokens)):
+            if row_idx is not None and not rises_below(row_idx, header.gang_tokens):
                 raise FrameError(f"row_idx does not rise strictly within a batch of {header.gang_tokens} rows")
             if self._parked:
                 self._check_not_parked(posted)

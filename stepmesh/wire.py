@@ -57,6 +57,8 @@ def check_header(header: Header, *, kind: FrameKind, layout: PayloadLayout, num_
             f"{header.num_tokens} tokens x top_k {header.top_k} exceed the slot "
             f"({layout.max_tokens} x {layout.max_top_k})"
         )
+    if header.kind == FrameKind.SPARSE_DISPATCH and header.gang_tokens > layout.max_tokens:
+        raise FrameError(f"rows of a batch of {header.gang_tokens}, the slot holds {layout.max_tokens}")
     dtype = layout.dispatch_dtype if kind is FrameKind.DISPATCH else layout.combine_dtype
     if header.wire_dtype != dtype:
         raise FrameError(f"wire dtype {header.wire_dtype}, agreed on {dtype.name}")

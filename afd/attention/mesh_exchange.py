@@ -1,5 +1,7 @@
 """The exchange over stepmesh: one dispatch to every FFN rank, one partial back from each, summed by the caller.
 
+With a `RowSelection` each rank is sent its rows only, and its partial has as many; without, all rows go to all ranks.
+
 An FFN rank that drops out voids every exchange in flight: `poll` raises PeerLostError, the worker cancels and runs the
 interrupted steps again once `ready` is true (nothing of them was booked).
 """
@@ -10,9 +12,11 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from afd.attention.exchange import Combined
+from afd.attention.row_selection import RowSelection
 from afd.errors import PeerLostError
 from afd.model.halves import Dispatch
 from afd.model.wire_format import encode_rows
@@ -52,9 +56,10 @@ class _InFlight:
 class MeshExchange:
     """Main thread only. A new epoch takes effect at each stream's next layer 0."""
 
-    def __init__(self, mesh: Mesh, layout: PayloadLayout):
+    def __init__(self, mesh: Mesh, layout: PayloadLayout, selection: RowSelection | None = None):
         self._mesh = mesh
         self._layout = layout
+        self._selection = selection
         self._epoch = 0
         self._retired = 0
         self._peers: tuple[RankId, ...] = ()
@@ -101,8 +106,13 @@ class MeshExchange:
             None if ids is None else ids.numpy(),
             None if weights is None else weights.numpy(),
         )
+        selection = self._selection
+        rows_of_ranks = None if selection is None else selection.rows_of_ranks(dispatch.layer, parts.expert_ids)
         try:
-            flight.seq = self._mesh.dispatch(flight.peers, meta, parts)
+            if rows_of_ranks is None:
+                flight.seq = self._mesh.dispatch(flight.peers, meta, parts)
+            else:
+                flight.seq = self._mesh.dispatch_sparse(flight.peers, meta, parts, rows_of_ranks)
         except (PeerNotConnectedError, SlotBusyError) as error:
             raise PeerLostError(str(error)) from error
         flight.waiting = True
@@ -163,6 +173,7 @@ class MeshExchange:
             Combined(
                 header.stream,
                 [self._tensor(answer) for answer in answers],
+                _row_idx(answers),
                 gang_tokens=max(answer.header.gang_tokens for answer in answers),
                 gang_size=flight.mask.bit_count(),
                 compute_s=max(answer.header.compute_ns for answer in answers) / 1e9,
@@ -173,3 +184,9 @@ class MeshExchange:
 
     def _tensor(self, answer: CombineArrived) -> Tensor:
         return to_torch(answer.rows, self._layout.combine_dtype)
+
+
+def _row_idx(answers: Sequence[CombineArrived]) -> list[Tensor] | None:
+    """The rows that each answer is for; None after a broadcast."""
+    found = [torch.from_numpy(answer.row_idx) for answer in answers if answer.row_idx is not None]
+    return found or None

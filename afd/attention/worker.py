@@ -17,6 +17,7 @@ from afd.attention.mesh_exchange import MeshExchange
 from afd.attention.metrics import AttentionMetrics
 from afd.attention.modelled import ModelledEngine, StepFormula
 from afd.attention.requests import RequestBook
+from afd.attention.row_selection import RowSelection
 from afd.config import ClusterConfig
 from afd.data_plane import config_hash, mesh_members, payload_layout
 from afd.errors import ConfigError, PeerLostError
@@ -36,6 +37,7 @@ from afd.sched.policy import Admission, PrefillBudget
 from afd.sched.scheduler import Scheduler, SchedulerConfig
 from afd.sched.streams import StreamChooser
 from afd.seat import Seat, take_seat
+from afd.types import DispatchMode
 from afd.zmq_sockets import server_socket
 from stepmesh.types import Role
 
@@ -164,7 +166,10 @@ class _Worker:
             ffn = load_ffn_half(self._folder, shard, config.model.dtype, section.device, weights=config.model.weights)
             self._exchange = LocalExchange([ffn])
         else:
-            self._exchange = MeshExchange(seat.mesh, payload_layout(config, spec.hidden, spec.max_top_k))
+            selection = None
+            if config.cluster.dispatch is DispatchMode.SPARSE:
+                selection = RowSelection(spec, config.topology.num_ffn, config.cluster.ffn_parallel)
+            self._exchange = MeshExchange(seat.mesh, payload_layout(config, spec.hidden, spec.max_top_k), selection)
         return AttentionEngine(half, cache, scheduler, self._exchange)
 
     def _modelled_engine(self, formula: StepFormula) -> ModelledEngine:

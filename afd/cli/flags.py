@@ -41,6 +41,7 @@ FLAGS = (
     Flag("--topology", ("cluster.topology",), "xAyF, such as 2A1F, or mono", EVERY),
     Flag("--transport", ("cluster.transport",), "of the data plane", COMPUTE, choices=("auto", "shm", "verbs", "tcp")),
     Flag("--ffn-parallel", ("cluster.ffn_parallel",), "cut of an FFN layer", EVERY, choices=("hybrid", "tp", "ep")),
+    Flag("--dispatch", ("cluster.dispatch",), "rows sent to FFN", (UP, ATTENTION), choices=("broadcast", "sparse")),
     Flag("--secret-file", ("cluster.secret_file",), "the cluster's secret, the same file everywhere", EVERY),
     Flag("--checksum", ("cluster.checksum",), "checksum of every payload", COMPUTE, choices=("true", "false")),
     Flag("--streams", ("attention.streams",), "micro-batches in flight, 0 = auto", (UP, ATTENTION), int, metavar="N"),

@@ -16,6 +16,8 @@ import msgspec
 from afd.config import ClusterConfig
 from afd.errors import ConfigError
 from afd.model.loading import ModelFolder, resolve_model
+from afd.model.sharding import check_sparse
+from afd.types import DispatchMode
 
 
 def usable_cores() -> int:
@@ -55,8 +57,10 @@ def whole_host_threads(config: ClusterConfig, cores: int) -> ClusterConfig:
 
 
 def find_model(config: ClusterConfig) -> tuple[ClusterConfig, ModelFolder]:
-    """Resolve the model (ModelError when it cannot be served) and name it for the clients."""
+    """Resolve the model (ModelError when it cannot be served, ConfigError when not so) and name it for the clients."""
     folder = resolve_model(config.model.name)
+    if config.cluster.dispatch is DispatchMode.SPARSE:
+        check_sparse(folder.spec, config.cluster.ffn_parallel)
     model = msgspec.structs.replace(config.model, served_name=config.model.served_name or folder.name)
     return msgspec.structs.replace(config, model=model), folder
 

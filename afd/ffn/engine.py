@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from afd.events import Stage, TraceRing
+from afd.ffn.dispatch_check import DispatchCheck
 from afd.ffn.gang import Arrival, GangBatch, GangTable
 from afd.model.expert_load import ExpertLoad
 from afd.model.halves import Dispatch, FFNHalf
@@ -23,6 +24,8 @@ from stepmesh.types import (
     CombineMeta,
     DispatchArrived,
     DispatchParts,
+    FrameKind,
+    Header,
     IdleNotice,
     PeerDown,
 )
@@ -55,6 +58,7 @@ class FFNEngine:
         clock: Callable[[], float] = time.perf_counter,
     ):
         self._half = half
+        self._check = DispatchCheck(half.spec)
         self._mesh = mesh
         self.gangs = gangs
         self._layout = layout
@@ -83,24 +87,35 @@ class FFNEngine:
     def _take_events(self, timeout_s: float) -> None:
         for event in self._mesh.progress(timeout_s):
             if isinstance(event, DispatchArrived):
-                header = event.header
-                self.gangs.arrive(
-                    Arrival(
-                        event.peer.rank,
-                        header.stream,
-                        header.layer,
-                        header.epoch,
-                        header.gang_id,
-                        header.member_mask,
-                        header.num_tokens,
-                        self._clock(),
-                        event,
-                    )
-                )
+                self._arrived(event)
             elif isinstance(event, IdleNotice):
                 self.gangs.idle(event.peer.rank, event.stream)
             elif isinstance(event, PeerDown):
                 self.gangs.lost(event.peer.rank)
+
+    def _arrived(self, event: DispatchArrived) -> None:
+        """To the gangs; or, when it names what does not exist, the end of this connection with the peer."""
+        header, ids = event.header, event.parts.expert_ids
+        if ids is not None:  # a peer in shared memory could write into its slot again: check what will be computed
+            ids = ids.copy()
+            event = event._replace(parts=event.parts._replace(expert_ids=ids))
+        fault = self._check.fault(header.layer, header.top_k, ids)
+        if fault is not None:
+            self._mesh.reject(event, fault)
+            return
+        self.gangs.arrive(
+            Arrival(
+                event.peer.rank,
+                header.stream,
+                header.layer,
+                header.epoch,
+                header.gang_id,
+                header.member_mask,
+                header.num_tokens,
+                self._clock(),
+                event,
+            )
+        )
 
     @torch.inference_mode()
     def _compute(self, batch: GangBatch) -> None:
@@ -111,7 +126,8 @@ class FFNEngine:
         answer, _ = encode_rows(self._half.layer(self._merge(batch.layer, parts)), self._layout.combine_dtype)
         rows = to_numpy(answer)
         done_s = self._clock()
-        meta = CombineMeta(batch.gang_id, batch.mask, batch.num_tokens, int((done_s - begun_s) * 1e9))
+        gang_tokens = sum(_batch_tokens(a.header) for a in arrivals if isinstance(a, DispatchArrived))
+        meta = CombineMeta(batch.gang_id, batch.mask, gang_tokens, int((done_s - begun_s) * 1e9))
         start = 0
         for arrival in arrivals:
             assert isinstance(arrival, DispatchArrived)
@@ -152,11 +168,21 @@ class FFNEngine:
 
 def _own_places(parts: Sequence[DispatchParts]) -> Tensor | None:
     """Each row's place in its sender's micro-batch, by which `ffn_parallel = ep` shares out the shared expert: the
-    ranks need not merge a gang's members in the same batches. None for one sender: places are 0..n-1.
+    ranks need not merge a gang's members in the same batches. None for one sender of all its rows: places are 0..n-1.
     """
-    if len(parts) == 1:
+    if len(parts) == 1 and parts[0].row_idx is None:
         return None
-    return torch.cat([torch.arange(p.rows.shape[0], dtype=torch.int32) for p in parts])
+    return torch.cat(
+        [
+            torch.arange(p.rows.shape[0], dtype=torch.int32) if p.row_idx is None else torch.from_numpy(p.row_idx)
+            for p in parts
+        ]
+    )
+
+
+def _batch_tokens(header: Header) -> int:
+    """Rows of the sender's micro-batch: what all FFN ranks know alike, however many of them each was sent."""
+    return header.gang_tokens if header.kind == FrameKind.SPARSE_DISPATCH else header.num_tokens
 
 
 def _cat(tensors: Sequence[Tensor]) -> Tensor:

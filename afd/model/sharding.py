@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from afd.errors import ConfigError
+from afd.model.spec import ModelSpec
 from afd.types import FfnParallel
 
 
@@ -53,3 +54,17 @@ class ShardSpec:
         if self.parallel is FfnParallel.TP:
             return partition(intermediate, self.num_ranks, self.rank)
         return range(intermediate)
+
+
+def check_sparse(spec: ModelSpec, parallel: FfnParallel) -> None:
+    """ConfigError where `cluster.dispatch = sparse` could leave no row out: every FFN rank works on every row."""
+    if parallel is FfnParallel.TP:
+        why, remedy = "cluster.ffn_parallel tp slices every expert over all ranks", "use ep, or dispatch broadcast"
+    elif not spec.num_experts:
+        why, remedy = f"{spec.name} has no MoE layer", "use broadcast"
+    elif parallel is FfnParallel.HYBRID and any(layer.ffn.shared_intermediate for layer in spec.layers):
+        why = f"cluster.ffn_parallel hybrid slices the shared expert of {spec.name} over all ranks"
+        remedy = "use ep, or dispatch broadcast"
+    else:
+        return
+    raise ConfigError(f"cluster.dispatch sparse: {why}, so each FFN rank needs every row; {remedy}")

@@ -42,6 +42,10 @@ BAD_FRAMES: dict[str, tuple[dict[str, Any], str]] = {
     "unknown checksum": ({"checksum_kind": 9}, "checksum algorithm"),
     "no frame at all": ({"magic": b"HTTP"}, "magic|unusable"),
     "version of the future": ({"version": 99}, "version 99"),
+    "rows of a batch larger than the slot": (
+        {"kind": FrameKind.SPARSE_DISPATCH, "gang_tokens": 1 << 31},
+        "rows of a batch of 2147483648, the slot holds",
+    ),
     "a combine where a dispatch belongs": ({"kind": FrameKind.COMBINE}, "kind"),
 }
 
@@ -193,3 +197,25 @@ def test_an_arrival_of_a_revoked_generation_cannot_be_answered(world: World) -> 
     np.testing.assert_array_equal(arrival.parts.rows, rows)
     world.answer(again, F0)
     world.take(A0, CombineArrived)
+
+
+def test_what_the_engine_refuses_resets_that_pair_alone(world: World) -> None:
+    world.build(2, 1)
+    world.dispatch(A0, [F0], make_parts(2), layer=999)
+    (wrong,) = world.take(F0, DispatchArrived)
+    world.dispatch(A1, [F0], make_parts(3))
+    (right,) = world.take(F0, DispatchArrived)
+    world.meshes[F0].reject(wrong, "layer 999, the model has 5")
+    (rejected,) = world.take(F0, FrameRejected)
+    assert (rejected.peer, rejected.reason) == (A0, "layer 999, the model has 5")
+    (down,) = world.take(A0, PeerDown)
+    assert down.retryable and down.reason.endswith("rejected a frame: layer 999, the model has 5")
+    with pytest.raises(StaleArrivalError):
+        world.answer(wrong, F0)
+    world.answer(right, F0)
+    world.take(A1, CombineArrived)
+    world.until_connected()
+    world.forget()
+    world.meshes[F0].reject(wrong, "of a generation that is gone")
+    world.exchange(A0, [F0], make_parts(4))
+    assert world.seen(F0, FrameRejected) == []

@@ -32,11 +32,25 @@ def test_every_flag_names_a_key_that_exists() -> None:
 def test_flags_reach_their_keys() -> None:
     config = resolved(
         *("up", "--topology", "2A1F", "--model", MODEL, "--port", "0", "--dtype", "float32", "--transport", "tcp"),
-        *("--streams", "2", "--ffn-parallel", "tp", "--threads", "3", "--checksum", "true", "--log-level", "debug"),
+        *(
+            "--streams",
+            "2",
+            "--ffn-parallel",
+            "ep",
+            "--dispatch",
+            "sparse",
+            "--threads",
+            "3",
+            "--checksum",
+            "true",
+            "--log-level",
+            "debug",
+        ),
     )
     assert str(config.topology) == "2A1F" and config.model.name == MODEL and config.gateway.port == 0
     assert config.model.dtype == "float32" and config.cluster.transport == "tcp" and config.cluster.checksum is True
-    assert config.attention.streams == 2 and config.cluster.ffn_parallel == "tp"
+    assert config.attention.streams == 2 and config.cluster.ffn_parallel == "ep"
+    assert config.cluster.dispatch == "sparse"
     assert config.attention.threads == config.ffn.threads == 3 and config.log.level == "debug"
 
 

@@ -45,6 +45,8 @@ def test_a_file_sets_and_an_override_wins(tmp_path: Path) -> None:
         ('[coordinator]\naddress = "nowhere"\n', "'nowhere' is not host:port"),
         ('[cluster]\ntopology = "mono"\ntransport = "tcp"\n', "mono has no transport"),
         ('[cluster]\ntopology = "mono"\nwire = "fp8"\n', "mono sends no rows"),
+        ('[cluster]\ntopology = "mono"\ndispatch = "sparse"\n', "mono sends no rows"),
+        ('[cluster]\ndispatch = "dense"\n', r"cluster\.dispatch"),
         ("[cluster]\nranks_per_instance = 8\n", "ranks_per_instance"),
         ("not toml", "is not valid TOML"),
     ],
