@@ -63,6 +63,7 @@ def status_text(reply: StatusReply, *, url: str = "") -> str:
     rows: list[tuple[str, ...]] = [("MEMBER", "STATE", "SEEN", "PROCESS", "METRICS", "LOAD")]
     rows += [_row(status) for status in reply.members]
     lines += _table(rows)
+    lines += _silent_experts(reply.members)
     if reply.events:
         lines += ["", *reply.events[-NUM_EVENTS:]]
     return "\n".join(lines)
@@ -85,6 +86,15 @@ def _row(status: MemberStatus) -> tuple[str, ...]:
         member.info.metrics or "-",
         load or "-",
     )
+
+
+def _silent_experts(members: Sequence[MemberStatus]) -> list[str]:
+    """A line for each layer with experts that receive tokens and give nothing."""
+    by_layer: dict[int, set[int]] = {}
+    for layer, expert in (found for status in members for found in status.silent_experts):
+        by_layer.setdefault(layer, set()).add(expert)
+    lines = [f"layer {layer}: {', '.join(map(str, sorted(by_layer[layer])))}" for layer in sorted(by_layer)]
+    return ["", "silent experts (receive tokens, give nothing; see `afd inspect`):", *lines] if lines else []
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from afd.config import CoordinatorConfig
-from afd.messages.membership import Member, MemberStatus, PairReport, SyncRequest, WorkerInfo
+from afd.messages.membership import ExpertId, Member, MemberStatus, PairReport, SyncRequest, WorkerInfo
 
 ATTENTION, FFN, GATEWAY = "attention", "ffn", "gateway"
 ROLES = (ATTENTION, FFN, GATEWAY)
@@ -50,6 +50,7 @@ class Entry:
     draining: bool = False
     drain_asked: bool = False
     stats: dict[str, float] = field(default_factory=dict)
+    silent_experts: list[ExpertId] = field(default_factory=list)
     broken: dict[str, tuple[float, str]] = field(default_factory=dict)  # peer -> (since, reason)
 
     @property
@@ -82,6 +83,7 @@ class Entry:
             self.progress_at = now
         self.progress, self.pending = request.progress, request.pending
         self.loading, self.stats = request.loading, request.stats
+        self.silent_experts = request.silent_experts
         changed = (request.ready, request.draining) != (self.ready, self.draining)
         self.ready, self.draining = request.ready, request.draining
         self._set_broken(request.pairs, now)
@@ -121,7 +123,13 @@ class Entry:
         return Member(self.info, self.rank, ready=self.ready, draining=self.draining or self.drain_asked)
 
     def status(self, now: float) -> MemberStatus:
-        return MemberStatus(self.member(), age_s=max(0.0, now - self.last_seen), loading=self.loading, stats=self.stats)
+        return MemberStatus(
+            self.member(),
+            age_s=max(0.0, now - self.last_seen),
+            loading=self.loading,
+            stats=self.stats,
+            silent_experts=self.silent_experts,
+        )
 
 
 def blame(entries: Iterable[Entry], now: float, patience_s: float) -> tuple[Entry, str] | None:

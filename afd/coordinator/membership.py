@@ -20,6 +20,7 @@ from afd.config import CoordinatorConfig
 from afd.coordinator.client import CoordinatorUnreachableError
 from afd.errors import CoordinatorError
 from afd.messages.membership import (
+    MAX_SILENT_EXPERTS,
     ClusterView,
     PairReport,
     RegisterReply,
@@ -317,6 +318,7 @@ class Membership:
                 leaving=leaving,
                 epoch_seen=self._view.epoch if self._view is not None else 0,
                 stats=fields.stats,
+                silent_experts=list(fields.silent_experts[:MAX_SILENT_EXPERTS]),
                 pairs=[PairReport(peer, broken=True, reason=reason) for peer, reason in self._broken.items()],
             )
 

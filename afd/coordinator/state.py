@@ -30,6 +30,7 @@ from afd.messages.membership import (
     ClusterView,
     ControlReply,
     ControlRequest,
+    ExpertId,
     Plan,
     RegisterReply,
     RegisterRequest,
@@ -45,6 +46,7 @@ MAX_GATEWAYS = 64
 MAX_EVENTS = 200
 MAX_NOTE_CHARS = 300
 MAX_REMEMBERED_LOST = 4096
+MAX_SILENT_WARNED = 4096
 MAX_VERSION_SEEN = 1 << 48
 MAX_EPOCH_SEEN = 1 << 31  # half of what a data frame can carry: nobody has lived so long, and room is left
 
@@ -112,6 +114,7 @@ class CoordinatorState:
         self._shutdown_until: float | None = None
         self._stopped = False
         self._num_experts = 0
+        self._silent_experts: set[ExpertId] = set()  # warned of
         self._actions: list[Action] = []
         self._events: deque[str] = deque(maxlen=MAX_EVENTS)
         self._view = ClusterView(
@@ -164,8 +167,10 @@ class CoordinatorState:
             self._remove(entry)
             self._log(logging.INFO, f"{entry.name} left")
             self._publish()
-        elif entry.beat(request, now):
-            self._publish()
+        else:
+            if entry.beat(request, now):
+                self._publish()
+            self._warn_of_silent_experts(entry)
         return SyncReply(known=True, view=self._view if request.view_version != self._view.version else None)
 
     def control(self, request: ControlRequest, now: float) -> ControlReply:
@@ -397,6 +402,23 @@ class CoordinatorState:
         if candidate != self._view:
             self._view = msgspec.structs.replace(candidate, version=self._view.version + 1)
             self._actions.append(Published(self._view))
+
+    def _warn_of_silent_experts(self, entry: Entry) -> None:
+        """Once for each expert: a rank's successor, and with tensor parallelism every rank, reports the same ones."""
+        if entry.info.role != FFN:
+            return
+        news: dict[int, list[int]] = {}
+        for layer, expert in entry.silent_experts:
+            if (layer, expert) not in self._silent_experts and len(self._silent_experts) < MAX_SILENT_WARNED:
+                self._silent_experts.add((layer, expert))
+                news.setdefault(layer, []).append(expert)
+        for layer, experts in news.items():
+            named = ", ".join(map(str, experts))
+            self._log(
+                logging.WARNING,
+                f"{entry.name}: layer {layer}: expert {named} receives tokens and gives nothing beside the others; "
+                f"check the checkpoint with `afd inspect`",
+            )
 
     def _stop_when_done(self, now: float) -> None:
         """End the process once: after the last member has left a shutdown, or when its time is over."""

@@ -10,15 +10,11 @@ PERIOD_S = 10.0  # between two looks: a look costs a median for each layer
 
 
 class ExpertWatch:
-    """num_silent: experts found so far."""
+    """found: (layer, expert) of those seen silent so far, in order; replaced, never changed, so any thread may read."""
 
     def __init__(self) -> None:
         self._next_s = 0.0
-        self._found: set[tuple[int, int]] = set()
-
-    @property
-    def num_silent(self) -> int:
-        return len(self._found)
+        self.found: tuple[tuple[int, int], ...] = ()
 
     def look(self, loads: Mapping[int, ExpertLoad], now: float) -> list[tuple[int, int]]:
         """(layer, expert) of those that went silent since the last look; nothing before the next look is due."""
@@ -26,6 +22,6 @@ class ExpertWatch:
             return []
         self._next_s = now + PERIOD_S
         silent = {(layer, expert) for layer, load in loads.items() for expert in load.silent()}
-        news = sorted(silent - self._found)
-        self._found |= silent
+        news = sorted(silent.difference(self.found))
+        self.found = tuple(sorted(silent.union(self.found)))
         return news

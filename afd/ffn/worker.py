@@ -154,9 +154,9 @@ class _Worker:
                 "wait_s": totals.wait_s,
                 "batches": float(totals.num_batches),
                 "tokens": float(totals.num_tokens),
-                "silent_experts": float(self._watch.num_silent),
                 "gang_size": totals.num_members / max(1, totals.num_batches),
             },
+            silent_experts=self._watch.found,
         )
 
     def _ready(self) -> tuple[bool, str]:  # metrics thread

@@ -20,6 +20,8 @@ Text = Annotated[str, Meta(max_length=4096)]
 Small = Annotated[int, Meta(ge=0, le=1 << 16)]
 Counter = Annotated[int, Meta(ge=0, le=1 << 62)]
 Epoch = Annotated[int, Meta(ge=0, le=(1 << 32) - 1)]  # what a data frame can carry
+ExpertId = tuple[Small, Small]  # layer, expert
+MAX_SILENT_EXPERTS = 256  # that one worker reports: an operator needs no more to look into a checkpoint
 
 
 class MeshAddress(msgspec.Struct, frozen=True):
@@ -124,6 +126,7 @@ class SyncRequest(msgspec.Struct, frozen=True):
 
     loading: 0..1 while the model loads.  stats: flat counters and gauges for `afd status`.
     pairs: every pair of this worker that is broken now (the whole list each time, so a lost call loses nothing).
+    silent_experts: ffn: those that receive tokens and give nothing, found since its start; at most the first ones.
     """
 
     role: Name
@@ -138,6 +141,7 @@ class SyncRequest(msgspec.Struct, frozen=True):
     epoch_seen: Epoch = 0
     stats: Annotated[dict[Name, float], Meta(max_length=4096)] = {}
     pairs: Annotated[list[PairReport], Meta(max_length=256)] = []
+    silent_experts: Annotated[list[ExpertId], Meta(max_length=MAX_SILENT_EXPERTS)] = []
 
 
 class SyncReply(msgspec.Struct, frozen=True):
@@ -161,6 +165,7 @@ class MemberStatus(msgspec.Struct, frozen=True):
     age_s: float  # since its last heartbeat
     loading: float
     stats: dict[str, float]
+    silent_experts: list[ExpertId] = []
 
 
 class StatusReply(msgspec.Struct, frozen=True):

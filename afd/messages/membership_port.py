@@ -17,12 +17,13 @@ class SyncFields:
     """What the main loop contributes to each heartbeat; read from the side thread, so it must be cheap.
 
     progress: main-loop counter.  pending: work is waiting (pending with a still counter = stalled).
-    stats: flat counters and gauges for `afd status`.
+    stats: flat counters and gauges for `afd status`.  silent_experts: (layer, expert) that give nothing.
     """
 
     progress: int = 0
     pending: bool = False
     stats: dict[str, float] = field(default_factory=dict)
+    silent_experts: tuple[tuple[int, int], ...] = ()
 
 
 ViewCallback = Callable[[ClusterView], None]

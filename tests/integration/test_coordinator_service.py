@@ -21,7 +21,15 @@ from afd.coordinator.client import SERVICE, CoordinatorClient, CoordinatorUnreac
 from afd.coordinator.membership import Membership, MembershipLostError, MembershipTiming
 from afd.coordinator.service import run_coordinator
 from afd.errors import ConfigError, CoordinatorError
-from afd.messages.membership import ClusterView, ControlRequest, MeshAddress, RegisterRequest, SyncRequest, WorkerInfo
+from afd.messages.membership import (
+    MAX_SILENT_EXPERTS,
+    ClusterView,
+    ControlRequest,
+    MeshAddress,
+    RegisterRequest,
+    SyncRequest,
+    WorkerInfo,
+)
 from afd.messages.membership_port import SyncFields
 from afd.secrets import grpc_token
 
@@ -319,6 +327,18 @@ def test_a_stalled_worker_is_told_that_it_is_lost(join: Callable[..., Joined]) -
         worker.membership.set_ready(True)
         error = worker.fatal.get(timeout=WAIT_S)
         assert isinstance(error, MembershipLostError) and "no progress" in str(error)
+
+
+def test_silent_experts_reach_the_status_and_the_events(join: Callable[..., Joined]) -> None:
+    found = tuple((layer, expert) for layer in range(2) for expert in range(MAX_SILENT_EXPERTS))
+    with coordinator() as running, CoordinatorClient(running.address, TOKEN) as client:
+        worker = join(running.address, info("ffn"), fields=lambda: SyncFields(silent_experts=found))
+        worker.membership.wait_rank(WAIT_S)
+        worker.membership.set_ready(True)  # sent at once, in a heartbeat
+        worker.wait_view(lambda view: any(member.ready for member in view.members))
+        status = client.status()
+        assert status.members[0].silent_experts == list(found[:MAX_SILENT_EXPERTS])
+        assert "layer 0: expert 0, 1, 2" in status.events[-1]
 
 
 def test_broken_links_are_told_until_they_heal(join: Callable[..., Joined]) -> None:

@@ -150,3 +150,17 @@ def test_status_shows_every_member_in_a_table() -> None:
     assert lines[0] == "1A1F  smol  waiting for workers, epoch 0  http://x"
     assert " ".join(lines[4].split()) == "attention/0 ready 0.1 s ago 10.0.0.1 pid 11 10.0.0.1:90 running 3"
     assert "loading 50%" in lines[5] and lines[-1] == "+0.0s attention/0 joined"
+
+
+def test_status_names_silent_experts_by_layer() -> None:
+    info = WorkerInfo("ffn", "f", "10.0.0.2", 12, "h")
+    view = ClusterView("c" * 32, 7, 1, 1, 2, "smol", "h", "tp", Plan(), [])
+    found = [[(3, 11), (1, 0)], [(3, 2), (3, 11)], []]
+    members = [MemberStatus(Member(info, rank), 0.1, 1.0, {}, experts) for rank, experts in enumerate(found)]
+    lines = status_text(StatusReply(view, members, ["+0.0s ffn/0 joined"])).splitlines()
+    assert lines[8:11] == [
+        "silent experts (receive tokens, give nothing; see `afd inspect`):",
+        "layer 1: 0",
+        "layer 3: 2, 11",
+    ]
+    assert "silent" not in status_text(StatusReply(view, members[2:], []))

@@ -20,4 +20,4 @@ def test_each_silent_expert_is_news_once():
     assert watch.look(damaged, PERIOD_S / 2) == [], "not yet due"
     assert watch.look(damaged, PERIOD_S) == [(1, 11), (3, 10)]
     assert watch.look(damaged, 2 * PERIOD_S) == []
-    assert watch.num_silent == 2
+    assert watch.found == ((1, 11), (3, 10))
