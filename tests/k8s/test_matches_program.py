@@ -226,6 +226,7 @@ def schema_enum(*path: str) -> list[str]:
         (("model", "dtype"), "model.dtype"),
         (("transport",), "cluster.transport"),
         (("ffnParallel",), "cluster.ffn_parallel"),
+        (("dispatch",), "cluster.dispatch"),
         (("device",), "attention.device"),
         (("sla", "policy"), "sla.policy"),
         (("log", "level"), "log.level"),
@@ -253,6 +254,7 @@ def test_defaults_agree_where_the_chart_has_no_reason_of_its_own() -> None:
     assert values["attention"]["maxNumSeqs"] == config.attention.max_num_seqs
     assert values["attention"]["maxStepTokens"] == config.attention.max_step_tokens
     assert values["ffnParallel"] == str(config.cluster.ffn_parallel)
+    assert values["dispatch"] == str(config.cluster.dispatch)
 
 
 def test_versions_agree() -> None:

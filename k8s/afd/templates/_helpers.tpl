@@ -65,7 +65,7 @@ metrics: {attention: 9101, ffn: 9102, coordinator: 9103, autoscale: 9104}
 {{- $set := dict
   "model" (dict "name" $v.model.name "served_name" $v.model.servedName "dtype" $v.model.dtype "max_context" $v.model.maxContext)
   "cluster" (dict "topology" $v.topology "transport" $v.transport "ffn_parallel" $v.ffnParallel
-      "secret_file" "/etc/afd/secret/cluster-secret" "recovery_timeout_s" $v.recoveryTimeoutSeconds)
+      "dispatch" $v.dispatch "secret_file" "/etc/afd/secret/cluster-secret" "recovery_timeout_s" $v.recoveryTimeoutSeconds)
   "attention" (dict "streams" $v.streams "kv_cache_gib" $v.attention.kvCacheGiB "max_num_seqs" $v.attention.maxNumSeqs
       "max_step_tokens" $v.attention.maxStepTokens "device" $v.device "port" $ports.serving
       "metrics_port" $ports.metrics.attention)
@@ -95,6 +95,9 @@ metrics: {attention: 9101, ffn: 9102, coordinator: 9103, autoscale: 9104}
 {{- $v := .Values -}}
 {{- if and $v.hostNetwork $v.networkPolicy.enabled -}}
 {{- fail "hostNetwork pods are outside NetworkPolicies: set networkPolicy.enabled to false with hostNetwork" -}}
+{{- end -}}
+{{- if and (eq $v.dispatch "sparse") (eq $v.ffnParallel "tp") -}}
+{{- fail "dispatch sparse leaves out no row with ffnParallel tp: every FFN worker has a slice of every expert" -}}
 {{- end -}}
 {{- if and $v.tls.enabled (not $v.tls.secretName) -}}
 {{- fail "tls.enabled needs tls.secretName: a Secret with tls.crt, tls.key and ca.crt" -}}
