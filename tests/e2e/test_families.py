@@ -7,20 +7,46 @@ import re
 
 import pytest
 
+from tests.e2e.cover import pairwise_cover
 from tests.e2e.local_cluster import LocalCluster
 
-CASES = [
-    # preset, topology, ffn_parallel, streams; the marked ones only in `make test-matrix`
-    pytest.param("step3.5-flash-tiny", "2A1F", "hybrid", 2, marks=pytest.mark.matrix),
-    ("step3.5-flash-tiny", "1A2F", "ep", 3),
-    ("deepseek-v3-tiny", "2A3F", "ep", 2),
-    pytest.param("deepseek-v3-tiny", "1A1F", "tp", 1, marks=pytest.mark.matrix),
-    ("qwen3-moe-tiny", "2A3F", "tp", 3),
-    pytest.param("ernie-4.5-moe-tiny", "2A1F", "ep", 1, marks=pytest.mark.matrix),
-    ("ernie-4.5-moe-tiny", "1A2F", "hybrid", 2),
-    pytest.param("step3-tiny", "2A3F", "ep", 3, marks=pytest.mark.matrix),
-    ("qwen3-tiny", "1A2F", "tp", 2),
-]
+TOPOLOGIES, STREAMS = ("1A1F", "2A1F", "1A2F", "2A3F"), (1, 2, 3)
+CUTS = {  # of the FFN layers of each family: (ffn_parallel, dispatch)
+    "with a shared expert": (("hybrid", "broadcast"), ("tp", "broadcast"), ("ep", "broadcast"), ("ep", "sparse")),
+    "routed experts only": (
+        *(("hybrid", "broadcast"), ("tp", "broadcast"), ("ep", "broadcast")),
+        *(("hybrid", "sparse"), ("ep", "sparse")),
+    ),
+    "dense": (("hybrid", "broadcast"), ("tp", "broadcast"), ("ep", "broadcast")),
+}
+FAMILIES = {
+    "step3-tiny": "with a shared expert",
+    "step3.5-flash-tiny": "with a shared expert",
+    "deepseek-v3-tiny": "with a shared expert",
+    "ernie-4.5-moe-tiny": "with a shared expert",
+    "qwen3-moe-tiny": "routed experts only",
+    "qwen3-tiny": "dense",
+}
+QUICK = {  # of each family's cover; the rest of it only in `make test-matrix`
+    "step3-tiny": [],
+    "step3.5-flash-tiny": [("1A2F", "ep", "sparse", 3)],
+    "deepseek-v3-tiny": [("2A3F", "ep", "sparse", 2)],
+    "ernie-4.5-moe-tiny": [("1A2F", "hybrid", "broadcast", 2)],
+    "qwen3-moe-tiny": [("2A3F", "hybrid", "sparse", 3)],
+    "qwen3-tiny": [("1A2F", "tp", "broadcast", 2)],
+}
+
+
+def everything(preset: str) -> list[tuple[str, str, str, int]]:
+    """All combinations that make sense for a family."""
+    return [(t, *cut, s) for t in TOPOLOGIES for cut in CUTS[FAMILIES[preset]] for s in STREAMS]
+
+
+def cases():
+    for preset, quick in QUICK.items():
+        for case in pairwise_cover(everything(preset), quick):
+            marks = [] if case in quick else [pytest.mark.matrix]
+            yield pytest.param(preset, *case, marks=marks, id="-".join(map(str, (preset, *case))))
 
 
 def workload() -> tuple[list[list[int]], list[int]]:
@@ -32,8 +58,8 @@ def workload() -> tuple[list[list[int]], list[int]]:
     return prompts, [16, 10, 12, 8, 10, 14]
 
 
-@pytest.mark.parametrize(("preset", "topology", "parallel", "streams"), CASES)
-def test_equals_the_reference(preset, topology, parallel, streams, tmp_path, reference):
+@pytest.mark.parametrize(("preset", "topology", "parallel", "dispatch", "streams"), list(cases()))
+def test_equals_the_reference(preset, topology, parallel, dispatch, streams, tmp_path, reference):
     toml = f"""
         [model]
         name = "dummy:{preset}"
@@ -41,6 +67,7 @@ def test_equals_the_reference(preset, topology, parallel, streams, tmp_path, ref
         [cluster]
         topology = "{topology}"
         ffn_parallel = "{parallel}"
+        dispatch = "{dispatch}"
         [attention]
         streams = {streams}
         max_step_tokens = 32

@@ -11,6 +11,7 @@ import random
 import pytest
 
 from tests.e2e.conftest import SMOLLM2, STEP3_TINY
+from tests.e2e.cover import pairwise_cover
 from tests.e2e.local_cluster import LocalCluster
 
 OPTIONS = {
@@ -25,29 +26,12 @@ OPTIONS = {
 MODELS = {"step3-tiny": STEP3_TINY, "smollm2": SMOLLM2}
 
 
-def pairwise_cover(options: dict[str, list], seed: int = 0) -> list[tuple]:
-    """Combinations in which every pair of values of two options occurs (greedy, deterministic)."""
-    rng = random.Random(seed)
-    names = list(options)
-    everything = list(itertools.product(*options.values()))
-
-    def pairs(combination):
-        return set(itertools.combinations(zip(names, combination, strict=True), 2))
-
-    missing = set().union(*(pairs(c) for c in everything))
-    cover = []
-    while missing:
-        best = max(rng.sample(everything, len(everything)), key=lambda c: len(pairs(c) & missing))
-        missing -= pairs(best)
-        cover.append(best)
-    return cover
-
-
-COVER = pairwise_cover(OPTIONS)
+EVERYTHING = list(itertools.product(*OPTIONS.values()))
+COVER = pairwise_cover(EVERYTHING)
 
 
 def cases():
-    for combination in itertools.product(*OPTIONS.values()):
+    for combination in EVERYTHING:
         marks = [] if combination in COVER else [pytest.mark.matrix]
         yield pytest.param(
             dict(zip(OPTIONS, combination, strict=True)), marks=marks, id="-".join(map(str, combination))

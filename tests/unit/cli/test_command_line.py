@@ -79,6 +79,14 @@ def test_set_reaches_every_key_and_comes_last(tmp_path: Path) -> None:
         (("up", "--set", "nonsense"), "section.key=value"),
         (("up", "--config", "/nowhere.toml"), "cannot read config file /nowhere.toml"),
         (("up", "--model", "/no/such/model"), "/no/such/model"),
+        (
+            ("up", "--dry-run", "--model", "dummy:step3-tiny", "--ffn-parallel", "tp", "--dispatch", "sparse"),
+            "cluster.dispatch sparse: cluster.ffn_parallel tp slices every expert over all ranks, so each FFN rank",
+        ),
+        (
+            ("up", "--dry-run", "--model", "dummy:step3-tiny", "--dispatch", "sparse"),
+            "hybrid slices the shared expert of dummy:step3-tiny over all ranks, so each FFN rank needs every row",
+        ),
         (("up", "--secret-file", "/nowhere"), "cannot read secret file"),
         (("attention", "--model", MODEL), "--coordinator HOST:PORT is needed"),
         (("ffn", "--model", MODEL, "--coordinator", "127.0.0.1:1"), "--secret-file is needed"),
