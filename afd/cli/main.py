@@ -12,6 +12,7 @@ from afd.bench import cli as bench
 from afd.cli import autoscale, chat, inspect, k8s, roles, status, trace, up
 from afd.errors import AfdError
 from afd.plan import cli as plan
+from afd.simulate import cli as simulate
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -33,6 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     inspect.add_parser(commands)
     bench.add_parser(commands)
     plan.add_parser(commands)
+    simulate.add_parser(commands)
     version = commands.add_parser("version", help="print the version")
     version.set_defaults(func=_print_version)
     return parser

@@ -153,7 +153,7 @@ class CalibratedStages:
             jitter=calibration.jitter,
         )
 
-    def times(self, deployment: Deployment, context: int, num_tokens: int) -> StageTimes:
+    def times(self, deployment: Deployment, context: int, num_tokens: float) -> StageTimes:
         here = self.base.times(deployment, context, num_tokens)
         there = self.base.times(self.measured, context, num_tokens)
         # The FFN's roofline is compared at the same gang batch, which the measured topology reaches with other tokens

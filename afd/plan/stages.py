@@ -45,8 +45,8 @@ class StageModel(Protocol):
         """Share by which the mean TPOT exceeds the sum of the stages."""
         ...
 
-    def times(self, deployment: Deployment, context: int, num_tokens: int) -> StageTimes:
-        """Stage times of `num_tokens` tokens per attention rank, each with `context` cached tokens."""
+    def times(self, deployment: Deployment, context: int, num_tokens: float) -> StageTimes:
+        """Stage times of `num_tokens` tokens per attention rank (a mean: any number above 0), of `context` cached ones."""
         ...
 
 
@@ -60,7 +60,7 @@ class RooflineStages:
     def jitter(self) -> float:
         return self.efficiency.jitter
 
-    def times(self, deployment: Deployment, context: int, num_tokens: int) -> StageTimes:
+    def times(self, deployment: Deployment, context: int, num_tokens: float) -> StageTimes:
         to_ffn_s, to_attention_s = transfer_times(deployment, self.efficiency, num_tokens)
         return StageTimes(
             attention_s=attention_time(deployment, self.efficiency, context, num_tokens),
@@ -89,7 +89,7 @@ def core_time(
     return max(moved, num_tokens * group.core_flops(context) / peak / efficiency.core_flops)
 
 
-def attention_time(deployment: Deployment, efficiency: Efficiency, context: int, num_tokens: int) -> float:
+def attention_time(deployment: Deployment, efficiency: Efficiency, context: int, num_tokens: float) -> float:
     """Core, projections, and the sum of the FFN instances' partial rows into the residual stream."""
     model, chip = deployment.model, deployment.attention_chip
     kv_bytes = deployment.kv_dtype.bytes_per_element
@@ -102,7 +102,7 @@ def attention_time(deployment: Deployment, efficiency: Efficiency, context: int,
     return (core_s + linear_s) / model.num_layers + combine_s + efficiency.launch_s
 
 
-def ffn_time(deployment: Deployment, efficiency: Efficiency, num_tokens: int) -> float:
+def ffn_time(deployment: Deployment, efficiency: Efficiency, num_tokens: float) -> float:
     """Experts on the weight shard of one rank, plus what shows of the all-gather before and reduce-scatter after.
 
     Both collectives run over the server's interconnect beside other micro-batches' GEMMs; an instance can still not
@@ -134,7 +134,7 @@ def dispatch_row_bytes(deployment: Deployment) -> float:
     return hidden + 4 * -(-hidden // SCALE_GROUP) + EXPERT_META_BYTES * top_k
 
 
-def transfer_times(deployment: Deployment, efficiency: Efficiency, num_tokens: int) -> tuple[float, float]:
+def transfer_times(deployment: Deployment, efficiency: Efficiency, num_tokens: float) -> tuple[float, float]:
     """To the FFN and back, whichever end of the pair has more to move; the directions of a link do not compete."""
     topology = deployment.topology
     share = deployment.sent_share()
@@ -149,7 +149,7 @@ def transfer_times(deployment: Deployment, efficiency: Efficiency, num_tokens: i
     )
 
 
-def head_time(deployment: Deployment, efficiency: Efficiency, num_tokens: int) -> float:
+def head_time(deployment: Deployment, efficiency: Efficiency, num_tokens: float) -> float:
     """LM head, 16-bit, its vocabulary sliced over the ranks of an attention instance."""
     chip, weights = deployment.attention_chip, deployment.model.head_weights
     read_s = 2 * weights / deployment.ranks_per_instance / chip.memory_bytes_per_s

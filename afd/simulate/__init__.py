@@ -1,0 +1,12 @@
+"""Discrete-event simulation of a whole cluster under load. No torch, no socket, no thread, no clock.
+
+The decisions are the service's own code: the gateway's dispatcher, each attention worker's scheduler, admission,
+latency model and stream choice, the FFN ranks' gang tables. Only time is modelled: stages take what a
+`afd.plan.stages.StageModel` says.
+
+cluster      wires it and runs it              settings     what is simulated
+gateway      the dispatcher and its clients    worker       an attention worker without tensors
+layers       every layer of every step         closed_form  first and last layer, the inner ones by formula
+arrivals     who asks when for how much        failures     what is lost when
+times        stage times, remembered           results      what came out
+"""

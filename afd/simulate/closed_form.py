@@ -1,0 +1,254 @@
+"""First and last layer of each step as decisions of the gang table, the layers between them by a closed form.
+
+Devices are not simulated but shared. A step alone would take its latency, L (A + C + F) + head; while it runs it keeps
+a device busy for a share of that time, such as (L A + head) / latency of its worker. Where the shares on a device add
+up to more than 1, everything on it is stretched by their sum. In a steady state that is the pipeline's closed form:
+
+    step = max(sum of (L A + head) on a worker, sum of L F of the gangs, sum of L C on a link, L (A + C + F) + head)
+
+A gang moves as its slowest member does. Its table is kept by the FFN rank that forms it; the others do the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from afd.ffn.gang import Arrival, GangBatch, GangTable
+from afd.plan.pipeline import PipelineKind
+from afd.simulate.events import EventQueue
+from afd.simulate.results import Results
+from afd.simulate.settings import Settings
+from afd.simulate.worker import AttentionWorker, Step
+
+TICK_S = 1e-6  # a deadline is looked at just after it, whatever the rounding
+DONE_S = 1e-12
+
+
+@dataclass(slots=True, eq=False)
+class _Gang:
+    """Steps that move together. left_s: what they would still take alone, up to the last layer or through it.
+
+    stretch: how much longer it takes.  share: of the FFN's time while it is on its way.
+    """
+
+    steps: list[Step]
+    layer: int
+    left_s: float
+    share: float
+    ffn_s: float
+    stretch: float = 1.0
+
+
+@dataclass(slots=True)
+class _Load:
+    """Shares of a worker's processor and link that its steps in flight take, by stream."""
+
+    device: list[float]
+    link: list[float]
+
+    @property
+    def stretch(self) -> float:
+        return max(1.0, sum(self.device), sum(self.link))
+
+
+class ClosedFormPath:
+    """DataPath with a cost for each gang and worker instead of each layer, FFN rank and worker."""
+
+    def __init__(self, settings: Settings, events: EventQueue, results: Results):
+        self._settings = settings
+        self._times = settings.times
+        self._layers = settings.times.num_layers
+        self._events = events
+        self._results = results
+        self._own_link = settings.pipeline is not PipelineKind.CONSERVATIVE
+        self._loads: dict[int, _Load] = {}  # by attention rank
+        self._gang_tokens: dict[int, int] = {}  # of each stream's last gang
+        self._tables: list[GangTable] = []
+        self._wakes_at: list[float] = []
+        self._gangs: list[_Gang] = []
+        self._moved_at = 0.0
+        self._version = 0
+        self._epoch = 0
+        self._new_epoch()
+
+    # -- DataPath -----------------------------------------------------------------------------------------
+
+    def wake(self, worker: AttentionWorker) -> None:
+        idle: list[int] = []
+        for step in worker.begin_steps(self._events.now, idle.append):
+            self._begin(step)
+        for stream in idle:
+            load = self._loads.get(worker.rank)
+            if load is not None and stream < len(load.device):
+                load.device[stream] = load.link[stream] = 0.0
+            self._table(stream).idle(worker.rank, stream)
+            self._form(stream)
+
+    def lose_attention(self, worker: AttentionWorker) -> None:
+        self._loads.pop(worker.rank, None)
+        for idx, table in enumerate(self._tables):
+            table.lost(worker.rank)
+            self._form(idx)
+
+    def lose_ffn(self) -> None:
+        self._gangs.clear()
+        self._loads.clear()
+        self._new_epoch()
+
+    # -- first and last layer -----------------------------------------------------------------------------
+
+    def _begin(self, step: Step) -> None:
+        """Attention of layer 0; the rows arrive at the rank that forms the gang."""
+        load = self._loads.setdefault(step.worker.rank, _Load([], []))
+        while len(load.device) <= step.stream:
+            load.device.append(0.0)
+            load.link.append(0.0)
+        gang_tokens = max(step.batch.num_tokens, self._gang_tokens.get(step.stream, 0))
+        alone_s = self._layers * self._layer_s([step], self._times.ffn_s(gang_tokens)) + step.head_s
+        moved_s = self._layers * (step.to_ffn_s + step.to_attention_s)
+        own_s = self._layers * step.attention_s + step.head_s
+        if not self._own_link:
+            own_s, moved_s = own_s + self._layers * step.to_ffn_s, 0.0
+        load.device[step.stream], load.link[step.stream] = own_s / alone_s, moved_s / alone_s
+        first_s = load.stretch * (step.attention_s + step.to_ffn_s)
+        self._events.after(first_s, self._arrived, step)
+
+    def _arrived(self, step: Step) -> None:
+        if step.void:
+            return
+        self._arrive(step, 0, self._events.now)
+        self._form(step.stream)
+
+    def _arrive(self, step: Step, layer: int, at_s: float) -> None:
+        step.layer = layer
+        rank, tokens = step.worker.rank, step.batch.num_tokens
+        self._table(step.stream).arrive(
+            Arrival(rank, step.stream, layer, self._epoch, step.gang_id, step.mask, tokens, at_s, step)
+        )
+
+    def _form(self, stream: int) -> None:
+        """Whatever is complete at this stream's rank goes on; look again at the next deadline."""
+        idx = stream % len(self._tables)
+        table, now = self._tables[idx], self._events.now
+        formed = []
+        while (batch := table.next_batch(now)) is not None:
+            formed.append(self._gang_of(batch))
+        if formed:
+            self._move_on(now)
+            self._gangs += formed
+            self._plan(now)
+        deadline_s = table.deadline()
+        if deadline_s is not None and deadline_s < self._wakes_at[idx]:
+            self._wakes_at[idx] = max(deadline_s, now) + TICK_S
+            self._events.at(self._wakes_at[idx], self._deadline, idx, self._wakes_at[idx])
+
+    def _deadline(self, idx: int, planned_s: float) -> None:
+        if self._wakes_at[idx] == planned_s:
+            self._wakes_at[idx] = float("inf")
+            self._form(idx)
+
+    def _gang_of(self, batch: GangBatch) -> _Gang:
+        steps = [_step(arrival) for arrival in batch.arrivals]
+        ffn_s = self._times.ffn_s(batch.num_tokens)
+        back_s = ffn_s + max(step.to_attention_s for step in steps)
+        self._results.gang(batch, [step.attention_s for step in steps], self._weight(batch.layer))
+        occupied_s = ffn_s if self._own_link else back_s
+        layer_s = self._layer_s(steps, ffn_s)
+        share = self._layers * occupied_s / ((self._layers - 1) * layer_s + back_s)
+        if batch.layer == 0:
+            self._gang_tokens[batch.stream] = batch.num_tokens
+            for step in steps:
+                step.gang_id, step.mask, step.gang_tokens = batch.gang_id, batch.mask, batch.num_tokens
+        self._results.ffn_busy_s += self._weight(batch.layer) * occupied_s
+        left_s = back_s
+        if batch.layer == 0 and self._layers > 1:
+            left_s += (self._layers - 2) * layer_s + _out_s(steps)
+        return _Gang(steps, batch.layer, left_s, share, ffn_s)
+
+    def _weight(self, layer: int) -> int:
+        """Layers that a gang seen at layer 0 or the last one stands for."""
+        return 1 if layer else max(1, self._layers - 1)
+
+    # -- the layers between -------------------------------------------------------------------------------
+
+    def _layer_s(self, steps: Sequence[Step], ffn_s: float) -> float:
+        """One layer of a gang alone: its slowest member's way there, F, and the slowest way back."""
+        return _out_s(steps) + ffn_s + max(step.to_attention_s for step in steps)
+
+    def _move_on(self, now: float) -> None:
+        """Book how far every gang has come."""
+        passed_s = now - self._moved_at
+        self._moved_at = now
+        for gang in self._gangs:
+            gang.left_s -= passed_s / gang.stretch
+
+    def _plan(self, now: float) -> None:
+        """Stretch every gang by what it shares now; the next one to be through is looked at then."""
+        ffn = sum(gang.share for gang in self._gangs)
+        stretch = {rank: load.stretch for rank, load in self._loads.items()}
+        for gang in self._gangs:
+            gang.stretch = max(ffn, *(stretch.get(step.worker.rank, 1.0) for step in gang.steps))
+        self._version += 1
+        if self._gangs:
+            next_s = min(gang.left_s * gang.stretch for gang in self._gangs)
+            self._events.at(now + max(0.0, next_s), self._through, self._version)
+
+    def _through(self, version: int) -> None:
+        """Gangs that have come to the last layer's dispatch, or to the end of its exchange."""
+        if version != self._version:
+            return
+        now = self._events.now
+        self._move_on(now)
+        through = [gang for gang in self._gangs if gang.left_s <= DONE_S]
+        self._gangs = [gang for gang in self._gangs if gang.left_s > DONE_S]
+        for gang in through:
+            steps = [step for step in gang.steps if not step.void]
+            if gang.layer == self._layers - 1:
+                self._leave(steps, gang.ffn_s)
+            elif steps:
+                out_s = _out_s(steps)
+                for step in steps:  # who is quicker was there before
+                    early_s = gang.stretch * (out_s - step.attention_s - step.to_ffn_s)
+                    self._arrive(step, self._layers - 1, now - early_s)
+                self._form(steps[0].stream)
+        self._plan(now)
+
+    def _leave(self, steps: Sequence[Step], ffn_s: float) -> None:
+        """The last layer's answer is there: head, sampling, commit."""
+        for step in steps:
+            step.ffn_s = self._layers * ffn_s
+            step.exchange_s = step.ffn_s + self._layers * (step.to_ffn_s + step.to_attention_s)
+            stretch = self._loads[step.worker.rank].stretch
+            self._events.after(stretch * step.head_s, self._finished, step)
+
+    def _finished(self, step: Step) -> None:
+        if step.void:
+            return
+        worker = step.worker
+        self._results.attention_busy(worker.rank, self._layers * step.attention_s + step.head_s)
+        if not self._own_link:
+            self._results.attention_busy(worker.rank, self._layers * step.to_ffn_s)
+        worker.finish(step, self._events.now)
+        self.wake(worker)
+
+    # -- details ------------------------------------------------------------------------------------------
+
+    def _table(self, stream: int) -> GangTable:
+        return self._tables[stream % len(self._tables)]
+
+    def _new_epoch(self) -> None:
+        self._epoch += 1
+        num_ffn, window_s = self._settings.topology.num_ffn, self._settings.gang_window_s
+        self._tables = [GangTable(idx, num_ffn, max_window_s=window_s) for idx in range(num_ffn)]
+        self._wakes_at = [float("inf")] * num_ffn
+
+
+def _out_s(steps: Sequence[Step]) -> float:
+    """Attention and the way to the FFN of the slowest."""
+    return max(step.attention_s + step.to_ffn_s for step in steps)
+
+
+def _step(arrival: Arrival) -> Step:
+    assert isinstance(arrival.token, Step)
+    return arrival.token

@@ -1,0 +1,47 @@
+"""What is simulated: sizes, policies and limits as the service has them, and stage times."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from afd.plan.pipeline import PipelineKind
+from afd.sched.policy import Policy
+from afd.sched.scheduler import SchedulerConfig
+from afd.simulate.failures import Failure
+from afd.simulate.times import StepTimes
+from afd.types import Topology
+
+Detail = Literal["ends", "layers"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """A worker here is a whole instance; limits count its ranks together.
+
+    num_blocks: KV blocks of a worker.  auto_streams: most streams of a worker that chooses their number; 0 = fixed
+    (`scheduler.num_streams`).  max_waiting, max_queue: as `attention.max_waiting` and `gateway.max_queue`.
+    stops_early: answers end by a stop token, so that the service cannot know their length; else by max_tokens.
+    pipeline: what a transfer occupies, a link of its own (optimistic) or its sender (conservative).
+    detail: "layers" simulates every layer, "ends" the first and the last one.
+    """
+
+    topology: Topology
+    times: StepTimes
+    scheduler: SchedulerConfig
+    num_blocks: int
+    block_size: int = 16
+    auto_streams: int = 0
+    policy: Policy = "observe"
+    tpot_s: float = 0.05
+    ttft_s: float = 5.0
+    max_waiting: int = 1024
+    max_queue: int = 1024
+    gang_window_s: float = 0.01
+    recovery_timeout_s: float = 2.0
+    request_timeout_s: float = 600.0
+    stops_early: bool = False
+    max_tokens: int = 0
+    pipeline: PipelineKind = PipelineKind.OPTIMISTIC
+    detail: Detail = "ends"
+    failures: tuple[Failure, ...] = ()

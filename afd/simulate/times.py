@@ -1,0 +1,112 @@
+"""Stage times of the micro-batches that a simulation makes, from a StageModel of the planner.
+
+A stage model prices one layer for `num_tokens` rows on each rank, all of one context. Here a worker stands for an
+instance of `ranks_per_instance` ranks that share its rows evenly, and its rows have their mean context. Sizes are
+rounded to seven significant bits (0.8 %) and prices remembered, since a model costs more than a simulated step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from afd.errors import ConfigError
+from afd.plan.deployment import Deployment
+from afd.plan.stages import StageModel, StageTimes
+from afd.sched.latency import StepLoad
+
+_BITS = 7
+
+
+@dataclass(frozen=True, slots=True)
+class ConstantStages:
+    """StageModel whose times depend on nothing: what closed formulas assume."""
+
+    stage: StageTimes
+    jitter: float = 0.0
+
+    def times(self, deployment: Deployment, context: int, num_tokens: float) -> StageTimes:
+        return self.stage
+
+    @classmethod
+    def parse(cls, text: str) -> ConstantStages:
+        """ "attention_us=250,ffn_us=200,to_ffn_us=40,to_attention_us=40,head_us=900"; what is left out is 0."""
+        names = {f"{field.removesuffix('_s')}_us": field for field in StageTimes.__dataclass_fields__}
+        values = dict.fromkeys(StageTimes.__dataclass_fields__, 0.0)
+        given = set()
+        for part in text.split(","):
+            key, equals, number = part.partition("=")
+            key = key.strip()
+            try:
+                value = float(number) * 1e-6
+            except ValueError:
+                value = -1.0
+            if not equals or key not in names or key in given or not 0.0 <= value < 3600.0:
+                raise ConfigError(
+                    f"--stages: {part.strip()!r} is not KEY=MICROSECONDS with one of {', '.join(names)}, each once"
+                )
+            given.add(key)
+            values[names[key]] = value
+        if values["attention_s"] <= 0.0 or values["ffn_s"] <= 0.0:
+            raise ConfigError("--stages: attention_us and ffn_us must be above 0")
+        return cls(StageTimes(**values))
+
+
+class StepTimes:
+    """Seconds of one layer (head: of one step) for whole workers. Jitter is spread over all stages."""
+
+    def __init__(self, stages: StageModel, deployment: Deployment):
+        self.num_layers = deployment.model.num_layers
+        self._stages = stages
+        self._deployment = deployment
+        self._ranks = deployment.ranks_per_instance
+        self._slack = 1.0 + stages.jitter
+        self._attention: dict[tuple[int, int], float] = {}
+        self._head: dict[int, float] = {}
+        self._ffn: dict[int, float] = {}
+        self._transfer: dict[int, tuple[float, float]] = {}
+
+    def attention_s(self, load: StepLoad) -> float:
+        """Combine, attention and dispatch of one layer of a worker's micro-batch."""
+        key = (rounded(load.num_tokens), rounded(load.context_tokens / load.num_tokens))
+        seconds = self._attention.get(key)
+        if seconds is None:
+            seconds = self._attention[key] = self._slack * self._times(key[0], max(1, key[1])).attention_s
+        return seconds
+
+    def head_s(self, num_samples: float) -> float:
+        """LM head and sampling of `num_samples` rows; 0 for none."""
+        if not num_samples:
+            return 0.0
+        key = rounded(num_samples)
+        seconds = self._head.get(key)
+        if seconds is None:
+            seconds = self._head[key] = self._slack * self._times(key).head_s
+        return seconds
+
+    def ffn_s(self, gang_tokens: float) -> float:
+        """One layer on every FFN rank, for the rows of a whole gang."""
+        key = rounded(gang_tokens)
+        seconds = self._ffn.get(key)
+        if seconds is None:
+            per_worker = key / self._deployment.topology.num_attention
+            seconds = self._ffn[key] = self._slack * self._times(per_worker).ffn_s
+        return seconds
+
+    def transfer_s(self, num_tokens: float) -> tuple[float, float]:
+        """(rows of a worker's micro-batch to the FFN ranks, their answers back)."""
+        key = rounded(num_tokens)
+        seconds = self._transfer.get(key)
+        if seconds is None:
+            stage = self._times(key)
+            seconds = self._transfer[key] = (self._slack * stage.to_ffn_s, self._slack * stage.to_attention_s)
+        return seconds
+
+    def _times(self, num_tokens: float, context: int = 1) -> StageTimes:
+        return self._stages.times(self._deployment, context, num_tokens / self._ranks)
+
+
+def rounded(value: float) -> int:
+    """To the nearest whole number of at most seven significant bits; at least 1 above 0."""
+    number = max(1, int(value + 0.5)) if value > 0.0 else 0
+    shift = number.bit_length() - _BITS
+    return number if shift <= 0 else ((number + (1 << (shift - 1))) >> shift) << shift
