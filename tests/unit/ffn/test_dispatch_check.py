@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from afd.ffn.dispatch_check import DispatchCheck
-from afd.model.loading import resolve_model
+from afd.model.halves import Dispatch, FFNHalf
+from afd.model.loading import load_ffn_half, resolve_model
+from afd.model.sharding import ShardSpec
+from afd.types import FfnParallel
 
 
 @pytest.fixture(scope="module")
-def check() -> DispatchCheck:
-    return DispatchCheck(resolve_model("dummy:step3-tiny").spec)  # 5 layers, 1 to 3 with 8 experts, top 3
+def half() -> FFNHalf:
+    """5 layers, 1 to 3 with 8 experts, top 3; rank 1 of 3 holds experts 2 to 4."""
+    torch.set_num_threads(1)
+    return load_ffn_half(resolve_model("dummy:step3-tiny"), ShardSpec(1, 3, FfnParallel.EP), torch.float32)
+
+
+@pytest.fixture(scope="module")
+def check(half) -> DispatchCheck:
+    return DispatchCheck(half.spec)
 
 
 def ids(*rows: tuple[int, ...]) -> np.ndarray:
@@ -39,3 +52,26 @@ def test_what_an_honest_worker_sends_passes(check, layer, top_k, expert_ids):
 )
 def test_what_does_not_exist_is_named(check, layer, top_k, expert_ids, reason):
     assert check.fault(layer, top_k, expert_ids) == reason
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    layer=st.integers(0, 6),
+    top_k=st.integers(0, 4),
+    num_tokens=st.integers(0, 5),
+    lowest=st.sampled_from([0, 0, 0, -1, -(2**31)]),
+    highest=st.sampled_from([7, 7, 7, 8, 2**31 - 1]),
+    places=st.sampled_from([None, [9, 9, 9, 9, 9], [-1, 0, 5, -7, 2**31 - 1]]),
+    seed=st.integers(0, 99),
+)
+def test_whatever_passes_can_be_computed(check, half, layer, top_k, num_tokens, lowest, highest, places, seed):
+    """Also with places in the micro-batch that make no sense: they choose rows, they address nothing."""
+    rng = np.random.default_rng(seed)
+    drawn = rng.integers(lowest, highest, (num_tokens, top_k), dtype=np.int32, endpoint=True) if top_k else None
+    if check.fault(layer, top_k, drawn) is not None:
+        return
+    given_ids = None if drawn is None else torch.from_numpy(drawn)
+    weights = None if drawn is None else torch.full((num_tokens, top_k), float("nan"))
+    row_idx = None if places is None else torch.tensor(places[:num_tokens], dtype=torch.int32)
+    rows = half.layer(Dispatch(layer, torch.ones(num_tokens, half.spec.hidden), given_ids, weights, row_idx))
+    assert rows.shape == (num_tokens, half.spec.hidden)
