@@ -1,11 +1,13 @@
 """Engine speed: output tokens/s of mono and of AFD topologies side by side, against a bound from bare GEMMs.
 
-    python bench/engine.py                      # the default model; mono, 1A1F with 1, 2 and 3 streams, and auto
-    python bench/engine.py --quick --configs mono,1A1F:2
+    python -m bench.engine                      # the default model; mono, 1A1F and 2A1F
+    python -m bench.engine --model dummy:step3-mini
+    python -m bench.engine --quick --configs mono,1A1F:1,1A1F:2,1A1F:0
 
-All clusters are up at once and idle while another runs; rounds are interleaved; medians. A correctness gate comes
-first: every configuration must give the same greedy tokens for the first prompts (bf16 rounding may part them later:
-the share of equal tokens is printed). The last line of the output is one JSON object.
+A second table shows where a layer's time goes (bench/stage_table.py). All clusters are up at once and idle while
+another runs; rounds are interleaved; medians. A correctness gate comes first: every configuration must give the same
+greedy tokens for the first prompts (bf16 rounding may part them later: the share of equal tokens is printed). The last
+line of the output is one JSON object.
 """
 
 from __future__ import annotations
@@ -24,8 +26,9 @@ from afd.model.inventory import Half, inventory
 from afd.model.loading import resolve_model
 from afd.model.spec import ModelSpec
 from bench.local import BenchCluster, run_round
+from bench.stage_table import HEADER, StageSums, stage_row
 
-CONFIGS = "mono,1A1F:1,1A1F:2,1A1F:3,1A1F:0"
+CONFIGS = "mono,1A1F:0,2A1F:0"
 
 
 def flags_of(config: str, args: argparse.Namespace) -> list[str]:
@@ -107,7 +110,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--transport", default="auto")
     parser.add_argument("--configs", default=CONFIGS)
-    parser.add_argument("--sequences", default="1,8,32,64")
+    parser.add_argument("--sequences", default="1,16,64,128")
     parser.add_argument("--input-len", type=int, default=50)
     parser.add_argument("--output-len", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
@@ -133,7 +136,9 @@ def main() -> None:
             )
             print(f"gate {config}: {same}/{8 * len(wanted)} greedy tokens equal {configs[0]}'s")
             assert same >= 4 * len(wanted), "outputs differ beyond rounding"
+        stages: dict[tuple[str, int], dict[str, float]] = {}
         for batch in batches:
+            before = {config: StageSums.of(cluster) for config, cluster in clusters.items()}
             for round_idx in range(args.rounds):
                 for config, cluster in clusters.items():
                     result = run_round(cluster, prompts[:batch], args.output_len)
@@ -143,11 +148,13 @@ def main() -> None:
                         f"  round {round_idx} {config:>8} x{batch:<3} {result.output_tokens_per_s:8.1f} tok/s",
                         flush=True,
                     )
+            for config, cluster in clusters.items():
+                stages[config, batch] = StageSums.of(cluster).since(before[config]).per_layer()
         shares = {c: {role: cluster.stats(role) for role in ("attention", "ffn")} for c, cluster in clusters.items()}
-    report(args, configs, batches, speeds, tpots, shares)
+    report(args, configs, batches, speeds, tpots, stages, shares)
 
 
-def report(args, configs, batches, speeds, tpots, shares) -> None:
+def report(args, configs, batches, speeds, tpots, stages, shares) -> None:
     bandwidth = 0.0 if args.no_bound else memory_bandwidth()
     rows = []
     print(f"\n{args.model} {args.dtype}, {args.input_len} in, {args.output_len} out, medians of {args.rounds} rounds")
@@ -172,6 +179,7 @@ def report(args, configs, batches, speeds, tpots, shares) -> None:
                     "ratio": median / base,
                     "tpot_ms": tpot * 1e3,
                     "bound_tokens_per_s": limit,
+                    "stages": stages[config, batch],
                 }
             )
             of_it = f"{median / limit:6.2f}" if limit else "     -"
@@ -179,6 +187,11 @@ def report(args, configs, batches, speeds, tpots, shares) -> None:
                 f"{batch:>5} {config:>8} {median:8.1f} {min(values):8.1f} {max(values):8.1f} {median / base:6.2f} "
                 f"{tpot * 1e3:8.2f} {limit:8.1f} {of_it}"
             )
+    print("\nmean stage times of a layer (head: of a step), prefill included")
+    print(HEADER)
+    for batch in batches:
+        for config in configs:
+            print(stage_row(batch, config, stages[config, batch]))
     print(json.dumps({"bench": "engine", "model": args.model, "dtype": args.dtype, "rows": rows, "workers": shares}))
 
 

@@ -74,6 +74,10 @@ class BenchCluster:
         members = [m for m in self.status()["members"] if m["member"]["info"]["role"] == role]
         return [m["stats"] for m in sorted(members, key=lambda m: m["member"]["rank"])]
 
+    def metrics_addresses(self, role: str) -> list[str]:
+        """host:port of /metrics of each worker of a role."""
+        return [m["member"]["info"]["metrics"] for m in self.status()["members"] if m["member"]["info"]["role"] == role]
+
     def __exit__(self, *exc: object) -> None:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGINT)
