@@ -85,7 +85,14 @@ def valid_call(rng: random.Random, state: CoordinatorState) -> tuple[str, msgspe
         case _:
             pairs = [PairReport("ffn/0", True, "because")] if rng.random() < 0.2 else []
             return "Sync", SyncRequest(
-                who.role, who.incarnation, 1, rng.randrange(99), ready=True, leaving=rng.random() < 0.05, pairs=pairs
+                who.role,
+                who.incarnation,
+                1,
+                rng.randrange(99),
+                ready=True,
+                leaving=rng.random() < 0.05,
+                pairs=pairs,
+                silent_experts=[(rng.randrange(3), rng.randrange(9)) for _ in range(rng.randrange(3))],
             )
 
 
