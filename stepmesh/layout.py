@@ -122,7 +122,7 @@ class PayloadLayout:
 
 def trailer_offset(payload_bytes: int) -> int:
     """Where the trailing seq stands in a slot."""
-    return HEADER_BYTES + align(payload_bytes, TRAILER_BYTES)
+    return HEADER_BYTES + (payload_bytes + TRAILER_BYTES - 1 & -TRAILER_BYTES)
 
 
 def frame_bytes(payload_bytes: int) -> int:

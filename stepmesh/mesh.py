@@ -53,6 +53,7 @@ from stepmesh.types import (
     RowIdx,
     Rows,
 )
+from stepmesh.window import Exchange
 from stepmesh.wire import ControlFrame, ControlKind, encode_control, encode_idle
 
 log = logging.getLogger("stepmesh")
@@ -80,6 +81,7 @@ class Mesh:
         self._spins = False  # all pairs are in memory that can be polled
         self._spin_policy = SpinPolicy(config.spin_us * 1e-6)
         self._events: list[Event] = []
+        self._dispatches = config.id.role is Role.ATTENTION
         self._seq = [0] * config.num_streams  # attention: last seq of each stream
         self._active = [False] * config.num_streams  # attention: dispatched, and not idle since
         self._counter = 0
@@ -129,7 +131,7 @@ class Mesh:
             self._dialler.forget(rank_id)
             if pair is not None:
                 self._drop(pair, f"{rank_id} is no member of a live epoch any more", retryable=False)
-        if self.id.role is Role.ATTENTION:
+        if self._dispatches:
             for member in change.added:
                 self._dialler.want(member)
             for member in self._membership.members().values():
@@ -191,21 +193,20 @@ class Mesh:
         be the views that dispatch_view(peers[0], ...) gave; then nothing is copied for that peer.
         """
         seq, pairs = self._begin(peers, meta)
-        stream = meta.stream
-        num_tokens = parts.rows.shape[0]
+        stream, num_tokens = meta.stream, len(parts.rows)
         top_k = 0 if parts.expert_ids is None else parts.expert_ids.shape[1]
-        first = pairs[0].tx_slot(stream, seq)
-        view, payload_bytes = first.dispatch(num_tokens, top_k)
+        first = pairs[0]
+        view, payload_bytes = first.tx_slot(stream, seq).dispatch(num_tokens, top_k)
         if parts is not view:
             copy_parts(view, parts)
+        written = slot = first.write_dispatch(seq, meta, num_tokens, top_k, payload_bytes, None)
         self._seq[stream] = seq
         self._active[stream] = True
-        now_ns = int(self._fabric.now() * 1e9)
+        exchange = Exchange(seq, meta.epoch, num_tokens, self._fabric.now())
         for pair in pairs:
-            slot = pair.tx_slot(stream, seq)
-            if slot is not first:
-                slot.payload[:payload_bytes] = first.payload[:payload_bytes]
-            pair.post_dispatch(seq, meta, num_tokens, top_k, payload_bytes, now_ns)
+            if pair is not first:
+                slot = pair.copy_dispatch(written, stream, seq, payload_bytes)
+            pair.post_dispatch(slot, stream, meta.layer, exchange, payload_bytes)
         return seq
 
     def dispatch_sparse(
@@ -223,18 +224,20 @@ class Mesh:
         if batch_tokens > self.config.layout.max_tokens:
             raise ConfigError(f"{batch_tokens} tokens exceed the slot ({self.config.layout.max_tokens})")
         top_k = 0 if parts.expert_ids is None else parts.expert_ids.shape[1]
-        sizes = []
+        written = []
         for pair, row_idx in zip(pairs, rows_of_peer, strict=True):
             if not rises_below(row_idx, batch_tokens):
                 raise ConfigError(f"row indices for {pair.peer} do not rise strictly within {batch_tokens} rows")
             view, payload_bytes = pair.tx_slot(stream, seq).dispatch(row_idx.size, top_k, True)
             take_parts(view, parts, row_idx)
-            sizes.append(payload_bytes)
+            slot = pair.write_dispatch(seq, meta, row_idx.size, top_k, payload_bytes, batch_tokens)
+            written.append((pair, slot, row_idx, payload_bytes))
         self._seq[stream] = seq
         self._active[stream] = True
-        now_ns = int(self._fabric.now() * 1e9)
-        for pair, row_idx, size in zip(pairs, rows_of_peer, sizes, strict=True):
-            pair.post_dispatch(seq, meta, row_idx.size, top_k, size, now_ns, row_idx, batch_tokens)
+        now = self._fabric.now()
+        for pair, slot, row_idx, payload_bytes in written:
+            exchange = Exchange(seq, meta.epoch, row_idx.size, now, row_idx)
+            pair.post_dispatch(slot, stream, meta.layer, exchange, payload_bytes)
         return seq
 
     def dispatch_view(self, peer: RankId, stream: int, num_tokens: int, top_k: int) -> DispatchParts:
@@ -307,18 +310,21 @@ class Mesh:
         return events
 
     def _next_seq(self, stream: int) -> int:
-        if self.id.role is not Role.ATTENTION:
+        if not self._dispatches:
             raise ConfigError(f"{self.id} cannot dispatch: only attention ranks do")
-        if not 0 <= stream < self.config.num_streams:
+        if not 0 <= stream < len(self._seq):
             raise ConfigError(f"stream {stream} is not in 0..{self.config.num_streams - 1}")
         return self._seq[stream] + 1
 
     def _begin(self, peers: Sequence[RankId], meta: DispatchMeta) -> tuple[int, list[AttentionPair]]:
         """The dispatch's seq and its pairs, whose slots are free. Nothing has changed yet."""
-        seq = self._next_seq(meta.stream)
-        if meta.epoch not in self._membership.live_epochs:
-            raise ConfigError(f"epoch {meta.epoch} is not live here")
-        pairs = [self._attention_pair(peer, meta.stream, seq) for peer in peers]
+        stream, epoch = meta.stream, meta.epoch
+        seq = self._next_seq(stream)
+        if epoch not in self._membership.live_epochs:
+            raise ConfigError(f"epoch {epoch} is not live here")
+        pairs = []
+        for peer in peers:
+            pairs.append(self._attention_pair(peer, stream, seq))
         if not pairs:
             raise ConfigError("dispatch to no peer at all")
         return seq, pairs
@@ -431,7 +437,7 @@ class Mesh:
         stats = pair.stats
         stats.up, stats.generation, stats.connects = True, generation, stats.connects + 1
         stats.transport, stats.transport_reason = pair.channel.kind, pair.identity.transport_reason
-        self.trace.record(int(now * 1e9), Stage.PEER_UP, peer, 0, 0, generation)
+        self.trace.record(now, Stage.PEER_UP, peer, 0, 0, generation)
         log.info(
             "%s: %s up over %s (%s), generation %d", self.id, peer, stats.transport, stats.transport_reason, generation
         )
@@ -466,7 +472,7 @@ class Mesh:
             log.warning("%s: another process that calls itself %s: %s", self.id, down.peer, down.reason)
             return
         log.warning("%s: %s down (%s): %s", self.id, down.peer, "retryable" if down.retryable else "final", down.reason)
-        self.trace.record(int(self._fabric.now() * 1e9), Stage.PEER_DOWN, down.peer, 0, 0, 0)
+        self.trace.record(self._fabric.now(), Stage.PEER_DOWN, down.peer, 0, 0, 0)
         self._stats.peer(str(down.peer)).last_down_reason = down.reason
         self._events.append(down)
 

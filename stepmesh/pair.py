@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from stepmesh.config import MeshConfig
-from stepmesh.errors import ConfigError, FrameError, StaleArrivalError
-from stepmesh.layout import NUM_PARITIES, TRAILER_BYTES, trailer_offset
+from stepmesh.errors import ConfigError, FrameError
+from stepmesh.layout import NUM_PARITIES, frame_bytes
 from stepmesh.session import Notice, Session
 from stepmesh.slots import CombineView, Slot, copy_section, rises_below
 from stepmesh.stats import PeerStats
@@ -28,18 +28,17 @@ from stepmesh.types import (
     FrameKind,
     Header,
     RankId,
-    RowIdx,
     Rows,
 )
-from stepmesh.window import CombineWindow, DispatchWindow, Verdict
+from stepmesh.window import CombineWindow, DispatchWindow, Exchange
 from stepmesh.wire import (
     CHECKSUM_CRC32,
     CHECKSUM_NONE,
     DATA_MAGIC,
     HEADER,
     PROTOCOL_VERSION,
-    SEQ,
     ControlFrame,
+    HeaderRules,
     Heartbeat,
     check_frame,
     check_header,
@@ -47,9 +46,15 @@ from stepmesh.wire import (
     encode_heartbeat,
     read_header,
     seal_checksum,
+    write_generation,
+    write_trailer,
 )
 
 _LOW64 = (1 << 64) - 1
+# Looked up once: a member of an enum costs a call, each time.
+_DISPATCH, _COMBINE, _SPARSE_DISPATCH = int(FrameKind.DISPATCH), int(FrameKind.COMBINE), int(FrameKind.SPARSE_DISPATCH)
+_DISPATCH_POSTED, _DISPATCH_ARRIVED = Stage.DISPATCH_POSTED, Stage.DISPATCH_ARRIVED
+_COMBINE_POSTED, _COMBINE_ARRIVED = Stage.COMBINE_POSTED, Stage.COMBINE_ARRIVED
 
 
 class Environment(NamedTuple):
@@ -86,7 +91,8 @@ class Pair(ABC):
         self.session = Session(config, env.fabric.now())
         self.leftover: list[ControlFrame] = []  # frames that came right behind the handshake
         self._layout = config.layout
-        self._num_streams = config.num_streams
+        self._rules = HeaderRules.of(self.receives, config.layout, config.num_streams, identity.generation)
+        self._trace = env.trace
         self._checksum_kind = CHECKSUM_CRC32 if config.checksum else CHECKSUM_NONE
         places = [(stream, parity) for stream in range(config.num_streams) for parity in range(NUM_PARITIES)]
         self._tx = [Slot(channel.outgoing(*place), config.layout) for place in places]
@@ -138,29 +144,22 @@ class Pair(ABC):
 
     def _read_header(self, posted: Posted) -> tuple[Slot, Header]:
         """The header in a slot of ours, checked against the pair and the slot. Raises FrameError."""
-        slot = self._rx[NUM_PARITIES * posted.stream + posted.parity]
+        stream, parity, seq = posted
+        slot = self._rx[NUM_PARITIES * stream + parity]
         header = read_header(slot.memory)
-        check_header(
-            header,
-            kind=self.receives,
-            layout=self._layout,
-            num_streams=self._num_streams,
-            generation=self.generation,
-        )
-        if header.stream != posted.stream or header.seq & 1 != posted.parity or header.seq != posted.seq:
-            raise FrameError(
-                f"frame says stream {header.stream} seq {header.seq}, its slot stream {posted.stream} seq {posted.seq}"
-            )
+        check_header(header, self._rules)
+        if header.seq != seq or header.stream != stream or seq & 1 != parity:
+            raise FrameError(f"frame says stream {header.stream} seq {header.seq}, its slot stream {stream} seq {seq}")
         return slot, header
 
-    def _post(self, slot: Slot, stream: int, seq: int, payload_bytes: int) -> None:
-        end = trailer_offset(payload_bytes)
-        SEQ.pack_into(slot.memory, end, seq)
+    def _publish(self, slot: Slot, stream: int, seq: int, payload_bytes: int) -> None:
+        """Hand a frame that is whole, but for its checksum, to the channel."""
         if self._checksum_kind is CHECKSUM_CRC32:
             seal_checksum(slot.memory, payload_bytes)
-        self.channel.post(stream, seq & 1, seq, end + TRAILER_BYTES)
-        self.stats.sent_messages += 1
-        self.stats.sent_bytes += payload_bytes
+        self.channel.post(stream, seq & 1, seq, frame_bytes(payload_bytes))
+        stats = self.stats
+        stats.sent_messages += 1
+        stats.sent_bytes += payload_bytes
 
 
 class AttentionPair(Pair):
@@ -172,30 +171,20 @@ class AttentionPair(Pair):
         super().__init__(env, identity, link, channel, stats)
         self.window = DispatchWindow(env.config.num_streams)
         self._dtype = int(self._layout.dispatch_dtype)
-        self._row_idx: list[RowIdx | None] = [None] * len(self._tx)  # which rows an exchange carries, if not all
 
     @property
     def pending(self) -> bool:
         return self.window.pending
 
     def oldest_sent_at(self) -> float | None:
-        oldest_ns = self.window.oldest_sent_ns()
-        return None if oldest_ns is None else oldest_ns / 1e9
+        return self.window.oldest_sent_at()
 
-    def post_dispatch(
-        self,
-        seq: int,
-        meta: DispatchMeta,
-        num_tokens: int,
-        top_k: int,
-        payload_bytes: int,
-        now_ns: int,
-        row_idx: RowIdx | None = None,
-        batch_tokens: int = 0,
-    ) -> None:
-        """Publish the payload that lies in the slot of `seq`. Sparse: `row_idx` of a batch of `batch_tokens`.
+    def write_dispatch(
+        self, seq: int, meta: DispatchMeta, num_tokens: int, top_k: int, payload_bytes: int, batch_tokens: int | None
+    ) -> Slot:
+        """Put header and trailer around the payload in the slot of `seq`; of a batch of `batch_tokens` if sparse.
 
-        Raises ConfigError, before anything is sent, for a `meta` out of range.
+        Nothing is sent yet. Raises ConfigError for a `meta` out of range.
         """
         slot = self.tx_slot(meta.stream, seq)
         try:
@@ -204,7 +193,7 @@ class AttentionPair(Pair):
                 0,
                 DATA_MAGIC,
                 PROTOCOL_VERSION,
-                FrameKind.DISPATCH if row_idx is None else FrameKind.SPARSE_DISPATCH,
+                _DISPATCH if batch_tokens is None else _SPARSE_DISPATCH,
                 meta.flags,
                 meta.epoch,
                 self.generation,
@@ -215,7 +204,7 @@ class AttentionPair(Pair):
                 meta.member_mask & _LOW64,
                 meta.member_mask >> 64,
                 num_tokens,
-                batch_tokens,
+                batch_tokens or 0,
                 payload_bytes,
                 0,
                 meta.stream,
@@ -226,29 +215,40 @@ class AttentionPair(Pair):
             )
         except struct.error as error:
             raise ConfigError(f"{meta} does not fit the header: {error}") from None
+        write_trailer(slot.memory, payload_bytes, seq)
+        return slot
+
+    def copy_dispatch(self, written: Slot, stream: int, seq: int, payload_bytes: int) -> Slot:
+        """The same dispatch as `written` for another peer: one copy of the whole frame, but for the generation."""
+        slot, end = self.tx_slot(stream, seq), frame_bytes(payload_bytes)
+        slot.memory[:end] = written.memory[:end]
+        write_generation(slot.memory, self.generation)
+        return slot
+
+    def post_dispatch(self, slot: Slot, stream: int, layer: int, exchange: Exchange, payload_bytes: int) -> None:
+        """Publish a dispatch that is written."""
         # Posted first, booked afterwards: the peer is at work meanwhile, and this thread alone takes its answer.
-        self._post(slot, meta.stream, seq, payload_bytes)
-        self._row_idx[NUM_PARITIES * meta.stream + (seq & 1)] = row_idx
-        self.window.sent(meta.stream, seq, meta.epoch, num_tokens, now_ns)
-        self.env.trace.record(now_ns, Stage.DISPATCH_POSTED, self.peer, meta.stream, meta.layer, seq)
+        self._publish(slot, stream, exchange.seq, payload_bytes)
+        self.window.sent(stream, exchange)
+        self._trace.record(exchange.sent_at, _DISPATCH_POSTED, self.peer, stream, layer, exchange.seq)
 
     def take(self, posts: Sequence[Posted]) -> list[CombineArrived]:
         arrived = []
-        now_ns = int(self.env.fabric.now() * 1e9)
+        now = self.env.fabric.now()
+        stats = self.stats
         for posted in posts:
             slot, header = self._read_header(posted)
             view = slot.combine(header.num_tokens)
             check_frame(slot.memory, header, view.payload_bytes)
-            verdict, sent_ns = self.window.accept(header)
-            if verdict is Verdict.SUPERSEDED:
-                self.stats.superseded += 1
+            exchange = self.window.accept(header)
+            if exchange is None:
+                stats.superseded += 1
                 continue
-            self.stats.received_messages += 1
-            self.stats.received_bytes += view.payload_bytes
-            self.stats.answers_waited_ns += now_ns - sent_ns
-            self.env.trace.record(now_ns, Stage.COMBINE_ARRIVED, self.peer, header.stream, header.layer, header.seq)
-            row_idx = self._row_idx[NUM_PARITIES * posted.stream + posted.parity]
-            arrived.append(CombineArrived(self.peer, header, view.rows, view.scales, row_idx))
+            stats.received_messages += 1
+            stats.received_bytes += view.payload_bytes
+            stats.answers_waited_ns += int((now - exchange.sent_at) * 1e9)
+            self._trace.record(now, _COMBINE_ARRIVED, self.peer, header.stream, header.layer, header.seq)
+            arrived.append(CombineArrived(self.peer, header, view.rows, view.scales, exchange.row_idx))
         return arrived
 
 
@@ -270,8 +270,6 @@ class FfnPair(Pair):
         self._membership = membership
         self.window = CombineWindow(env.config.num_streams)
         self._dtype = int(self._layout.combine_dtype)
-        # The header handed out last for each slot: an arrival is answerable only while it is that very object.
-        self._delivered: list[Header | None] = [None] * len(self._rx)
         self._parked: list[tuple[Posted, float]] = []  # dispatches of an epoch not heard of yet, and since when
 
     @property
@@ -291,12 +289,14 @@ class FfnPair(Pair):
 
     def combine_slot(self, arrival: DispatchArrived) -> CombineView:
         """Where to write the answer. Raises StaleArrivalError."""
-        header = self._check_answerable(arrival)
+        header = arrival.header
+        self.window.check_answerable(header)
         return self.tx_slot(header.stream, header.seq).combine(header.num_tokens)
 
     def post_combine(self, arrival: DispatchArrived, meta: CombineMeta, rows: Rows, scales: Rows | None) -> None:
         """Answer a dispatch. Raises StaleArrivalError, or ConfigError for wrong rows."""
-        header = self._check_answerable(arrival)
+        header = arrival.header
+        self.window.check_answerable(header)
         stream, seq = header.stream, header.seq
         slot = self.tx_slot(stream, seq)
         view = slot.combine(header.num_tokens)
@@ -308,7 +308,7 @@ class FfnPair(Pair):
                 0,
                 DATA_MAGIC,
                 PROTOCOL_VERSION,
-                FrameKind.COMBINE,
+                _COMBINE,
                 meta.flags,
                 header.epoch,
                 self.generation,
@@ -330,34 +330,30 @@ class FfnPair(Pair):
             )
         except struct.error as error:
             raise ConfigError(f"{meta} does not fit the header: {error}") from None
-        self._post(slot, stream, seq, view.payload_bytes)
-        self.window.answered(stream, seq)
-        self._delivered[NUM_PARITIES * stream + (seq & 1)] = None
-        now_ns = int(self.env.fabric.now() * 1e9)
-        self.env.trace.record(now_ns, Stage.COMBINE_POSTED, self.peer, stream, header.layer, seq)
+        write_trailer(slot.memory, view.payload_bytes, seq)
+        self._publish(slot, stream, seq, view.payload_bytes)
+        self.window.answered(header)
+        self._trace.record(self.env.fabric.now(), _COMBINE_POSTED, self.peer, stream, header.layer, seq)
 
     def take(self, posts: Sequence[Posted]) -> list[DispatchArrived]:
         arrived = []
-        membership = self._membership
+        membership, stats = self._membership, self.stats
         now = self.env.fabric.now()
-        now_ns = int(now * 1e9)
         for posted in posts:
             slot, header = self._read_header(posted)
-            view = slot.dispatch(header.num_tokens, header.top_k, header.kind == FrameKind.SPARSE_DISPATCH)
+            view = slot.dispatch(header.num_tokens, header.top_k, header.kind == _SPARSE_DISPATCH)
             check_frame(slot.memory, header, view.payload_bytes)
             row_idx = view.parts.row_idx
             if row_idx is not None and not rises_below(row_idx, header.gang_tokens):
                 raise FrameError(f"row_idx does not rise strictly within a batch of {header.gang_tokens} rows")
             if self._parked:
                 self._check_not_parked(posted)
-            verdict = self.window.accept(header, membership.live_epochs, membership.newest_epoch)
-            if verdict is Verdict.FUTURE_EPOCH:
+            if not self.window.accept(header, membership.live_epochs, membership.newest_epoch):
                 self._parked.append((posted, now))
                 continue
-            self._delivered[NUM_PARITIES * posted.stream + posted.parity] = header
-            self.stats.received_messages += 1
-            self.stats.received_bytes += view.payload_bytes
-            self.env.trace.record(now_ns, Stage.DISPATCH_ARRIVED, self.peer, header.stream, header.layer, header.seq)
+            stats.received_messages += 1
+            stats.received_bytes += view.payload_bytes
+            self._trace.record(now, _DISPATCH_ARRIVED, self.peer, header.stream, header.layer, header.seq)
             arrived.append(DispatchArrived(self.peer, header, view.parts))
         return arrived
 
@@ -368,10 +364,3 @@ class FfnPair(Pair):
                 raise FrameError(
                     f"seq {posted.seq} of stream {posted.stream} took the slot of {other.seq}, which has no answer yet"
                 )
-
-    def _check_answerable(self, arrival: DispatchArrived) -> Header:
-        header = arrival.header
-        if self._delivered[NUM_PARITIES * header.stream + (header.seq & 1)] is not header:
-            raise StaleArrivalError(f"seq {header.seq} of stream {header.stream} of {arrival.peer} is void")
-        self.window.check_answerable(header.stream, header.seq)
-        return header

@@ -11,6 +11,7 @@ from stepmesh.errors import ConfigError
 from stepmesh.layout import HEADER_BYTES, PayloadLayout
 from stepmesh.types import DispatchParts, RowIdx, Rows, WireDtype
 
+_SECTION_NAMES = DispatchParts._fields
 _MAX_CACHED_SHAPES = 64  # a decoding stream changes its shape slowly, a prefill a few times, sparse ones all the time
 
 
@@ -97,11 +98,9 @@ class Slot:
 
 def copy_parts(target: DispatchParts, source: DispatchParts) -> None:
     """Copy all sections into a slot. Raises ConfigError before the first difference is written."""
-    copy_section(target.rows, source.rows, "rows")
-    copy_section(target.scales, source.scales, "scales")
-    copy_section(target.expert_ids, source.expert_ids, "expert_ids")
-    copy_section(target.expert_weights, source.expert_weights, "expert_weights")
-    copy_section(target.row_idx, source.row_idx, "row_idx")
+    for name, there, here in zip(_SECTION_NAMES, target, source, strict=True):
+        if here is not there:  # most dispatches lack some sections: those cost no call
+            copy_section(there, here, name)
 
 
 def take_parts(target: DispatchParts, source: DispatchParts, row_idx: RowIdx) -> None:

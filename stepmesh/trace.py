@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from enum import IntEnum
-from typing import NamedTuple
 
 from stepmesh.types import RankId
 
@@ -20,29 +19,27 @@ class Stage(IntEnum):
     PEER_DOWN = 6
 
 
-class TraceEvent(NamedTuple):
-    """time_ns is the rank's monotonic clock."""
-
-    time_ns: int
-    stage: Stage
-    peer: RankId
-    stream: int
-    layer: int
-    seq: int
-
-
 class Trace:
     """Bounded: the oldest events fall out. size 0 switches it off."""
 
     def __init__(self, size: int) -> None:
-        # Plain tuples of a TraceEvent's fields: half the price, and few are ever looked at.
-        self._ring: deque[tuple[int, Stage, RankId, int, int, int]] = deque(maxlen=size)
-        self.enabled = size > 0
+        # Plain tuples: the cheapest to make, and few are ever looked at.
+        self._ring: deque[tuple[float, Stage, RankId, int, int, int]] = deque(maxlen=size)
 
-    def record(self, time_ns: int, stage: Stage, peer: RankId, stream: int, layer: int, seq: int) -> None:
-        self._ring.append((time_ns, stage, peer, stream, layer, seq))
+    def record(self, now: float, stage: Stage, peer: RankId, stream: int, layer: int, seq: int) -> None:
+        """`now`: seconds of the rank's monotonic clock."""
+        self._ring.append((now, stage, peer, stream, layer, seq))
 
     def dump(self) -> list[dict[str, object]]:
         """Plain values, oldest first: one JSON line each."""
-        events = [TraceEvent._make(fields) for fields in self._ring]
-        return [{**event._asdict(), "stage": event.stage.name.lower(), "peer": str(event.peer)} for event in events]
+        return [
+            {
+                "time_ns": round(now * 1e9),
+                "stage": stage.name.lower(),
+                "peer": str(peer),
+                "stream": stream,
+                "layer": layer,
+                "seq": seq,
+            }
+            for now, stage, peer, stream, layer, seq in self._ring.copy()
+        ]

@@ -23,13 +23,14 @@ class Role(StrEnum):
     ATTENTION = "attention"
     FFN = "ffn"
 
+    __hash__ = str.__hash__  # part of every RankId, which is looked up for every transfer: an enum's own is a call
+
     @property
     def other(self) -> Role:
         return Role.FFN if self is Role.ATTENTION else Role.ATTENTION
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class RankId:
+class RankId(NamedTuple):
     """A place in the topology, such as attention/0. Who fills it is told apart by the incarnation."""
 
     role: Role
@@ -37,10 +38,6 @@ class RankId:
 
     def __str__(self) -> str:
         return f"{self.role.value}/{self.rank}"
-
-    def __hash__(self) -> int:
-        """Looked up for every peer of every dispatch: an enum's own hash is a Python call more."""
-        return 2 * self.rank + (self.role is Role.FFN)
 
 
 @dataclass(frozen=True, slots=True)

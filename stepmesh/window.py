@@ -15,119 +15,115 @@ uses the slots of parity seq & 1. Rules, for one pair in one generation:
 from __future__ import annotations
 
 from collections.abc import Container
-from dataclasses import dataclass
-from enum import Enum, auto
+from typing import NamedTuple
 
 from stepmesh.errors import FrameError, SlotBusyError, StaleArrivalError
-from stepmesh.types import Header
+from stepmesh.layout import NUM_PARITIES
+from stepmesh.types import Header, RowIdx
 
 
-class Verdict(Enum):
-    """What to do with a frame that is well-formed."""
-
-    DELIVER = auto()
-    SUPERSEDED = auto()  # a newer dispatch took its place: drop it silently
-    FUTURE_EPOCH = auto()  # keep it: this end has not heard of that epoch yet
-
-
-@dataclass(slots=True)
-class _Exchange:
-    """A dispatch on its way, as the attention side remembers it."""
+class Exchange(NamedTuple):
+    """A dispatch on its way, as the attention side remembers it. The pairs of one dispatch share it."""
 
     seq: int
     epoch: int
     num_tokens: int
-    sent_ns: int
+    sent_at: float
+    row_idx: RowIdx | None = None  # which rows went, if not all
 
 
 class DispatchWindow:
     """Attention side of a pair."""
 
     def __init__(self, num_streams: int) -> None:
-        # open[stream]: unanswered exchanges, oldest first; at most one per parity.
-        self._open: list[list[_Exchange]] = [[] for _ in range(num_streams)]
-        self._num_open = 0
+        # By slot: the exchange that waits for its answer.
+        self._open: list[Exchange | None] = [None] * (NUM_PARITIES * num_streams)
 
     @property
     def pending(self) -> bool:
-        """True while any dispatch waits for its answer."""
-        return self._num_open > 0
+        """True while any dispatch waits for its answer. Any thread."""
+        return any(self._open)
 
     def check_free(self, stream: int, seq: int) -> None:
         """Raise SlotBusyError when the slot for `seq` still belongs to an unanswered exchange."""
-        for exchange in self._open[stream]:
-            if (exchange.seq ^ seq) & 1 == 0:
-                raise SlotBusyError(f"stream {stream}: seq {exchange.seq} has no answer yet, {seq} needs its slot")
+        exchange = self._open[NUM_PARITIES * stream + (seq & 1)]
+        if exchange is not None:
+            raise SlotBusyError(f"stream {stream}: seq {exchange.seq} has no answer yet, {seq} needs its slot")
 
-    def sent(self, stream: int, seq: int, epoch: int, num_tokens: int, now_ns: int) -> None:
-        self._open[stream].append(_Exchange(seq, epoch, num_tokens, now_ns))
-        self._num_open += 1
+    def sent(self, stream: int, exchange: Exchange) -> None:
+        self._open[NUM_PARITIES * stream + (exchange.seq & 1)] = exchange
 
-    def accept(self, header: Header) -> tuple[Verdict, int]:
-        """Judge a combine; returns (verdict, time the dispatch was sent). Raises FrameError."""
-        exchanges = self._open[header.stream]
-        place = len(exchanges) - 1
-        while place >= 0 and exchanges[place].seq != header.seq:
-            place -= 1
-        if place < 0:
+    def accept(self, header: Header) -> Exchange | None:
+        """Judge a combine: the exchange that it answers, or None if a newer one took its place. Raises FrameError."""
+        slot = NUM_PARITIES * header.stream + (header.seq & 1)
+        exchange = self._open[slot]
+        if exchange is None or exchange.seq != header.seq:
             raise FrameError(f"combine for seq {header.seq} of stream {header.stream}, which awaits no answer")
-        exchange = exchanges[place]
         if header.epoch != exchange.epoch:
             raise FrameError(f"combine of epoch {header.epoch} for a dispatch of epoch {exchange.epoch}")
         if header.num_tokens != exchange.num_tokens:
             raise FrameError(f"combine of {header.num_tokens} rows for a dispatch of {exchange.num_tokens}")
-        newest = place == len(exchanges) - 1
-        del exchanges[: place + 1]
-        self._num_open -= place + 1
-        return (Verdict.DELIVER if newest else Verdict.SUPERSEDED), exchange.sent_ns
+        self._open[slot] = None
+        other = self._open[slot ^ 1]
+        if other is None:
+            return exchange
+        if other.seq > exchange.seq:
+            return None
+        self._open[slot ^ 1] = None
+        return exchange
 
-    def oldest_sent_ns(self) -> int | None:
+    def oldest_sent_at(self) -> float | None:
         """When the oldest unanswered dispatch was sent, or None."""
-        return min((stream[0].sent_ns for stream in self._open if stream), default=None)
+        return min((exchange.sent_at for exchange in self._open if exchange is not None), default=None)
 
 
 class CombineWindow:
-    """FFN side of a pair."""
+    """FFN side of a pair. An exchange is named by the very header that was accepted for it."""
 
     def __init__(self, num_streams: int) -> None:
         self._seen_seq = [0] * num_streams
         self._seen_epoch = [0] * num_streams
-        self._open: list[set[int]] = [set() for _ in range(num_streams)]
+        self._open: list[Header | None] = [None] * (NUM_PARITIES * num_streams)  # by slot: accepted, not answered
 
     @property
     def pending(self) -> bool:
-        """True while any accepted dispatch waits for this rank's answer."""
+        """True while any accepted dispatch waits for this rank's answer. Any thread."""
         return any(self._open)
 
-    def accept(self, header: Header, live_epochs: Container[int], newest_epoch: int) -> Verdict:
-        """Judge a dispatch. Raises FrameError."""
-        stream = header.stream
-        if header.seq <= self._seen_seq[stream]:
-            raise FrameError(f"seq {header.seq} of stream {stream} is not above {self._seen_seq[stream]}")
-        if header.epoch < self._seen_epoch[stream]:
-            raise FrameError(f"epoch {header.epoch}, stream {stream} is already in {self._seen_epoch[stream]}")
-        for other in self._open[stream]:
-            if (other ^ header.seq) & 1 == 0:
-                raise FrameError(
-                    f"seq {header.seq} of stream {stream} took the slot of {other}, which has no answer yet"
-                )
-        if header.epoch > newest_epoch:
-            return Verdict.FUTURE_EPOCH
-        if header.epoch not in live_epochs:
-            raise FrameError(f"epoch {header.epoch} is not live (newest {newest_epoch})")
-        self._seen_seq[stream] = header.seq
-        self._seen_epoch[stream] = header.epoch
-        self._open[stream].add(header.seq)
-        return Verdict.DELIVER
+    def accept(self, header: Header, live_epochs: Container[int], newest_epoch: int) -> bool:
+        """Judge a dispatch. False: keep it, this end has not heard of its epoch yet. Raises FrameError."""
+        stream, seq, epoch = header.stream, header.seq, header.epoch
+        if seq <= self._seen_seq[stream]:
+            raise FrameError(f"seq {seq} of stream {stream} is not above {self._seen_seq[stream]}")
+        if epoch < self._seen_epoch[stream]:
+            raise FrameError(f"epoch {epoch}, stream {stream} is already in {self._seen_epoch[stream]}")
+        slot = NUM_PARITIES * stream + (seq & 1)
+        other = self._open[slot]
+        if other is not None:
+            raise FrameError(f"seq {seq} of stream {stream} took the slot of {other.seq}, which has no answer yet")
+        if epoch not in live_epochs:
+            if epoch > newest_epoch:
+                return False
+            raise FrameError(f"epoch {epoch} is not live (newest {newest_epoch})")
+        self._seen_seq[stream] = seq
+        self._seen_epoch[stream] = epoch
+        self._open[slot] = header
+        return True
 
-    def check_answerable(self, stream: int, seq: int) -> None:
-        """Raise StaleArrivalError unless `seq` was accepted here and awaits its answer."""
-        if seq not in self._open[stream]:
-            raise StaleArrivalError(f"seq {seq} of stream {stream} awaits no answer (answered or superseded)")
+    def check_answerable(self, header: Header) -> None:
+        """Raise StaleArrivalError unless it was accepted here and awaits its answer."""
+        if self._open[NUM_PARITIES * header.stream + (header.seq & 1)] is not header:
+            raise StaleArrivalError(
+                f"seq {header.seq} of stream {header.stream} awaits no answer: answered, superseded, or of a lost pair"
+            )
 
-    def answered(self, stream: int, seq: int) -> None:
-        """`seq` was answered; older ones of the stream are settled with it."""
-        self._open[stream] = {other for other in self._open[stream] if other > seq}
+    def answered(self, header: Header) -> None:
+        """It was answered; an older one of the stream is settled with it."""
+        slot = NUM_PARITIES * header.stream + (header.seq & 1)
+        self._open[slot] = None
+        other = self._open[slot ^ 1]
+        if other is not None and other.seq < header.seq:
+            self._open[slot ^ 1] = None
 
     def idle_is_current(self, stream: int, after_seq: int) -> bool:
         """False when a dispatch newer than the idle notice was seen."""

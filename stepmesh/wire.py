@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from stepmesh.errors import FrameError, ProtocolError
 from stepmesh.layout import HEADER_BYTES, TRAILER_BYTES, PayloadLayout, trailer_offset
-from stepmesh.types import FrameKind, Header
+from stepmesh.types import FrameKind, Header, WireDtype
 
 PROTOCOL_VERSION = 1
 OLDEST_VERSION = 1  # N-1 is accepted, for rolling updates; there is no version 0
@@ -26,6 +26,8 @@ HEADER = struct.Struct("<4sHBBIIQQQQQQIIIIHHHBB8x")
 SEQ = struct.Struct("<Q")
 CHECKSUM_NONE = 0
 CHECKSUM_CRC32 = 1
+_SPARSE_DISPATCH = int(FrameKind.SPARSE_DISPATCH)
+_GENERATION_OFFSET = 12
 _CHECKSUM_OFFSET = 76
 _U32 = struct.Struct("<I")
 assert HEADER.size == 96 <= HEADER_BYTES
@@ -34,36 +36,58 @@ assert SEQ.size == TRAILER_BYTES
 
 def read_header(memory: memoryview) -> Header:
     """The header at the start of a slot or frame; nothing is checked yet."""
-    return Header._make(HEADER.unpack_from(memory))
+    # What Header._make does, without its second look: the format has as many fields as the tuple.
+    return tuple.__new__(Header, HEADER.unpack_from(memory))
 
 
-def check_header(header: Header, *, kind: FrameKind, layout: PayloadLayout, num_streams: int, generation: int) -> None:
-    """Raise FrameError unless the header is one that this pair may carry. Where dispatches go, sparse ones may go, too.
+class HeaderRules(NamedTuple):
+    """What one end of a pair demands of every header that it receives."""
+
+    kinds: tuple[int, ...]
+    generation: int
+    num_streams: int
+    max_tokens: int
+    max_top_k: int
+    wire_dtype: WireDtype
+
+    @classmethod
+    def of(cls, kind: FrameKind, layout: PayloadLayout, num_streams: int, generation: int) -> HeaderRules:
+        """Rules of a pair that carries `kind`. Where dispatches go, sparse ones may go, too."""
+        dispatch = kind is FrameKind.DISPATCH
+        kinds = (int(kind), _SPARSE_DISPATCH) if dispatch else (int(kind),)
+        dtype = layout.dispatch_dtype if dispatch else layout.combine_dtype
+        return cls(kinds, generation, num_streams, layout.max_tokens, layout.max_top_k, dtype)
+
+
+def check_header(header: Header, rules: HeaderRules) -> None:
+    """Raise FrameError unless the header is one that the pair may carry.
 
     Size, trailer and checksum are for `check_frame`, the sequence is the window's business.
     """
-    if header.magic != DATA_MAGIC:
-        raise FrameError(f"bad magic {header.magic!r}")
-    if not OLDEST_VERSION <= header.version <= PROTOCOL_VERSION:
-        raise FrameError(f"frame version {header.version}, this end speaks {OLDEST_VERSION}..{PROTOCOL_VERSION}")
-    if header.kind != kind and not (kind is FrameKind.DISPATCH and header.kind == FrameKind.SPARSE_DISPATCH):
-        raise FrameError(f"frame kind {header.kind}, expected {kind.name}")
-    if header.generation != generation:
-        raise FrameError(f"generation {header.generation}, the pair is in generation {generation}")
-    if header.stream >= num_streams:
-        raise FrameError(f"stream {header.stream} of {num_streams}")
-    if header.num_tokens > layout.max_tokens or header.top_k > layout.max_top_k:
-        raise FrameError(
-            f"{header.num_tokens} tokens x top_k {header.top_k} exceed the slot "
-            f"({layout.max_tokens} x {layout.max_top_k})"
-        )
-    if header.kind == FrameKind.SPARSE_DISPATCH and header.gang_tokens > layout.max_tokens:
-        raise FrameError(f"rows of a batch of {header.gang_tokens}, the slot holds {layout.max_tokens}")
-    dtype = layout.dispatch_dtype if kind is FrameKind.DISPATCH else layout.combine_dtype
-    if header.wire_dtype != dtype:
-        raise FrameError(f"wire dtype {header.wire_dtype}, agreed on {dtype.name}")
-    if header.checksum_kind not in (CHECKSUM_NONE, CHECKSUM_CRC32):
-        raise FrameError(f"unknown checksum algorithm {header.checksum_kind}")
+    # Taken apart in one go: looking up 12 fields by name costs as much as reading the header does.
+    (
+        magic, version, kind, _, _, generation, _, _, _, _, _, _,
+        num_tokens, gang_tokens, _, _, stream, _, top_k, wire_dtype, checksum_kind,
+    ) = header  # fmt: skip
+    kinds, own_generation, num_streams, max_tokens, max_top_k, own_dtype = rules
+    if magic != DATA_MAGIC:
+        raise FrameError(f"bad magic {magic!r}")
+    if not OLDEST_VERSION <= version <= PROTOCOL_VERSION:
+        raise FrameError(f"frame version {version}, this end speaks {OLDEST_VERSION}..{PROTOCOL_VERSION}")
+    if kind not in kinds:
+        raise FrameError(f"frame kind {kind}, expected {FrameKind(kinds[0]).name}")
+    if generation != own_generation:
+        raise FrameError(f"generation {generation}, the pair is in generation {own_generation}")
+    if stream >= num_streams:
+        raise FrameError(f"stream {stream} of {num_streams}")
+    if num_tokens > max_tokens or top_k > max_top_k:
+        raise FrameError(f"{num_tokens} tokens x top_k {top_k} exceed the slot ({max_tokens} x {max_top_k})")
+    if kind == _SPARSE_DISPATCH and gang_tokens > max_tokens:
+        raise FrameError(f"rows of a batch of {gang_tokens}, the slot holds {max_tokens}")
+    if wire_dtype != own_dtype:
+        raise FrameError(f"wire dtype {wire_dtype}, agreed on {own_dtype.name}")
+    if checksum_kind > CHECKSUM_CRC32:
+        raise FrameError(f"unknown checksum algorithm {checksum_kind}")
 
 
 def check_frame(memory: memoryview, header: Header, payload_bytes: int) -> None:
@@ -77,6 +101,11 @@ def check_frame(memory: memoryview, header: Header, payload_bytes: int) -> None:
         crc = frame_crc32(memory, payload_bytes)
         if crc != header.checksum:
             raise FrameError(f"checksum {crc:#010x}, the header says {header.checksum:#010x}")
+
+
+def write_generation(memory: memoryview, generation: int) -> None:
+    """Change the generation in a header: what the frames of one dispatch to several peers differ in."""
+    _U32.pack_into(memory, _GENERATION_OFFSET, generation)
 
 
 def write_trailer(memory: memoryview, payload_bytes: int, seq: int) -> None:

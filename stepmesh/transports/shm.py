@@ -1,13 +1,15 @@
 """Same-host channel: each rank owns one sealed memfd per pair and generation, which the peer maps and writes into.
 
     offset 0            bell word: number of posts so far (uint64, alone in its cache line)
-    64 * (1 + i)        seq word of slot i = 2 * stream + parity (uint64, alone in its cache line)
+    64 * (1 + p)        post number n, p = n % (2 * num_streams): slot 2 * stream + parity, then seq (two uint64)
     next whole page     the slots, one after the other
 
-A post writes, in this order: payload, header, trailer (the mesh), seq word, bell word, and a write to the receiver's
-eventfd. Plain stores are enough because x86-64 keeps the order of stores; elsewhere this channel is not offered. The
-eventfd is always written (well under a microsecond), so there is no sleeping flag and no lost wake-up; a rank has
-one for all its peers. The memfd has no name: nothing is left behind when a process dies.
+A post writes, in this order: payload, header, trailer (the mesh), slot and seq, bell word, and a write to the
+receiver's eventfd. Plain stores are enough because x86-64 keeps the order of stores; elsewhere this channel is not
+offered. There are as many places for posts as slots, and a slot is filled again only once its exchange was answered, so
+nothing unread is ever overwritten; a bell that is further ahead than that is a failure. The eventfd is always written
+(well under a microsecond), so there is no sleeping flag and no lost wake-up; a rank has one for all its peers. The
+memfd has no name: nothing is left behind when a process dies.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ def unsupported_reason() -> str | None:
 
 
 def region_bytes(num_streams: int, slot_bytes: int) -> int:
-    """Size of a region: bell and seq words, then the slots."""
+    """Size of a region: bell and posts, then the slots."""
     return _board_bytes(num_streams) + num_streams * NUM_PARITIES * slot_bytes
 
 
@@ -80,7 +82,6 @@ class ShmChannel(Channel):
         self._peer_bell_fd = -1
         self._posts = 0
         self._seen_posts = 0
-        self._seen_seq = [0] * self._num_slots
         self._failure: Failure | None = None
 
     def offer(self) -> Offer:
@@ -115,7 +116,9 @@ class ShmChannel(Channel):
         if self._tx is None:
             return
         words = self._tx.words
-        words[_LINE_WORDS * (1 + NUM_PARITIES * stream + parity)] = seq
+        at = _LINE_WORDS * (1 + self._posts % self._num_slots)
+        words[at] = NUM_PARITIES * stream + parity
+        words[at + 1] = seq
         self._posts += 1
         words[0] = self._posts
         try:
@@ -126,19 +129,22 @@ class ShmChannel(Channel):
             self._failure = Failure(f"doorbell: {error.strerror}", False)
 
     def poll(self) -> Sequence[Posted]:
-        posts = self._rx_words[0]
-        if posts == self._seen_posts:
+        words = self._rx_words
+        posts, seen, num_slots = words[0], self._seen_posts, self._num_slots
+        if posts == seen or self._failure is not None:
             return _NOTHING
-        # The bell is read before the seq words: what is posted in between is found now, and rings once more.
-        self._seen_posts = posts
         found = []
-        for slot, seen in enumerate(self._seen_seq):
-            seq = self._rx_words[_LINE_WORDS * (1 + slot)]
-            if seq != seen:
-                self._seen_seq[slot] = seq
-                found.append(Posted(slot // NUM_PARITIES, slot % NUM_PARITIES, seq))
-        if len(found) > 1:
-            found.sort(key=lambda posted: (posted.stream, posted.seq))
+        if not seen < posts <= seen + num_slots:
+            self._failure = Failure(f"bell of {posts} posts, {seen} were seen, {num_slots} slots", True)
+            return _NOTHING
+        for post in range(seen, posts):
+            at = _LINE_WORDS * (1 + post % num_slots)
+            slot = words[at]
+            if slot >= num_slots:
+                self._failure = Failure(f"post into slot {slot} of {num_slots}", True)
+                break
+            found.append(Posted(slot // NUM_PARITIES, slot % NUM_PARITIES, words[at + 1]))
+        self._seen_posts = posts
         return found
 
     @property

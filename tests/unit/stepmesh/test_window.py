@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from stepmesh.errors import FrameError, SlotBusyError, StaleArrivalError
 from stepmesh.types import Header
-from stepmesh.window import CombineWindow, DispatchWindow, Verdict
+from stepmesh.window import CombineWindow, DispatchWindow, Exchange
 
 
 def header(seq: int, *, stream: int = 0, epoch: int = 1, num_tokens: int = 5) -> Header:
@@ -21,11 +21,15 @@ def header(seq: int, *, stream: int = 0, epoch: int = 1, num_tokens: int = 5) ->
     return Header(**fields)  # type: ignore[arg-type]
 
 
+def exchange(seq: int) -> Exchange:
+    return Exchange(seq, epoch=1, num_tokens=5, sent_at=100.0 * seq)
+
+
 def sent(*seqs: int) -> DispatchWindow:
     window = DispatchWindow(2)
     for seq in seqs:
         window.check_free(0, seq)
-        window.sent(0, seq, 1, 5, 100 * seq)
+        window.sent(0, exchange(seq))
     return window
 
 
@@ -34,7 +38,7 @@ def test_a_parity_is_free_only_when_its_exchange_was_answered() -> None:
     with pytest.raises(SlotBusyError, match="seq 1 has no answer yet"):
         window.check_free(0, 3)
     window.check_free(1, 3)  # another stream has slots of its own
-    assert window.accept(header(1)) == (Verdict.SUPERSEDED, 100)
+    assert window.accept(header(1)) is None  # superseded
     window.check_free(0, 3)
     with pytest.raises(SlotBusyError):
         window.check_free(0, 4)
@@ -43,7 +47,7 @@ def test_a_parity_is_free_only_when_its_exchange_was_answered() -> None:
 def test_answers_are_cumulative() -> None:
     window = sent(1, 2)
     assert window.pending
-    assert window.accept(header(2)) == (Verdict.DELIVER, 200)
+    assert window.accept(header(2)) == exchange(2)
     assert not window.pending
     window.check_free(0, 3)
     window.check_free(0, 4)
@@ -51,11 +55,11 @@ def test_answers_are_cumulative() -> None:
 
 def test_oldest_dispatch_without_an_answer() -> None:
     window = sent(1, 2)
-    assert window.oldest_sent_ns() == 100
+    assert window.oldest_sent_at() == 100
     window.accept(header(1))
-    assert window.oldest_sent_ns() == 200
+    assert window.oldest_sent_at() == 200
     window.accept(header(2))
-    assert window.oldest_sent_ns() is None
+    assert window.oldest_sent_at() is None
 
 
 @pytest.mark.parametrize(
@@ -83,47 +87,68 @@ def test_a_combine_counts_once() -> None:
 
 def test_dispatches_must_rise_per_stream() -> None:
     window = CombineWindow(2)
-    assert window.accept(header(4), {1}, 1) is Verdict.DELIVER
+    assert window.accept(header(4), {1}, 1)
     for seq in (4, 3):
         with pytest.raises(FrameError, match="not above 4"):
             window.accept(header(seq), {1}, 1)
-    assert window.accept(header(1, stream=1), {1}, 1) is Verdict.DELIVER
-    assert window.accept(header(9), {1}, 1) is Verdict.DELIVER
+    assert window.accept(header(1, stream=1), {1}, 1)
+    assert window.accept(header(9), {1}, 1)
 
 
 def test_a_slot_is_filled_again_only_after_its_answer() -> None:
     window = CombineWindow(2)
     window.accept(header(1), {1}, 1)
-    window.accept(header(2), {1}, 1)
+    second = header(2)
+    window.accept(second, {1}, 1)
     with pytest.raises(FrameError, match="seq 3 of stream 0 took the slot of 1, which has no answer yet"):
         window.accept(header(3), {1}, 1)
     window.accept(header(3, stream=1), {1}, 1)
-    window.answered(0, 2)  # settles 1, too
-    assert window.accept(header(3), {1}, 1) is Verdict.DELIVER
+    window.answered(second)  # settles 1, too
+    assert window.accept(header(3), {1}, 1)
 
 
 def test_epochs_of_a_stream() -> None:
     window = CombineWindow(1)
-    assert window.accept(header(1, epoch=3), {3, 4}, 4) is Verdict.DELIVER
-    assert window.accept(header(2, epoch=5), {3, 4}, 4) is Verdict.FUTURE_EPOCH
-    assert window.accept(header(2, epoch=5), {4, 5}, 5) is Verdict.DELIVER  # heard of in the meantime
+    assert window.accept(header(1, epoch=3), {3, 4}, 4)
+    assert not window.accept(header(2, epoch=5), {3, 4}, 4)
+    second = header(2, epoch=5)
+    assert window.accept(second, {4, 5}, 5)  # heard of in the meantime
     with pytest.raises(FrameError, match="already in 5"):
         window.accept(header(3, epoch=4), {4, 5}, 5)
-    window.answered(0, 2)
+    window.answered(second)
     with pytest.raises(FrameError, match="not live"):
         window.accept(header(3, epoch=6), {5, 7}, 7)
 
 
 def test_an_answer_settles_what_is_older() -> None:
     window = CombineWindow(1)
-    for seq in (1, 2):
-        window.accept(header(seq), {1}, 1)
-    window.check_answerable(0, 1)
-    window.answered(0, 2)
+    first, second = header(1), header(2)
+    for one in (first, second):
+        window.accept(one, {1}, 1)
+    window.check_answerable(first)
+    window.answered(second)
     assert not window.pending
-    for seq in (1, 2, 3):
+    for one in (first, second, header(3)):
         with pytest.raises(StaleArrivalError):
-            window.check_answerable(0, seq)
+            window.check_answerable(one)
+
+
+def test_an_answer_leaves_what_is_newer() -> None:
+    window = CombineWindow(1)
+    first, second = header(1), header(2)
+    for one in (first, second):
+        window.accept(one, {1}, 1)
+    window.answered(first)
+    window.check_answerable(second)
+    with pytest.raises(StaleArrivalError):
+        window.check_answerable(first)
+
+
+def test_only_the_very_header_that_was_accepted_can_be_answered() -> None:
+    window = CombineWindow(1)
+    window.accept(header(1), {1}, 1)
+    with pytest.raises(StaleArrivalError):
+        window.check_answerable(header(1))
 
 
 def test_idle_is_void_once_a_newer_dispatch_was_seen() -> None:
@@ -141,7 +166,7 @@ def test_the_two_ends_never_use_a_slot_twice(actions: list[str]) -> None:
     ours, theirs = DispatchWindow(1), CombineWindow(1)
     seq = 0
     flying: list[int] = []  # dispatches on their way
-    open_there: list[int] = []  # delivered, not answered
+    open_there: list[Header] = []  # delivered, not answered
     answers: list[int] = []  # combines on their way
     dispatch_slot: dict[int, int] = {}
     delivered = []
@@ -154,24 +179,23 @@ def test_the_two_ends_never_use_a_slot_twice(actions: list[str]) -> None:
             seq += 1
             # Whoever had this slot before must not be read or answered any more.
             former = dispatch_slot.get(seq & 1)
-            assert former not in flying and former not in open_there
+            assert former not in flying and former not in [one.seq for one in open_there]
             dispatch_slot[seq & 1] = seq
-            ours.sent(0, seq, 1, 5, seq)
+            ours.sent(0, exchange(seq))
             flying.append(seq)
         elif action == "receive" and flying:
-            received = flying.pop(0)
-            assert theirs.accept(header(received), {1}, 1) is Verdict.DELIVER
+            received = header(flying.pop(0))
+            assert theirs.accept(received, {1}, 1)
             open_there.append(received)
         elif action.startswith("answer") and open_there:
             answer = open_there[-1] if action == "answer newest" else open_there[0]
-            theirs.check_answerable(0, answer)
-            theirs.answered(0, answer)
-            open_there = [other for other in open_there if other > answer]
-            answers.append(answer)
+            theirs.check_answerable(answer)
+            theirs.answered(answer)
+            open_there = [other for other in open_there if other.seq > answer.seq]
+            answers.append(answer.seq)
         elif action == "deliver" and answers:
-            verdict, _ = ours.accept(header(answers.pop(0)))
-            if verdict is Verdict.DELIVER:
-                delivered.append(seq)
+            answered = ours.accept(header(answers.pop(0)))
+            delivered += [answered.seq] if answered is not None else []
     assert delivered == sorted(set(delivered))
     if not flying and not open_there and not answers:
         assert not ours.pending

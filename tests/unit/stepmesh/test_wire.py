@@ -18,6 +18,7 @@ from stepmesh.wire import (
     PROTOCOL_VERSION,
     ControlKind,
     ControlParser,
+    HeaderRules,
     Heartbeat,
     check_frame,
     check_header,
@@ -84,7 +85,7 @@ def good_header(**changes: object) -> Header:
 
 
 def check(header: Header) -> None:
-    check_header(header, kind=FrameKind.DISPATCH, layout=LAYOUT, num_streams=4, generation=1)
+    check_header(header, HeaderRules.of(FrameKind.DISPATCH, LAYOUT, num_streams=4, generation=1))
 
 
 @given(headers)
