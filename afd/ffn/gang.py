@@ -136,11 +136,9 @@ class GangTable:
         """When `next_batch` may have something without a new arrival; None = only an arrival can help."""
         times: list[float] = []
         for idx, stream in self._streams.items():
-            for arrival in stream.pending.values():
-                if arrival.layer:
-                    times.append(arrival.at_s + self._straggler_s)
-                else:
-                    times.append(arrival.at_s + self._layer0_wait_s(idx, stream, arrival.rank))
+            if stream.pending:
+                wait_s = self._layer0_wait_s(idx, stream)
+                times += [a.at_s + (self._straggler_s if a.layer else wait_s) for a in stream.pending.values()]
         return min(times, default=None)
 
     @property
@@ -150,7 +148,10 @@ class GangTable:
     # -- details ------------------------------------------------------------------------------------------
 
     def _stream(self, idx: int) -> _Stream:
-        return self._streams.setdefault(idx, _Stream())
+        stream = self._streams.get(idx)
+        if stream is None:
+            stream = self._streams[idx] = _Stream()
+        return stream
 
     def _is_former(self, stream_idx: int) -> bool:
         return stream_idx % self._num_ffn == self._rank
@@ -161,19 +162,18 @@ class GangTable:
             return 0.0
         return min(self._max_window_s, WINDOW_SHARE * self._stream(stream_idx).step_s)
 
-    def _layer0_wait_s(self, idx: int, stream: _Stream, rank: int) -> float:
-        """Longest wait of this rank's layer-0 arrival."""
+    def _layer0_wait_s(self, idx: int, stream: _Stream) -> float:
+        """Longest wait of an arrival at layer 0."""
         if not self._is_former(idx):
             return 0.0
-        if self._parked(stream, rank):
+        if self._parks(stream):
             return max(stream.step_s, self._max_window_s)
         return self.window_s(idx)
 
-    def _parked(self, stream: _Stream, rank: int) -> bool:
-        """A newcomer while a gang is under way (some member has not come back to layer 0, none is at layer 0)."""
+    def _parks(self, stream: _Stream) -> bool:
+        """Arrivals at layer 0 are newcomers while a gang is under way: no member has come back to layer 0 yet."""
         running = stream.members - stream.detached
-        back = any(r in stream.pending and stream.pending[r].layer == 0 for r in running)
-        return bool(running) and rank not in running and not back
+        return bool(running) and not any(a.layer == 0 and a.rank in running for a in stream.pending.values())
 
     def _ready(self, idx: int, stream: _Stream, now: float) -> list[list[Arrival]]:
         groups: list[list[Arrival]] = []
@@ -203,10 +203,9 @@ class GangTable:
     def _ready_at_zero(self, idx: int, stream: _Stream, at_zero: list[Arrival], now: float) -> list[list[Arrival]]:
         if not self._is_former(idx):
             return [at_zero]
-        parked = [a for a in at_zero if self._parked(stream, a.rank)]
-        if parked:
+        if self._parks(stream):
             patience_s = max(stream.step_s, self._max_window_s)
-            return [[a] for a in parked if now - a.at_s >= patience_s]
+            return [[a] for a in at_zero if now - a.at_s >= patience_s]
         expected = (stream.members & stream.active) - stream.detached
         here = {a.rank for a in at_zero}
         regulars = [a.at_s for a in at_zero if a.rank in stream.members] or [a.at_s for a in at_zero]
@@ -234,7 +233,7 @@ class GangTable:
 
     def _form(self, stream: _Stream, group: list[Arrival], now: float) -> tuple[int, int]:
         ranks = {a.rank for a in group}
-        lone = len(ranks) == 1 and self._parked(stream, next(iter(ranks)))
+        lone = len(ranks) == 1 and self._parks(stream)
         if not lone:  # a newcomer that lost patience runs beside the gang and does not replace it
             if stream.formed_s is not None and stream.members:
                 took_s = now - stream.formed_s

@@ -1,8 +1,9 @@
 """Reference-counted KV blocks with prefix caching. Pure: lists and dicts, no tensor, no clock.
 
 A block is in exactly one of two places: held (reference count >= 1) or free (count 0). A free block may still be
-*cached*: its content is known by hash and a later request with the same prefix takes it back. Free blocks are handed
-out least recently released first, and only then is a cached content forgotten.
+*cached*: its content is known by hash and a later request with the same prefix takes it back. Blocks without content
+are handed out first; of the cached ones, least recently released first, and only then is a content forgotten. What
+the pool itself needs grows with the blocks that were ever handed out, not with their number.
 """
 
 from __future__ import annotations
@@ -32,15 +33,16 @@ class BlockPool:
             raise ValueError(f"num_blocks {num_blocks} and block_size {block_size} must be positive")
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self._prefix_cache = prefix_cache
-        self._ref = [0] * num_blocks
-        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))  # oldest first
+        self.prefix_cache = prefix_cache
+        self._ref: list[int] = []  # of the blocks that were ever handed out: 0..len-1
+        self._empty: list[int] = []  # of those, free ones without content; last in, first out
+        self._cached: OrderedDict[int, None] = OrderedDict()  # of those, free ones with content, oldest first
         self._block_of_hash: dict[bytes, int] = {}
         self._hash_of_block: dict[int, bytes] = {}
 
     @property
     def num_free(self) -> int:
-        return len(self._free)
+        return len(self._empty) + self.num_blocks - len(self._ref) + len(self._cached)
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that `num_tokens` tokens need."""
@@ -57,7 +59,7 @@ class BlockPool:
     def find(self, token_ids: Sequence[int]) -> list[bytes]:
         """Hashes of the longest cached prefix, as `match`, without taking a reference."""
         hashes: list[bytes] = []
-        if not self._prefix_cache:
+        if not self.prefix_cache:
             return hashes
         parent = ROOT_HASH
         for start in range(0, len(token_ids) - self.block_size, self.block_size):
@@ -76,21 +78,15 @@ class BlockPool:
         blocks = [self._block_of_hash[content_hash] for content_hash in hashes]
         for block in blocks:
             if self._ref[block] == 0:
-                del self._free[block]
+                del self._cached[block]
             self._ref[block] += 1
         return blocks
 
     def allocate(self, num_blocks: int) -> list[int] | None:
         """`num_blocks` blocks with one reference each, or None (and nothing taken) when there are too few."""
-        if num_blocks > len(self._free):
+        if num_blocks > self.num_free:
             return None
-        blocks = []
-        for _ in range(num_blocks):
-            block, _none = self._free.popitem(last=False)
-            self._forget(block)
-            self._ref[block] = 1
-            blocks.append(block)
-        return blocks
+        return [self._allocate() for _ in range(num_blocks)]
 
     def release(self, blocks: Sequence[int]) -> None:
         """Give one reference back on each. The tail of a sequence is freed first, so prefixes live longest."""
@@ -98,28 +94,40 @@ class BlockPool:
             self._ref[block] -= 1
             assert self._ref[block] >= 0, f"block {block} released more often than taken"
             if self._ref[block] == 0:
-                self._free[block] = None
-                if block not in self._hash_of_block:
-                    self._free.move_to_end(block, last=False)
+                if block in self._hash_of_block:
+                    self._cached[block] = None
+                else:
+                    self._empty.append(block)
 
     def publish(self, block: int, content_hash: bytes) -> None:
         """Make a held, fully computed block findable by its prefix hash. The first block of a hash stays."""
         assert self._ref[block] > 0, f"block {block} published while free"
-        if self._prefix_cache and content_hash not in self._block_of_hash and block not in self._hash_of_block:
+        if self.prefix_cache and content_hash not in self._block_of_hash and block not in self._hash_of_block:
             self._block_of_hash[content_hash] = block
             self._hash_of_block[block] = content_hash
 
     def check(self, held: Sequence[Sequence[int]]) -> None:
         """Integrity: reference counts equal the holders' lists, every other block is free (tests, idle times)."""
-        count = [0] * self.num_blocks
+        count = [0] * len(self._ref)
         for blocks in held:
             for block in blocks:
                 count[block] += 1
         assert count == self._ref, "reference counts differ from the holders' block lists"
-        assert {b for b, c in enumerate(count) if c == 0} == set(self._free), "free list is wrong"
+        free = [*self._empty, *self._cached]
+        assert len(free) == len(set(free)), "a block is free twice"
+        assert {b for b, c in enumerate(count) if c == 0} == set(free), "free list is wrong"
+        assert set(self._cached) <= set(self._hash_of_block), "a block without content is kept as cached"
         assert {b: h for h, b in self._block_of_hash.items()} == self._hash_of_block, "prefix table is torn"
 
-    def _forget(self, block: int) -> None:
-        content_hash = self._hash_of_block.pop(block, None)
-        if content_hash is not None:
-            del self._block_of_hash[content_hash]
+    def _allocate(self) -> int:
+        """One free block, with one reference; there is one."""
+        if self._empty:
+            block = self._empty.pop()
+        elif len(self._ref) < self.num_blocks:
+            self._ref.append(1)
+            return len(self._ref) - 1
+        else:
+            block, _none = self._cached.popitem(last=False)
+            del self._block_of_hash[self._hash_of_block.pop(block)]
+        self._ref[block] = 1
+        return block

@@ -40,8 +40,13 @@ class StepLoad:
 
     @classmethod
     def of(cls, batch: MicroBatch) -> StepLoad:
-        context = sum(attended(item.start, item.num_new) for item in batch.items)
-        return cls(batch.num_tokens, context, sum(item.samples for item in batch.items))
+        num_tokens = num_samples = 0
+        context = 0.0
+        for item in batch.items:
+            num_tokens += item.num_new
+            num_samples += item.samples
+            context += attended(item.start, item.num_new)
+        return cls(num_tokens, context, num_samples)
 
     def plus(self, other: StepLoad) -> StepLoad:
         return StepLoad(

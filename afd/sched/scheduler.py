@@ -12,6 +12,7 @@ import bisect
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Protocol
 
 from afd.kv.block_pool import ROOT_HASH, BlockPool, chain_hash
@@ -19,6 +20,8 @@ from afd.kv.windowed_blocks import WindowedBlocks, kept
 from afd.sched.latency import NOTHING, StepLoad, attended
 from afd.sched.sequence import BatchItem, MicroBatch, Progress, Sequence, SequenceState
 from afd.types import FinishReason
+
+SERVICE_ORDER = attrgetter("priority", "arrival")  # `Sequence.rank_key`, at the speed of C: every step sorts by it
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,19 +141,20 @@ class Scheduler:
     def schedule(self, stream: int) -> MicroBatch | None:
         """The next micro-batch of an idle stream, or None when it has nothing to do now."""
         self._admit()
-        members = sorted(self._running[stream], key=lambda s: s.rank_key)
-        assert not any(seq.in_flight for seq in members), f"stream {stream} has a micro-batch in flight"
+        members = sorted(self._running[stream], key=SERVICE_ORDER)
         items: list[BatchItem] = []
         budget = self.config.max_step_tokens
-        for seq in [s for s in members if s.decoding]:
+        for seq in [s for s in members if len(s.tokens) - s.num_computed == 1]:
+            assert not seq.in_flight, f"stream {stream} has a micro-batch in flight"
             if budget and seq.state is SequenceState.RUNNING and self._reserve(seq, len(seq.tokens)):
                 items.append(BatchItem(seq, seq.num_computed, 1, True))
                 seq.in_flight = True
                 budget -= 1
-        prefills = [s for s in members if not s.decoding]
+        prefills = [s for s in members if len(s.tokens) - s.num_computed != 1]
         if prefills and budget and self._pace is not None:
             budget = self._paced(self._pace, stream, items, prefills, budget)
         for idx, seq in enumerate(prefills):
+            assert not seq.in_flight, f"stream {stream} has a micro-batch in flight"
             if seq.state is not SequenceState.RUNNING:
                 continue  # became a victim above
             share = budget - self.config.min_chunk_tokens * (len(prefills) - idx - 1)
@@ -262,6 +266,8 @@ class Scheduler:
 
     def _reserve(self, seq: Sequence, num_tokens: int) -> bool:
         """Blocks for the first `num_tokens` tokens; takes them from a younger or less urgent sequence if it must."""
+        if self.windowed is None and num_tokens <= len(seq.blocks) * self.pool.block_size:
+            return True
         while self._lacks(seq, num_tokens):
             victim = max((s for seqs in self._running for s in seqs), key=lambda s: s.rank_key)
             if victim is seq:
@@ -311,6 +317,8 @@ class Scheduler:
 
     def _publish(self, seq: Sequence) -> None:
         size = self.pool.block_size
+        if len(seq.hashes) == seq.num_computed // size or not self.pool.prefix_cache:
+            return
         parent = seq.hashes[-1] if seq.hashes else ROOT_HASH
         for idx in range(len(seq.hashes), seq.num_computed // size):
             parent = chain_hash(parent, seq.tokens[idx * size : (idx + 1) * size])
@@ -320,12 +328,12 @@ class Scheduler:
             seq.hashes.append(parent)
 
     def _append(self, seq: Sequence, token: int) -> Progress:
-        first_idx = seq.num_output
+        first_idx, sampling = seq.num_output, seq.sampling
         seq.tokens.append(token)
         finish: FinishReason | None = None
-        if token in seq.sampling.stop_token_ids and seq.num_output > seq.sampling.min_tokens:
+        if token in sampling.stop_token_ids and first_idx >= sampling.min_tokens:
             finish = FinishReason.STOP
-        elif seq.num_output >= seq.sampling.max_tokens or len(seq.tokens) >= self.config.max_context:
+        elif first_idx + 1 >= sampling.max_tokens or len(seq.tokens) >= self.config.max_context:
             finish = FinishReason.LENGTH
         if finish is not None:
             del self._by_id[seq.req_id]
@@ -347,13 +355,13 @@ class Scheduler:
 
     def _balance(self, stream: int) -> None:
         """Move committed sequences of `stream` to the lightest one while that evens the load."""
-        for seq in list(self._running[stream]):
-            target = self._lightest()
-            closed = stream >= self.num_streams
-            if seq.in_flight or target == stream:
-                continue
-            if closed or len(self._running[stream]) - len(self._running[target]) > 1:
-                self._running[stream].remove(seq)
+        members, closed = self._running[stream], stream >= self.num_streams
+        for seq in list(members):
+            if not closed and len(members) - min(map(len, self._running[: self.num_streams])) <= 1:
+                return
+            if not seq.in_flight:
+                target = self._lightest()
+                members.remove(seq)
                 self._running[target].append(seq)
                 seq.stream = target
 
