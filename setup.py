@@ -14,7 +14,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 SOURCE_DIR = Path("afd/kernels/src")
-SOURCES = ["api.cpp", "attention_plan.cpp", "thread_pool.cpp", "isa_portable.cpp"]
+SOURCES = ["api.cpp", "attention_plan.cpp", "fused.cpp", "run.cpp", "thread_pool.cpp", "isa_portable.cpp"]
 X86_SOURCES = ["isa_avx2.cpp", "isa_avx512.cpp"]
 FLAGS = ["-std=c++17", "-O3", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi", "-g0"]
 # The last two: GCC's AVX-512 headers trip its own warnings.

@@ -21,9 +21,9 @@ from contextlib import ExitStack
 
 import torch
 
-from afd.kernels import linear
 from afd.model.inventory import Half, inventory
 from afd.model.loading import resolve_model
+from afd.model.primitives import linear, prepared
 from afd.model.spec import ModelSpec
 from bench.local import BenchCluster, run_round
 from bench.stage_table import HEADER, StageSums, stage_row
@@ -89,7 +89,7 @@ def bound(model: str, dtype: str, batch: int, context: int, bandwidth: float) ->
     seconds = {}
     torch.set_num_threads(1)
     for name, found in gemms(spec, batch).items():
-        pairs = [(torch.randn(rows, shape[1]).to(torch_dtype), torch.randn(shape).to(torch_dtype))
+        pairs = [(torch.randn(rows, shape[1]).to(torch_dtype), prepared(torch.randn(shape).to(torch_dtype)))
                  for rows, shape in found]  # fmt: skip
 
         def run(pairs=pairs):

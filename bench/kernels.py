@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from afd.kernels import select_kernels
+from afd.kernels import PackedMatrix, select_kernels
 from afd.kernels.base import Kernels
 from afd.kernels.native import NativeKernels
 from afd.kernels.reference import ReferenceKernels
@@ -170,18 +170,21 @@ def bench_attention(
 def bench_gemm(
     kernels: NativeKernels, num_threads: int, bandwidth: float, quick: bool, budget_s: float
 ) -> list[dict[str, Any]]:
-    print(f"\nsmall bf16 GEMM, {num_threads} thread(s), weights from memory")
-    print("weight        n     k   m        us   GB/s of memory x torch")
+    print(f"\nbf16 GEMM over packed weights, {num_threads} thread(s), weights from memory")
+    print("weight        n     k   m        us   GB/s of memory  GF/s x torch")
     rows = []
     for name, (n, k) in list(GEMM_SHAPES.items())[: 2 if quick else None]:
         num_copies = max(1, POOL_BYTES // (2 * n * k))
         weights = zeros_bf16(num_copies, n, k)
         weights.copy_(torch.randn(n, k, generator=torch.Generator().manual_seed(0)))
-        turns = cycle(weights), cycle(weights)
-        for m in (1, 16) if quick else (1, 4, 8, 16, 32):
+        packed = [PackedMatrix(w.clone()) for w in weights]
+        for matrix in packed:
+            kernels.pack(matrix.data)
+        turns = cycle(packed), cycle(weights)
+        for m in (1, 16) if quick else (1, 8, 16, 32, 64, 256):
             x = torch.randn(m, k, generator=torch.Generator().manual_seed(1)).bfloat16()
             out = torch.empty(m, n, dtype=torch.bfloat16)
-            kernels.gemm_bf16_small(x, weights[0], out, num_threads)
+            kernels.gemm(x, packed[0], out, num_threads)
             torch.testing.assert_close(out, F.linear(x, weights[0]), rtol=2**-6, atol=2**-4)
             ours_s = median_s(partial(_gemm_once, kernels, turns[0], x, out, num_threads), budget_s)
             theirs_s = median_s(partial(_linear_once, turns[1], x), budget_s)
@@ -192,18 +195,19 @@ def bench_gemm(
                 "us": round(ours_s * 1e6, 1),
                 "gb_per_s": round(2 * n * k / ours_s / 1e9, 2),
                 "of_memory": round(2 * n * k / ours_s / bandwidth, 3),
+                "gflops": round(2 * m * n * k / ours_s / 1e9),
                 "times_torch": round(theirs_s / ours_s, 2),
             }
             rows.append(row)
             print(
                 f"{name:8} {n:6} {k:5} {m:3} {row['us']:9} {row['gb_per_s']:6} {row['of_memory']:9.0%} "
-                f"{row['times_torch']:7}"
+                f"{row['gflops']:5} {row['times_torch']:7}"
             )
     return rows
 
 
-def _gemm_once(kernels: Kernels, weights: Iterator[Tensor], x: Tensor, out: Tensor, num_threads: int) -> None:
-    kernels.gemm_bf16_small(x, next(weights), out, num_threads)
+def _gemm_once(kernels: Kernels, weights: Iterator[PackedMatrix], x: Tensor, out: Tensor, num_threads: int) -> None:
+    kernels.gemm(x, next(weights), out, num_threads)
 
 
 def _linear_once(weights: Iterator[Tensor], x: Tensor) -> None:

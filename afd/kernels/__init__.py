@@ -1,4 +1,4 @@
-"""CPU kernels: attention over a paged KV cache, KV writes, norms, SwiGLU, and a GEMM for a few rows.
+"""CPU kernels: attention over a paged KV cache, KV writes, norms, SwiGLU, and a GEMM; `fused` has whole layers.
 
 A C++ library does the work (`src/`: AVX-512 BF16, AVX2 or portable code, chosen at run time), loaded once a process. If
 it was not built, a warning says so once and torch does the work (`reference.py`): the same results within rounding,
@@ -25,18 +25,21 @@ import torch
 from torch import Tensor
 
 from afd.kernels import arguments
-from afd.kernels.base import MAX_SMALL_GEMM_ROWS, Kernels
+from afd.kernels.base import Kernels
 from afd.kernels.native import ISAS, KernelsUnavailableError, NativeKernels, available_isas, load_library
+from afd.kernels.packed import PackedMatrix
 from afd.kernels.reference import ReferenceKernels
 
 __all__ = [
-    "MAX_SMALL_GEMM_ROWS",
     "KernelsUnavailableError",
+    "PackedMatrix",
     "active_isa",
     "add_rms_norm",
+    "can_pack",
     "close",
-    "gemm_bf16_small",
-    "linear",
+    "gemm",
+    "native_kernels",
+    "pack",
     "paged_attention",
     "rms_norm",
     "rope_write_kv",
@@ -77,6 +80,12 @@ def _kernels() -> Kernels:
 def active_isa() -> str:
     """`avx512`, `avx2`, `portable`, or `reference` for the torch path."""
     return _kernels().name
+
+
+def native_kernels() -> NativeKernels | None:
+    """The native kernels if they are in use and vectorised for this processor: what `afd.kernels.fused` needs."""
+    kernels = _kernels()
+    return kernels if isinstance(kernels, NativeKernels) and kernels.name != "portable" else None
 
 
 def close() -> None:
@@ -180,24 +189,25 @@ def silu_mul(gate_up: Tensor, limit: float = 0.0, out: Tensor | None = None) -> 
     return out
 
 
-def gemm_bf16_small(x: Tensor, w: Tensor, out: Tensor | None = None, num_threads: int = 1) -> Tensor:
-    """x `[m, k]` times the transpose of w `[n, k]`, bfloat16, for m up to MAX_SMALL_GEMM_ROWS: `[m, n]`.
+def can_pack(w: Tensor) -> bool:
+    """True where `gemm` is faster than torch's for a matrix like w: bfloat16 on a processor with AVX2 or AVX-512."""
+    fits = w.dim() == 2 and w.dtype is torch.bfloat16 and w.is_cpu and w.is_contiguous() and w.shape[1] % 2 == 0
+    return fits and native_kernels() is not None
 
-    Made for weights that come from memory: they are streamed once, as they lie, whatever m is. `out` may be float32.
-    """
+
+def pack(w: Tensor) -> PackedMatrix:
+    """Bring w [n, k] into the order that `gemm` reads, in its place: w's memory belongs to the result from then on."""
+    arguments.check_pack(w)
+    native = native_kernels()
+    if native is None:
+        raise KernelsUnavailableError("packed matrices need the native kernels; see can_pack")
+    native.pack(w)
+    return PackedMatrix(w)
+
+
+def gemm(x: Tensor, w: PackedMatrix, out: Tensor | None = None, num_threads: int = 1) -> Tensor:
+    """x `[m, k]` times the transpose of w `[n, k]`, bfloat16: `[m, n]`. `out` may be float32."""
     out = x.new_empty(x.shape[0], w.shape[0]) if out is None else out
     arguments.check_gemm(x, w, out, num_threads)
-    _kernels().gemm_bf16_small(x, w, out, num_threads)
+    _kernels().gemm(x, w, out, num_threads)
     return out
-
-
-def linear(x: Tensor, w: Tensor, num_threads: int = 1) -> Tensor:
-    """x @ w.T of any shape and dtype: `gemm_bf16_small` where it is the faster one, else torch's.
-
-    Which one it is follows from dtype, number of rows and processor, not from the values. Torch's part runs on torch's
-    own threads.
-    """
-    small = x.dtype == w.dtype == torch.bfloat16 and x.dim() == 2 and x.shape[0] <= MAX_SMALL_GEMM_ROWS
-    if small and x.is_cpu and _kernels().name in ("avx2", "avx512"):
-        return gemm_bf16_small(x, w, num_threads=num_threads)
-    return torch.nn.functional.linear(x, w)

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from afd.kernels.base import KEY_GROUP, MAX_HEAD_DIM, MAX_PARTIALS, MAX_SMALL_GEMM_ROWS
+from afd.kernels.base import KEY_GROUP, MAX_HEAD_DIM, MAX_PARTIALS
+from afd.kernels.packed import PackedMatrix
 
 _STORAGE = (torch.float32, torch.bfloat16)
 
@@ -91,8 +92,8 @@ def check_norm(x: Tensor, partials: Sequence[Tensor], weight: Tensor, out: Tenso
         if partial.shape != x.shape or partial.dtype != partials[0].dtype:
             raise ValueError(f"partials must be {tuple(x.shape)} of one dtype; one is {_describe(partial)}")
     _check_matrix("out", out)
-    if out.shape != x.shape or out.dtype != x.dtype:
-        raise ValueError(f"out must be like x, {_describe(x)}; it is {_describe(out)}")
+    if out.shape != x.shape or out.dtype not in (x.dtype, torch.bfloat16):
+        raise ValueError(f"out must be like x, {_describe(x)}, or bfloat16; it is {_describe(out)}")
 
 
 def check_silu_mul(gate_up: Tensor, out: Tensor) -> None:
@@ -104,17 +105,18 @@ def check_silu_mul(gate_up: Tensor, out: Tensor) -> None:
         raise ValueError(f"out must be [num_tokens, width] {gate_up.dtype}; it is {_describe(out)}")
 
 
-def check_gemm(x: Tensor, w: Tensor, out: Tensor, num_threads: int) -> None:
-    for name, tensor in (("x", x), ("w", w)):
-        _check_storage(name, tensor)
-        if tensor.dim() != 2 or tensor.dtype != torch.bfloat16 or not _unit_stride(tensor):
-            raise ValueError(
-                f"{name} must be a bfloat16 matrix with unit stride in its rows; it is {_describe(tensor)}"
-            )
+def check_pack(w: Tensor) -> None:
+    _check_storage("w", w)
+    if w.dim() != 2 or w.dtype != torch.bfloat16 or not w.is_contiguous() or w.shape[1] % 2:
+        raise ValueError(f"w must be a contiguous bfloat16 matrix with an even number of columns; it is {_describe(w)}")
+
+
+def check_gemm(x: Tensor, w: PackedMatrix, out: Tensor, num_threads: int) -> None:
+    _check_storage("x", x)
+    if x.dim() != 2 or x.dtype != torch.bfloat16 or not _unit_stride(x):
+        raise ValueError(f"x must be a bfloat16 matrix with unit stride in its rows; it is {_describe(x)}")
     if x.shape[1] != w.shape[1]:
         raise ValueError(f"x is {tuple(x.shape)}, w {tuple(w.shape)}: the inner dimensions differ")
-    if x.shape[0] > MAX_SMALL_GEMM_ROWS:
-        raise ValueError(f"{x.shape[0]} rows: this is a GEMM for at most {MAX_SMALL_GEMM_ROWS}")
     _check_storage("out", out)
     if out.shape != (x.shape[0], w.shape[0]) or not _unit_stride(out):
         raise ValueError(f"out must be {(x.shape[0], w.shape[0])} with unit stride in its rows; it is {_describe(out)}")

@@ -11,12 +11,13 @@ from typing import Protocol
 
 from torch import Tensor
 
+from afd.kernels.packed import PackedMatrix
+
 KEY_GROUP = 8
 """Block sizes and head dimensions are multiples of this."""
 
 MAX_HEAD_DIM = 512
 MAX_PARTIALS = 16
-MAX_SMALL_GEMM_ROWS = 32
 
 
 class Kernels(Protocol):
@@ -58,4 +59,4 @@ class Kernels(Protocol):
 
     def silu_mul(self, gate_up: Tensor, limit: float, out: Tensor) -> None: ...
 
-    def gemm_bf16_small(self, x: Tensor, w: Tensor, out: Tensor, num_threads: int) -> None: ...
+    def gemm(self, x: Tensor, w: PackedMatrix, out: Tensor, num_threads: int) -> None: ...

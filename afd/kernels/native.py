@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_ABI_VERSION = 1
+from afd.kernels.packed import PackedMatrix
+
+_ABI_VERSION = 2
 ISAS = ("portable", "avx2", "avx512")
 """Instruction sets, slowest first; the position is the number the library knows them by."""
 
@@ -27,8 +29,8 @@ class NativeKernels:
 
     def __init__(self, library: ctypes.CDLL, isa: str) -> None:
         self.name = isa
-        self._library = library
-        self._isa = ISAS.index(isa)
+        self.library = library
+        self.isa = ISAS.index(isa)
 
     def paged_attention(
         self,
@@ -45,8 +47,8 @@ class NativeKernels:
     ) -> None:
         num_blocks, num_kv_heads, block_size, head_dim = k_cache.shape
         detail = (c_int32 * 2)()
-        status = self._library.afd_paged_attention(
-            self._isa,
+        status = self.library.afd_paged_attention(
+            self.isa,
             num_threads,
             _DTYPES[q.dtype],
             q.data_ptr(),
@@ -72,13 +74,13 @@ class NativeKernels:
             detail,
         )
         if status:
-            raise _error(status, detail[0], detail[1])
+            raise error_of(status, detail[0], detail[1])
 
     def write_kv(self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
         num_blocks, num_kv_heads, block_size, head_dim = k_cache.shape
         detail = (c_int32 * 2)()
-        status = self._library.afd_write_kv(
-            self._isa,
+        status = self.library.afd_write_kv(
+            self.isa,
             _DTYPES[k.dtype],
             k.data_ptr(),
             v.data_ptr(),
@@ -96,7 +98,7 @@ class NativeKernels:
             detail,
         )
         if status:
-            raise _error(status, detail[0], detail[1])
+            raise error_of(status, detail[0], detail[1])
 
     def rope_write_kv(
         self,
@@ -112,8 +114,8 @@ class NativeKernels:
     ) -> None:
         num_blocks, num_kv_heads, block_size, head_dim = k_cache.shape
         detail = (c_int32 * 2)()
-        status = self._library.afd_rope_write_kv(
-            self._isa,
+        status = self.library.afd_rope_write_kv(
+            self.isa,
             _DTYPES[q.dtype],
             q.data_ptr(),
             k.data_ptr(),
@@ -138,14 +140,15 @@ class NativeKernels:
             detail,
         )
         if status:
-            raise _error(status, detail[0], detail[1])
+            raise error_of(status, detail[0], detail[1])
 
     def add_rms_norm(self, x: Tensor, partials: Sequence[Tensor], weight: Tensor, eps: float, out: Tensor) -> None:
         pointers = (c_void_p * len(partials))(*[partial.data_ptr() for partial in partials])
         partial_dtype = partials[0].dtype if partials else x.dtype
-        self._library.afd_add_rms_norm(
-            self._isa,
+        self.library.afd_add_rms_norm(
+            self.isa,
             _DTYPES[x.dtype],
+            _DTYPES[out.dtype],
             _DTYPES[partial_dtype],
             x.data_ptr(),
             pointers,
@@ -158,8 +161,8 @@ class NativeKernels:
         )
 
     def silu_mul(self, gate_up: Tensor, limit: float, out: Tensor) -> None:
-        self._library.afd_silu_mul(
-            self._isa,
+        self.library.afd_silu_mul(
+            self.isa,
             _DTYPES[out.dtype],
             gate_up.data_ptr(),
             out.data_ptr(),
@@ -170,33 +173,37 @@ class NativeKernels:
             limit,
         )
 
-    def gemm_bf16_small(self, x: Tensor, w: Tensor, out: Tensor, num_threads: int) -> None:
-        self._library.afd_gemm_bf16(
-            self._isa,
+    def pack(self, w: Tensor, *, unpack: bool = False) -> None:
+        """Reorder w [n, k] in its place."""
+        self.library.afd_pack(w.data_ptr(), w.shape[0], w.shape[1], unpack)
+
+    def gemm(self, x: Tensor, w: PackedMatrix, out: Tensor, num_threads: int) -> None:
+        rows, columns = w.shape
+        self.library.afd_gemm(
+            self.isa,
             num_threads,
             x.data_ptr(),
-            w.data_ptr(),
+            w.data.data_ptr(),
             out.data_ptr(),
             _DTYPES[out.dtype],
             x.stride(0),
-            w.stride(0),
             out.stride(0),
             x.shape[0],
-            w.shape[0],
-            x.shape[1],
+            rows,
+            columns,
         )
 
     def read_memory(self, memory: Tensor, num_threads: int) -> float:
         """Sum of a contiguous float32 tensor of whole MiB: the plainest read, for measuring bandwidth."""
-        return float(self._library.afd_read_memory(self._isa, num_threads, memory.data_ptr(), memory.numel() * 4))
+        return float(self.library.afd_read_memory(self.isa, num_threads, memory.data_ptr(), memory.numel() * 4))
 
     def num_workers(self) -> int:
         """Worker threads that are up; one pool serves the process."""
-        return int(self._library.afd_num_workers())
+        return int(self.library.afd_num_workers())
 
     def close(self) -> None:
         """Ends the worker threads; a later call with num_threads > 1 starts new ones."""
-        self._library.afd_stop_workers()
+        self.library.afd_stop_workers()
 
 
 def load_library(path: Path | None = None) -> ctypes.CDLL:
@@ -232,9 +239,13 @@ def _declare(library: ctypes.CDLL) -> None:
         "afd_paged_attention": (i32, [i32] * 3 + [pointer] * 7 + [i64] * 3 + [i32] * 9 + [f32, pointer]),
         "afd_write_kv": (i32, [i32] * 2 + [pointer] * 5 + [i64] * 2 + [i32] * 6 + [pointer]),
         "afd_rope_write_kv": (i32, [i32] * 2 + [pointer] * 8 + [i64] * 3 + [i32] * 9 + [pointer]),
-        "afd_add_rms_norm": (i32, [i32] * 3 + [pointer] * 2 + [i32] + [pointer] * 2 + [i32] * 2 + [f32]),
+        "afd_add_rms_norm": (i32, [i32] * 4 + [pointer] * 2 + [i32] + [pointer] * 2 + [i32] * 2 + [f32]),
         "afd_silu_mul": (i32, [i32] * 2 + [pointer] * 2 + [i64] * 2 + [i32] * 2 + [f32]),
-        "afd_gemm_bf16": (i32, [i32] * 2 + [pointer] * 3 + [i32] + [i64] * 3 + [i32] * 3),
+        "afd_pack": (None, [pointer] + [i32] * 3),
+        "afd_gemm": (i32, [i32] * 2 + [pointer] * 3 + [i32] + [i64] * 2 + [i32] * 3),
+        "afd_swiglu": (i32, [i32] * 2 + [pointer] * 2 + [i64, i32, pointer]),
+        "afd_experts": (i32, [i32] * 2 + [pointer] * 4 + [i32] * 2 + [pointer] * 3),
+        "afd_attention_layer": (i32, [i32] * 2 + [pointer] * 4 + [i32] * 2 + [pointer] * 3),
         "afd_read_memory": (f32, [i32] * 2 + [pointer, i64]),
         "afd_stop_workers": (None, []),
         "afd_num_workers": (i32, []),
@@ -245,7 +256,8 @@ def _declare(library: ctypes.CDLL) -> None:
         function.argtypes = arguments
 
 
-def _error(status: int, where: int, value: int) -> Exception:
+def error_of(status: int, where: int, value: int) -> Exception:
+    """What a status other than 0 says, with the call's error_detail."""
     if status == 20:
         return MemoryError("no memory for the attention kernel's scratch")
     reasons = {

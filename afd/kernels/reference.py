@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from afd.kernels.packed import PackedMatrix
+
 
 class ReferenceKernels:
     """Implements `base.Kernels`."""
@@ -88,8 +90,8 @@ class ReferenceKernels:
             gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
         out.copy_(gate * up)
 
-    def gemm_bf16_small(self, x: Tensor, w: Tensor, out: Tensor, num_threads: int) -> None:
-        out.copy_(x.float() @ w.float().T)
+    def gemm(self, x: Tensor, w: PackedMatrix, out: Tensor, num_threads: int) -> None:
+        out.copy_(x.float() @ w.unpacked().float().T)
 
 
 def _check_batch(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from afd.errors import ModelError
+from afd.kernels import PackedMatrix
 from afd.model.attention_kinds import Attention, AttentionWeights, GqaAttention, MfaAttention, projection_parts
 from afd.model.ffn import DenseFfn, Ffn, MoeFfn, SharedExpert, SwiGlu
 from afd.model.halves import AttentionHalf, AttentionLayer, FFNHalf
@@ -16,7 +17,7 @@ from afd.model.int8 import Int8Weight, empty_int8
 from afd.model.inventory import Half, TensorSpec, inventory
 from afd.model.latent_attention import LatentWeights, MlaAttention
 from afd.model.loading import Progress
-from afd.model.primitives import Weight
+from afd.model.primitives import prepared
 from afd.model.router import Router
 from afd.model.sharding import ShardSpec
 from afd.model.spec import AttentionKind, AttentionSpec, FfnKind, FfnSpec
@@ -34,15 +35,16 @@ def assemble_attention_half(
 ) -> AttentionHalf:
     spec = checkpoint.spec
     reader = _Reader(checkpoint, Half.ATTENTION, _compute_dtype(dtype), device, progress)
-    embedding = reader.load("embed")
+    embedding = reader.matrix(("embed",), -1)
     layers = []
     for idx, layer in enumerate(spec.layers):
         attn_norm = reader.norm("attn_norm", idx)
         attention = _attention(reader, layer.attention, idx)
         ffn_norm = reader.norm("ffn_norm", idx)
-        layers.append(AttentionLayer(attn_norm, attention, ffn_norm, _router(reader, layer.ffn, idx)))
+        fused = attention.fused(attn_norm, ffn_norm)
+        layers.append(AttentionLayer(attn_norm, attention, ffn_norm, _router(reader, layer.ffn, idx), fused))
     final_norm = reader.norm("final_norm")
-    head = embedding if spec.tie_embeddings else reader.load("head")
+    head = embedding if spec.tie_embeddings else reader.matrix(("head",), -1)
     return AttentionHalf(spec, embedding, layers, final_norm, head)
 
 
@@ -65,7 +67,7 @@ def assemble_ffn_half(
 def _attention(reader: _Reader, spec: AttentionSpec, idx: int) -> Attention:
     if spec.kind is AttentionKind.MLA:
         return _latent_attention(reader, spec, idx)
-    weights = AttentionWeights(reader.stack(projection_parts(spec), idx), reader.load("o", idx))
+    weights = AttentionWeights(reader.matrix(projection_parts(spec), idx), reader.matrix(("o",), idx))
     if spec.qkv_bias:
         weights.qkv_bias = reader.stack(("q_bias", "k_bias", "v_bias"), idx)
     if spec.o_bias:
@@ -74,20 +76,20 @@ def _attention(reader: _Reader, spec: AttentionSpec, idx: int) -> Attention:
         weights.q_head_norm, weights.k_head_norm = (reader.norm(f"{part}_head_norm", idx) for part in ("q", "k"))
     if spec.kind is AttentionKind.GQA:
         return GqaAttention(spec, weights, reader.rms_eps)
-    weights.q_norm, weights.q_up = reader.norm("q_norm", idx), reader.load("q_up", idx)
+    weights.q_norm, weights.q_up = reader.norm("q_norm", idx), reader.matrix(("q_up",), idx)
     return MfaAttention(spec, weights, reader.rms_eps)
 
 
 def _latent_attention(reader: _Reader, spec: AttentionSpec, idx: int) -> Attention:
     weights = LatentWeights(
-        q_up=reader.load("q_up" if spec.q_rank else "q", idx),
-        kv_down=reader.load("kv_down", idx),
+        q_up=reader.matrix(("q_up" if spec.q_rank else "q",), idx),
+        kv_down=reader.matrix(("kv_down",), idx),
         kv_norm=reader.norm("kv_norm", idx),
         kv_up=reader.load("kv_up", idx),
-        o=reader.load("o", idx),
+        o=reader.matrix(("o",), idx),
     )
     if spec.q_rank:
-        weights.q_down, weights.q_norm = reader.load("q_down", idx), reader.norm("q_norm", idx)
+        weights.q_down, weights.q_norm = reader.matrix(("q_down",), idx), reader.norm("q_norm", idx)
     return MlaAttention(spec, weights)
 
 
@@ -107,17 +109,19 @@ def _ffn(reader: _Reader, ffn: FfnSpec, shard: ShardSpec, idx: int) -> Ffn:
     which, inner = _slice(experts), _slice(width)
     gate_up = reader.weight(("expert_gate", "expert_up"), idx, (which, inner), dim=1)
     down = reader.weight(("expert_down",), idx, (which, slice(None), inner))
+    swiglus = [SwiGlu(prepared(gate_up[e]), prepared(down[e]), ffn.limit) for e in range(len(experts))]
     shared = None
     if ffn.shared_intermediate:
         columns = shard.shared_slice(ffn.shared_intermediate)
         swiglu = _swiglu(reader, "shared_", columns, idx, ffn.shared_limit)
         shared = SharedExpert(swiglu, *shard.shared_expert_rows())
-    return MoeFfn(gate_up, down, experts.start, shared, ffn.limit)
+    return MoeFfn(swiglus, experts.start, shared)
 
 
 def _swiglu(reader: _Reader, prefix: str, columns: range, idx: int, limit: float) -> SwiGlu:
     gate_up = reader.weight((f"{prefix}gate", f"{prefix}up"), idx, (_slice(columns),))
-    return SwiGlu(gate_up, reader.weight((f"{prefix}down",), idx, (slice(None), _slice(columns))), limit)
+    down = reader.weight((f"{prefix}down",), idx, (slice(None), _slice(columns)))
+    return SwiGlu(prepared(gate_up), prepared(down), limit)
 
 
 def _slice(part: range) -> slice:
@@ -174,7 +178,11 @@ class _Reader:
         self._fill(out, parts, layer, slices, dim)
         return out
 
-    def weight(self, parts: tuple[str, ...], layer: int, slices: Slices, dim: int = 0) -> Weight:
+    def matrix(self, parts: tuple[str, ...], layer: int) -> Tensor | PackedMatrix:
+        """As `stack`, for a matrix that only `linear` and `embedding` use."""
+        return prepared(self.stack(parts, layer))
+
+    def weight(self, parts: tuple[str, ...], layer: int, slices: Slices, dim: int = 0) -> Tensor | Int8Weight:
         """As `stack`, for matrices that may be rounded to 8 bits."""
         if not self._int8:
             return self.stack(parts, layer, slices, dim)
@@ -188,7 +196,7 @@ class _Reader:
         total[dim] = sum(shape[dim] for shape in shapes)
         return total
 
-    def _fill(self, out: Weight, parts: tuple[str, ...], layer: int, slices: Slices, dim: int) -> None:
+    def _fill(self, out: Tensor | Int8Weight, parts: tuple[str, ...], layer: int, slices: Slices, dim: int) -> None:
         start = 0
         for part in parts:
             tensor = self._tensors[part, layer]
@@ -199,7 +207,7 @@ class _Reader:
             if self._progress is not None:
                 self._progress(self._num_done, len(self._tensors))
 
-    def _read(self, out: Weight, tensor: TensorSpec, slices: Slices) -> None:
+    def _read(self, out: Tensor | Int8Weight, tensor: TensorSpec, slices: Slices) -> None:
         """Read tensor[slices] into `out` in pieces along its first dimension."""
         if prod(out.shape) == 0:
             return

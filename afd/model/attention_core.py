@@ -32,7 +32,7 @@ def rope_write_kv(
     tables: (cos, sin) of the batch's positions, [n, rotary_dim / 2] float32.  q may be rotated in place.
     """
     cos, sin = tables
-    if _native(k_cache, v_cache):
+    if runs_natively(k_cache, v_cache):
         kernels.rope_write_kv(q, k, v, cos, sin, k_cache, v_cache, batch.slot_mapping, interleaved)
         return q
     write_kv(rotate(k, cos, sin, interleaved), v, k_cache, v_cache, batch.slot_mapping)
@@ -55,7 +55,7 @@ def paged_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch, scale: float, window: int = 0
 ) -> Tensor:
     """Causal attention of q [n, num_heads, head_dim] over the cached contexts -> [n, num_heads, v_head_dim]."""
-    if _native(k_cache, v_cache):
+    if runs_natively(k_cache, v_cache):
         return kernels.paged_attention(
             q,
             k_cache,
@@ -70,8 +70,11 @@ def paged_attention(
     return torch_paged_attention(q, k_cache, v_cache, batch, scale, window)
 
 
-def _native(k_cache: Tensor, v_cache: Tensor) -> bool:
-    """Not so for MLA: its values are columns of K (a strided view), and its full-size keys are 576 wide."""
+def runs_natively(k_cache: Tensor, v_cache: Tensor) -> bool:
+    """Whether the kernels take these blocks.
+
+    Not those of MLA: its values are columns of K (a strided view), and its full-size keys are 576 wide.
+    """
     sizes = (k_cache.shape[2], k_cache.shape[3], v_cache.shape[3])
     fits = all(size % _NATIVE_MULTIPLE == 0 for size in sizes) and max(sizes[1:]) <= _NATIVE_MAX_HEAD_DIM
     return fits and k_cache.is_cpu and v_cache.is_contiguous()

@@ -1,7 +1,7 @@
 """Attention kinds: how q, k and v come out of a normed hidden state. One class a kind.
 
 Each is called with h [n, hidden], writes this step's K and V into the cache and returns [n, hidden], the value to
-add to the residual.
+add to the residual. `fused` offers the same together with its residual and the norms on both sides.
 """
 
 from __future__ import annotations
@@ -12,8 +12,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from afd import kernels
+from afd.kernels import PackedMatrix
+from afd.kernels.fused import AttentionLayerCall, LayerShape, LayerWeights
 from afd.kv.cache import KVCache
-from afd.model.attention_core import paged_attention, rope_write_kv
+from afd.model.attention_core import paged_attention, rope_write_kv, runs_natively
 from afd.model.batch import AttentionBatch
 from afd.model.primitives import linear, rms_norm
 from afd.model.rope import inverse_frequencies
@@ -25,6 +28,8 @@ class Attention(Protocol):
 
     def __call__(self, h: Tensor, batch: AttentionBatch, cache: KVCache, layer_idx: int) -> Tensor: ...
 
+    def fused(self, attn_norm: Tensor, ffn_norm: Tensor) -> FusedAttention | None: ...
+
 
 @dataclass(slots=True)
 class AttentionWeights:
@@ -34,14 +39,38 @@ class AttentionWeights:
     q_head_norm, k_head_norm [head_dim].  qkv_bias [q + k + v width], o_bias [hidden].  Norms are float32.
     """
 
-    qkv: Tensor
-    o: Tensor
+    qkv: Tensor | PackedMatrix
+    o: Tensor | PackedMatrix
     q_norm: Tensor | None = None
-    q_up: Tensor | None = None
+    q_up: Tensor | PackedMatrix | None = None
     q_head_norm: Tensor | None = None
     k_head_norm: Tensor | None = None
     qkv_bias: Tensor | None = None
     o_bias: Tensor | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return (self.o.data if isinstance(self.o, PackedMatrix) else self.o).device
+
+
+class FusedAttention:
+    """A layer's attention with its residual and the norms on both sides, in one native call."""
+
+    def __init__(self, call: AttentionLayerCall, spec: AttentionSpec, inv_freq: Tensor):
+        self._call = call
+        self._spec = spec
+        self._inv_freq = inv_freq
+
+    def takes(self, cache: KVCache, layer_idx: int) -> bool:
+        """Whether this cache can be read and written natively."""
+        k_cache = cache.k[layer_idx]
+        return k_cache.dtype is torch.bfloat16 and runs_natively(k_cache, cache.v[layer_idx])
+
+    def __call__(self, x: Tensor, batch: AttentionBatch, cache: KVCache, layer_idx: int) -> Tensor:
+        """Add attention to the residual x [n, hidden] float32 in place -> the FFN's normed rows [n, hidden]."""
+        spec = self._spec
+        tokens = batch.of_layer(spec.window).native(spec.rope, self._inv_freq)
+        return self._call(x, tokens, cache.k[layer_idx], cache.v[layer_idx])
 
 
 class _RotaryAttention:
@@ -51,7 +80,7 @@ class _RotaryAttention:
         self._spec = spec
         self._w = weights
         self._eps = eps
-        self._inv_freq = inverse_frequencies(spec.rope).to(weights.o.device)
+        self._inv_freq = inverse_frequencies(spec.rope).to(weights.device)
         first = spec.q_rank or spec.num_heads * spec.head_dim
         self._widths = [first, spec.num_kv_heads * spec.head_dim, spec.num_kv_heads * spec.v_head_dim]
         if spec.head_gate:
@@ -82,6 +111,40 @@ class _RotaryAttention:
             out = out * torch.sigmoid(parts[2])[:, :, None]
         projected = linear(out.flatten(1), self._w.o)
         return projected if self._w.o_bias is None else projected + self._w.o_bias
+
+    def fused(self, attn_norm: Tensor, ffn_norm: Tensor) -> FusedAttention | None:
+        """The whole layer as one native call, where weights, shape and processor are made for it."""
+        native, w, spec = kernels.native_kernels(), self._w, self._spec
+        if native is None or not isinstance(w.qkv, PackedMatrix) or not isinstance(w.o, PackedMatrix):
+            return None
+        if w.q_up is not None and not isinstance(w.q_up, PackedMatrix):
+            return None
+        weights = LayerWeights(
+            attn_norm,
+            ffn_norm,
+            w.qkv,
+            w.o,
+            w.qkv_bias,
+            w.q_norm,
+            w.q_up,
+            w.q_head_norm,
+            w.k_head_norm,
+            w.o_bias,
+        )
+        shape = LayerShape(
+            num_heads=spec.num_heads,
+            num_kv_heads=spec.num_kv_heads,
+            head_dim=spec.head_dim,
+            v_head_dim=spec.v_head_dim,
+            q_rank=spec.q_rank or 0,
+            head_gate=spec.head_gate,
+            rotary_half=self._inv_freq.shape[0],
+            interleaved=spec.rope.interleaved,
+            window=spec.window,
+            scale=spec.scale,
+            eps=self._eps,
+        )
+        return FusedAttention(AttentionLayerCall(native, weights, shape), spec, self._inv_freq)
 
     def _normed_heads(self, heads: Tensor, weight: Tensor) -> Tensor:
         """RMSNorm of each head of [n, num_heads, head_dim]."""

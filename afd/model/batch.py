@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from afd.kernels.fused import LayerBatch
 from afd.model.rope import cos_sin
 from afd.model.spec import RopeSpec
 
@@ -34,6 +35,7 @@ class AttentionBatch:
     max_seq_len: int
     windowed: AttentionBatch | None = None
     _rope: dict[RopeSpec, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    _native: dict[RopeSpec, LayerBatch] = field(default_factory=dict, repr=False)
 
     @classmethod
     def build(
@@ -71,6 +73,7 @@ class AttentionBatch:
                 batch,
                 slot_mapping=_slots(table, rows, positions, block_size).to(device),
                 block_table=torch.from_numpy(table).to(device),
+                _native={},
             )
         return batch
 
@@ -92,6 +95,13 @@ class AttentionBatch:
             factor = spec.scaling.attention_factor if spec.scaling is not None else 1.0
             self._rope[spec] = cos_sin(inv_freq, self.positions, factor)
         return self._rope[spec]
+
+    def native(self, spec: RopeSpec, inv_freq: Tensor) -> LayerBatch:
+        """This batch for `afd.kernels.fused`, made once for all layers that share `spec` and blocks."""
+        if spec not in self._native:
+            tables = (self.slot_mapping, self.block_table, self.seq_lens, self.query_start)
+            self._native[spec] = LayerBatch(*self.rope_tables(spec, inv_freq), *tables)
+        return self._native[spec]
 
 
 def _block_table(

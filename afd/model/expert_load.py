@@ -5,6 +5,7 @@ Written by the thread that computes; read from any thread, where a figure may be
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 from statistics import median
@@ -45,6 +46,14 @@ class ExpertLoad:
         """output [rows, hidden] of a local expert."""
         self.squares[expert] += float(output.float().square().mean(dim=1).sum())
         self.num_sampled[expert] += output.shape[0]
+
+    def add(self, counts: Sequence[int], squares: Sequence[float] | None) -> None:
+        """A batch's rows of each expert and, if it was measured, the sums of their outputs' mean squares."""
+        for expert, count in enumerate(counts):
+            self.num_tokens[expert] += count
+            if squares is not None:
+                self.squares[expert] += squares[expert]
+                self.num_sampled[expert] += count
 
     def output_rms(self) -> list[float | None]:
         """Root mean square of each expert's measured outputs; None where none were."""

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from afd import kernels
+from afd.kernels import PackedMatrix
+from afd.kernels.fused import ExpertsCall, SwiGluCall
 from afd.model.expert_load import ExpertLoad
 from afd.model.primitives import Weight, linear, silu_mul
 
@@ -33,18 +37,25 @@ class Ffn(Protocol):
     def __call__(self, dispatch: Dispatch) -> Tensor: ...
 
 
-@dataclass(slots=True)
 class SwiGlu:
     """down(silu(gate(h)) * up(h)) over a slice of the intermediate dimension, which may be empty.
 
     gate_up [2 * slice, hidden], gate first; down [hidden, slice].  limit: of the clamped form, 0 = none.
     """
 
-    gate_up: Weight
-    down: Weight
-    limit: float = 0.0
+    def __init__(self, gate_up: Weight, down: Weight, limit: float = 0.0):
+        self.gate_up = gate_up
+        self.down = down
+        self.limit = limit
+        self._call: SwiGluCall | None = None
+        native = kernels.native_kernels()
+        if native is not None and isinstance(gate_up, PackedMatrix) and isinstance(down, PackedMatrix):
+            self._call = SwiGluCall(native, gate_up, down, limit)
 
     def __call__(self, rows: Tensor) -> Tensor:
+        """rows [n, hidden] -> [n, hidden], in the same dtype."""
+        if self._call is not None:
+            return self._call(rows)
         return linear(silu_mul(linear(rows, self.gate_up), self.limit), self.down)
 
 
@@ -78,17 +89,15 @@ class SharedExpert:
 class MoeFfn:
     """The routed experts that this rank holds, and its part of the shared expert.
 
-    gate_up [num_local, 2 * slice, hidden]; down [num_local, hidden, slice]; first_expert: global id of local expert 0.
-    limit: of the experts' clamped SwiGLU, 0 = none.
+    first_expert: global id of experts[0]. All experts have one shape.
     """
 
-    def __init__(
-        self, gate_up: Weight, down: Weight, first_expert: int, shared: SharedExpert | None, limit: float = 0.0
-    ):
-        self._experts = [SwiGlu(gate_up[e], down[e], limit) for e in range(gate_up.shape[0])]
+    def __init__(self, experts: Sequence[SwiGlu], first_expert: int, shared: SharedExpert | None):
+        self._experts = experts
         self._first_expert = first_expert
         self._shared = shared
-        self.load = ExpertLoad(first_expert, [0] * gate_up.shape[0])
+        self._call = _experts_call(experts, first_expert)
+        self.load = ExpertLoad(first_expert, [0] * len(experts))
 
     def __call__(self, dispatch: Dispatch) -> Tensor:
         """Sum over local experts e of w_e * expert_e(row), plus the shared part; float32 accumulation."""
@@ -99,7 +108,12 @@ class MoeFfn:
             return out
         if self._shared is not None:
             self._shared.add_to(out, dispatch)
-        self._add_routed(out, rows, dispatch.expert_ids, dispatch.expert_weights)
+        if self._call is None:
+            self._add_routed(out, rows, dispatch.expert_ids, dispatch.expert_weights)
+        else:
+            measured = self.load.begin_batch()
+            routed = self._call.add_to(out, rows, dispatch.expert_ids, dispatch.expert_weights, measured)
+            self.load.add(*routed)
         return out
 
     def _add_routed(self, out: Tensor, rows: Tensor, expert_ids: Tensor, expert_weights: Tensor) -> None:
@@ -125,3 +139,13 @@ class MoeFfn:
             if measured:
                 self.load.measure(e, answers)
             out.index_add_(0, mine, answers.float() * weights[start:stop])
+
+
+def _experts_call(experts: Sequence[SwiGlu], first_expert: int) -> ExpertsCall | None:
+    """All experts in one native call, where their weights are packed for it."""
+    native = kernels.native_kernels()
+    gate_up = [e.gate_up for e in experts if isinstance(e.gate_up, PackedMatrix)]
+    down = [e.down for e in experts if isinstance(e.down, PackedMatrix)]
+    if native is None or not experts or len(gate_up) < len(experts) or len(down) < len(experts):
+        return None
+    return ExpertsCall(native, gate_up, down, first_expert, experts[0].limit)

@@ -10,15 +10,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from afd.kernels import PackedMatrix
 from afd.kv.cache import KVCache
-from afd.model.attention_kinds import Attention
+from afd.model.attention_kinds import Attention, FusedAttention
 from afd.model.batch import AttentionBatch
 from afd.model.expert_load import ExpertLoad
 from afd.model.ffn import Dispatch, Ffn, MoeFfn
-from afd.model.primitives import linear_into, rms_norm
+from afd.model.primitives import embedding, linear_into, rms_norm, rows_of
 from afd.model.router import Router
 from afd.model.spec import ModelSpec
 
@@ -30,12 +30,13 @@ HEAD_SLICE_ROWS = 16384
 
 @dataclass(slots=True)
 class AttentionLayer:
-    """attn_norm, ffn_norm: [hidden] float32.  router: None on dense layers."""
+    """attn_norm, ffn_norm: [hidden] float32.  router: None on dense layers.  fused: attention and norms in one call."""
 
     attn_norm: Tensor
     attention: Attention
     ffn_norm: Tensor
     router: Router | None
+    fused: FusedAttention | None = None
 
 
 class AttentionHalf:
@@ -44,25 +45,19 @@ class AttentionHalf:
     def __init__(
         self,
         spec: ModelSpec,
-        embedding: Tensor,
+        embedding: Tensor | PackedMatrix,
         layers: Sequence[AttentionLayer],
         final_norm: Tensor,
-        head: Tensor,
+        head: Tensor | PackedMatrix,
     ):
         self.spec = spec
+        table = embedding.data if isinstance(embedding, PackedMatrix) else embedding
+        self.dtype = table.dtype  # activations: inputs of GEMMs and rows that cross; the residual is float32
+        self.device = table.device
         self._embedding = embedding
         self._layers = layers
         self._final_norm = final_norm
         self._head = head
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The activation dtype: of GEMM inputs and of the rows that cross (the residual is float32)."""
-        return self._embedding.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self._embedding.device
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """token_ids [n] int64 -> residual x [n, hidden] float32, a fresh tensor.
@@ -70,7 +65,7 @@ class AttentionHalf:
         The residual is float32 whatever the activation dtype: it is small beside weights and KV, and with it bfloat16
         logits come out 40 % closer to float32's (measured on SmolLM2).
         """
-        return F.embedding(token_ids, self._embedding).float()
+        return embedding(token_ids, self._embedding).float()
 
     def layer(self, layer_idx: int, x: Tensor, batch: AttentionBatch, cache: KVCache) -> Dispatch:
         """Add attention to the residual x [n, hidden] in place, write this step's K and V, return what the FFN needs.
@@ -79,16 +74,20 @@ class AttentionHalf:
         (`dispatch`) when an FFN rank is lost.
         """
         layer = self._layers[layer_idx]
+        if layer.fused is not None and layer.fused.takes(cache, layer_idx):
+            return self._routed(layer_idx, layer.fused(x, batch, cache, layer_idx))
         x += layer.attention(self._normed(x, layer.attn_norm), batch, cache, layer_idx)
         return self.dispatch(layer_idx, x)
 
     def dispatch(self, layer_idx: int, x: Tensor) -> Dispatch:
         """Normed rows and routing of layer `layer_idx` from the residual after its attention."""
-        layer = self._layers[layer_idx]
-        rows = self._normed(x, layer.ffn_norm)
-        if layer.router is None:
+        return self._routed(layer_idx, self._normed(x, self._layers[layer_idx].ffn_norm))
+
+    def _routed(self, layer_idx: int, rows: Tensor) -> Dispatch:
+        router = self._layers[layer_idx].router
+        if router is None:
             return Dispatch(layer_idx, rows)
-        expert_ids, expert_weights = layer.router(rows)
+        expert_ids, expert_weights = router(rows)
         return Dispatch(layer_idx, rows, expert_ids, expert_weights)
 
     def combine(self, x: Tensor, partials: Sequence[Tensor], row_idx: Sequence[Tensor] | None = None) -> None:
@@ -109,7 +108,7 @@ class AttentionHalf:
 
     def head_slice(self, head_rows: Tensor, out: Tensor, start: int, stop: int) -> None:
         """Write logits start..stop of the vocabulary into out [m, vocab] float32."""
-        linear_into(out[:, start:stop], head_rows, self._head[start:stop])
+        linear_into(out[:, start:stop], head_rows, rows_of(self._head, start, stop))
 
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
         return rms_norm(x, weight, self.spec.rms_eps).to(self.dtype)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from afd.kernels import PackedMatrix
 from afd.kv.cache import KVCache
 from afd.model.attention_core import paged_attention, write_cache
 from afd.model.batch import AttentionBatch
@@ -30,12 +31,12 @@ class LatentWeights:
     kv_down [kv_rank + rotary_dim, hidden]; kv_norm [kv_rank]; kv_up [heads * (nope_dim + v_head_dim), kv_rank].
     """
 
-    q_up: Tensor
-    kv_down: Tensor
+    q_up: Tensor | PackedMatrix
+    kv_down: Tensor | PackedMatrix
     kv_norm: Tensor
     kv_up: Tensor
-    o: Tensor
-    q_down: Tensor | None = None
+    o: Tensor | PackedMatrix
+    q_down: Tensor | PackedMatrix | None = None
     q_norm: Tensor | None = None
 
 
@@ -46,7 +47,7 @@ class MlaAttention:
         self._spec = spec
         self._w = weights
         self._nope_dim = spec.head_dim - spec.rope.rotary_dim
-        self._inv_freq = inverse_frequencies(spec.rope).to(weights.o.device)
+        self._inv_freq = inverse_frequencies(spec.rope).to(weights.kv_up.device)
         per_head = weights.kv_up.view(spec.num_heads, self._nope_dim + spec.v_head_dim, spec.kv_rank)
         self._key_up = per_head[:, : self._nope_dim]
         self._value_up = per_head[:, self._nope_dim :].transpose(1, 2)
@@ -68,6 +69,9 @@ class MlaAttention:
         attended = paged_attention(q, k_cache, k_cache[..., : spec.kv_rank], batch, spec.scale, spec.window)
         out = torch.bmm(attended.transpose(0, 1), self._value_up).transpose(0, 1)
         return linear(out.flatten(1), self._w.o)
+
+    def fused(self, attn_norm: Tensor, ffn_norm: Tensor) -> None:
+        """There is no native form of it."""
 
     def _query(self, h: Tensor) -> Tensor:
         """[n, heads * head_dim]."""

@@ -5,36 +5,54 @@ All compute in float32 inside and round once, to the dtype of their input.
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from afd import kernels
+from afd.kernels import PackedMatrix
 from afd.model.int8 import Int8Weight, int8_linear
 
-SMALL_GEMM_ROWS = 32
-"""Up to so many rows a bfloat16 GEMM is bound by reading its weights, and the native one reads them faster."""
-
-
-Weight = Tensor | Int8Weight
+Weight = Tensor | PackedMatrix | Int8Weight
 """A matrix [out, in], or a stack of them."""
+
+
+@overload
+def prepared(weight: Tensor) -> Tensor | PackedMatrix: ...
+@overload
+def prepared(weight: Int8Weight) -> Int8Weight: ...
+def prepared(weight: Tensor | Int8Weight) -> Weight:
+    """The matrix as `linear` takes it fastest here. Its memory may be reordered: the caller drops `weight`."""
+    return kernels.pack(weight) if isinstance(weight, Tensor) and kernels.can_pack(weight) else weight
 
 
 def linear(x: Tensor, weight: Weight) -> Tensor:
     """x [n, in] times the transpose of weight [out, in] -> [n, out]."""
+    if isinstance(weight, PackedMatrix):
+        return kernels.gemm(x, weight, num_threads=torch.get_num_threads())
     if isinstance(weight, Int8Weight):
         return int8_linear(x, weight)
-    if _small_gemm(x, weight):
-        return kernels.gemm_bf16_small(x, weight, num_threads=torch.get_num_threads())
     return F.linear(x, weight)
 
 
-def linear_into(out: Tensor, x: Tensor, weight: Tensor) -> None:
-    """As `linear`, into a float32 `out` [n, out]; with few rows the sums reach it without rounding to bfloat16."""
-    if _small_gemm(x, weight):
-        kernels.gemm_bf16_small(x, weight, out, num_threads=torch.get_num_threads())
+def linear_into(out: Tensor, x: Tensor, weight: Tensor | PackedMatrix) -> None:
+    """As `linear`, into a float32 `out` [n, out]; from packed weights, without rounding to bfloat16 on the way."""
+    if isinstance(weight, PackedMatrix):
+        kernels.gemm(x, weight, out, num_threads=torch.get_num_threads())
     else:
         out.copy_(F.linear(x, weight))
+
+
+def rows_of(weight: Tensor | PackedMatrix, start: int, stop: int) -> Tensor | PackedMatrix:
+    """A view of rows start..stop of a matrix, which are whole panels of a packed one."""
+    return weight.narrow_rows(start, stop) if isinstance(weight, PackedMatrix) else weight[start:stop]
+
+
+def embedding(ids: Tensor, weight: Tensor | PackedMatrix) -> Tensor:
+    """Rows ids [n] int64 of weight [vocab, hidden] -> [n, hidden]."""
+    return weight.rows(ids) if isinstance(weight, PackedMatrix) else F.embedding(ids, weight)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -55,7 +73,3 @@ def silu_mul(gate_up: Tensor, limit: float = 0.0) -> Tensor:
     if limit > 0:
         return F.silu(gate).clamp(max=limit) * up.clamp(-limit, limit)
     return F.silu(gate) * up
-
-
-def _small_gemm(x: Tensor, weight: Tensor) -> bool:
-    return x.is_cpu and weight.dtype is torch.bfloat16 and x.shape[0] <= SMALL_GEMM_ROWS

@@ -36,16 +36,69 @@ AFD_API int32_t afd_rope_write_kv(int32_t isa, int32_t dtype, void* q, const voi
                                   int32_t half, int32_t interleaved, int32_t num_blocks, int32_t block_size,
                                   int32_t* error_detail /* [2]: token, 0 */);
 
-AFD_API int32_t afd_add_rms_norm(int32_t isa, int32_t dtype, int32_t partial_dtype, void* x,
+AFD_API int32_t afd_add_rms_norm(int32_t isa, int32_t dtype, int32_t out_dtype, int32_t partial_dtype, void* x,
                                  const void* const* partials, int32_t num_partials, const float* weight, void* out,
                                  int32_t num_rows, int32_t width, float eps);
 
 AFD_API int32_t afd_silu_mul(int32_t isa, int32_t dtype, const void* gate_up, void* out, int64_t in_stride,
                              int64_t out_stride, int32_t num_rows, int32_t width, float limit);
 
-AFD_API int32_t afd_gemm_bf16(int32_t isa, int32_t num_threads, const void* x, const void* w, void* out,
-                              int32_t out_dtype, int64_t x_stride, int64_t w_stride, int64_t out_stride, int32_t m,
-                              int32_t n, int32_t k);
+// bf16 weights [n, k] (k even) into the order of gemm.h and back, in their place.
+AFD_API void afd_pack(void* weights, int32_t n, int32_t k, int32_t unpack);
+
+// mode: 0 = out is float32, 1 = out is bf16, 2 = added to a float32 out.
+AFD_API int32_t afd_gemm(int32_t isa, int32_t num_threads, const void* x, const void* w, void* out, int32_t mode,
+                         int64_t x_stride, int64_t out_stride, int32_t m, int32_t n, int32_t k);
+
+// down(silu(gate(x)) * up(x)) over packed weights.
+struct AfdSwiGlu {
+    const void* gate_up;  // [2 * width, hidden]
+    const void* down;     // [hidden, width]
+    int32_t hidden, width;
+    float limit;  // of the clamped form, 0 = none
+};
+AFD_API int32_t afd_swiglu(int32_t isa, int32_t num_threads, const AfdSwiGlu* ffn, const void* x, int64_t x_stride,
+                           int32_t num_rows, void* out /* bf16 [num_rows, hidden] */);
+
+// The experts [first, first + num_local) of an MoE layer, all of one shape.
+struct AfdExperts {
+    const void* const* gate_up;  // [num_local]
+    const void* const* down;
+    int32_t first, num_local, hidden, width;
+    float limit;
+};
+// out [num_rows, hidden] += weights * expert(x) for the routings to local experts, in the experts' order.
+// counts [num_local]: rows of each.  squares [num_local], or null: the sum of their outputs' mean squares, unweighted.
+AFD_API int32_t afd_experts(int32_t isa, int32_t num_threads, const AfdExperts* experts, const void* x,
+                            const int32_t* ids, const float* weights, int32_t num_rows, int32_t top_k, float* out,
+                            int32_t* counts, double* squares);
+
+// Attention of one layer with rotary positions: GQA, or MFA where q_rank > 0. bf16 weights and KV; null = not there.
+struct AfdAttentionLayer {
+    const float *attn_norm, *ffn_norm;          // [hidden]
+    const void* qkv;                            // packed [(q_rank or q width) + k width + v width (+ num_heads)]
+    const void* qkv_bias;                       // [q + k + v width]
+    const float* q_norm;                        // [q_rank]
+    const void* q_up;                           // packed [q width, q_rank]
+    const float *q_head_norm, *k_head_norm;     // [head_dim]
+    const void *o, *o_bias;                     // packed [hidden, num_heads * v_dim]; [hidden]
+    int32_t hidden, q_rank, num_heads, num_kv_heads, head_dim, v_dim, head_gate, half, interleaved, window;
+    float scale, eps;
+};
+struct AfdBatch {
+    const float *cos, *sin;      // [num_tokens, half]
+    const int64_t* slots;        // [num_tokens]
+    const int32_t* block_table;  // [num_seqs, table_stride]
+    const int32_t* seq_lens;
+    const int32_t* query_start;
+    int64_t table_stride;
+    int32_t num_tokens, num_seqs;
+};
+// x [num_tokens, hidden] += o(attention(norm(x))), K and V of these tokens are stored; rows = ffn_norm(x), bf16.
+AFD_API int32_t afd_attention_layer(int32_t isa, int32_t num_threads, const AfdAttentionLayer* layer,
+                                    const AfdBatch* batch, void* k_cache, void* v_cache, int32_t num_blocks,
+                                    int32_t block_size, float* x, void* rows,
+                                    int32_t* error_detail /* [2], as of afd_paged_attention or afd_write_kv */);
 
 // Sum of `num_bytes` bytes read as floats by num_threads threads: the read bandwidth the kernels are measured against.
 AFD_API float afd_read_memory(int32_t isa, int32_t num_threads, const void* memory, int64_t num_bytes);

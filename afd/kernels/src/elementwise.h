@@ -103,21 +103,27 @@ void rope_write_kv(const afd::RopeArgs& r, const afd::KvWriteArgs& a) {
     }
 }
 
-template <class T, class P>
+template <class T>
+AFD_INLINE void store_as(const T*, T* p, Chunk c) {
+    store(p, c);
+}
+AFD_INLINE void store_as(const float*, bf16* p, Chunk c) { store(p, split_pairs(c)); }
+
+template <class T, class P, class Out>
 void add_rms_norm(const afd::NormArgs& a, int row_begin, int row_end) {
     const int width = a.width, whole = width / kChunk * kChunk;
     const float* weight = a.weight;
     for (int row = row_begin; row < row_end; ++row) {
-        const int64_t at = static_cast<int64_t>(row) * width;
-        T* x = static_cast<T*>(a.x) + at;
-        T* out = static_cast<T*>(a.out) + at;
+        const int64_t partial_at = static_cast<int64_t>(row) * width;
+        T* x = static_cast<T*>(a.x) + row * a.x_stride;
+        Out* out = static_cast<Out*>(a.out) + row * a.out_stride;
         Chunk squares = {};
         float tail_squares = 0;
         for (int i = 0; i < whole; i += kChunk) {
             Chunk c = load(x + i);
             if (a.num_partials > 0) {
                 for (int p = 0; p < a.num_partials; ++p)
-                    c = c + load_for(x, static_cast<const P*>(a.partials[p]) + at + i);
+                    c = c + load_for(x, static_cast<const P*>(a.partials[p]) + partial_at + i);
                 store(x + i, c);
                 c = load(x + i);  // the norm is of what the residual keeps
             }
@@ -125,14 +131,51 @@ void add_rms_norm(const afd::NormArgs& a, int row_begin, int row_end) {
         }
         for (int i = whole; i < width; ++i) {
             float value = to_float(x[i]);
-            for (int p = 0; p < a.num_partials; ++p) value += to_float(static_cast<const P*>(a.partials[p])[at + i]);
+            for (int p = 0; p < a.num_partials; ++p)
+                value += to_float(static_cast<const P*>(a.partials[p])[partial_at + i]);
             from_float(value, x + i);
             tail_squares += to_float(x[i]) * to_float(x[i]);
         }
         const float mean = (sum_of(squares.a + squares.b) + tail_squares) / static_cast<float>(width);
         const float inverse = 1.0f / __builtin_sqrtf(mean + a.eps);
-        for (int i = 0; i < whole; i += kChunk) store(out + i, load(x + i) * inverse * load_for(x, weight + i));
+        for (int i = 0; i < whole; i += kChunk)
+            store_as(x, out + i, load(x + i) * inverse * load_for(x, weight + i));
         for (int i = whole; i < width; ++i) from_float(to_float(x[i]) * inverse * weight[i], out + i);
+    }
+}
+
+inline void add_bias(const afd::BiasArgs& a) {
+    const bf16* const bias = static_cast<const bf16*>(a.bias);
+    for (int row = 0; row < a.num_rows; ++row) {
+        bf16* const x = static_cast<bf16*>(a.rows) + row * a.stride;
+        for_chunks(
+            a.width, [&](int i) { store(x + i, load(x + i) + load(bias + i)); },
+            [&](int i, int n) { store_part(x + i, load_part(x + i, n) + load_part(bias + i, n), n); });
+    }
+}
+
+inline void gate_heads(const afd::HeadGateArgs& a) {
+    for (int row = 0; row < a.num_rows; ++row) {
+        const bf16* const gates = static_cast<const bf16*>(a.gates) + row * a.gate_stride;
+        bf16* x = static_cast<bf16*>(a.heads) + static_cast<int64_t>(row) * a.num_heads * a.dim;
+        for (int head = 0; head < a.num_heads; ++head, x += a.dim) {
+            const float power = to_float(gates[head]) * -1.44269504088896340736f;
+            const float gate = 1.0f / (exp2_of(power < 125.0f ? power : 125.0f) + 1.0f);
+            for_chunks(
+                a.dim, [&](int i) { store(x + i, load(x + i) * gate); },
+                [&](int i, int n) { store_part(x + i, load_part(x + i, n) * gate, n); });
+        }
+    }
+}
+
+inline void add_scaled_rows(const float* x, const float* scale, const int32_t* index, int num_rows, int width,
+                            float* out) {
+    for (int row = 0; row < num_rows; ++row, x += width) {
+        float* const to = out + static_cast<int64_t>(index[row]) * width;
+        const float factor = scale[row];
+        for_chunks(
+            width, [&](int i) { store(to + i, load(to + i) + load(x + i) * factor); },
+            [&](int i, int n) { store_part(to + i, load_part(to + i, n) + load_part(x + i, n) * factor, n); });
     }
 }
 

@@ -1,107 +1,120 @@
-// out[m, n] = x[m, k] . w[n, k], bf16 in, float32 sums: a dot product of rows, the weights streamed once from memory.
+// out[m, n] = x[m, k] . w[n, k], bf16 in, float32 sums, over weights packed for it.
 //
-// At a few rows of x the weights' bytes are the cost, so nothing is repacked: w is read as it lies. kWeightTile rows
-// of w and up to kRowTileX rows of x are held against each other in registers; kBlockRows rows of w stay in the L1
-// cache while all of x passes, and the next block is fetched meanwhile. Each output is summed in the same order for any
-// m and any tiling.
+// Packed: each panel of kPanel rows of w (the last one perhaps narrower) is transposed in its place, two k together:
+// [k / 2][rows of the panel][2]. A vector then holds one pair of k for kLanes outputs and meets the same pair of x
+// broadcast, so sums need no horizontal step. A panel is read from memory once and stays in the L2 cache while all of x
+// passes. Each output is summed in the order of k, for any m and any split of the work.
 #pragma once
 
 #include "kernels.h"
-#include "lookahead.h"
 #include "simd.h"
 
 namespace AFD_ISA {
 
-constexpr int kWeightTile = 4;
-constexpr int kRowTileX = AFD_LANES == 16 ? 6 : 2;
-constexpr int kBlockBytes = 16 * 1024;
+using afd::kPanel;
 
-// sums[r] = the dot products of R rows of x with kWeightTile rows of w.
-template <int R>
-void dot_rows(const bf16* const* w, const bf16* x, int64_t x_stride, int k, Lookahead& lookahead, Quad* sums) {
-    Lookahead ahead = lookahead;
-    Vf acc[R][kWeightTile] = {};
-    int i = 0;
-    for (; i + kChunk <= k; i += kChunk) {
-        Vi weights[kWeightTile];
-        for (int j = 0; j < kWeightTile; ++j) weights[j] = load_vector<Vi>(w[j] + i);
-        ahead.step();
-        for (int r = 0; r < R; ++r) {
-            const Vi row = load_vector<Vi>(x + r * x_stride + i);
-            for (int j = 0; j < kWeightTile; ++j) acc[r][j] = dot_words(acc[r][j], weights[j], row);
-        }
-    }
-    if (i < k) {
-        bf16 buffer[kChunk] = {};
-        Vi weights[kWeightTile];
-        const size_t bytes = static_cast<size_t>(k - i) * sizeof(bf16);
-        for (int j = 0; j < kWeightTile; ++j) {
-            std::memcpy(buffer, w[j] + i, bytes);
-            weights[j] = load_vector<Vi>(buffer);
-        }
-        for (int r = 0; r < R; ++r) {
-            std::memcpy(buffer, x + r * x_stride + i, bytes);
-            const Vi row = load_vector<Vi>(buffer);
-            for (int j = 0; j < kWeightTile; ++j) acc[r][j] = dot_words(acc[r][j], weights[j], row);
-        }
-    }
-    for (int r = 0; r < R; ++r) sums[r] = sums_of(acc[r][0], acc[r][1], acc[r][2], acc[r][3]);
-    lookahead = ahead;
+constexpr int kTileVectors = AFD_LANES == 16 ? 4 : 2;  // vectors of outputs, held in registers against
+constexpr int kTileRows = AFD_LANES == 16 ? 6 : 4;     // so many rows of x
+constexpr int kTileColumns = kTileVectors * kLanes;
+constexpr int kAheadBytes = 8192;  // weights come from memory in one sweep: fetched so far ahead of it
+
+AFD_INLINE Vi splat_pair(const bf16* p) {
+    int32_t word;
+    __builtin_memcpy(&word, p, sizeof word);
+    return Vi{} + word;
 }
 
-template <class Out>
+// acc[r][v] = the dot products of R rows of x with V vectors of columns. `panel` points at the first of these columns;
+// its pairs of k are `width` columns apart. The last vector has `valid` columns (whole vectors are loaded if Whole).
+template <int R, int V, bool Whole>
+AFD_INLINE void multiply(const bf16* panel, int width, int valid, bool from_memory, const bf16* x, int64_t x_stride,
+                         int k, Vf (*acc)[V]) {
+    for (int r = 0; r < R; ++r)
+        for (int v = 0; v < V; ++v) acc[r][v] = Vf{};
+    for (int i = 0; i < k; i += 2) {
+        const bf16* const from = panel + static_cast<int64_t>(i) * width;
+        Vi weights[V];
+        for (int v = 0; v < V; ++v) {
+            const bf16* const p = from + v * 2 * kLanes;
+            if (from_memory) prefetch(reinterpret_cast<const char*>(p) + kAheadBytes);
+            weights[v] = Whole ? load_vector<Vi>(p) : load_words(p, valid);
+        }
+        for (int r = 0; r < R; ++r) {
+            const Vi pair = splat_pair(x + r * x_stride + i);
+            for (int v = 0; v < V; ++v) acc[r][v] = dot_words(acc[r][v], weights[v], pair);
+        }
+    }
+}
+
+// What happens to a sum: rounded to bf16, kept, or added to what is there.
+struct ToBf16 {
+    typedef bf16 Out;
+    static AFD_INLINE void put(bf16* out, Vf a, Vf b) { store(out, split_pairs(Chunk{a, b})); }
+    static AFD_INLINE void put(bf16* out, float sum) { from_float(sum, out); }
+};
+struct ToFloat {
+    typedef float Out;
+    static AFD_INLINE void put(float* out, Vf a, Vf b) { store(out, Chunk{a, b}); }
+    static AFD_INLINE void put(float* out, float sum) { *out = sum; }
+};
+struct AddToFloat {
+    typedef float Out;
+    static AFD_INLINE void put(float* out, Vf a, Vf b) {
+        const Chunk old = load(out);
+        store(out, Chunk{old.a + a, old.b + b});
+    }
+    static AFD_INLINE void put(float* out, float sum) { *out += sum; }
+};
+
+// R rows against one panel of `width` columns.
+template <int R, class Put>
+void multiply_panel(const bf16* panel, int width, bool from_memory, const bf16* x, int64_t x_stride, int k,
+                    typename Put::Out* out, int64_t out_stride) {
+    int column = 0;
+    for (; column + kTileColumns <= width; column += kTileColumns) {
+        Vf acc[R][kTileVectors];
+        multiply<R, kTileVectors, true>(panel + 2 * column, width, kLanes, from_memory, x, x_stride, k, acc);
+        for (int r = 0; r < R; ++r)
+            for (int v = 0; v < kTileVectors; v += 2)
+                Put::put(out + r * out_stride + column + v * kLanes, acc[r][v], acc[r][v + 1]);
+    }
+    for (; column < width; column += kLanes) {
+        const int valid = width - column < kLanes ? width - column : kLanes;
+        Vf acc[R][1];
+        multiply<R, 1, false>(panel + 2 * column, width, valid, from_memory, x, x_stride, k, acc);
+        for (int r = 0; r < R; ++r)
+            for (int i = 0; i < valid; ++i) Put::put(out + r * out_stride + column + i, acc[r][0][i]);
+    }
+}
+
+// Columns [n_begin, n_end); n_begin is a multiple of kPanel.
+template <class Put>
 void gemm(const afd::GemmArgs& a, int n_begin, int n_end) {
     const bf16* const x = static_cast<const bf16*>(a.x);
-    const bf16* const w = static_cast<const bf16*>(a.w);
-    Out* const out = static_cast<Out*>(a.out);
-    const int64_t row_bytes = a.w_stride * static_cast<int64_t>(sizeof(bf16));
-    const int fit = static_cast<int>(kBlockBytes / (row_bytes + 1)) / kWeightTile * kWeightTile;
-    const int block_rows = fit < kWeightTile ? kWeightTile : fit;
-    const int row_groups = (a.m + kRowTileX - 1) / kRowTileX;
-    const int64_t num_steps = static_cast<int64_t>(row_groups) * (block_rows / kWeightTile) * (a.k / kChunk);
-    for (int block = n_begin; block < n_end; block += block_rows) {
-        const int block_end = block + block_rows < n_end ? block + block_rows : n_end;
-        const int next_rows = block_end + block_rows < n_end ? block_rows : n_end - block_end;
-        const Run next = {reinterpret_cast<const char*>(w + block_end * a.w_stride), next_rows * row_bytes};
-        Lookahead ahead;
-        if (num_steps > 0 && next_rows > 0) ahead = Lookahead(&next, 1, num_steps);
-        for (int group = 0, row = 0; group < row_groups; ++group) {
-            const int count = (a.m - row + row_groups - group - 1) / (row_groups - group);
-            const bf16* from = x + row * a.x_stride;
-            for (int n = block; n < block_end; n += kWeightTile) {
-                const int valid = block_end - n < kWeightTile ? block_end - n : kWeightTile;
-                const bf16* rows[kWeightTile];
-                for (int j = 0; j < kWeightTile; ++j) rows[j] = w + (n + (j < valid ? j : valid - 1)) * a.w_stride;
-                Quad sums[kRowTileX];
-                switch (count) {
-                    case 1:
-                        dot_rows<1>(rows, from, a.x_stride, a.k, ahead, sums);
-                        break;
-                    case 2:
-                        dot_rows<2>(rows, from, a.x_stride, a.k, ahead, sums);
-                        break;
+    typename Put::Out* const out = static_cast<typename Put::Out*>(a.out);
+    const int groups = (a.m + kTileRows - 1) / kTileRows;
+    for (int n = n_begin; n < n_end; n += kPanel) {
+        const bf16* const panel = static_cast<const bf16*>(a.w) + static_cast<int64_t>(n) * a.k;
+        const int width = a.n - n < kPanel ? a.n - n : kPanel;
+        for (int group = 0, row = 0; group < groups; ++group) {
+            const int count = (a.m - row + groups - group - 1) / (groups - group);
+            const bf16* const from = x + row * a.x_stride;
+            typename Put::Out* const to = out + row * a.out_stride + n;
+#define AFD_PANEL(R)                                                                                  \
+    case R:                                                                                           \
+        multiply_panel<R, Put>(panel, width, group == 0, from, a.x_stride, a.k, to, a.out_stride); \
+        break;
+            switch (count) {
+                AFD_PANEL(1)
+                AFD_PANEL(2)
+                AFD_PANEL(3)
+                AFD_PANEL(4)
 #if AFD_LANES == 16
-                    case 3:
-                        dot_rows<3>(rows, from, a.x_stride, a.k, ahead, sums);
-                        break;
-                    case 4:
-                        dot_rows<4>(rows, from, a.x_stride, a.k, ahead, sums);
-                        break;
-                    case 5:
-                        dot_rows<5>(rows, from, a.x_stride, a.k, ahead, sums);
-                        break;
-                    default:
-                        dot_rows<6>(rows, from, a.x_stride, a.k, ahead, sums);
+                AFD_PANEL(5)
+                AFD_PANEL(6)
 #endif
-                }
-                for (int r = 0; r < count; ++r) {
-                    Out* to = out + (row + r) * a.out_stride + n;
-                    if (valid == kWeightTile)
-                        store_quad(to, sums[r]);
-                    else
-                        store_quad_part(to, sums[r], valid);
-                }
             }
+#undef AFD_PANEL
             row += count;
         }
     }

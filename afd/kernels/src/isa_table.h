@@ -48,15 +48,19 @@ void rope_write_kv_any(const afd::RopeArgs& r, const afd::KvWriteArgs& a) {
 }
 
 void add_rms_norm_any(const afd::NormArgs& a, int row_begin, int row_end) {
-    const bool x = a.dtype == kBfloat16, partial = a.partial_dtype == kBfloat16;
+    const bool x = a.dtype == kBfloat16, partial = a.partial_dtype == kBfloat16, narrow = a.out_dtype == kBfloat16;
     if (x && partial)
-        add_rms_norm<bf16, bf16>(a, row_begin, row_end);
+        add_rms_norm<bf16, bf16, bf16>(a, row_begin, row_end);
     else if (x)
-        add_rms_norm<bf16, float>(a, row_begin, row_end);
+        add_rms_norm<bf16, float, bf16>(a, row_begin, row_end);
+    else if (partial && narrow)
+        add_rms_norm<float, bf16, bf16>(a, row_begin, row_end);
     else if (partial)
-        add_rms_norm<float, bf16>(a, row_begin, row_end);
+        add_rms_norm<float, bf16, float>(a, row_begin, row_end);
+    else if (narrow)
+        add_rms_norm<float, float, bf16>(a, row_begin, row_end);
     else
-        add_rms_norm<float, float>(a, row_begin, row_end);
+        add_rms_norm<float, float, float>(a, row_begin, row_end);
 }
 
 void silu_mul_any(const afd::SiluMulArgs& a, int row_begin, int row_end) {
@@ -67,10 +71,12 @@ void silu_mul_any(const afd::SiluMulArgs& a, int row_begin, int row_end) {
 }
 
 void gemm_any(const afd::GemmArgs& a, int n_begin, int n_end) {
-    if (a.out_dtype == kBfloat16)
-        gemm<bf16>(a, n_begin, n_end);
+    if (a.mode == afd::kToBfloat16)
+        gemm<ToBf16>(a, n_begin, n_end);
+    else if (a.mode == afd::kToFloat32)
+        gemm<ToFloat>(a, n_begin, n_end);
     else
-        gemm<float>(a, n_begin, n_end);
+        gemm<AddToFloat>(a, n_begin, n_end);
 }
 
 float read_memory(const char* memory, int64_t num_bytes) {
@@ -84,8 +90,9 @@ float read_memory(const char* memory, int64_t num_bytes) {
 }
 
 constexpr afd::KernelTable make_table(const char* name) {
-    return {name,         state_floats,      scratch_bytes,    state_at,     attention_chunks, merge_states, finish,
-            write_kv_any, rope_write_kv_any, add_rms_norm_any, silu_mul_any, gemm_any,         read_memory};
+    return {name,         state_floats,      scratch_bytes,    state_at,     attention_chunks, merge_states,
+            finish,       write_kv_any,      rope_write_kv_any, add_rms_norm_any, silu_mul_any, add_bias,
+            gate_heads,   add_scaled_rows,   gemm_any,         read_memory};
 }
 
 }  // namespace

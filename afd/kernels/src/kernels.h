@@ -13,6 +13,7 @@ constexpr int kKeyGroup = 8;     // keys that are certain to lie side by side in
 constexpr int kChunkKeys = 512;  // keys summed up before a merge; fixed, so that no result depends on the work split
 constexpr int kMaxRows = 64;     // query rows of a tile
 constexpr int kMaxPartials = 16;
+constexpr int kPanel = 64;  // rows of a weight matrix that are packed together (gemm.h)
 
 struct AttentionArgs {
     const void* q;               // [num_tokens, num_heads, head_dim], tokens q_stride apart
@@ -48,11 +49,12 @@ struct SoftmaxState {
 };
 
 struct NormArgs {
-    void* x;                             // [num_rows, width]; partials are added to it in place, in their order
+    void* x;                             // [num_rows, width], rows x_stride apart; partials are added in place, in order
     const void* partials[kMaxPartials];  // each [num_rows, width]
     const float* weight;                 // [width]
-    void* out;                           // [num_rows, width]
-    int32_t dtype, partial_dtype, num_partials, num_rows, width;
+    void* out;                           // [num_rows, width], rows out_stride apart
+    int64_t x_stride, out_stride;
+    int32_t dtype, out_dtype, partial_dtype, num_partials, num_rows, width;  // out_dtype: dtype, or bf16 of float32
     float eps;
 };
 
@@ -79,12 +81,28 @@ struct SiluMulArgs {
     float limit;  // > 0: min(silu(gate), limit) * clamp(up, -limit, limit)
 };
 
+struct BiasArgs {
+    void* rows;        // bf16 [num_rows, width], rows `stride` apart; bias is added in place
+    const void* bias;  // bf16 [width]
+    int64_t stride;
+    int32_t num_rows, width;
+};
+
+struct HeadGateArgs {
+    void* heads;        // bf16 [num_rows, num_heads, dim], multiplied in place by
+    const void* gates;  // sigmoid of bf16 [num_rows, num_heads], rows gate_stride apart
+    int64_t gate_stride;
+    int32_t num_rows, num_heads, dim;
+};
+
+enum GemmOut : int32_t { kToFloat32 = 0, kToBfloat16 = 1, kAddToFloat32 = 2 };
+
 struct GemmArgs {
     const void* x;  // bf16 [m, k], rows x_stride apart
-    const void* w;  // bf16 [n, k], rows w_stride apart
+    const void* w;  // bf16 [n, k], packed
     void* out;      // [m, n], rows out_stride apart
-    int64_t x_stride, w_stride, out_stride;
-    int32_t out_dtype, m, n, k;
+    int64_t x_stride, out_stride;
+    int32_t mode, m, n, k;  // mode: a GemmOut; k even
 };
 
 // Functions without state; each may run on any thread.
@@ -103,6 +121,11 @@ struct KernelTable {
     void (*rope_write_kv)(const RopeArgs&, const KvWriteArgs&);
     void (*add_rms_norm)(const NormArgs&, int row_begin, int row_end);
     void (*silu_mul)(const SiluMulArgs&, int row_begin, int row_end);
+    void (*add_bias)(const BiasArgs&);
+    void (*gate_heads)(const HeadGateArgs&);
+    // out[row] += scale[row] * x[row] for float32 rows of `width`; out row r is out + index[r] * width.
+    void (*add_scaled_rows)(const float* x, const float* scale, const int32_t* index, int num_rows, int width,
+                            float* out);
     void (*gemm)(const GemmArgs&, int n_begin, int n_end);
     // Sum of a multiple of 1 KiB of floats: the plainest way to read memory.
     float (*read)(const char* memory, int64_t num_bytes);

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from afd.kernels.base import Kernels
+from afd.kernels.native import NativeKernels
+from afd.kernels.packed import PANEL_ROWS, PackedMatrix
 from afd.kernels.reference import ReferenceKernels
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -20,6 +22,12 @@ FAST = settings(
 
 def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def packed(kernels: NativeKernels, w: Tensor) -> PackedMatrix:
+    copy = w.clone()
+    kernels.pack(copy)
+    return PackedMatrix(copy)
 
 
 def assert_close(got: Tensor, want: Tensor, rtol: float = 1e-5) -> None:
@@ -127,6 +135,19 @@ def test_silu_mul(kernels: Kernels, num_rows: int, width: int, limit: float, dty
     assert_close(got, want)
 
 
+@pytest.mark.parametrize("width", [1, 36, 576])
+def test_a_norm_of_the_residual_in_the_activation_dtype(kernels: Kernels, width: int) -> None:
+    x, weight = random(5, width), random(width, seed=9)
+    partials = [random(5, width, dtype=torch.bfloat16, seed=3)]
+    results = []
+    for implementation in (kernels, REFERENCE):
+        residual, out = x.clone(), torch.empty(5, width, dtype=torch.bfloat16)
+        implementation.add_rms_norm(residual, partials, weight, 1e-5, out)
+        results.append((residual, out))
+    assert torch.equal(results[0][0], results[1][0])
+    assert_close(results[0][1], results[1][1])
+
+
 def test_silu_mul_at_the_ends_of_the_range(kernels: Kernels) -> None:
     gate = torch.tensor([[-3e38, -1000.0, -88.0, -87.0, 0.0, 88.0, 1000.0, 3e38]])
     out = torch.empty_like(gate)
@@ -137,17 +158,18 @@ def test_silu_mul_at_the_ends_of_the_range(kernels: Kernels) -> None:
 
 @FAST
 @given(
-    m=st.one_of(st.integers(0, 8), st.sampled_from([13, 16, 31, 32])),
-    n=st.one_of(st.integers(0, 9), st.sampled_from([64, 100, 261])),
-    k=st.one_of(st.integers(0, 70), st.sampled_from([576, 1001, 5000])),
+    m=st.one_of(st.integers(0, 8), st.sampled_from([13, 16, 31, 70])),
+    n=st.one_of(st.integers(0, 9), st.sampled_from([64, 100, 128, 261])),
+    pairs=st.one_of(st.integers(0, 35), st.sampled_from([288, 2500])),
     out_dtype=st.sampled_from(DTYPES),
     num_threads=st.sampled_from([1, 2, 3]),
 )
-def test_gemm(kernels: Kernels, m: int, n: int, k: int, out_dtype: torch.dtype, num_threads: int) -> None:
+def test_gemm(kernels: NativeKernels, m: int, n: int, pairs: int, out_dtype: torch.dtype, num_threads: int) -> None:
+    k = 2 * pairs
     x = random(m, k + 5, dtype=torch.bfloat16)[:, :k]
-    w = random(n, k + 3, dtype=torch.bfloat16, seed=1)[:, :k]
+    w = random(n, k, dtype=torch.bfloat16, seed=1)
     wide = torch.full((m, n + 2), float("nan"), dtype=out_dtype)
-    kernels.gemm_bf16_small(x, w, wide[:, :n], num_threads)
+    kernels.gemm(x, packed(kernels, w), wide[:, :n], num_threads)
     want = x.double() @ w.double().T
     magnitude = x.double().abs() @ w.double().abs().T
     bound = 1e-6 * magnitude + (2**-8 * want.abs() if out_dtype == torch.bfloat16 else 0)
@@ -155,15 +177,32 @@ def test_gemm(kernels: Kernels, m: int, n: int, k: int, out_dtype: torch.dtype, 
     assert wide[:, n:].isnan().all(), "wrote behind the rows of out"
 
 
-def test_a_gemm_row_does_not_depend_on_its_batch_nor_on_threads(kernels: Kernels) -> None:
+def test_a_gemm_row_does_not_depend_on_its_batch_nor_on_threads(kernels: NativeKernels) -> None:
     x, w = random(32, 576, dtype=torch.bfloat16), random(1603, 576, dtype=torch.bfloat16, seed=1)
+    w_packed = packed(kernels, w)
     together = torch.empty(32, 1603)
-    kernels.gemm_bf16_small(x, w, together, 1)
+    kernels.gemm(x, w_packed, together, 1)
     for num_threads in (2, 4):
         again = torch.empty(32, 1603)
-        kernels.gemm_bf16_small(x, w, again, num_threads)
+        kernels.gemm(x, w_packed, again, num_threads)
         assert torch.equal(together, again)
     for m in (1, 2, 5, 7):
         part = torch.empty(m, 1603)
-        kernels.gemm_bf16_small(x[3 : 3 + m], w, part, 1)
+        kernels.gemm(x[3 : 3 + m], w_packed, part, 1)
         assert torch.equal(together[3 : 3 + m], part)
+    kernels.close()
+
+
+@pytest.mark.parametrize(("n", "k"), [(0, 4), (1, 2), (64, 6), (65, 10), (200, 0), (130, 32)])
+def test_packing_keeps_every_element(kernels: NativeKernels, n: int, k: int) -> None:
+    w = random(n, k, dtype=torch.bfloat16)
+    matrix = packed(kernels, w)
+    assert torch.equal(matrix.unpacked(), w)
+    idx = torch.arange(n).flip(0)
+    assert torch.equal(matrix.rows(idx), w[idx])
+    if n > PANEL_ROWS:
+        assert torch.equal(matrix.narrow_rows(PANEL_ROWS, n).unpacked(), w[PANEL_ROWS:])
+        with pytest.raises(ValueError, match="panels"):
+            matrix.narrow_rows(1, n)
+    kernels.pack(matrix.data, unpack=True)
+    assert torch.equal(matrix.data, w)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from afd.model.expert_load import SAMPLE_EVERY, ExpertLoad
-from afd.model.ffn import Dispatch, MoeFfn
+from afd.model.ffn import Dispatch, MoeFfn, SwiGlu
 
 HIDDEN, WIDTH = 16, 12
 
@@ -15,7 +15,7 @@ def test_a_layer_counts_what_its_experts_do() -> None:
     torch.manual_seed(2)
     gate_up, down = torch.randn(3, 2 * WIDTH, HIDDEN), torch.randn(3, HIDDEN, WIDTH)
     down[1] *= 1e-6
-    layer = MoeFfn(gate_up, down, first_expert=4, shared=None)
+    layer = MoeFfn([SwiGlu(*pair) for pair in zip(gate_up, down, strict=True)], first_expert=4, shared=None)
     ids = torch.tensor([[4, 5], [4, 9], [5, 0]], dtype=torch.int32)  # 9 and 0 live elsewhere
     rows = torch.randn(3, HIDDEN)
     dispatch = Dispatch(0, rows, ids, torch.full((3, 2), 0.25))

@@ -54,7 +54,7 @@ def test_routed_experts_against_one_token_at_a_time(
         if num_tokens else torch.empty(0, top_k, dtype=torch.int32)  # fmt: skip
     weights = torch.rand(num_tokens, top_k, generator=generator)
     rows = torch.randn(num_tokens, HIDDEN, generator=generator)
-    moe = MoeFfn(gate_up[local.start : local.stop], down[local.start : local.stop], local.start, None)
+    moe = MoeFfn([SwiGlu(gate_up[e], down[e]) for e in local], local.start, None)
     got = moe(Dispatch(0, rows, ids, weights))
     expected = torch.zeros(num_tokens, HIDDEN)
     for token in range(num_tokens):
@@ -69,7 +69,7 @@ def test_all_tokens_to_one_expert() -> None:
     gate_up, down = _weights(0)
     rows = torch.randn(7, HIDDEN, generator=torch.Generator().manual_seed(1))
     ids, weights = torch.full((7, 1), 3, dtype=torch.int32), torch.ones(7, 1)
-    got = MoeFfn(gate_up, down, 0, None)(Dispatch(0, rows, ids, weights))
+    got = MoeFfn([SwiGlu(*pair) for pair in zip(gate_up, down, strict=True)], 0, None)(Dispatch(0, rows, ids, weights))
     torch.testing.assert_close(got, SwiGlu(gate_up[3], down[3])(rows))
 
 

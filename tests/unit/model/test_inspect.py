@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from afd.cli.main import main
+from afd.kernels import PackedMatrix
 from afd.model.expert_health import expert_health
 from afd.model.ffn import DenseFfn, MoeFfn, SwiGlu
 from afd.model.inspect import ffn_bytes
@@ -71,7 +72,7 @@ def _swiglu_bytes(swiglu: SwiGlu) -> int:
 def _weight_bytes(weight: Weight) -> int:
     if isinstance(weight, Int8Weight):
         return weight.values.nbytes + weight.scales.nbytes
-    return weight.nbytes
+    return (weight.data if isinstance(weight, PackedMatrix) else weight).nbytes
 
 
 def test_dead_experts_are_named(make_folder: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:

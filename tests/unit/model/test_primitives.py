@@ -1,4 +1,4 @@
-"""Primitives against plain float32 torch, on both sides of every switch to a native kernel."""
+"""Primitives against plain float32 torch, with plain and with packed weights."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from afd.model.primitives import SMALL_GEMM_ROWS, linear, linear_into, rms_norm, silu_mul
+from afd.kernels import PackedMatrix
+from afd.model.primitives import embedding, linear, linear_into, prepared, rms_norm, rows_of, silu_mul
 
-ROWS = [0, 1, 5, SMALL_GEMM_ROWS, SMALL_GEMM_ROWS + 1, 40]
+ROWS = [0, 1, 5, 40]
 DTYPES = [torch.float32, torch.bfloat16]
 
 
@@ -25,21 +26,32 @@ def _close(got: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", ROWS)
 def test_linear(rows: int, dtype: torch.dtype) -> None:
-    x, weight = _randn(rows, 72, dtype=dtype, seed=0), _randn(40, 72, dtype=dtype, seed=1)
-    _close(linear(x, weight), x.float() @ weight.float().T, dtype)
+    x, weight = _randn(rows, 72, dtype=dtype, seed=0), _randn(140, 72, dtype=dtype, seed=1)
+    exact = x.float() @ weight.float().T
+    _close(linear(x, weight), exact, dtype)
+    _close(linear(x, prepared(weight)), exact, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", ROWS)
 def test_linear_into_a_slice(rows: int, dtype: torch.dtype) -> None:
-    """The other columns stay; few bfloat16 rows reach float32 unrounded, so that near-equal logits stay distinct."""
-    x, weight = _randn(rows, 72, dtype=dtype, seed=0), _randn(40, 72, dtype=dtype, seed=1)
-    out = torch.full((rows, 50), 7.0)
-    linear_into(out[:, 4:44], x, weight)
+    """The other columns stay; packed weights reach float32 unrounded, so that near-equal logits stay distinct."""
+    x, weight = _randn(rows, 72, dtype=dtype, seed=0), _randn(140, 72, dtype=dtype, seed=1)
     exact = x.float() @ weight.float().T
-    rounded = dtype is torch.bfloat16 and rows > SMALL_GEMM_ROWS
-    torch.testing.assert_close(out[:, 4:44], exact, rtol=2**-7 if rounded else 1e-5, atol=1e-5)
-    assert torch.equal(out[:, :4], torch.full((rows, 4), 7.0)) and torch.equal(out[:, 44:], torch.full((rows, 6), 7.0))
+    matrix = prepared(weight)
+    rounded = dtype is torch.bfloat16 and not isinstance(matrix, PackedMatrix)
+    out = torch.full((rows, 150), 7.0)
+    linear_into(out[:, 4:80], x, rows_of(matrix, 64, 140))
+    torch.testing.assert_close(out[:, 4:80], exact[:, 64:], rtol=2**-7 if rounded else 1e-5, atol=1e-5)
+    assert torch.equal(out[:, :4], torch.full((rows, 4), 7.0)) and torch.equal(out[:, 80:], torch.full((rows, 70), 7.0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_embedding(dtype: torch.dtype) -> None:
+    table = _randn(140, 72, dtype=dtype, seed=1)
+    ids = torch.tensor([139, 0, 64, 63, 128])
+    expected = table[ids]
+    assert torch.equal(embedding(ids, prepared(table)), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

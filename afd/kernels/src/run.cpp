@@ -1,0 +1,86 @@
+#include "run.h"
+
+#include <atomic>
+#include <memory>
+
+#include "attention_plan.h"
+
+namespace afd {
+namespace {
+
+struct AttentionJob {
+    const KernelTable& kernels;
+    const AttentionArgs& args;
+    const AttentionPlan& plan;
+    float* states;
+    size_t state_floats, scratch_bytes;
+    std::unique_ptr<std::atomic<int>[]> chunks_left;  // per state index of a split tile's first chunk
+    std::atomic<bool> out_of_memory{false};
+
+    SoftmaxState state(int index) const { return kernels.state_at(args, states + index * state_floats); }
+
+    void run(int index) {
+        const AttentionItem& item = plan.items[index];
+        const AttentionTile& tile = plan.tiles[item.tile];
+        thread_local Arena arena;
+        char* memory = static_cast<char*>(arena.reserve(scratch_bytes + state_floats * sizeof(float)));
+        if (memory == nullptr) {
+            out_of_memory.store(true, std::memory_order_relaxed);
+            return;
+        }
+        if (item.first_state < 0) {
+            const SoftmaxState own = kernels.state_at(args, reinterpret_cast<float*>(memory + scratch_bytes));
+            kernels.attention_chunks(args, tile, item.chunk_begin, item.chunk_end, own, memory);
+            kernels.finish(args, tile, own);
+            return;
+        }
+        const int offset = item.chunk_begin - tile.chunk_begin;
+        kernels.attention_chunks(args, tile, item.chunk_begin, item.chunk_end, state(item.first_state + offset),
+                                 memory);
+        if (chunks_left[item.first_state].fetch_sub(1, std::memory_order_acq_rel) != 1) return;
+        const SoftmaxState total = state(item.first_state);
+        for (int i = 1; i < tile.num_chunks(); ++i)
+            kernels.merge(args, tile.num_rows(), total, state(item.first_state + i));
+        kernels.finish(args, tile, total);
+    }
+};
+
+}  // namespace
+
+int32_t attend(const KernelTable& kernels, const AttentionArgs& args, int num_threads, int32_t* error_detail) {
+    const BatchCheck check = check_batch(args);
+    if (check.error != BatchError::kNone) {
+        error_detail[0] = check.seq;
+        error_detail[1] = check.value;
+        return static_cast<int32_t>(check.error);
+    }
+    const AttentionPlan plan = plan_attention(args, num_threads);
+    thread_local Arena arena;
+    const size_t state_floats = kernels.state_floats(args);
+    void* states = plan.num_states > 0 ? arena.reserve(plan.num_states * state_floats * sizeof(float)) : nullptr;
+    if (plan.num_states > 0 && states == nullptr) return kOutOfMemory;
+    AttentionJob job{kernels,
+                     args,
+                     plan,
+                     static_cast<float*>(states),
+                     state_floats,
+                     aligned64(kernels.scratch_bytes(args)),
+                     std::make_unique<std::atomic<int>[]>(plan.num_states)};
+    for (const AttentionItem& item : plan.items)
+        if (item.first_state >= 0) job.chunks_left[item.first_state].store(plan.tiles[item.tile].num_chunks());
+    run_parallel(
+        static_cast<int>(plan.items.size()), plan.num_threads,
+        [](void* context, int item) { static_cast<AttentionJob*>(context)->run(item); }, &job);
+    return job.out_of_memory ? kOutOfMemory : kOk;
+}
+
+int32_t check_slots(const int64_t* slots, int num_tokens, int64_t num_slots, int32_t* error_detail) {
+    for (int t = 0; t < num_tokens; ++t)
+        if (slots[t] >= num_slots) {
+            error_detail[0] = t;
+            return kSlotOutOfRange;
+        }
+    return kOk;
+}
+
+}  // namespace afd

@@ -1,0 +1,72 @@
+// Running the kernels of one instruction set over a batch: working memory, work split, checks.
+#pragma once
+
+#include <algorithm>
+#include <cstdlib>
+
+#include "kernels.h"
+#include "thread_pool.h"
+
+namespace afd {
+
+enum Status : int32_t {
+    kOk = 0,  // 1..4 are BatchError
+    kSlotOutOfRange = 10,
+    kOutOfMemory = 20,
+};
+
+inline size_t aligned64(size_t bytes) { return (bytes + 63) / 64 * 64; }
+
+// A thread's working memory: grows to the largest call it has seen, freed when the thread ends.
+class Arena {
+  public:
+    ~Arena() { std::free(memory_); }
+
+    // 64-byte aligned, uninitialised; null if there is no memory.
+    void* reserve(size_t bytes) {
+        if (bytes > size_) {
+            std::free(memory_);
+            size_ = (bytes + 4095) / 4096 * 4096;
+            memory_ = std::aligned_alloc(64, size_);
+            if (memory_ == nullptr) size_ = 0;
+        }
+        return memory_;
+    }
+
+  private:
+    void* memory_ = nullptr;
+    size_t size_ = 0;
+};
+
+// Paged attention of a batch; nothing is written unless it returns kOk. Throws std::bad_alloc.
+int32_t attend(const KernelTable& kernels, const AttentionArgs& args, int num_threads, int32_t* error_detail);
+
+int32_t check_slots(const int64_t* slots, int num_tokens, int64_t num_slots, int32_t* error_detail);
+
+// Splits [0, size) into one range of multiples of `grain` per item, about four per thread, and runs them.
+template <class Function>
+void run_ranges(int size, int grain, int num_threads, Function function) {
+    const int grains = (size + grain - 1) / grain, items = num_threads > 1 ? std::min(grains, 4 * num_threads) : 1;
+    struct Context {
+        int size, grain, grains, items;
+        Function* function;
+    } context{size, grain, grains, items, &function};
+    run_parallel(
+        items, num_threads,
+        [](void* p, int item) {
+            const Context& c = *static_cast<Context*>(p);
+            const int64_t begin = static_cast<int64_t>(c.grains) * item / c.items * c.grain;
+            const int64_t end = static_cast<int64_t>(c.grains) * (item + 1) / c.items * c.grain;
+            (*c.function)(static_cast<int>(begin), static_cast<int>(std::min<int64_t>(end, c.size)));
+        },
+        &context);
+}
+
+inline void run_gemm(const KernelTable& kernels, const GemmArgs& args, int num_threads) {
+    constexpr int64_t kBytesPerThread = 256 << 10;  // less is read in the time it takes to wake a thread
+    const int64_t bytes = static_cast<int64_t>(args.n) * args.k * 2 * (1 + args.m / 16);
+    const int busy = static_cast<int>(std::clamp<int64_t>(bytes / kBytesPerThread, 1, num_threads));
+    run_ranges(args.n, kPanel, busy, [&](int begin, int end) { kernels.gemm(args, begin, end); });
+}
+
+}  // namespace afd
