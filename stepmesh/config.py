@@ -77,7 +77,7 @@ class MeshConfig:
     stall_timeout_s     a peer with work pending whose progress counter stands still for this long is lost
     exchange_timeout_s  a dispatch without an answer from a living, progressing peer for this long: pair reset
     connect_timeout_s   limit of one handshake, and the age at which a failing connection is reported
-    spin_us             busy polling before `progress` blocks (shm, verbs: tcp's I/O thread needs the interpreter)
+    spin_us             busy polling before `progress` blocks, while that pays; 0: never
     checksum            crc32 over header and payload of what this rank sends (received ones are always checked)
     max_pending         unauthenticated connections kept at once; beyond, the oldest is closed
     trace_events        size of the ring of timestamps (0: off)

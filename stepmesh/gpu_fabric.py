@@ -270,7 +270,6 @@ class GpuChannel(Channel):
 
     def __init__(self, fabric: GpuFabric, inner: Channel, num_streams: int) -> None:
         self.kind = inner.kind
-        self.spins = inner.spins
         self.sends_from_device = isinstance(inner, VerbsChannel)
         self._fabric = fabric
         self._inner = inner

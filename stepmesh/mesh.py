@@ -78,7 +78,6 @@ class Mesh:
         self._pairs: dict[RankId, Pair] = {}
         self._live: tuple[Pair, ...] = ()  # the same pairs, for loops and for the heartbeat thread
         self._of_link: dict[Link, Pair] = {}
-        self._spins = False  # all pairs are in memory that can be polled
         self._spin_policy = SpinPolicy(config.spin_us * 1e-6)
         self._events: list[Event] = []
         self._dispatches = config.id.role is Role.ATTENTION
@@ -143,20 +142,24 @@ class Mesh:
     def progress(self, timeout_s: float, *, spin: bool = True) -> list[Event]:
         """Do what is due and return at the first events, at the time-out, on wake() or when a watched fd is readable.
 
-        Blocks at most MAX_WAIT_S at a time inside, spins for config.spin_us first when every pair is in shared
-        memory. A mesh on a virtual clock never waits.
+        Polls for about config.spin_us first where that has paid lately, then blocks, at most MAX_WAIT_S at a time. A
+        mesh on a virtual clock never waits.
         """
-        self._check_open()
+        if self._closed:
+            self._check_open()
         self._counter += 1
         fabric = self._fabric
         start = fabric.now()
         deadline = start + timeout_s
         self._poll()
-        missed = False
-        if not self._events and spin and self._spins and timeout_s > 0.0 and start < self._look_at:
-            missed = self._spin_in_vain(start, deadline)
-        if self._events and start < self._look_at:
-            return self._take_events()
+        budget_s = 0.0
+        if start < self._look_at:
+            if self._events:
+                return self._take_events()
+            if spin and timeout_s > 0.0 and self._live and fabric.waits:
+                budget_s = self._spin_policy.budget_s()
+            if budget_s and self._spin(min(start + budget_s, deadline)):
+                return self._take_events()
         while True:
             now = fabric.now()
             wait_s = 0.0 if self._events else min(deadline - now, MAX_WAIT_S, self._judge_at - now)
@@ -164,7 +167,7 @@ class Mesh:
             self._poll()
             now = fabric.now()
             if self._events or woken or not fabric.waits or now >= deadline:
-                if missed:
+                if budget_s:
                     self._spin_policy.missed(now - start)
                 return self._take_events()
 
@@ -349,6 +352,16 @@ class Mesh:
             if posts := pair.channel.poll():
                 self._take(pair, posts)
 
+    def _spin(self, until: float) -> bool:
+        """Poll until something has arrived; False when nothing has in time."""
+        now = self._fabric.now
+        while now() < until:
+            self._poll()
+            if self._events:
+                self._spin_policy.hit()
+                return True
+        return False
+
     def _take(self, pair: Pair, posts: Sequence[Posted]) -> None:
         try:
             arrived = pair.take(posts)
@@ -356,18 +369,6 @@ class Mesh:
             self._reject(pair, str(error))
             return
         self._events.extend(arrived)
-
-    def _spin_in_vain(self, start: float, deadline: float) -> bool:
-        """Poll for a while if that is likely to pay. True: it was tried and has found nothing."""
-        budget_s = self._spin_policy.budget_s()
-        if budget_s <= 0.0:
-            return False
-        now, until = self._fabric.now, min(start + budget_s, deadline)
-        while not self._events and now() < until:
-            self._poll()
-        if self._events:
-            self._spin_policy.hit()
-        return not self._events
 
     def _look(self, timeout_s: float) -> bool:
         """Wait, read every control socket that has something, let connections progress, judge. True: woken."""
@@ -478,7 +479,6 @@ class Mesh:
 
     def _refresh(self) -> None:
         self._live = tuple(self._pairs.values())
-        self._spins = bool(self._live) and all(pair.channel.spins for pair in self._live)
 
     def _judge(self, now: float) -> None:
         """Drop lost peers, each behind a last reading: heartbeats may have waited while this thread computed."""

@@ -1,6 +1,6 @@
 """Whether a wait should begin with busy polling, and for how long. Pure.
 
-Polling shared memory saves a sleep and a wake-up (tens of microseconds) when the answer comes within the budget, and
+Polling saves a sleep and a wake-up (tens of microseconds) when the answer comes within the budget, and
 costs the budget when it does not: on a host whose cores are all busy it even keeps the peer from its core. So a rank
 polls for as long as that pays:
 

@@ -67,7 +67,6 @@ class Channel(ABC):
     """Transfer slots of one pair in one generation."""
 
     kind: str
-    spins: bool  # whether polling it in a tight loop can find something (memory that the peer writes)
 
     @abstractmethod
     def offer(self) -> Offer:
@@ -96,7 +95,7 @@ class Channel(ABC):
 
     @abstractmethod
     def poll(self) -> Sequence[Posted]:
-        """Slots filled since the last call, in the order of their posts. Cheap when there is nothing."""
+        """Slots filled since the last call, in the order of their posts. Called in a tight loop: a look, no more."""
 
     @property
     @abstractmethod

@@ -211,7 +211,6 @@ class InprocChannel(Channel):
     """Slots in ordinary memory; frames cross the network as copies."""
 
     kind = "inproc"
-    spins = False
 
     def __init__(self, network: InprocNetwork, spec: ChannelSpec, pair: frozenset[RankId]) -> None:
         num_slots = spec.num_streams * NUM_PARITIES

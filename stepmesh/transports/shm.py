@@ -69,7 +69,6 @@ class ShmChannel(Channel):
     """One generation of a same-host pair."""
 
     kind = "shm"
-    spins = True
 
     def __init__(self, spec: ChannelSpec, bell_fd: int) -> None:
         self._spec = spec

@@ -2,13 +2,14 @@
 
 The attention rank opens the data connection to the FFN rank's listener and begins with ATTACH_MAGIC and a token that
 only the two ends of this session can compute. After that either direction carries frames exactly as they lie in a
-slot: header, payload, trailer; they are sent straight from the outgoing slot and received straight into the slot
-that the header names. Both calls release the interpreter lock.
+slot: header, payload, trailer. They are sent straight from the outgoing slot. What arrives between two frames goes
+through a stage of a few KiB, so that a small frame costs one call; the rest of a large one goes straight into its slot.
+Both calls release the interpreter lock.
 
-Two threads share the work. Whoever is free receives: a data socket is registered with EPOLLEXCLUSIVE in the main
-thread's epoll first, then in the I/O thread's, so the kernel wakes the main thread when it waits in `progress` (no
-thread switch) and the I/O thread when the main thread computes. Small frames are sent by the main thread itself, large
-ones and whatever the socket did not take by the I/O thread.
+Two threads share the work. Whoever is free receives: the main thread when it polls or waits in `progress` (no thread
+switch), the I/O thread when the main thread computes. For that a data socket is registered with EPOLLEXCLUSIVE in the
+main thread's epoll first, then in the I/O thread's. Small frames are sent by the main thread itself, large ones and
+whatever the socket did not take by the I/O thread.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from stepmesh.transports.base import Channel, ChannelSpec, Failure, Offer, Poste
 from stepmesh.wire import DATA_MAGIC, read_header
 
 _INLINE_BYTES = 64 * 1024  # a frame up to this size is sent by the main thread: cheaper than waking another one
+_STAGE_BYTES = 16 * 1024  # a small frame comes with one call; of a large one this much is copied once more
 _ROUND_BYTES = 8 << 20  # what one connection may read before the others get their turn
 _NOTHING: tuple[Posted, ...] = ()
 
@@ -95,7 +97,6 @@ class TcpChannel(Channel):
     """One generation of a pair over TCP. `dial` makes the data connection (attention rank), None waits for it."""
 
     kind = "tcp"
-    spins = False
 
     def __init__(self, spec: ChannelSpec, io: TcpIo, token: bytes, dial: Callable[[], socket.socket] | None) -> None:
         self._spec = spec
@@ -116,10 +117,10 @@ class TcpChannel(Channel):
         self._tx_lock = threading.Lock()  # held by whichever thread sends
         self._state_lock = threading.Lock()  # guards _tx_queue, _failure and the registrations
         self._tx_queue: deque[memoryview] = deque()
-        self._rx_header = memoryview(bytearray(HEADER_BYTES))
-        self._rx_target = self._rx_header
-        self._rx_filled = 0
-        self._rx_posted: Posted | None = None  # the frame whose payload is being received
+        self._rx_stage = memoryview(bytearray(_STAGE_BYTES))  # begins of frames whose slot is not known yet
+        self._rx_staged = 0
+        self._rx_posted: Posted | None = None  # the frame that is being received into its slot
+        self._rx_rest = self._rx_stage[:0]  # where the rest of it goes
         self._rx_last_seq = [0] * spec.num_streams
         self._arrived: deque[Posted] = deque()
 
@@ -167,7 +168,7 @@ class TcpChannel(Channel):
         self._queue(frame)
 
     def poll(self) -> Sequence[Posted]:
-        if not self._arrived:
+        if not self._arrived and not self.receive(patiently=False):
             return _NOTHING
         found = []
         while self._arrived:
@@ -205,9 +206,14 @@ class TcpChannel(Channel):
                     if not self._tx_queue and self._failure is None:
                         self._io.want_write(self._tx_fd, False)
 
-    def receive(self) -> bool:
-        """Receive until the socket is empty; True when there is news for `poll` or `failure`. Either thread."""
-        with self._rx_lock:
+    def receive(self, *, patiently: bool = True) -> bool:
+        """Receive until the socket is empty; True when there is news for `poll` or `failure`. Either thread.
+
+        Not `patiently`: only if the other thread is not at it.
+        """
+        if not self._rx_lock.acquire(patiently):
+            return False
+        try:
             if self._sock is None or self._failure is not None:
                 return False
             known = len(self._arrived)
@@ -215,6 +221,8 @@ class TcpChannel(Channel):
             if failure is not None:
                 self._fail(failure)
             return failure is not None or len(self._arrived) != known
+        finally:
+            self._rx_lock.release()
 
     def _start(self, sock: socket.socket, first: memoryview | None) -> None:
         sock.setblocking(False)
@@ -247,16 +255,25 @@ class TcpChannel(Channel):
             return 0
 
     def _read_frames(self, sock: socket.socket) -> Failure | None:
+        """Receive until nothing is left: between frames into the stage, within one into its slot."""
         budget = _ROUND_BYTES
         try:
             while budget > 0:
-                got = sock.recv_into(self._rx_target[self._rx_filled :])
+                target = self._rx_stage[self._rx_staged :] if self._rx_posted is None else self._rx_rest
+                got = sock.recv_into(target)
                 if got == 0:
                     return Failure("the peer closed the data connection", False)
                 budget -= got
-                self._rx_filled += got
-                if self._rx_filled == len(self._rx_target):
-                    self._next_target()
+                if self._rx_posted is None:
+                    self._rx_staged += got
+                    self._unstage()
+                    if self._rx_posted is None and got < len(target):
+                        return None  # the socket was emptied; asking once more would cost as much as all of this
+                else:
+                    self._rx_rest = target[got:]
+                    if got == len(target):
+                        self._arrived.append(self._rx_posted)
+                        self._rx_posted = None
         except BlockingIOError:
             pass
         except OSError as error:
@@ -265,15 +282,24 @@ class TcpChannel(Channel):
             return Failure(str(error), True)
         return None
 
-    def _next_target(self) -> None:
-        """The header is complete: receive the rest into its slot. Or the frame is complete: report it."""
-        self._rx_filled = 0
-        if self._rx_posted is not None:
-            self._arrived.append(self._rx_posted)
-            self._rx_posted = None
-            self._rx_target = self._rx_header
-            return
-        header = read_header(self._rx_header)
+    def _unstage(self) -> None:
+        """Move what is staged into its slots, until less than a header is left, or a frame that has still to come."""
+        stage, begin, end = self._rx_stage, 0, self._rx_staged
+        while end - begin >= HEADER_BYTES:
+            posted, slot = self._slot_of(stage[begin : begin + HEADER_BYTES])
+            have = min(len(slot), end - begin)
+            slot[:have] = stage[begin : begin + have]
+            begin += have
+            if have < len(slot):
+                self._rx_posted, self._rx_rest = posted, slot[have:]
+            else:
+                self._arrived.append(posted)
+        stage[: end - begin] = stage[begin:end]
+        self._rx_staged = end - begin
+
+    def _slot_of(self, memory: memoryview) -> tuple[Posted, memoryview]:
+        """Which slot a header is for, and the part of the slot that its frame fills. Raises FrameError."""
+        header = read_header(memory)
         size = frame_bytes(header.payload_bytes)
         if header.magic != DATA_MAGIC or header.stream >= self._spec.num_streams or size > self._spec.rx_slot_bytes:
             raise FrameError(f"unusable header on the data connection: {size} bytes for stream {header.stream}")
@@ -283,10 +309,7 @@ class TcpChannel(Channel):
             raise FrameError(f"seq {header.seq} of stream {header.stream} is not above {last_seq}")
         self._rx_last_seq[header.stream] = header.seq
         parity = header.seq & 1
-        slot = self.incoming(header.stream, parity)
-        slot[:HEADER_BYTES] = self._rx_header
-        self._rx_target = slot[HEADER_BYTES:size]
-        self._rx_posted = Posted(header.stream, parity, header.seq)
+        return Posted(header.stream, parity, header.seq), self.incoming(header.stream, parity)[:size]
 
     def _fail(self, failure: Failure) -> None:
         """Stop polling the socket; the mesh finds `failure` at its next look."""

@@ -39,7 +39,6 @@ class MemoryChannel(Channel):
     """Slots in plain memory; the campaign posts."""
 
     kind = "memory"
-    spins = True
 
     def __init__(self) -> None:
         size = slot_bytes(max(LAYOUT.dispatch_slot_bytes, LAYOUT.combine_slot_bytes))

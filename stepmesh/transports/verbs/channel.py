@@ -56,7 +56,6 @@ class VerbsChannel(Channel):
     """
 
     kind = "verbs"
-    spins = True
 
     def __init__(
         self, spec: ChannelSpec, endpoint: VerbsEndpoint, serial: int, options: VerbsOptions, *, probes: bool
