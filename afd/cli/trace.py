@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,18 +31,24 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--png", metavar="FILE", help="draw a part of it (needs matplotlib)")
     parser.add_argument("--from-ms", type=float, metavar="MS", help="where the picture begins (default: chosen)")
     parser.add_argument("--for-ms", type=float, metavar="MS", help="what it spans (default: single layers are seen)")
+    parser.add_argument("--calibrate", metavar="FILE", help="write stage times for `afd plan` and `afd simulate`")
+    parser.add_argument(
+        "--context", type=int, default=0, metavar="N", help="mean cached tokens of the requests meanwhile (not known)"
+    )
     parser.set_defaults(func=run)
 
 
 def run(args: argparse.Namespace) -> int:
     _check(args)
     timeline, text = _read(args.input) if args.input else _collect(args)
-    output = args.output or ("" if args.input else DEFAULT_OUTPUT)
+    output = args.output or ("" if args.input or args.calibrate else DEFAULT_OUTPUT)
     if output:
         _write(timeline, output)
     print(text)
     if output:
         print(f"{output}: open it in https://ui.perfetto.dev or chrome://tracing")
+    if args.calibrate:
+        _calibrate(timeline, args)
     if args.png:
         _draw(timeline, args)
     return 0
@@ -57,6 +64,10 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(f"--for-ms {args.for_ms:g} is not above 0")
     if args.from_ms is not None and not args.from_ms >= 0.0:
         raise ConfigError(f"--from-ms {args.from_ms:g} is below 0")
+    if args.context < 0:
+        raise ConfigError(f"--context {args.context} is below 0")
+    if args.context and not args.calibrate:
+        raise ConfigError("--context is for --calibrate FILE")
     if not args.png and (args.from_ms is not None or args.for_ms is not None):
         raise ConfigError("--from-ms and --for-ms choose what --png FILE draws; the trace itself is always whole")
     if args.png and importlib.util.find_spec("matplotlib") is None:
@@ -95,6 +106,18 @@ def _write(timeline: Timeline, path: str) -> None:
             file.writelines(to_chrome(timeline))
     except OSError as error:
         raise ConfigError(f"--output {path}: {error.strerror}") from None
+
+
+def _calibrate(timeline: Timeline, args: argparse.Namespace) -> None:
+    from afd.trace.calibration import calibration
+
+    topology, _, model = timeline.title.partition(" ")
+    measured = calibration(timeline, model=model, topology=topology, context=args.context)
+    try:
+        Path(args.calibrate).write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--calibrate {args.calibrate}: {error.strerror}") from None
+    print(f"{args.calibrate}: for afd plan --calibrate and afd simulate --calibrate")
 
 
 def _draw(timeline: Timeline, args: argparse.Namespace) -> None:

@@ -63,7 +63,6 @@ class ClosedFormPath:
         self._results = results
         self._own_link = settings.pipeline is not PipelineKind.CONSERVATIVE
         self._loads: dict[int, _Load] = {}  # by attention rank
-        self._gang_tokens: dict[int, int] = {}  # of each stream's last gang
         self._tables: list[GangTable] = []
         self._wakes_at: list[float] = []
         self._gangs: list[_Gang] = []
@@ -104,8 +103,7 @@ class ClosedFormPath:
         while len(load.device) <= step.stream:
             load.device.append(0.0)
             load.link.append(0.0)
-        gang_tokens = max(step.batch.num_tokens, self._gang_tokens.get(step.stream, 0))
-        alone_s = self._layers * self._layer_s([step], self._times.ffn_s(gang_tokens)) + step.head_s
+        alone_s = self._layers * self._layer_s([step], self._times.ffn_s(step.gang_tokens)) + step.head_s
         moved_s = self._layers * (step.to_ffn_s + step.to_attention_s)
         own_s = self._layers * step.attention_s + step.head_s
         if not self._own_link:
@@ -150,16 +148,16 @@ class ClosedFormPath:
 
     def _gang_of(self, batch: GangBatch) -> _Gang:
         steps = [_step(arrival) for arrival in batch.arrivals]
+        if batch.layer == 0:
+            for step in steps:
+                step.gang_id, step.mask = batch.gang_id, batch.mask
+                step.meet(batch.num_tokens, self._times)
         ffn_s = self._times.ffn_s(batch.num_tokens)
         back_s = ffn_s + max(step.to_attention_s for step in steps)
         self._results.gang(batch, [step.attention_s for step in steps], self._weight(batch.layer))
         occupied_s = ffn_s if self._own_link else back_s
         layer_s = self._layer_s(steps, ffn_s)
         share = self._layers * occupied_s / ((self._layers - 1) * layer_s + back_s)
-        if batch.layer == 0:
-            self._gang_tokens[batch.stream] = batch.num_tokens
-            for step in steps:
-                step.gang_id, step.mask, step.gang_tokens = batch.gang_id, batch.mask, batch.num_tokens
         self._results.ffn_busy_s += self._weight(batch.layer) * occupied_s
         left_s = back_s
         if batch.layer == 0 and self._layers > 1:

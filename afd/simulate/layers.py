@@ -181,10 +181,10 @@ class LayerPath:
                 continue
             if batch.layer == 0 and rank is former:
                 step.gang_id, step.mask = batch.gang_id, batch.mask
+                step.meet(batch.num_tokens, self._times)
             step.missing -= 1
             if step.missing == 0:
                 step.ffn_s += seconds
-                step.gang_tokens = batch.num_tokens
                 device = self._device(step.worker)
                 self._events.at(self._over_link(device, step.to_attention_s), self._combined, device, step)
         self._serve(rank)

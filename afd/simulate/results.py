@@ -68,8 +68,13 @@ class Report:
     preempted: int
 
     def payload(self) -> dict[str, Any]:
-        """For JSON; spreads as ttft_ms_p50 and so on become nested objects."""
-        return asdict(self)
+        """For JSON, with the names of `afd bench --json` where it has them."""
+        values = asdict(self)
+        for name in ("ttft", "tpot"):
+            spread = values.pop(name)
+            values[f"mean_{name}_ms"], values[f"median_{name}_ms"] = spread["mean_ms"], spread["p50_ms"]
+            values[f"p90_{name}_ms"], values[f"p99_{name}_ms"] = spread["p90_ms"], spread["p99_ms"]
+        return values
 
 
 class Results:

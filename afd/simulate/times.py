@@ -13,6 +13,7 @@ from afd.errors import ConfigError
 from afd.plan.deployment import Deployment
 from afd.plan.stages import StageModel, StageTimes
 from afd.sched.latency import StepLoad
+from afd.types import Topology
 
 _BITS = 7
 
@@ -58,12 +59,13 @@ class StepTimes:
         self.num_layers = deployment.model.num_layers
         self._stages = stages
         self._deployment = deployment
+        self._alone = deployment.replace(topology=Topology(1, deployment.topology.num_ffn))
         self._ranks = deployment.ranks_per_instance
         self._slack = 1.0 + stages.jitter
         self._attention: dict[tuple[int, int], float] = {}
         self._head: dict[int, float] = {}
         self._ffn: dict[int, float] = {}
-        self._transfer: dict[int, tuple[float, float]] = {}
+        self._transfer: dict[tuple[int, int], tuple[float, float]] = {}
 
     def attention_s(self, load: StepLoad) -> float:
         """Combine, attention and dispatch of one layer of a worker's micro-batch."""
@@ -92,13 +94,20 @@ class StepTimes:
             seconds = self._ffn[key] = self._slack * self._times(per_worker).ffn_s
         return seconds
 
-    def transfer_s(self, num_tokens: float) -> tuple[float, float]:
-        """(rows of a worker's micro-batch to the FFN ranks, their answers back)."""
-        key = rounded(num_tokens)
-        seconds = self._transfer.get(key)
+    def transfer_s(self, num_tokens: float, gang_tokens: float) -> tuple[float, float]:
+        """(rows of a worker's micro-batch to the FFN ranks, their answers back).
+
+        At the worker's end its own rows count, at the FFN's end all rows of the gang: whichever takes longer.
+        """
+        own, gang = rounded(num_tokens), rounded(max(num_tokens, gang_tokens))
+        seconds = self._transfer.get((own, gang))
         if seconds is None:
-            stage = self._times(key)
-            seconds = self._transfer[key] = (self._slack * stage.to_ffn_s, self._slack * stage.to_attention_s)
+            alone = self._stages.times(self._alone, 1, own / self._ranks)
+            merged = self._times(gang / self._deployment.topology.num_attention)
+            seconds = self._transfer[own, gang] = (
+                self._slack * max(alone.to_ffn_s, merged.to_ffn_s),
+                self._slack * max(alone.to_attention_s, merged.to_attention_s),
+            )
         return seconds
 
     def _times(self, num_tokens: float, context: int = 1) -> StageTimes:

@@ -28,6 +28,7 @@ from afd.sched.sequence import MicroBatch, Progress, Sequence
 from afd.sched.streams import StreamChooser
 from afd.simulate.results import Results
 from afd.simulate.settings import Settings
+from afd.simulate.times import StepTimes
 from afd.types import FinishReason
 
 STOP_TOKEN = 1
@@ -60,8 +61,8 @@ class Step:
     started_s: float
     attention_s: float
     head_s: float
-    to_ffn_s: float
-    to_attention_s: float
+    to_ffn_s: float = 0.0
+    to_attention_s: float = 0.0
     layer: int = -1
     gang_id: int = 0
     mask: int = 0
@@ -75,6 +76,11 @@ class Step:
     @property
     def stream(self) -> int:
         return self.batch.stream
+
+    def meet(self, gang_tokens: int, times: StepTimes) -> None:
+        """It goes with a gang of so many rows: those of the stream's last one, until its own is known."""
+        self.gang_tokens = max(gang_tokens, self.batch.num_tokens)
+        self.to_ffn_s, self.to_attention_s = times.transfer_s(self.batch.num_tokens, self.gang_tokens)
 
 
 class DataPath(Protocol):
@@ -125,6 +131,7 @@ class AttentionWorker:
         self._learns = settings.policy != "off" or self._chooser is not None
         self._num_arrivals = 0
         self._sent: dict[str, int] = {}  # output tokens that the gateway has, by request; -1 = none of this attempt
+        self._gang_tokens: dict[int, int] = {}  # of each stream's last gang
         self._flushed_at = 0.0
         self.flying: dict[int, Step] = {}  # by stream
         self.announced_idle: set[int] = set()
@@ -206,9 +213,8 @@ class AttentionWorker:
                 continue
             self.announced_idle.discard(stream)
             load = StepLoad.of(batch)
-            to_ffn_s, to_attention_s = self._times.transfer_s(load.num_tokens)
-            attention_s, head_s = self._times.attention_s(load), self._times.head_s(load.num_samples)
-            step = Step(self, batch, load, now, attention_s, head_s, to_ffn_s, to_attention_s)
+            step = Step(self, batch, load, now, self._times.attention_s(load), self._times.head_s(load.num_samples))
+            step.meet(self._gang_tokens.get(stream, 0), self._times)
             if not self.flying:
                 self._results.took_off(self.rank, now)
             self.flying[stream] = step
@@ -220,6 +226,7 @@ class AttentionWorker:
         del self.flying[step.stream]
         if not self.flying:
             self._results.landed(self.rank, now)
+        self._gang_tokens[step.stream] = step.gang_tokens
         took_s = now - step.started_s
         self.num_steps += 1
         self.step_s += (STEP_EMA if self.num_steps > 1 else 1.0) * (took_s - self.step_s)
