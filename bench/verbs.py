@@ -173,7 +173,7 @@ class Bare:
 
         entry = SGE(channel._tx.region.base, self._size, channel._tx.region.lkey)
         request = SendWR(num_sge=1, sg=[entry], opcode=IBV_WR_RDMA_WRITE)
-        request.set_wr_rdma(channel._qp._rkey, channel._target)
+        request.set_wr_rdma(channel._qp._rkey, channel._addresses[0][1])
         return request
 
 

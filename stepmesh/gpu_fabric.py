@@ -352,7 +352,7 @@ class GpuChannel(Channel):
                 continue
             self._fabric.num_deferred -= 1
             if deferred.source is not None and isinstance(self._inner, VerbsChannel):
-                self._inner.post_with_rows(deferred.posted, deferred.frame_bytes, deferred.source)
+                self._inner.post(*deferred.posted, deferred.frame_bytes, deferred.source)
             else:
                 self._inner.post(*deferred.posted, deferred.frame_bytes)
             if deferred.event is not None:

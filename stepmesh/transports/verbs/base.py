@@ -168,8 +168,11 @@ class Adapter(ABC):
         """A new end of a connection that sends from that GID."""
 
     @abstractmethod
-    def poll(self) -> Sequence[Completion]:
-        """What has completed, in order, POLL_BATCH at most; fewer mean that there is no more."""
+    def poll(self) -> Sequence[tuple[int, int, int]]:
+        """What has completed, in order, POLL_BATCH at most; fewer mean that there is no more.
+
+        Fields of a `Completion`: a plain tuple does, it is taken apart at once.
+        """
 
     @abstractmethod
     def arm(self) -> None:

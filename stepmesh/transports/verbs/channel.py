@@ -69,9 +69,9 @@ class VerbsChannel(Channel):
         self._ledger = SendLedger(queues.num_writes, _WRITES_PER_FRAME)
         # Posts that the send queue had no room for.
         self._backlog: deque[tuple[int, int, int, int, RowSource | None]] = deque()
-        self._arrived: deque[Posted] = deque()
+        self._arrived: list[Posted] = []
         self._last_seq = [0] * spec.num_streams
-        self._target = 0  # where the peer's slots begin
+        self._addresses: list[tuple[int, int]] = []  # of each slot: here, and at the peer
         self._connected = False
         self._probes = probes
         self._reachable = not probes
@@ -120,7 +120,9 @@ class VerbsChannel(Channel):
             gid=_gid(descriptor),
             lid=_number(descriptor, "lid", 16),
         )
-        self._target = _number(descriptor, "base", 64)
+        target = _number(descriptor, "base", 64)
+        offsets = range(0, self._spec.tx_slot_bytes * self._spec.num_streams * NUM_PARITIES, self._spec.tx_slot_bytes)
+        self._addresses = [(self._tx.region.base + offset, target + offset) for offset in offsets]
         options = self._options
         wire = Wire(
             mtu=common_mtu(self._endpoint.selection.port.mtu, _number(descriptor, "mtu", 3), options.mtu_bytes),
@@ -146,30 +148,23 @@ class VerbsChannel(Channel):
     def incoming(self, stream: int, parity: int) -> memoryview:
         return self._rx.slots[NUM_PARITIES * stream + parity]
 
-    def post(self, stream: int, parity: int, seq: int, frame_bytes: int) -> None:
-        self._post(stream, parity, seq, frame_bytes, None)
-
-    def post_with_rows(self, posted: Posted, frame_bytes: int, rows: RowSource | None) -> None:
-        """As `post`; with the payload's first bytes from `rows`, which must not change until it is answered."""
-        self._post(*posted, frame_bytes, rows)
-
-    def _post(self, stream: int, parity: int, seq: int, frame_bytes: int, rows: RowSource | None) -> None:
-        if self._qp is None or self._failure is not None:
+    def post(self, stream: int, parity: int, seq: int, frame_bytes: int, rows: RowSource | None = None) -> None:
+        """With `rows`: the payload's first bytes come from there, which must not change until it is answered."""
+        qp = self._qp
+        if qp is None or self._failure is not None:
             return
         if self._backlog or not self._ledger.has_room(_WRITES_PER_FRAME):
             self._backlog.append((stream, parity, seq, frame_bytes, rows))
             self._endpoint.drain()
         else:
-            self._send(self._qp, stream, parity, seq, frame_bytes, rows)
+            self._send(qp, stream, parity, seq, frame_bytes, rows)
 
     def poll(self) -> Sequence[Posted]:
-        arrived = self._arrived
-        if not arrived:
+        if not self._arrived:
             self._endpoint.drain()
-            if not arrived:
+            if not self._arrived:
                 return _NOTHING
-        found = list(arrived)
-        arrived.clear()
+        found, self._arrived = self._arrived, []
         return found
 
     @property
@@ -208,13 +203,10 @@ class VerbsChannel(Channel):
     ) -> None:
         head = frame_bytes if frame_bytes <= qp.inline_bytes and rows is None else HEADER_BYTES
         covered = self._ledger.post(1 if head == frame_bytes else 2 if rows is None else _WRITES_PER_FRAME)
-        offset = self._tx.slot_bytes * (NUM_PARITIES * stream + parity)
+        source, target = self._addresses[NUM_PARITIES * stream + parity]
         imm = stream << _SEQ_BITS | seq & _SEQ_MASK
-        source = self._tx.region.base + offset
         try:
-            qp.post_frame(
-                self._serial | covered, covered > 0, source, self._target + offset, head, frame_bytes, imm, rows
-            )
+            qp.post_frame(self._serial | covered, covered > 0, source, target, head, frame_bytes, imm, rows)
         except TransportError as error:
             self._failure = Failure(str(error), False)
 
@@ -253,7 +245,6 @@ class _Slots:
                 f"a slot of {slot_bytes} bytes exceeds the port's messages of "
                 f"{endpoint.selection.port.max_message_bytes}: lower max_tokens"
             )
-        self.slot_bytes = slot_bytes
         num_bytes = num_streams * NUM_PARITIES * slot_bytes
         mapping = mmap.mmap(-1, num_bytes)
         memory = memoryview(mapping)

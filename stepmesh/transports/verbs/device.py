@@ -16,8 +16,8 @@ import errno
 import importlib
 import ipaddress
 import os
-import socket
 from collections.abc import Callable, Iterator, Sequence
+from socket import htonl, ntohl
 from typing import Any
 
 from pyverbs.addr import GID, AHAttr, GlobalRoute
@@ -33,7 +33,6 @@ from stepmesh.errors import TransportError
 from stepmesh.transports.verbs.base import (
     POLL_BATCH,
     Adapter,
-    Completion,
     Gid,
     GidKind,
     Port,
@@ -56,7 +55,7 @@ _SIGNALLED, _INLINE = int(e.IBV_SEND_SIGNALED), int(e.IBV_SEND_INLINE)
 _ETHERNET = 2  # IBV_LINK_LAYER_ETHERNET: an enum that older releases do not export
 _MAX_GIDS = 256
 _INLINE_TRIES = (192, 128, 0)  # a header and a little more, a header alone, nothing
-_NOTHING: tuple[Completion, ...] = ()
+_NOTHING: tuple[tuple[int, int, int], ...] = ()
 
 
 class PyVerbs(Verbs):
@@ -129,11 +128,11 @@ class PyAdapter(Adapter):
                     raise
         raise AssertionError("the last try returns or raises")
 
-    def poll(self) -> Sequence[Completion]:
+    def poll(self) -> Sequence[tuple[int, int, int]]:
         number, found = self._cq.poll(POLL_BATCH)
         if not number:
             return _NOTHING
-        return [Completion(wc.wr_id, wc.status, socket.ntohl(wc.imm_data)) for wc in found]
+        return [(wc.wr_id, wc.status, ntohl(wc.imm_data)) for wc in found]
 
     def arm(self) -> None:
         self._cq.req_notify()
@@ -238,10 +237,10 @@ class PyQueuePair(QueuePair):
         flags = _SIGNALLED if signalled else 0
         if head <= self.inline_bytes:
             flags |= _INLINE
-        last = adapter.head
-        last.place(source, head, lkey)
-        first = request = last.request
-        request.wr_id, request.send_flags, request.imm_data = wr_id, flags, socket.htonl(imm)
+        entry = adapter.head.entry
+        entry.addr, entry.length, entry.lkey = source, head, lkey
+        first = request = adapter.head.request
+        request.wr_id, request.send_flags, request.imm_data = wr_id, flags, htonl(imm)
         request.set_wr_rdma(rkey, target)
         if size > head:
             start = head if rows is None else head + rows.num_bytes
@@ -279,10 +278,10 @@ class _SendRequest:
 
     def __init__(self, request: Any, entry: Any) -> None:
         self.request = request
-        self._entry = entry
+        self.entry = entry
 
     def place(self, address: int, length: int, lkey: int) -> None:
-        self._entry.addr, self._entry.length, self._entry.lkey = address, length, lkey
+        self.entry.addr, self.entry.length, self.entry.lkey = address, length, lkey
 
 
 def _send_request(opcode: int) -> _SendRequest:

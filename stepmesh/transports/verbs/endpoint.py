@@ -64,15 +64,16 @@ class VerbsEndpoint:
         completions = self.adapter.poll()
         if not completions:
             return False
-        for _ in range(_MAX_ROUNDS):
+        rounds = 1
+        while True:
             for wr_id, status, imm in completions:
                 channel = self._channels.get(wr_id >> SERIAL_SHIFT)
                 if channel is not None:
                     channel.completed(wr_id, status, imm)
-            if len(completions) < POLL_BATCH:
-                break
+            if len(completions) < POLL_BATCH or rounds == _MAX_ROUNDS:
+                return True
+            rounds += 1
             completions = self.adapter.poll()
-        return True
 
     def arm(self) -> bool:
         """Before blocking: True when something has completed already, and blocking would be wrong."""

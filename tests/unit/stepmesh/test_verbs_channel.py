@@ -179,7 +179,7 @@ def test_sequence_numbers_outlive_the_immediates_bits(ends: Ends) -> None:
 
 
 def test_an_immediate_of_no_stream_is_a_rejection(ends: Ends) -> None:
-    queue_of(ends.sender).post_frame(0, False, ends.sender._tx.region.base, ends.sender._target, 136, 136, 39 << 26 | 1)
+    queue_of(ends.sender).post_frame(0, False, *ends.sender._addresses[0], 136, 136, 39 << 26 | 1)
     ends.receiver.poll()
     assert ends.receiver.failure is not None and ends.receiver.failure.rejected
     assert "names stream 39 of 2" in ends.receiver.failure.reason
