@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 
 from afd.cli.flags import ATTENTION, COORDINATOR, FFN, GATEWAY, add_config_flags, config_from_args
 from afd.config import ClusterConfig
@@ -39,6 +40,7 @@ def run(args: argparse.Namespace) -> int:
 
     from afd.cli.show import config_toml
     from afd.cluster.launch import RoleLaunch
+    from afd.cluster.launcher import role_environment
     from afd.cluster.resolve import find_model, usable_cores, whole_host_threads
     from afd.cluster.secret_file import require_secret
 
@@ -51,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
         print(config_toml(config))
         return 0
     secret = require_secret(config.cluster.secret_file)
+    os.environ.update(role_environment(0))  # before the role's libraries are loaded
     return run_role(RoleLaunch(role=args.role, rank=args.rank, config=config, secret=secret.hex()), entry)
 
 

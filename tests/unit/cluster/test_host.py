@@ -13,7 +13,7 @@ import pytest
 from afd.cluster import resolve
 from afd.cluster.console import Console
 from afd.cluster.launch import RoleLaunch, parse_news, read_launch, write_launch, write_news
-from afd.cluster.launcher import MAX_LINE_BYTES, Lines, child_environment, describe_exit
+from afd.cluster.launcher import MAX_LINE_BYTES, Lines, describe_exit, role_environment
 from afd.cluster.progress import ChildProgress, curl_line, progress_line
 from afd.cluster.run_file import (
     RunInfo,
@@ -87,8 +87,12 @@ def test_lines_are_split_cut_and_finished(pipe: list[int]) -> None:
     assert list(lines.read()) == []
 
 
-def test_a_child_environment_bounds_thread_pools() -> None:
-    assert child_environment(3)["OMP_NUM_THREADS"] == "3"
+def test_a_role_environment_bounds_thread_pools(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    assert role_environment(3)["OMP_NUM_THREADS"] == "3"
+    assert role_environment(3)["OMP_WAIT_POLICY"] == "PASSIVE"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    assert role_environment(0)["OMP_WAIT_POLICY"] == "ACTIVE", "what the user sets stays"
     assert MAX_LINE_BYTES >= 4096
 
 
