@@ -12,7 +12,7 @@ A gang moves as its slowest member does. Its table is kept by the FFN rank that 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from afd.ffn.gang import Arrival, GangBatch, GangTable
 from afd.plan.pipeline import PipelineKind
@@ -44,12 +44,16 @@ class _Gang:
 class _Load:
     """Shares of a worker's processor and link that its steps in flight take, by stream."""
 
-    device: list[float]
-    link: list[float]
+    device: list[float] = field(default_factory=list)
+    link: list[float] = field(default_factory=list)
+    stretch: float = 1.0
 
-    @property
-    def stretch(self) -> float:
-        return max(1.0, sum(self.device), sum(self.link))
+    def set(self, stream: int, device: float, link: float) -> None:
+        while len(self.device) <= stream:
+            self.device.append(0.0)
+            self.link.append(0.0)
+        self.device[stream], self.link[stream] = device, link
+        self.stretch = max(1.0, sum(self.device), sum(self.link))
 
 
 class ClosedFormPath:
@@ -79,8 +83,8 @@ class ClosedFormPath:
             self._begin(step)
         for stream in idle:
             load = self._loads.get(worker.rank)
-            if load is not None and stream < len(load.device):
-                load.device[stream] = load.link[stream] = 0.0
+            if load is not None:
+                load.set(stream, 0.0, 0.0)
             self._table(stream).idle(worker.rank, stream)
             self._form(stream)
 
@@ -99,16 +103,13 @@ class ClosedFormPath:
 
     def _begin(self, step: Step) -> None:
         """Attention of layer 0; the rows arrive at the rank that forms the gang."""
-        load = self._loads.setdefault(step.worker.rank, _Load([], []))
-        while len(load.device) <= step.stream:
-            load.device.append(0.0)
-            load.link.append(0.0)
+        load = self._loads.setdefault(step.worker.rank, _Load())
         alone_s = self._layers * self._layer_s([step], self._times.ffn_s(step.gang_tokens)) + step.head_s
         moved_s = self._layers * (step.to_ffn_s + step.to_attention_s)
         own_s = self._layers * step.attention_s + step.head_s
         if not self._own_link:
             own_s, moved_s = own_s + self._layers * step.to_ffn_s, 0.0
-        load.device[step.stream], load.link[step.stream] = own_s / alone_s, moved_s / alone_s
+        load.set(step.stream, own_s / alone_s, moved_s / alone_s)
         first_s = load.stretch * (step.attention_s + step.to_ffn_s)
         self._events.after(first_s, self._arrived, step)
 
@@ -120,7 +121,7 @@ class ClosedFormPath:
 
     def _arrive(self, step: Step, layer: int, at_s: float) -> None:
         step.layer = layer
-        rank, tokens = step.worker.rank, step.batch.num_tokens
+        rank, tokens = step.worker.rank, step.num_tokens
         self._table(step.stream).arrive(
             Arrival(rank, step.stream, layer, self._epoch, step.gang_id, step.mask, tokens, at_s, step)
         )

@@ -17,6 +17,7 @@ from afd.simulate.settings import Settings
 from afd.simulate.worker import AttentionWorker, DataPath
 
 HOP_S = 3e-4  # gateway to worker or back
+START_S = 2 * HOP_S  # the workers have been heard by then; times of arrivals and failures count from here
 VIEW_S = 0.25  # a change of members is published with the next heartbeat
 LOST_AFTER_S = 2.5  # the coordinator's patience with a worker that says nothing
 BUSY_REPORT_S, IDLE_REPORT_S = 0.1, 0.5
@@ -50,9 +51,9 @@ class Simulation:
         for rank in range(self._settings.topology.num_attention):
             self._start(rank)
         self._publish()
-        self._events.after(2 * HOP_S, self._gateway.start)  # the workers have been heard by then
+        self._events.after(START_S, self._gateway.start)
         for failure in self._settings.failures:
-            self._events.at(failure.at_s, self._fail, failure)
+            self._events.after(START_S + failure.at_s, self._fail, failure)
         gateway, results = self._gateway, self._results
         while not gateway.done:
             self._seen = results.num_news
@@ -158,7 +159,7 @@ class Simulation:
     def _give_up(self, rank: int, lost_at: float) -> None:
         if self._ffn_down and self._ffn_down_since == lost_at:
             for worker in self._workers.values():
-                worker.fail_all(f"ffn/{rank} was lost at {lost_at:g} s; no recovery in time")
+                worker.fail_all(f"ffn/{rank} was lost at {lost_at - START_S:g} s; no recovery in time")
 
     def _return_ffn(self, rank: int) -> None:
         self._ffn_down.discard(rank)

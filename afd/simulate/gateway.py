@@ -74,6 +74,7 @@ class Gateway:
         self._results = results
         self._closed = arrivals.concurrency if isinstance(arrivals, ClosedLoop) else 0
         self._arrivals: Iterator[Request] = iter(arrivals)
+        self._origin_s = 0.0
         limits = DispatchLimits(
             max_queue=settings.max_queue,
             ttft_s=settings.ttft_s,
@@ -88,7 +89,8 @@ class Gateway:
         return self.exhausted and not self.targets
 
     def start(self) -> None:
-        """The first arrivals, and the clock."""
+        """The first arrivals, counted from now, and the clock."""
+        self._origin_s = self._events.now
         for _ in range(self._closed or 1):
             self._next()
         self._events.after(TICK_S, self._tick)
@@ -150,7 +152,7 @@ class Gateway:
         elif self._closed:
             self._arrive(request)
         else:
-            self._events.at(request.at_s, self._arrive_and_next, request)
+            self._events.at(self._origin_s + request.at_s, self._arrive_and_next, request)
 
     def _arrive_and_next(self, request: Request) -> None:
         self._arrive(request)

@@ -137,7 +137,7 @@ class LayerPath:
                     self._epoch,
                     step.gang_id,
                     step.mask,
-                    step.batch.num_tokens,
+                    step.num_tokens,
                     now,
                     step,
                 )

@@ -6,7 +6,7 @@ It stands in for `afd.attention.worker` and `afd.attention.requests`; when a ste
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from afd.kv.block_pool import BlockPool
@@ -22,7 +22,7 @@ from afd.messages.serving import (
     WorkerStats,
 )
 from afd.sched.latency import LatencyModel, StepLoad, StepSample
-from afd.sched.policy import Admission, Ask, PrefillBudget
+from afd.sched.policy import Admission, Ask, Policy, PrefillBudget
 from afd.sched.scheduler import Scheduler
 from afd.sched.sequence import MicroBatch, Progress, Sequence
 from afd.sched.streams import StreamChooser
@@ -72,15 +72,16 @@ class Step:
     exchange_s: float = 0.0
     ffn_s: float = 0.0
     void: bool = False
+    stream: int = field(init=False)
+    num_tokens: int = field(init=False)
 
-    @property
-    def stream(self) -> int:
-        return self.batch.stream
+    def __post_init__(self) -> None:
+        self.stream, self.num_tokens = self.batch.stream, self.batch.num_tokens
 
     def meet(self, gang_tokens: int, times: StepTimes) -> None:
         """It goes with a gang of so many rows: those of the stream's last one, until its own is known."""
-        self.gang_tokens = max(gang_tokens, self.batch.num_tokens)
-        self.to_ffn_s, self.to_attention_s = times.transfer_s(self.batch.num_tokens, self.gang_tokens)
+        self.gang_tokens = max(gang_tokens, self.num_tokens)
+        self.to_ffn_s, self.to_attention_s = times.transfer_s(self.num_tokens, self.gang_tokens)
 
 
 class DataPath(Protocol):
@@ -121,14 +122,16 @@ class AttentionWorker:
             BlockPool(settings.num_blocks, settings.block_size, prefix_cache=False),
             PrefillBudget(self.latency) if settings.policy == "enforce" else None,
         )
-        self.admission = Admission(self.scheduler, self.latency, policy=settings.policy, tpot_s=settings.tpot_s)
+        # Observing admits everything, as "off" does; its forecasts would cost much and change nothing.
+        policy: Policy = "enforce" if settings.policy == "enforce" else "off"
+        self.admission = Admission(self.scheduler, self.latency, policy=policy, tpot_s=settings.tpot_s)
         self._settings = settings
         self._times = settings.times
         self._chooser = StreamChooser(self.latency) if settings.auto_streams else None
         self._targets = targets
         self._results = results
         self._say = say
-        self._learns = settings.policy != "off" or self._chooser is not None
+        self._learns = policy == "enforce" or self._chooser is not None
         self._num_arrivals = 0
         self._sent: dict[str, int] = {}  # output tokens that the gateway has, by request; -1 = none of this attempt
         self._gang_tokens: dict[int, int] = {}  # of each stream's last gang

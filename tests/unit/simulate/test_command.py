@@ -1,0 +1,135 @@
+"""`afd simulate`: text and JSON, and one clear line for what cannot be simulated."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from afd.cli.main import main
+from afd.simulate.arrivals import Lengths, OpenLoop
+from afd.simulate.times import rounded
+
+QUICK = ["--model", "smollm2-135m-instruct", "--ranks-per-instance", "1", "--requests", "40", "--output-len", "12"]
+
+
+@pytest.fixture
+def simulate(capsys):
+    def run(*flags):
+        code = main(["simulate", "--topology", "2A1F", *QUICK, *flags])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+def test_text(simulate):
+    code, out, err = simulate("--rate", "200", "--fail", "attention:0@0.05+0.2")
+    assert code == 0 and err == ""
+    assert "40 answered, 0 refused, 0 lost" in out and "goodput" in out and "gangs of" in out
+
+
+def test_json_has_the_names_of_afd_bench(simulate):
+    code, out, _ = simulate("--concurrency", "8", "--json", "--streams", "2", "--detail", "layers")
+    result = json.loads(out)
+    assert code == 0
+    assert result["topology"] == "2A1F" and result["streams"] == 2 and result["num_answered"] == 40
+    assert result["output_tokens"] == 40 * 12
+    for key in ("output_throughput", "request_goodput", "median_tpot_ms", "p99_ttft_ms", "ffn_bubble", "imbalance"):
+        assert result[key] >= 0.0
+
+
+def test_the_rate_is_a_share_of_the_planners_forecast(simulate):
+    rates = [json.loads(simulate("--load", share, "--json")[1])["rate"] for share in ("0.01", "0.02")]
+    assert rates[1] == pytest.approx(2 * rates[0])
+
+
+def test_a_trace_file_is_replayed(simulate, tmp_path):
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text("".join(f'{{"at_s": {0.1 * i}, "input_len": {5 + i}, "output_len": 3}}\n' for i in range(9)))
+    code, out, _ = simulate("--trace", str(trace), "--json")
+    result = json.loads(out)
+    assert code == 0 and result["num_answered"] == 9 and result["input_tokens"] == sum(range(5, 14))
+    assert result["duration_s"] == pytest.approx(0.8, abs=0.1)
+
+
+def test_a_calibration_gives_the_stage_times(simulate, tmp_path):
+    point = {"tokens": 8, "seconds": 1e-3}
+    measured = {"schema": "afd-calibration/1", "model": "smollm2-135m-instruct", "topology": "2A1F"}
+    measured |= {"t_A": [point], "t_F": [point], "t_C": [{"tokens": 8, "seconds": 1e-4}], "t_head": [point]}
+    file = tmp_path / "measured.json"
+    file.write_text(json.dumps(measured))
+    flags = ("--calibrate", str(file), "--concurrency", "16", "--streams", "1", "--input-len", "1", "--json")
+    result = json.loads(simulate(*flags)[1])
+    # 8 rows on each worker, 16 in the gang: 30 layers of A 1 ms, F 2 ms, C 0.1 ms, and 1 ms of head
+    assert result["median_tpot_ms"] == pytest.approx(30 * 3.1 + 1.0, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (["--model", "nothing"], "nothing"),
+        (["--attention", "h900"], "h900"),
+        (["--topology", "2A"], "is not of the form xAyF"),
+        (["--input-len", "9000"], "past the limit of smollm2-135m-instruct: 8192"),
+        (["--max-tokens", "5"], "below the longest answer"),
+        (["--stages", "attention_us=5"], "attention_us and ffn_us must be above 0"),
+        (["--stages", "speed=5"], "'speed=5' is not KEY=MICROSECONDS"),
+        (["--stages", "attention_us=5,ffn_us=5"], "give --rate or --concurrency"),
+        (["--sla-tpot-ms", "0.001"], "does not hold a TPOT of 0.001 ms at any batch"),
+        (["--fail", "ffn:1@3"], "2A1F has ffn workers 0 to 0"),
+        (["--fail", "ffn@3"], "is not ROLE:INDEX@SECONDS"),
+        (["--trace", "/nowhere.jsonl"], "--trace /nowhere.jsonl: No such file"),
+        (["--calibrate", "/nowhere.json"], "--calibrate /nowhere.json: No such file"),
+        (["--model", "step3", "--topology", "1A1F"], "GB of ffn weights"),
+        (["--min-chunk-tokens", "999"], "--min-chunk-tokens must not exceed --max-step-tokens"),
+        (["--efficiency", "gemm=7"], "gemm"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(simulate, flags, complaint):
+    code, out, err = simulate(*flags)
+    assert code == 2 and out == ""
+    assert complaint in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("lines", "complaint"),
+    [
+        ('{"at_s": 1, "input_len": 5, "output_len": 3}\n{"at_s": 0, "input_len": 5, "output_len": 3}', "line 2: at_s"),
+        ('{"at_s": 1, "input_len": 0, "output_len": 3}', "line 1"),
+        ("{", "line 1"),
+        ('{"at_s": 1, "input_len": 9000, "output_len": 3}', "past the limit"),
+        ("", "no requests"),
+    ],
+)  # fmt: skip
+def test_a_bad_trace_file_is_named_by_its_line(simulate, tmp_path, lines, complaint):
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text(lines)
+    code, _, err = simulate("--trace", str(trace))
+    assert code == 2 and complaint in err and err.count("\n") == 1
+
+
+def test_sizes_are_rounded_to_less_than_a_percent():
+    assert [rounded(n) for n in (0, 0.2, 1, 99, 127, 128, 130, 1000)] == [0, 1, 1, 99, 127, 128, 130, 1000]
+    for n in range(1, 100_000, 37):
+        assert abs(rounded(n) - n) <= n / 128
+
+
+def test_arrivals_have_their_rate_and_their_burstiness():
+    for burstiness, spread in ((1.0, 1.0), (0.25, 2.0)):
+        times = [r.at_s for r in OpenLoop(4000, 20.0, burstiness, Lengths(5), Lengths(5), seed=1)]
+        gaps = [b - a for a, b in zip([0.0, *times], times, strict=False)]
+        mean = sum(gaps) / len(gaps)
+        deviation = (sum((gap - mean) ** 2 for gap in gaps) / len(gaps)) ** 0.5
+        assert mean == pytest.approx(0.05, rel=0.1)
+        assert deviation / mean == pytest.approx(spread, rel=0.1)
+
+
+def test_it_needs_neither_torch_nor_sockets():
+    code = (
+        "import sys; from afd.simulate.cluster import Simulation; from afd.simulate import scenario, text\n"
+        "sys.exit(bool({'torch', 'zmq', 'grpc'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
