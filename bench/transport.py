@@ -14,7 +14,7 @@ loaded  64 B and 128x7168 while every core runs something else.
 Every subject passes a correctness gate first; warm-up is dropped; the last line is JSON. Not included: anything a model
 does.
 
-Expect on an idle server core pair: shm below 20 us at 64 B, tcp about twice that; at 128x7168 near the floors.
+Expect on two idle cores: shm below 15 us at 64 B, tcp near a bare socket pair; at 128x7168 both near their floors.
 """
 
 from __future__ import annotations

@@ -127,7 +127,7 @@ def trailer_offset(payload_bytes: int) -> int:
 
 def frame_bytes(payload_bytes: int) -> int:
     """Header, payload and trailer: what a byte-stream transport sends."""
-    return trailer_offset(payload_bytes) + TRAILER_BYTES
+    return HEADER_BYTES + (payload_bytes + TRAILER_BYTES - 1 & -TRAILER_BYTES) + TRAILER_BYTES
 
 
 def slot_bytes(max_payload_bytes: int) -> int:

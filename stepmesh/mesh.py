@@ -145,8 +145,7 @@ class Mesh:
         Polls for about config.spin_us first where that has paid lately, then blocks, at most MAX_WAIT_S at a time. A
         mesh on a virtual clock never waits.
         """
-        if self._closed:
-            self._check_open()
+        self._check_open()
         self._counter += 1
         fabric = self._fabric
         start = fabric.now()
@@ -321,13 +320,10 @@ class Mesh:
 
     def _begin(self, peers: Sequence[RankId], meta: DispatchMeta) -> tuple[int, list[AttentionPair]]:
         """The dispatch's seq and its pairs, whose slots are free. Nothing has changed yet."""
-        stream, epoch = meta.stream, meta.epoch
-        seq = self._next_seq(stream)
-        if epoch not in self._membership.live_epochs:
-            raise ConfigError(f"epoch {epoch} is not live here")
-        pairs = []
-        for peer in peers:
-            pairs.append(self._attention_pair(peer, stream, seq))
+        seq = self._next_seq(meta.stream)
+        if meta.epoch not in self._membership.live_epochs:
+            raise ConfigError(f"epoch {meta.epoch} is not live here")
+        pairs = [self._attention_pair(peer, meta.stream, seq) for peer in peers]
         if not pairs:
             raise ConfigError("dispatch to no peer at all")
         return seq, pairs

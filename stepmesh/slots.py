@@ -11,7 +11,6 @@ from stepmesh.errors import ConfigError
 from stepmesh.layout import HEADER_BYTES, PayloadLayout
 from stepmesh.types import DispatchParts, RowIdx, Rows, WireDtype
 
-_SECTION_NAMES = DispatchParts._fields
 _MAX_CACHED_SHAPES = 64  # a decoding stream changes its shape slowly, a prefill a few times, sparse ones all the time
 
 
@@ -98,9 +97,18 @@ class Slot:
 
 def copy_parts(target: DispatchParts, source: DispatchParts) -> None:
     """Copy all sections into a slot. Raises ConfigError before the first difference is written."""
-    for name, there, here in zip(_SECTION_NAMES, target, source, strict=True):
-        if here is not there:  # most dispatches lack some sections: those cost no call
-            copy_section(there, here, name)
+    rows, scales, expert_ids, expert_weights, row_idx = source
+    to_rows, to_scales, to_expert_ids, to_expert_weights, to_row_idx = target
+    copy_section(to_rows, rows, "rows")
+    # What this layout and shape lack is None at both ends: no call for that.
+    if scales is not to_scales:
+        copy_section(to_scales, scales, "scales")
+    if expert_ids is not to_expert_ids:
+        copy_section(to_expert_ids, expert_ids, "expert_ids")
+    if expert_weights is not to_expert_weights:
+        copy_section(to_expert_weights, expert_weights, "expert_weights")
+    if row_idx is not to_row_idx:
+        copy_section(to_row_idx, row_idx, "row_idx")
 
 
 def take_parts(target: DispatchParts, source: DispatchParts, row_idx: RowIdx) -> None:
