@@ -49,11 +49,13 @@ class StageSums:
     def per_layer(self) -> dict[str, float]:
         """Microseconds a layer (head_us: a step), and rows of a mean micro-batch."""
         layer = 1e6 / max(1.0, self.num_exchanges)
+        # On a busy host the FFN may have begun before the dispatching worker got to read its clock: never below 0.
+        transfer_s = max(0.0, self.seconds["exchange"] - self.seconds["ffn"])
         return {
             "rows": self.num_tokens / max(1.0, self.num_steps),
             "a_us": self.seconds["attention"] * layer,
             "f_us": self.seconds["ffn"] * layer,
-            "transfer_us": (self.seconds["exchange"] - self.seconds["ffn"]) * layer,
+            "transfer_us": transfer_s * layer,
             "idle_us": self.seconds["wait"] * layer,
             "head_us": self.seconds["head"] * 1e6 / max(1.0, self.num_steps),
         }
