@@ -390,6 +390,7 @@ class Mesh:
                 if failure.rejected:
                     self._reject(pair, failure.reason)
                 else:
+                    self._take_control(pair, *pair.link.receive(), now)  # its CLOSE says more than a closed channel
                     self._drop(pair, failure.reason, retryable=True)
         if now >= self._judge_at:
             self._judge(now)

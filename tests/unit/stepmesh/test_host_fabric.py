@@ -27,7 +27,8 @@ from stepmesh import (
     WireDtype,
 )
 from stepmesh.transports import host
-from tests.contract.world import Holdings, World, attention, ffn, make_parts
+from stepmesh.transports.base import Wakeups
+from tests.contract.world import LIMIT_S, Holdings, World, attention, ffn, make_parts
 
 A0, F0 = attention(0), ffn(0)
 
@@ -243,3 +244,22 @@ def test_large_transfers_go_on_while_the_main_thread_is_away(world: World) -> No
         time.sleep(0.001)
     (arrival,) = world.take(F0, DispatchArrived)
     assert (arrival.parts.rows == parts.rows).all()
+
+
+def test_a_peer_that_closed_in_good_order_is_not_lost_whichever_socket_tells_first(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.add(A0, transport="tcp")
+    world.add(F0, transport="tcp")
+    connect(world)
+    mesh, channel = world.meshes[F0], world.pair(F0, A0).channel
+    world.stop(A0)
+    deadline = time.monotonic() + LIMIT_S
+    while channel.failure is None:  # the data connection's end is seen by polling, without a look at the control link
+        channel.poll()
+        assert time.monotonic() < deadline
+    with monkeypatch.context() as patched:
+        patched.setattr(mesh._fabric, "wait", lambda timeout_s: Wakeups())
+        (down,) = mesh.progress(0.01)
+    assert isinstance(down, PeerDown)
+    assert not down.retryable and "closed its mesh" in down.reason
