@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from afd.cores import parse_cores
 from afd.errors import ConfigError
 from afd.types import DispatchMode, FfnParallel, Topology
 
@@ -104,7 +105,8 @@ class AttentionConfig(Listener, frozen=True):
     """streams: 0 = auto (up to the plan's maximum).  num_blocks: 0 = as many as kv_cache_gib holds.
 
     max_step_tokens: tokens of one micro-batch (decodes first, then prefill).  max_num_seqs: running requests.
-    threads: 0 = a fair share of the machine's cores.
+    threads: 0 = a fair share of the machine's cores.  cores: of the main thread, such as "0,2-3"; "any" = the kernel
+    decides; "" = `afd up` shares out this host's, where each worker can have one.
     modelled: not "" = no model: a step takes base_ms + token_us * tokens + context_us * KV entries read, tokens are
     hashes, such as "base_ms=4,token_us=150,context_us=0.2" (topology mono; for tests of everything but the model).
     """
@@ -119,6 +121,7 @@ class AttentionConfig(Listener, frozen=True):
     kv_cache_gib: Positive = 2.0
     prefix_cache: bool = True
     threads: NonNegativeInt = 0
+    cores: str = ""
     device: Literal["cpu", "cuda"] = "cpu"
     modelled: str = ""
     port: Port = 0  # ZeroMQ; 0 = any
@@ -127,9 +130,13 @@ class AttentionConfig(Listener, frozen=True):
 
 
 class FfnConfig(Listener, frozen=True):
-    """gang_window_ms: upper bound of the wait for other attention workers at layer 0 (a quarter of a step at most)."""
+    """threads, cores: as of attention.
+
+    gang_window_ms: upper bound of the wait for other attention workers at layer 0 (a quarter of a step at most).
+    """
 
     threads: NonNegativeInt = 0
+    cores: str = ""
     device: Literal["cpu", "cuda"] = "cpu"
     gang_window_ms: Annotated[float, msgspec.Meta(ge=0, le=100)] = 10.0
     mesh_port: Port = 0
@@ -250,6 +257,10 @@ def check_config(config: ClusterConfig) -> None:
     if bool(config.coordinator.tls_cert_file) != bool(config.coordinator.tls_key_file):
         raise ConfigError("coordinator.tls_cert_file and coordinator.tls_key_file belong together: set both")
     for name, section in (("attention", config.attention), ("ffn", config.ffn)):
+        try:
+            parse_cores(section.cores)
+        except ConfigError as error:
+            raise ConfigError(f"{name}.{error}") from error
         if section.host in WILDCARD_HOSTS and not section.advertise_host:
             raise ConfigError(
                 f"{name}.host {section.host} is no address that others can connect to: set {name}.advertise_host too"

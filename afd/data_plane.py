@@ -16,6 +16,9 @@ from stepmesh.layout import PayloadLayout
 from stepmesh.mesh import Mesh
 from stepmesh.types import Address, Member, RankId, Role, WireDtype
 
+SPIN_US = 250
+"""A stage of the partner takes some hundred microseconds, and a wake-up as long as a stage of a small batch."""
+
 WIRE_DTYPES = {"float32": WireDtype.FP32, "bfloat16": WireDtype.BF16}
 WIRE_NAMES = {"fp8": WireDtype.FP8_E4M3, "bf16": WireDtype.BF16, "fp32": WireDtype.FP32}
 
@@ -67,6 +70,7 @@ def mesh_config(
         verbs=VerbsOptions(**msgspec.structs.asdict(config.verbs)),
         stall_timeout_s=config.coordinator.stall_timeout_s,
         checksum=config.cluster.checksum,
+        spin_us=SPIN_US,
     )
 
 

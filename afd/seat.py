@@ -19,6 +19,10 @@ from stepmesh.mesh import Mesh
 from stepmesh.types import Role
 
 POLL_S = 0.02
+IDLE_S = 0.1
+"""Longest block of a worker's loop: bounds the reaction to stop and to a new view."""
+TURN_S = 2e-3
+"""Time between a worker's looks at everything but the data path, while work is in flight."""
 
 
 @dataclass(slots=True)

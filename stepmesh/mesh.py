@@ -13,6 +13,7 @@ thread owns.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -356,6 +357,7 @@ class Mesh:
             if self._events:
                 self._spin_policy.hit()
                 return True
+            os.sched_yield()  # whoever else wants this core gets it
         return False
 
     def _take(self, pair: Pair, posts: Sequence[Posted]) -> None:

@@ -1,6 +1,6 @@
 """The attention worker's stream loop: which stream runs next, one stage at a time. No socket, no thread.
 
-A stage is: take the combine of layer l, run attention of layer l+1, dispatch (the first stage embeds, the last one
+A stage is: add the combine of layer l, run attention of layer l+1, dispatch (the first stage embeds, the last one
 samples and commits). The loop is ready-driven: of the streams whose combine has arrived, the oldest runs; while one
 stream's rows are at the FFN, the worker computes another.
 """
@@ -155,21 +155,25 @@ class AttentionEngine:
     def _advance(self, idx: int, combined: Combined | None) -> list[Output]:
         stream = self._streams[idx]
         begun_s = self._clock()
+        stream.layer += 1
+        is_last = stream.layer == self._num_layers
+        partials: Sequence[Tensor] = ()
         if combined is None:
             tokens = [t for item in stream.micro_batch.items for t in _new_tokens(item)]
             stream.x = self._half.embed(torch.tensor(tokens, dtype=torch.int64))
+        elif combined.row_idx is None and not is_last:
+            partials = combined.partials  # the layer adds them
         else:
             assert stream.x is not None
             self._half.combine(stream.x, combined.partials, combined.row_idx)
-        combined_s = self._clock()
-        stream.layer += 1
-        if stream.layer == self._num_layers:
-            return self._finish(idx, begun_s, combined_s)
+        entered_s = self._clock()
+        if is_last:
+            return self._finish(idx, begun_s, entered_s)
         assert stream.x is not None
-        dispatch = self._half.layer(stream.layer, stream.x, stream.batch, self._cache)
+        dispatch = self._half.layer(stream.layer, stream.x, stream.batch, self._cache, partials)
         computed_s = self._clock()
         self._exchange.send(idx, stream.micro_batch.step, dispatch)
-        stream.sent_s = self.stages.attention(idx, stream.layer, stream.micro_batch, begun_s, combined_s, computed_s)
+        stream.sent_s = self.stages.attention(idx, stream.layer, stream.micro_batch, begun_s, entered_s, computed_s)
         return []
 
     def _finish(self, idx: int, begun_s: float, combined_s: float) -> list[Output]:

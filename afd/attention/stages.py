@@ -53,17 +53,17 @@ class StageClock:
         self.step_s = 0.0  # moving average of one stream's step
 
     def attention(
-        self, stream: int, layer: int, batch: MicroBatch, begun_s: float, combined_s: float, computed_s: float
+        self, stream: int, layer: int, batch: MicroBatch, begun_s: float, entered_s: float, computed_s: float
     ) -> float:
-        """Combine (layer 0: embed), attention and dispatch of one layer -> now."""
+        """One layer and its dispatch; until entered_s, combine (layer 0: embedding), if that is a call of its own."""
         now = self._clock()
         self.totals.attention_s += now - begun_s
         if layer == 0:
             self._steps[stream] = _StepSums()
         self._steps[stream].attention_s += now - begun_s
         num_tokens, step, add = batch.num_tokens, batch.step, self.ring.add
-        add(Stage("combine" if layer else "embed", begun_s, combined_s, stream, layer - 1, num_tokens, step))
-        add(Stage("attention", combined_s, computed_s, stream, layer, num_tokens, step))
+        add(Stage("combine" if layer else "embed", begun_s, entered_s, stream, layer - 1, num_tokens, step))
+        add(Stage("attention", entered_s, computed_s, stream, layer, num_tokens, step))
         add(Stage("dispatch", computed_s, now, stream, layer, num_tokens, step))
         return now
 

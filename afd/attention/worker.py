@@ -19,6 +19,7 @@ from afd.attention.modelled import ModelledEngine, StepFormula
 from afd.attention.requests import RequestBook
 from afd.attention.row_selection import RowSelection
 from afd.config import ClusterConfig
+from afd.cores import pin_this_thread
 from afd.data_plane import config_hash, mesh_members, payload_layout
 from afd.errors import ConfigError, PeerLostError
 from afd.events import TracePage
@@ -36,14 +37,13 @@ from afd.sched.latency import LatencyModel
 from afd.sched.policy import Admission, PrefillBudget
 from afd.sched.scheduler import Scheduler, SchedulerConfig
 from afd.sched.streams import StreamChooser
-from afd.seat import Seat, take_seat
+from afd.seat import IDLE_S, TURN_S, Seat, take_seat
 from afd.types import DispatchMode
 from afd.zmq_sockets import server_socket
 from stepmesh.types import Role
 
 log = logging.getLogger(__name__)
 
-IDLE_S = 0.1  # longest block of the loop: bounds the reaction to stop and to a new view
 STATS_MIN_S, STATS_MAX_S = 0.1, 0.5
 FIRST_STREAMS = 2  # of --streams auto, until steps were measured
 
@@ -210,6 +210,7 @@ class _Worker:
 
     def run(self) -> None:
         """Serve until `stop`; then finish what runs, at most `gateway.drain_s` long."""
+        pin_this_thread(self._config.attention.cores)
         assert self._engine is not None and self._seat is not None
         drain_until_s: float | None = None
         while drain_until_s is None or (time.monotonic() < drain_until_s and not self._engine.scheduler.idle):
@@ -235,17 +236,26 @@ class _Worker:
             log.warning("a gateway went silent: %d of its requests aborted", self._book.end_gateway(gateway))
         self._judge_readiness(now)
         try:
-            outputs = self._engine.run_once(self._patience())
+            self._run_stages(now + TURN_S)
         except PeerLostError as error:
             self._engine.fail()
             if self._lost_since_s is None:
                 self._lost_since_s = now
             log.warning("%s; interrupted steps run again when it is back", error)
-            outputs = []
-        if outputs:
-            self._book.publish(outputs)
-            self._choose_streams()
         self._report(now)
+
+    def _run_stages(self, until_s: float) -> None:
+        """Stage after stage, with nothing in between, while work is in flight; at least one."""
+        assert self._engine is not None
+        engine, patience_s = self._engine, self._patience()
+        while True:
+            outputs = engine.run_once(patience_s)
+            if outputs:
+                self._book.publish(outputs)
+                self._choose_streams()
+            patience_s = min(patience_s, until_s - time.monotonic())
+            if patience_s <= 0.0 or not engine.in_flight:
+                return
 
     def _patience(self) -> float:
         """How long the engine may block: not at all while gateway messages wait (their fd is edge-triggered)."""

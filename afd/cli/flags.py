@@ -51,6 +51,8 @@ FLAGS = (
     Flag("--threads", ("attention.threads", "ffn.threads"), "per worker, 0 = a fair share", (UP,), int, metavar="N"),
     Flag("--threads", ("attention.threads",), "0 = all cores of this host", (ATTENTION,), int, metavar="N"),
     Flag("--threads", ("ffn.threads",), "0 = all cores of this host", (FFN,), int, metavar="N"),
+    Flag("--cores", ("attention.cores",), "of the main thread, such as 0,2-3", (ATTENTION,), metavar="LIST"),
+    Flag("--cores", ("ffn.cores",), "of the main thread, such as 0,2-3", (FFN,), metavar="LIST"),
     Flag("--device", ("attention.device", "ffn.device"), "cpu or cuda", (UP,), choices=("cpu", "cuda")),
     Flag("--device", ("attention.device",), "cpu or cuda", (ATTENTION,), choices=("cpu", "cuda")),
     Flag("--device", ("ffn.device",), "cpu or cuda", (FFN,), choices=("cpu", "cuda")),

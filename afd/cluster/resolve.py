@@ -14,6 +14,7 @@ from pathlib import Path
 import msgspec
 
 from afd.config import ClusterConfig
+from afd.cores import share_cores
 from afd.errors import ConfigError
 from afd.model.loading import ModelFolder, resolve_model
 from afd.model.sharding import check_sparse
@@ -45,6 +46,26 @@ def share_threads(config: ClusterConfig, cores: int) -> ClusterConfig:
         attention=msgspec.structs.replace(config.attention, threads=config.attention.threads or share),
         ffn=msgspec.structs.replace(config.ffn, threads=config.ffn.threads or share),
     )
+
+
+def worker_cores(config: ClusterConfig) -> dict[str, str]:
+    """Cores of each worker's main thread, by its name ("attention/0"), where this host has one for each."""
+    topology = config.topology
+    if topology.mono or not hasattr(os, "sched_getaffinity"):
+        return {}
+    names = [f"attention/{rank}" for rank in range(topology.num_attention)]
+    names += [f"ffn/{rank}" for rank in range(topology.num_ffn)]
+    shares = share_cores(sorted(os.sched_getaffinity(0)), len(names), usable_cores())
+    return dict(zip(names, shares, strict=True))
+
+
+def with_cores(config: ClusterConfig, role: str, cores: str) -> ClusterConfig:
+    """The configuration of one worker, which keeps to `cores` unless it says itself where to stay."""
+    if role == "attention" and not config.attention.cores:
+        return msgspec.structs.replace(config, attention=msgspec.structs.replace(config.attention, cores=cores))
+    if role == "ffn" and not config.ffn.cores:
+        return msgspec.structs.replace(config, ffn=msgspec.structs.replace(config.ffn, cores=cores))
+    return config
 
 
 def whole_host_threads(config: ClusterConfig, cores: int) -> ClusterConfig:

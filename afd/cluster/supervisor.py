@@ -27,6 +27,7 @@ from afd.cluster.console import Console
 from afd.cluster.launch import EXIT_CONFIG, EXIT_FAILURE, EXIT_OK
 from afd.cluster.launcher import Child, Command, describe_exit, role_command
 from afd.cluster.progress import ChildProgress, progress_line, ready_text
+from afd.cluster.resolve import with_cores, worker_cores
 from afd.cluster.restart import RestartPolicy, worth_restarting
 from afd.cluster.run_file import RunInfo, process_start_time, remove_run_file, run_directory, write_run_file
 from afd.cluster.shutdown import StopSequence, stages
@@ -59,6 +60,7 @@ class Supervisor:
         self._has_tokenizer = has_tokenizer
         self._restart = restart
         self._command = command
+        self._cores = worker_cores(config)
         self._console = console if console is not None else Console(sys.stdout, sys.stderr)
         self._clock = clock
         self._started = clock()
@@ -186,6 +188,7 @@ class Supervisor:
         if self._url:
             gateway = msgspec.structs.replace(config.gateway, port=urlsplit(self._url).port or config.gateway.port)
             config = msgspec.structs.replace(config, gateway=gateway)
+        config = with_cores(config, child.role, self._cores.get(child.name, ""))
         run_file = run_directory() / f"{os.getpid()}.json" if child.role == "coordinator" else ""
         child.configure(config, self._secret, run_file=str(run_file))
 

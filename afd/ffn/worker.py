@@ -10,6 +10,7 @@ import time
 import torch
 
 from afd.config import ClusterConfig
+from afd.cores import pin_this_thread
 from afd.data_plane import config_hash, mesh_members, payload_layout
 from afd.events import TracePage
 from afd.ffn.engine import FFNEngine
@@ -22,12 +23,10 @@ from afd.metrics import MetricsServer, process_registry
 from afd.model.device import check_device
 from afd.model.loading import ModelFolder, load_ffn_half, resolve_model
 from afd.model.sharding import ShardSpec
-from afd.seat import Seat, take_seat
+from afd.seat import IDLE_S, TURN_S, Seat, take_seat
 from stepmesh.types import Role
 
 log = logging.getLogger(__name__)
-
-IDLE_S = 0.1  # longest block of the loop: bounds the reaction to stop and to a new view
 
 
 def run_ffn_worker(config: ClusterConfig, secret: bytes, join: Join, stop: threading.Event, announce: Announce) -> int:
@@ -110,6 +109,7 @@ class _Worker:
 
     def run(self) -> None:
         """The loop: new views, dispatches, answers."""
+        pin_this_thread(self._config.ffn.cores)
         assert self._seat is not None and self._seat.mesh is not None and self._engine is not None
         mesh = self._seat.mesh
         while not self._stop.is_set():
@@ -118,7 +118,10 @@ class _Worker:
                 self._adopt(view)
             mesh.tick()
             self._progress += 1
-            self._engine.run_once(IDLE_S)
+            until_s, patience_s = time.monotonic() + TURN_S, IDLE_S
+            while patience_s > 0.0:
+                self._engine.run_once(patience_s)
+                patience_s = until_s - time.monotonic()
             self._warn_of_silent_experts(time.monotonic())
         mesh.drain()
 

@@ -25,12 +25,13 @@ import torch
 from torch import Tensor
 
 from afd.kernels import arguments
-from afd.kernels.base import Kernels
+from afd.kernels.base import MAX_PARTIALS, Kernels
 from afd.kernels.native import ISAS, KernelsUnavailableError, NativeKernels, available_isas, load_library
 from afd.kernels.packed import PackedMatrix
 from afd.kernels.reference import ReferenceKernels
 
 __all__ = [
+    "MAX_PARTIALS",
     "KernelsUnavailableError",
     "PackedMatrix",
     "active_isa",
@@ -45,6 +46,7 @@ __all__ = [
     "rope_write_kv",
     "select_kernels",
     "silu_mul",
+    "unpack_rows",
     "write_kv",
 ]
 
@@ -203,6 +205,17 @@ def pack(w: Tensor) -> PackedMatrix:
         raise KernelsUnavailableError("packed matrices need the native kernels; see can_pack")
     native.pack(w)
     return PackedMatrix(w)
+
+
+def unpack_rows(w: PackedMatrix, idx: Tensor) -> Tensor:
+    """Rows idx `[m]` int64 of w `[n, k]` as they were: `[m, k]`. IndexError for a row that is not there."""
+    arguments.check_unpack_rows(w, idx)
+    native = native_kernels()
+    if native is None:
+        return w.rows(idx)
+    out = torch.empty(idx.shape[0], w.shape[1], dtype=torch.bfloat16)
+    native.unpack_rows(w, idx, out)
+    return out
 
 
 def gemm(x: Tensor, w: PackedMatrix, out: Tensor | None = None, num_threads: int = 1) -> Tensor:

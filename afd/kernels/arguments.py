@@ -111,6 +111,12 @@ def check_pack(w: Tensor) -> None:
         raise ValueError(f"w must be a contiguous bfloat16 matrix with an even number of columns; it is {_describe(w)}")
 
 
+def check_unpack_rows(w: PackedMatrix, idx: Tensor) -> None:
+    _check_index("idx", idx, torch.int64, (idx.shape[0],))
+    if idx.shape[0] and not (int(idx.min()) >= 0 and int(idx.max()) < w.shape[0]):
+        raise IndexError(f"rows {int(idx.min())} to {int(idx.max())} of a matrix with {w.shape[0]} rows")
+
+
 def check_gemm(x: Tensor, w: PackedMatrix, out: Tensor, num_threads: int) -> None:
     _check_storage("x", x)
     if x.dim() != 2 or x.dtype != torch.bfloat16 or not _unit_stride(x):

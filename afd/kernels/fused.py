@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from afd.kernels.native import NativeKernels, error_of
+from afd.kernels.base import MAX_PARTIALS
+from afd.kernels.native import DTYPE_CODES, NativeKernels, error_of
 from afd.kernels.packed import PackedMatrix
 
 
@@ -253,15 +254,22 @@ class AttentionLayerCall:
             shape.eps,
         )
 
-    def __call__(self, x: Tensor, batch: LayerBatch, k_cache: Tensor, v_cache: Tensor) -> Tensor:
-        """Add the layer's attention to x [n, hidden] float32 in place, store K and V -> ffn_norm(x), bfloat16.
+    def __call__(
+        self, x: Tensor, partials: Sequence[Tensor], batch: LayerBatch, k_cache: Tensor, v_cache: Tensor
+    ) -> Tensor:
+        """Add partials, then the layer's attention, to x [n, hidden] float32 in place; store K and V -> ffn_norm(x).
 
-        ValueError for a block or slot that is not in the cache, before anything is written.
+        partials: at most MAX_PARTIALS, each like x, all float32 or all bfloat16. The result is bfloat16. ValueError
+        for a block or slot that is not in the cache, before anything is written.
         """
         num_blocks, num_kv_heads, block_size, head_dim = k_cache.shape
         assert (num_kv_heads, head_dim, v_cache.shape[3]) == self._cache_shape
         assert k_cache.dtype is v_cache.dtype is torch.bfloat16 and batch.rotary_half == self._shape.rotary_half
         assert x.dtype is torch.float32 and x.shape == (batch.num_tokens, self._hidden) and x.is_contiguous()
+        assert len(partials) <= MAX_PARTIALS
+        partial_dtype = partials[0].dtype if partials else torch.float32
+        for partial in partials:
+            assert partial.shape == x.shape and partial.dtype is partial_dtype and partial.is_contiguous()
         rows = torch.empty(x.shape, dtype=torch.bfloat16)
         detail = (c_int32 * 2)()
         status = self._kernels.library.afd_attention_layer(
@@ -274,6 +282,9 @@ class AttentionLayerCall:
             num_blocks,
             block_size,
             x.data_ptr(),
+            (c_void_p * len(partials))(*[partial.data_ptr() for partial in partials]),
+            len(partials),
+            DTYPE_CODES[partial_dtype],
             rows.data_ptr(),
             detail,
         )

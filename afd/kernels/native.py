@@ -17,7 +17,7 @@ _ABI_VERSION = 2
 ISAS = ("portable", "avx2", "avx512")
 """Instruction sets, slowest first; the position is the number the library knows them by."""
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
 
 
 class KernelsUnavailableError(RuntimeError):
@@ -50,7 +50,7 @@ class NativeKernels:
         status = self.library.afd_paged_attention(
             self.isa,
             num_threads,
-            _DTYPES[q.dtype],
+            DTYPE_CODES[q.dtype],
             q.data_ptr(),
             k_cache.data_ptr(),
             v_cache.data_ptr(),
@@ -81,7 +81,7 @@ class NativeKernels:
         detail = (c_int32 * 2)()
         status = self.library.afd_write_kv(
             self.isa,
-            _DTYPES[k.dtype],
+            DTYPE_CODES[k.dtype],
             k.data_ptr(),
             v.data_ptr(),
             k_cache.data_ptr(),
@@ -116,7 +116,7 @@ class NativeKernels:
         detail = (c_int32 * 2)()
         status = self.library.afd_rope_write_kv(
             self.isa,
-            _DTYPES[q.dtype],
+            DTYPE_CODES[q.dtype],
             q.data_ptr(),
             k.data_ptr(),
             v.data_ptr(),
@@ -147,9 +147,9 @@ class NativeKernels:
         partial_dtype = partials[0].dtype if partials else x.dtype
         self.library.afd_add_rms_norm(
             self.isa,
-            _DTYPES[x.dtype],
-            _DTYPES[out.dtype],
-            _DTYPES[partial_dtype],
+            DTYPE_CODES[x.dtype],
+            DTYPE_CODES[out.dtype],
+            DTYPE_CODES[partial_dtype],
             x.data_ptr(),
             pointers,
             len(partials),
@@ -163,7 +163,7 @@ class NativeKernels:
     def silu_mul(self, gate_up: Tensor, limit: float, out: Tensor) -> None:
         self.library.afd_silu_mul(
             self.isa,
-            _DTYPES[out.dtype],
+            DTYPE_CODES[out.dtype],
             gate_up.data_ptr(),
             out.data_ptr(),
             gate_up.stride(0),
@@ -177,6 +177,11 @@ class NativeKernels:
         """Reorder w [n, k] in its place."""
         self.library.afd_pack(w.data_ptr(), w.shape[0], w.shape[1], unpack)
 
+    def unpack_rows(self, w: PackedMatrix, idx: Tensor, out: Tensor) -> None:
+        """out [m, k]: rows idx of w, as they were before it was packed."""
+        rows, columns = w.shape
+        self.library.afd_unpack_rows(w.data.data_ptr(), rows, columns, idx.data_ptr(), idx.shape[0], out.data_ptr())
+
     def gemm(self, x: Tensor, w: PackedMatrix, out: Tensor, num_threads: int) -> None:
         rows, columns = w.shape
         self.library.afd_gemm(
@@ -185,7 +190,7 @@ class NativeKernels:
             x.data_ptr(),
             w.data.data_ptr(),
             out.data_ptr(),
-            _DTYPES[out.dtype],
+            DTYPE_CODES[out.dtype],
             x.stride(0),
             out.stride(0),
             x.shape[0],
@@ -241,11 +246,12 @@ def _declare(library: ctypes.CDLL) -> None:
         "afd_rope_write_kv": (i32, [i32] * 2 + [pointer] * 8 + [i64] * 3 + [i32] * 9 + [pointer]),
         "afd_add_rms_norm": (i32, [i32] * 4 + [pointer] * 2 + [i32] + [pointer] * 2 + [i32] * 2 + [f32]),
         "afd_silu_mul": (i32, [i32] * 2 + [pointer] * 2 + [i64] * 2 + [i32] * 2 + [f32]),
+        "afd_unpack_rows": (None, [pointer, i32, i32, pointer, i32, pointer]),
         "afd_pack": (None, [pointer] + [i32] * 3),
         "afd_gemm": (i32, [i32] * 2 + [pointer] * 3 + [i32] + [i64] * 2 + [i32] * 3),
         "afd_swiglu": (i32, [i32] * 2 + [pointer] * 2 + [i64, i32, pointer]),
         "afd_experts": (i32, [i32] * 2 + [pointer] * 4 + [i32] * 2 + [pointer] * 3),
-        "afd_attention_layer": (i32, [i32] * 2 + [pointer] * 4 + [i32] * 2 + [pointer] * 3),
+        "afd_attention_layer": (i32, [i32] * 2 + [pointer] * 4 + [i32] * 2 + [pointer] * 2 + [i32] * 2 + [pointer] * 2),
         "afd_read_memory": (f32, [i32] * 2 + [pointer, i64]),
         "afd_stop_workers": (None, []),
         "afd_num_workers": (i32, []),

@@ -6,6 +6,7 @@ add to the residual. `fused` offers the same together with its residual and the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -61,16 +62,19 @@ class FusedAttention:
         self._spec = spec
         self._inv_freq = inv_freq
 
-    def takes(self, cache: KVCache, layer_idx: int) -> bool:
-        """Whether this cache can be read and written natively."""
+    def takes(self, partials: Sequence[Tensor], cache: KVCache, layer_idx: int) -> bool:
+        """Whether this cache can be read and written natively, and so many partials added."""
         k_cache = cache.k[layer_idx]
-        return k_cache.dtype is torch.bfloat16 and runs_natively(k_cache, cache.v[layer_idx])
+        native = k_cache.dtype is torch.bfloat16 and runs_natively(k_cache, cache.v[layer_idx])
+        return native and len(partials) <= kernels.MAX_PARTIALS
 
-    def __call__(self, x: Tensor, batch: AttentionBatch, cache: KVCache, layer_idx: int) -> Tensor:
-        """Add attention to the residual x [n, hidden] float32 in place -> the FFN's normed rows [n, hidden]."""
+    def __call__(
+        self, x: Tensor, partials: Sequence[Tensor], batch: AttentionBatch, cache: KVCache, layer_idx: int
+    ) -> Tensor:
+        """Add partials and attention to the residual x [n, hidden] float32 in place -> the FFN's rows [n, hidden]."""
         spec = self._spec
         tokens = batch.of_layer(spec.window).native(spec.rope, self._inv_freq)
-        return self._call(x, tokens, cache.k[layer_idx], cache.v[layer_idx])
+        return self._call(x, partials, tokens, cache.k[layer_idx], cache.v[layer_idx])
 
 
 class _RotaryAttention:

@@ -67,15 +67,20 @@ class AttentionHalf:
         """
         return embedding(token_ids, self._embedding).float()
 
-    def layer(self, layer_idx: int, x: Tensor, batch: AttentionBatch, cache: KVCache) -> Dispatch:
-        """Add attention to the residual x [n, hidden] in place, write this step's K and V, return what the FFN needs.
+    def layer(
+        self, layer_idx: int, x: Tensor, batch: AttentionBatch, cache: KVCache, partials: Sequence[Tensor] = ()
+    ) -> Dispatch:
+        """Add the last layer's partials, then attention, to the residual x [n, hidden] in place; write K and V.
+
+        Returns what the FFN needs.
 
         x holds everything up to this layer's attention from then on, so the Dispatch can be made again from x alone
         (`dispatch`) when an FFN rank is lost.
         """
         layer = self._layers[layer_idx]
-        if layer.fused is not None and layer.fused.takes(cache, layer_idx):
-            return self._routed(layer_idx, layer.fused(x, batch, cache, layer_idx))
+        if layer.fused is not None and layer.fused.takes(partials, cache, layer_idx):
+            return self._routed(layer_idx, layer.fused(x, partials, batch, cache, layer_idx))
+        self.combine(x, partials)
         x += layer.attention(self._normed(x, layer.attn_norm), batch, cache, layer_idx)
         return self.dispatch(layer_idx, x)
 

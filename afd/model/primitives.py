@@ -52,7 +52,7 @@ def rows_of(weight: Tensor | PackedMatrix, start: int, stop: int) -> Tensor | Pa
 
 def embedding(ids: Tensor, weight: Tensor | PackedMatrix) -> Tensor:
     """Rows ids [n] int64 of weight [vocab, hidden] -> [n, hidden]."""
-    return weight.rows(ids) if isinstance(weight, PackedMatrix) else F.embedding(ids, weight)
+    return kernels.unpack_rows(weight, ids) if isinstance(weight, PackedMatrix) else F.embedding(ids, weight)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

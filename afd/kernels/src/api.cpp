@@ -126,6 +126,18 @@ void afd_pack(void* weights, int32_t n, int32_t k, int32_t unpack) {
     }
 }
 
+void afd_unpack_rows(const void* weights, int32_t n, int32_t k, const int64_t* idx, int32_t m, void* out) {
+    const uint32_t* const pairs = static_cast<const uint32_t*>(weights);
+    uint32_t* to = static_cast<uint32_t*>(out);
+    const int num_pairs = k / 2;
+    for (int row = 0; row < m; ++row) {
+        const int64_t begin = idx[row] / kPanel * kPanel;
+        const int64_t width = std::min<int64_t>(kPanel, n - begin);
+        const uint32_t* from = pairs + begin * num_pairs + (idx[row] - begin);
+        for (int i = 0; i < num_pairs; ++i, from += width) *to++ = *from;
+    }
+}
+
 int32_t afd_gemm(int32_t isa, int32_t num_threads, const void* x, const void* w, void* out, int32_t mode,
                  int64_t x_stride, int64_t out_stride, int32_t m, int32_t n, int32_t k) {
     run_gemm(table_of(isa), {x, w, out, x_stride, out_stride, mode, m, n, k}, num_threads);
@@ -144,11 +156,14 @@ int32_t afd_experts(int32_t isa, int32_t num_threads, const AfdExperts* experts,
 }
 
 int32_t afd_attention_layer(int32_t isa, int32_t num_threads, const AfdAttentionLayer* layer, const AfdBatch* batch,
-                            void* k_cache, void* v_cache, int32_t num_blocks, int32_t block_size, float* x, void* rows,
+                            void* k_cache, void* v_cache, int32_t num_blocks, int32_t block_size, float* x,
+                            const void* const* partials, int32_t num_partials, int32_t partial_dtype, void* rows,
                             int32_t* error_detail) {
+    Residual residual{x, {}, num_partials, static_cast<DType>(partial_dtype)};
+    for (int i = 0; i < num_partials; ++i) residual.partials[i] = partials[i];
     try {
-        return attention_layer(table_of(isa), *layer, *batch, {k_cache, v_cache, num_blocks, block_size}, x, rows,
-                               num_threads, error_detail);
+        return attention_layer(table_of(isa), *layer, *batch, {k_cache, v_cache, num_blocks, block_size}, residual,
+                               rows, num_threads, error_detail);
     } catch (const std::bad_alloc&) {
         return kOutOfMemory;
     }

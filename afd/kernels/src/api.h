@@ -43,6 +43,9 @@ AFD_API int32_t afd_add_rms_norm(int32_t isa, int32_t dtype, int32_t out_dtype, 
 AFD_API int32_t afd_silu_mul(int32_t isa, int32_t dtype, const void* gate_up, void* out, int64_t in_stride,
                              int64_t out_stride, int32_t num_rows, int32_t width, float limit);
 
+// out [m, k]: rows idx of packed weights [n, k], as they were.
+AFD_API void afd_unpack_rows(const void* weights, int32_t n, int32_t k, const int64_t* idx, int32_t m, void* out);
+
 // bf16 weights [n, k] (k even) into the order of gemm.h and back, in their place.
 AFD_API void afd_pack(void* weights, int32_t n, int32_t k, int32_t unpack);
 
@@ -94,10 +97,12 @@ struct AfdBatch {
     int64_t table_stride;
     int32_t num_tokens, num_seqs;
 };
-// x [num_tokens, hidden] += o(attention(norm(x))), K and V of these tokens are stored; rows = ffn_norm(x), bf16.
+// x [num_tokens, hidden] += the partials, in order; then x += o(attention(attn_norm(x))), where K and V of these tokens
+// are stored; rows = ffn_norm(x), bf16.
 AFD_API int32_t afd_attention_layer(int32_t isa, int32_t num_threads, const AfdAttentionLayer* layer,
                                     const AfdBatch* batch, void* k_cache, void* v_cache, int32_t num_blocks,
-                                    int32_t block_size, float* x, void* rows,
+                                    int32_t block_size, float* x, const void* const* partials, int32_t num_partials,
+                                    int32_t partial_dtype, void* rows,
                                     int32_t* error_detail /* [2], as of afd_paged_attention or afd_write_kv */);
 
 // Sum of `num_bytes` bytes read as floats by num_threads threads: the read bandwidth the kernels are measured against.

@@ -157,7 +157,7 @@ int32_t run_experts(const KernelTable& kernels, const AfdExperts& e, const Route
 }
 
 int32_t attention_layer(const KernelTable& kernels, const AfdAttentionLayer& l, const AfdBatch& b, const KvBlocks& kv,
-                        float* x, void* rows, int num_threads, int32_t* error_detail) {
+                        const Residual& residual, void* rows, int num_threads, int32_t* error_detail) {
     const int n = b.num_tokens;
     const int q_width = l.num_heads * l.head_dim, k_width = l.num_kv_heads * l.head_dim;
     const int v_width = l.num_kv_heads * l.v_dim, o_width = l.num_heads * l.v_dim;
@@ -185,7 +185,11 @@ int32_t attention_layer(const KernelTable& kernels, const AfdAttentionLayer& l, 
     const int64_t num_slots = static_cast<int64_t>(kv.num_blocks) * kv.block_size;
     if (const int32_t status = check_slots(b.slots, n, num_slots, error_detail)) return status;
 
-    norm(kernels, kFloat32, x, l.hidden, l.attn_norm, l.eps, n, l.hidden, s.hidden, l.hidden);
+    float* const x = residual.x;
+    NormArgs first{x, {}, l.attn_norm, s.hidden, l.hidden, l.hidden, kFloat32, kBfloat16, residual.partial_dtype,
+                   residual.num_partials, n, l.hidden, l.eps};
+    std::copy(residual.partials, residual.partials + residual.num_partials, first.partials);
+    kernels.add_rms_norm(first, 0, n);
     run_gemm(kernels, {s.hidden, l.qkv, s.projected, l.hidden, width, kToBfloat16, n, width, l.hidden}, num_threads);
     if (l.qkv_bias != nullptr) kernels.add_bias({s.projected, l.qkv_bias, width, n, gate_at});
     if (l.q_rank > 0) {

@@ -24,7 +24,13 @@ struct KvBlocks {
     void *k_cache, *v_cache;  // as in AttentionArgs
     int32_t num_blocks, block_size;
 };
+struct Residual {
+    float* x;                            // [num_tokens, hidden]
+    const void* partials[kMaxPartials];  // each like x; to be added first
+    int32_t num_partials;
+    DType partial_dtype;
+};
 int32_t attention_layer(const KernelTable& kernels, const AfdAttentionLayer& layer, const AfdBatch& batch,
-                        const KvBlocks& kv, float* x, void* rows, int num_threads, int32_t* error_detail);
+                        const KvBlocks& kv, const Residual& residual, void* rows, int num_threads, int32_t* error_detail);
 
 }  // namespace afd

@@ -220,7 +220,10 @@ def test_attention_layer(kernels: NativeKernels, kind: str, num_threads: int) ->
             x = random(tables[2].shape[0], HIDDEN, seed=11).float()
             caches = [random(16, shape.num_kv_heads, BLOCK, d, seed=12) for d in (shape.head_dim, shape.v_head_dim)]
             own_x, own_caches = x.clone(), [c.clone() for c in caches]
-            rows = call(own_x, LayerBatch(*tables), *own_caches)
+            partials = [random(*x.shape, seed=13 + i) for i in range(len(lengths))]
+            rows = call(own_x, partials, LayerBatch(*tables), *own_caches)
+            for partial in partials:
+                x += partial
             if lengths:
                 want = composed(x, plain, shape, tables, *caches)
                 assert relative_error(rows, want) < 1e-2
@@ -242,7 +245,7 @@ def test_a_block_that_is_not_there_is_refused_before_anything_is_written(kernels
     for place, wrong in ((3, torch.full_like(good[3], 4)), (2, torch.full_like(good[2], 4 * BLOCK))):
         tables = (*good[:place], wrong, *good[place + 1 :])
         with pytest.raises(ValueError, match=r"not in the cache|behind the last slot"):
-            call(x, LayerBatch(*tables), *caches)
+            call(x, (), LayerBatch(*tables), *caches)
         assert torch.equal(x, before) and not any(cache.any() for cache in caches)
     with pytest.raises(ValueError, match="tokens"):
         LayerBatch(*good[:2], good[2][:1], *good[3:])

@@ -200,6 +200,10 @@ def test_packing_keeps_every_element(kernels: NativeKernels, n: int, k: int) -> 
     assert torch.equal(matrix.unpacked(), w)
     idx = torch.arange(n).flip(0)
     assert torch.equal(matrix.rows(idx), w[idx])
+    if n and k:
+        out = torch.empty(n, k, dtype=torch.bfloat16)
+        kernels.unpack_rows(matrix, idx, out)
+        assert torch.equal(out, w[idx])
     if n > PANEL_ROWS:
         assert torch.equal(matrix.narrow_rows(PANEL_ROWS, n).unpacked(), w[PANEL_ROWS:])
         with pytest.raises(ValueError, match="panels"):

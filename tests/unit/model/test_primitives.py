@@ -51,7 +51,11 @@ def test_embedding(dtype: torch.dtype) -> None:
     table = _randn(140, 72, dtype=dtype, seed=1)
     ids = torch.tensor([139, 0, 64, 63, 128])
     expected = table[ids]
-    assert torch.equal(embedding(ids, prepared(table)), expected)
+    matrix = prepared(table)
+    assert torch.equal(embedding(ids, matrix), expected)
+    for wrong in (-1, 140):
+        with pytest.raises(IndexError):
+            embedding(torch.tensor([wrong]), matrix)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
