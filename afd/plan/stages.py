@@ -46,7 +46,7 @@ class StageModel(Protocol):
         ...
 
     def times(self, deployment: Deployment, context: int, num_tokens: float) -> StageTimes:
-        """Stage times of `num_tokens` tokens per attention rank (a mean: any number above 0), of `context` cached ones."""
+        """Stage times of `num_tokens` (a mean: any number above 0) a rank and `context` cached ones each."""
         ...
 
 
