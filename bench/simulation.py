@@ -12,6 +12,7 @@ by their seed. Medians over the rounds; the last line of the output is one JSON 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -27,7 +28,7 @@ METRICS = ("output_throughput", "median_tpot_ms")
 COST_CASES = [
     ("4A2F", 2000), ("64A8F", 2000), ("4A2F", 10000), ("16A4F", 10000), ("64A8F", 10000), ("64A8F", 100_000),
 ]  # fmt: skip
-TRACE_AFTER_S = 3.0  # the load's ramp
+FULL = 0.75  # of the clients' requests run when the trace begins
 
 
 def load_flags(args: argparse.Namespace) -> list[str]:
@@ -38,19 +39,20 @@ def load_flags(args: argparse.Namespace) -> list[str]:
 
 def bench_command(cluster: BenchCluster, args: argparse.Namespace, seed: int) -> list[str]:
     command = [sys.executable, "-m", "afd", "bench", "--url", cluster.url, "--num-prompts", str(args.requests)]
-    return [*command, *load_flags(args), "--seed", str(seed), "--json", "--quiet"]
+    return [*command, *load_flags(args), "--seed", str(seed), "--num-warmups", "0", "--json", "--quiet"]
 
 
 def calibrate(cluster: BenchCluster, args: argparse.Namespace, file: Path, seed: int) -> None:
     """Trace the cluster in the middle of a load."""
     load = subprocess.Popen(bench_command(cluster, args, seed), stdout=subprocess.DEVNULL)
     try:
-        try:
-            code = load.wait(min(TRACE_AFTER_S, args.trace_s) + args.trace_s)
-            raise RuntimeError(f"the load was over (exit code {code}) before it could be traced: more --requests")
-        except subprocess.TimeoutExpired:
-            command = [sys.executable, "-m", "afd", "trace", "--seconds", str(args.trace_s), "--calibrate", str(file)]
-            subprocess.run(command, env=cluster.env, check=True, stdout=subprocess.DEVNULL, timeout=60)
+        while sum(stats["running"] for stats in cluster.stats("attention")) < FULL * args.concurrency:
+            if load.poll() is not None:
+                raise RuntimeError(f"the load was over (exit code {load.returncode}) before it was traced: --requests")
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            load.wait(args.trace_s)
+        command = [sys.executable, "-m", "afd", "trace", "--seconds", str(args.trace_s), "--calibrate", str(file)]
+        subprocess.run(command, env=cluster.env, check=True, stdout=subprocess.DEVNULL, timeout=60)
         load.wait(600)
     finally:
         if load.poll() is None:
@@ -107,7 +109,7 @@ def main() -> None:
     parser.add_argument("--input-len", type=int, default=64)
     parser.add_argument("--output-len", type=int, default=64)
     parser.add_argument("--range-ratio", type=float, default=0.25)
-    parser.add_argument("--trace-s", type=float, default=2.0)
+    parser.add_argument("--trace-s", type=float, default=8.0)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="one short round: does it run")
     parser.add_argument("--cost", action="store_true", help="time the simulator alone")
@@ -116,7 +118,7 @@ def main() -> None:
         cost(args)
         return
     if args.quick:
-        args.rounds, args.requests, args.concurrency, args.trace_s = 1, 48, 8, 1.0
+        args.rounds, args.requests, args.concurrency, args.trace_s = 1, 64, 8, 5.0
     flags = ["--topology", args.topology, "--model", args.model, "--streams", str(args.streams)]
     rounds: list[dict[str, dict[str, float]]] = []
     with tempfile.TemporaryDirectory() as folder, BenchCluster(*flags, "--sla-policy", "off") as cluster:

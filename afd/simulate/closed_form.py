@@ -149,11 +149,12 @@ class ClosedFormPath:
 
     def _gang_of(self, batch: GangBatch) -> _Gang:
         steps = [_step(arrival) for arrival in batch.arrivals]
+        num_tokens = batch.num_tokens
         if batch.layer == 0:
             for step in steps:
                 step.gang_id, step.mask = batch.gang_id, batch.mask
-                step.meet(batch.num_tokens, self._times)
-        ffn_s = self._times.ffn_s(batch.num_tokens)
+                step.meet(num_tokens, self._times)
+        ffn_s = self._times.ffn_s(num_tokens)
         back_s = ffn_s + max(step.to_attention_s for step in steps)
         self._results.gang(batch, [step.attention_s for step in steps], self._weight(batch.layer))
         occupied_s = ffn_s if self._own_link else back_s
