@@ -7,7 +7,6 @@ import json
 import time
 
 from afd.plan.deployment import KvDtype
-from afd.plan.pipeline import PipelineKind
 
 _DESCRIPTION = """\
 Simulate a whole cluster under load: the service's own dispatcher, schedulers, admission and gang tables, with stage
@@ -73,11 +72,9 @@ def _add_cluster(group: argparse._ArgumentGroup) -> None:
         help="constant stage times a layer: attention_us, ffn_us, to_ffn_us, to_attention_us; head_us a step",
     )
     group.add_argument(
-        "--pipeline",
-        type=PipelineKind,
-        choices=(PipelineKind.OPTIMISTIC, PipelineKind.CONSERVATIVE),
-        default=PipelineKind.OPTIMISTIC,
-        help="a transfer keeps a link busy (optimistic), or its sender (conservative)",
+        "--transfers",
+        choices=("link", "sender", "delay"),
+        help="what a transfer keeps busy: a link, its sender, or nothing (link; with --calibrate: nothing)",
     )
 
 

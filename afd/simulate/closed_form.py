@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from afd.ffn.gang import Arrival, GangBatch, GangTable
-from afd.plan.pipeline import PipelineKind
 from afd.simulate.events import EventQueue
 from afd.simulate.results import Results
 from afd.simulate.settings import Settings
@@ -65,7 +64,7 @@ class ClosedFormPath:
         self._layers = settings.times.num_layers
         self._events = events
         self._results = results
-        self._own_link = settings.pipeline is not PipelineKind.CONSERVATIVE
+        self._transfers = settings.transfers
         self._loads: dict[int, _Load] = {}  # by attention rank
         self._tables: list[GangTable] = []
         self._wakes_at: list[float] = []
@@ -107,8 +106,10 @@ class ClosedFormPath:
         alone_s = self._layers * self._layer_s([step], self._times.ffn_s(step.gang_tokens)) + step.head_s
         moved_s = self._layers * (step.to_ffn_s + step.to_attention_s)
         own_s = self._layers * step.attention_s + step.head_s
-        if not self._own_link:
-            own_s, moved_s = own_s + self._layers * step.to_ffn_s, 0.0
+        if self._transfers == "sender":
+            own_s += self._layers * step.to_ffn_s
+        if self._transfers != "link":
+            moved_s = 0.0
         load.set(step.stream, own_s / alone_s, moved_s / alone_s)
         first_s = load.stretch * (step.attention_s + step.to_ffn_s)
         self._events.after(first_s, self._arrived, step)
@@ -157,7 +158,7 @@ class ClosedFormPath:
         ffn_s = self._times.ffn_s(num_tokens)
         back_s = ffn_s + max(step.to_attention_s for step in steps)
         self._results.gang(batch, [step.attention_s for step in steps], self._weight(batch.layer))
-        occupied_s = ffn_s if self._own_link else back_s
+        occupied_s = back_s if self._transfers == "sender" else ffn_s
         layer_s = self._layer_s(steps, ffn_s)
         share = self._layers * occupied_s / ((self._layers - 1) * layer_s + back_s)
         self._results.ffn_busy_s += self._weight(batch.layer) * occupied_s
@@ -227,7 +228,7 @@ class ClosedFormPath:
             return
         worker = step.worker
         self._results.attention_busy(worker.rank, self._layers * step.attention_s + step.head_s)
-        if not self._own_link:
+        if self._transfers == "sender":
             self._results.attention_busy(worker.rank, self._layers * step.to_ffn_s)
         worker.finish(step, self._events.now)
         self.wake(worker)

@@ -10,7 +10,6 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from afd.ffn.gang import Arrival, GangBatch, GangTable
-from afd.plan.pipeline import PipelineKind
 from afd.simulate.events import EventQueue
 from afd.simulate.results import Results
 from afd.simulate.settings import Settings
@@ -46,7 +45,7 @@ class LayerPath:
         self._times = settings.times
         self._events = events
         self._results = results
-        self._own_link = settings.pipeline is not PipelineKind.CONSERVATIVE
+        self._sender_waits = settings.transfers == "sender"
         self._devices: dict[str, _Device] = {}
         self._ranks: list[_Rank] = []
         self._epoch = 0
@@ -83,7 +82,7 @@ class LayerPath:
             self._results.attention_busy(worker.rank, step.head_s)
             self._events.after(step.head_s, self._finished, device, step)
             return
-        seconds = step.attention_s if self._own_link else step.attention_s + step.to_ffn_s
+        seconds = step.attention_s + (step.to_ffn_s if self._sender_waits else 0.0)
         self._results.attention_busy(worker.rank, seconds)
         self._events.after(seconds, self._computed, device, step)
 
@@ -111,9 +110,11 @@ class LayerPath:
         self._turn(device)
 
     def _over_link(self, device: _Device, seconds: float) -> float:
-        """When rows that leave now are there: a link carries both directions in turn, unless the sender waited."""
-        if not self._own_link:
+        """When rows that leave now are there: a link carries both directions in turn."""
+        if self._sender_waits:
             return self._events.now
+        if self._settings.transfers == "delay":
+            return self._events.now + seconds
         device.link_free_s = max(self._events.now, device.link_free_s) + seconds
         return device.link_free_s
 
@@ -158,7 +159,7 @@ class LayerPath:
             return
         rank.busy = True
         seconds = busy_s = self._times.ffn_s(batch.num_tokens)
-        if not self._own_link:
+        if self._sender_waits:
             busy_s += max(_step(arrival).to_attention_s for arrival in batch.arrivals)
         if rank is self._ranks[0]:
             self._results.ffn_busy_s += busy_s

@@ -13,6 +13,7 @@ from afd.plan.deployment import Deployment
 from afd.plan.efficiency import Efficiency
 from afd.plan.estimate import Estimator, Objective
 from afd.plan.memory import max_requests, require_weights_fit
+from afd.plan.pipeline import PipelineKind
 from afd.plan.search import SearchSpace
 from afd.plan.stages import RooflineStages, StageModel
 from afd.sched.scheduler import SchedulerConfig
@@ -85,7 +86,7 @@ def scenario_of(arguments: argparse.Namespace) -> Scenario:
         recovery_timeout_s=arguments.recovery_timeout_s,
         stops_early=arguments.max_tokens is not None,
         max_tokens=arguments.max_tokens or 0,
-        pipeline=arguments.pipeline,
+        transfers=arguments.transfers or ("link" if arguments.calibrate is None else "delay"),
         detail=arguments.detail,
         failures=tuple(Failure.parse(text, deployment.topology) for text in arguments.fail),
     )
@@ -163,7 +164,8 @@ def _capacity(
     if arguments.stages is not None:
         raise ConfigError("--stages are constant, so no batch is the best: give --rate or --concurrency")
     context = arguments.input_len + arguments.output_len // 2
-    objective = Objective(context, arguments.sla_tpot_ms / 1e3, arguments.pipeline)
+    kind = PipelineKind.CONSERVATIVE if arguments.transfers == "sender" else PipelineKind.OPTIMISTIC
+    objective = Objective(context, arguments.sla_tpot_ms / 1e3, kind)
     best = Estimator(stages, efficiency).best(deployment, objective)
     if best is None:
         raise ConfigError(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from afd.plan.pipeline import PipelineKind
 from afd.sched.policy import Policy
 from afd.sched.scheduler import SchedulerConfig
 from afd.simulate.failures import Failure
@@ -13,6 +12,7 @@ from afd.simulate.times import StepTimes
 from afd.types import Topology
 
 Detail = Literal["ends", "layers"]
+Transfers = Literal["link", "sender", "delay"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,7 +22,7 @@ class Settings:
     num_blocks: KV blocks of a worker.  auto_streams: most streams of a worker that chooses their number; 0 = fixed
     (`scheduler.num_streams`).  max_waiting, max_queue: as `attention.max_waiting` and `gateway.max_queue`.
     stops_early: answers end by a stop token, so that the service cannot know their length; else by max_tokens.
-    pipeline: what a transfer occupies, a link of its own (optimistic) or its sender (conservative).
+    transfers: what one keeps busy: the worker's link (bandwidth), its sender, or nothing (latency alone).
     detail: "layers" simulates every layer, "ends" the first and the last one.
     """
 
@@ -42,6 +42,6 @@ class Settings:
     request_timeout_s: float = 600.0
     stops_early: bool = False
     max_tokens: int = 0
-    pipeline: PipelineKind = PipelineKind.OPTIMISTIC
+    transfers: Transfers = "link"
     detail: Detail = "ends"
     failures: tuple[Failure, ...] = ()

@@ -37,8 +37,16 @@ def test_the_simulated_pipeline_is_the_optimistic_formula(streams, times):
 def test_senders_that_wait_are_the_conservative_formula(times):
     kind, expected_ms = tpot_of(times, 3, PipelineKind.CONSERVATIVE)
     assert kind is PipelineKind.CONSERVATIVE
-    report = run("1A1F", times, pipeline=PipelineKind.CONSERVATIVE)
+    report = run("1A1F", times, transfers="sender")
     assert report.tpot.mean_ms == pytest.approx(expected_ms, rel=0.01)
+
+
+@pytest.mark.parametrize("detail", ["layers", "ends"])
+def test_latency_alone_is_hidden_where_bandwidth_would_not_be(detail):
+    times = stage(100, 90, 120, 120)
+    hidden, carried = (run("1A1F", times, streams=4, detail=detail, transfers=what) for what in ("delay", "link"))
+    assert hidden.tpot.mean_ms == pytest.approx(LAYERS * 0.43, rel=0.02)  # A + F + C of one stream
+    assert carried.tpot.mean_ms == pytest.approx(LAYERS * 0.96, rel=0.02)  # four streams' C
 
 
 @pytest.mark.parametrize("detail", ["layers", "ends"])
