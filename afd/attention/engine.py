@@ -1,15 +1,15 @@
 """The attention worker's stream loop: which stream runs next, one stage at a time. No socket, no thread.
 
-A stage is: add the combine of layer l, run attention of layer l+1, dispatch (the first stage embeds, the last one
-samples and commits). The loop is ready-driven: of the streams whose combine has arrived, the oldest runs; while one
-stream's rows are at the FFN, the worker computes another.
+A stage is: add the combine of layer l, run attention of layer l+1, dispatch (the first stage embeds; the last ones are
+slices of the head, then sampling and commit). The loop is ready-driven: of the streams whose combine has arrived, the
+oldest runs; while one stream's rows are at the FFN, the worker computes another.
 """
 
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections import abc, deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,10 +23,26 @@ from afd.messages.serving import TokenLogprobs
 from afd.model.halves import AttentionBatch, AttentionHalf
 from afd.model.sampling import Sampler
 from afd.sched.scheduler import Scheduler
-from afd.sched.sequence import BatchItem, MicroBatch, Progress
+from afd.sched.sequence import BatchItem, MicroBatch, Progress, Sequence
 from afd.types import FinishReason
 
+HEAD_SLICE_ROWS = 4096
+"""Vocabulary rows of one slice of the head while other streams are in flight: about as long as a layer's stage."""
+
 NOT_FINITE = "the model produced logits that are not finite: its weights are damaged or overflow in this dtype"
+
+
+@dataclass(slots=True)
+class _Head:
+    """The end of a micro-batch's step: the vocabulary's logits, slice by slice, for the sequences that sample.
+
+    rows [num_seqs, hidden], normed; logits [num_seqs, vocab] float32, of which the first `done` columns are there.
+    """
+
+    seqs: list[Sequence]
+    rows: Tensor
+    logits: Tensor
+    done: int = 0
 
 
 @dataclass(slots=True)
@@ -37,6 +53,7 @@ class _Stream:
     batch: AttentionBatch
     layer: int = -1
     x: Tensor | None = None  # residual [num_tokens, hidden]; untouched until all partials are in
+    head: _Head | None = None
     started_s: float = 0.0
     sent_s: float = 0.0
 
@@ -155,9 +172,11 @@ class AttentionEngine:
     def _advance(self, idx: int, combined: Combined | None) -> list[Output]:
         stream = self._streams[idx]
         begun_s = self._clock()
+        if stream.head is not None:
+            return self._advance_head(idx, begun_s)
         stream.layer += 1
         is_last = stream.layer == self._num_layers
-        partials: Sequence[Tensor] = ()
+        partials: abc.Sequence[Tensor] = ()
         if combined is None:
             tokens = [t for item in stream.micro_batch.items for t in _new_tokens(item)]
             stream.x = self._half.embed(torch.tensor(tokens, dtype=torch.int64))
@@ -168,7 +187,9 @@ class AttentionEngine:
             self._half.combine(stream.x, combined.partials, combined.row_idx)
         entered_s = self._clock()
         if is_last:
-            return self._finish(idx, begun_s, entered_s)
+            self.stages.combined(idx, stream.micro_batch, self._num_layers - 1, begun_s, entered_s)
+            self._begin_head(stream)
+            return self._advance_head(idx, entered_s)
         assert stream.x is not None
         dispatch = self._half.layer(stream.layer, stream.x, stream.batch, self._cache, partials)
         computed_s = self._clock()
@@ -176,30 +197,52 @@ class AttentionEngine:
         stream.sent_s = self.stages.attention(idx, stream.layer, stream.micro_batch, begun_s, entered_s, computed_s)
         return []
 
-    def _finish(self, idx: int, begun_s: float, combined_s: float) -> list[Output]:
-        """Head, sampling, commit."""
-        stream = self._streams.pop(idx)
-        sampled, failed = self._sample(stream)
-        progress = self.scheduler.commit(stream.micro_batch, {req_id: token for req_id, (token, _) in sampled.items()})
-        self.stages.finish(
-            idx, self._num_layers - 1, stream.micro_batch, begun_s, combined_s, started_s=stream.started_s
-        )
-        return [Output(p, sampled[p.seq.req_id][1]) for p in progress] + failed
-
-    def _sample(self, stream: _Stream) -> tuple[dict[str, tuple[int, TokenLogprobs | None]], list[Output]]:
-        """(token, logprobs) by request id; and the requests that end here because their logits are not finite."""
+    def _begin_head(self, stream: _Stream) -> None:
         seqs, rows, end = [], [], 0
         for item in stream.micro_batch.items:
             end += item.num_new
             if item.samples and item.seq.doomed is None:
                 seqs.append(item.seq)
                 rows.append(end - 1)
+        assert stream.x is not None
+        normed = self._half.head_rows(stream.x[torch.tensor(rows, dtype=torch.int64)])
+        logits = normed.new_empty(len(seqs), self._half.spec.vocab_size, dtype=torch.float32)
+        stream.head = _Head(seqs, normed, logits)
+
+    def _advance_head(self, idx: int, begun_s: float) -> list[Output]:
+        """One slice of the logits, so that the other streams' stages need not wait for the whole; after the last one,
+        sampling and commit.
+        """
+        stream = self._streams[idx]
+        head, vocab = stream.head, self._half.spec.vocab_size
+        assert head is not None
+        if head.seqs:
+            alone = len(self._streams) == 1
+            stop = vocab if alone else min(head.done + HEAD_SLICE_ROWS, vocab)
+            self._half.head_slice(head.rows, head.logits, head.done, stop)
+            head.done = stop
+            if stop < vocab:
+                self.stages.head_slice(idx, stream.micro_batch, begun_s)
+                self._ready.append((idx, None))
+                return []
+        return self._finish(idx, head, begun_s)
+
+    def _finish(self, idx: int, head: _Head, begun_s: float) -> list[Output]:
+        """Sampling and commit."""
+        stream = self._streams.pop(idx)
+        sampled, failed = self._sample(head)
+        progress = self.scheduler.commit(stream.micro_batch, {req_id: token for req_id, (token, _) in sampled.items()})
+        self.stages.finish(idx, stream.micro_batch, begun_s, started_s=stream.started_s)
+        return [Output(p, sampled[p.seq.req_id][1]) for p in progress] + failed
+
+    def _sample(self, head: _Head) -> tuple[dict[str, tuple[int, TokenLogprobs | None]], list[Output]]:
+        """(token, logprobs) by request id; and the requests that end here because their logits are not finite."""
+        seqs = head.seqs
         if not seqs:
             return {}, []
-        assert stream.x is not None
         needs_history = any(seq.sampling.needs_history for seq in seqs)
         result = self._sampler.sample(
-            self._half.logits(stream.x[torch.tensor(rows)]),
+            head.logits,
             [seq.sampling for seq in seqs],
             [seq.num_output for seq in seqs],
             [(seq.prompt_ids(), seq.output_ids()) for seq in seqs] if needs_history else None,
@@ -217,7 +260,7 @@ class AttentionEngine:
         return sampled, failed
 
 
-def _new_tokens(item: BatchItem) -> Sequence[int]:
+def _new_tokens(item: BatchItem) -> abc.Sequence[int]:
     return item.seq.tokens[item.start : item.start + item.num_new]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from afd.events import Stage, TraceRing
 from afd.sched.latency import StepLoad, StepSample
 from afd.sched.sequence import MicroBatch
 
+MAX_SAMPLES = 16  # of steps that wait for `deliver`
 EMA = 0.2  # weight of the newest step in moving averages
 
 
@@ -33,6 +35,7 @@ class _StepSums:
     """Seconds of one stream's step so far."""
 
     attention_s: float = 0.0
+    head_s: float = 0.0
     exchange_s: float = 0.0
     ffn_s: float = 0.0
     gang_tokens: int = 0
@@ -41,12 +44,13 @@ class _StepSums:
 class StageClock:
     """Called by the engine at each stage's end; reads the clock once a stage.
 
-    observer: gets every finished step's sums, for the latency model.
+    observer: gets every finished step's sums, for the latency model, at the next `deliver`.
     """
 
     def __init__(self, clock: Callable[[], float]):
         self._clock = clock
         self._steps: dict[int, _StepSums] = {}  # by stream: the steps in flight
+        self._samples: deque[StepSample] = deque(maxlen=MAX_SAMPLES)
         self.observer: Callable[[StepSample], None] | None = None
         self.totals = StageTotals()
         self.ring = TraceRing()
@@ -90,38 +94,53 @@ class StageClock:
         self.totals.wait_s += until_s - begun_s
         self.ring.add(Stage("wait", begun_s, until_s))
 
-    def finish(
-        self, stream: int, layer: int, batch: MicroBatch, begun_s: float, combined_s: float, started_s: float
-    ) -> None:
-        """Combine of the last layer, head, sampling and commit; ends a step."""
-        now = self._clock()
-        self.totals.head_s += now - begun_s
+    def combined(self, stream: int, batch: MicroBatch, layer: int, begun_s: float, combined_s: float) -> None:
+        """The combine of the last layer, before the head."""
+        self._steps[stream].head_s += combined_s - begun_s
+        self.totals.head_s += combined_s - begun_s
+        self.ring.add(Stage("combine", begun_s, combined_s, stream, layer, batch.num_tokens, batch.step))
+
+    def head_slice(self, stream: int, batch: MicroBatch, begun_s: float) -> None:
+        """A part of the head that others follow."""
+        self._head("head_slice", stream, batch, begun_s)
+
+    def finish(self, stream: int, batch: MicroBatch, begun_s: float, started_s: float) -> None:
+        """The rest of the head, sampling and commit; ends a step."""
+        now = self._head("head", stream, batch, begun_s)
         self.totals.num_steps += 1
         self.totals.num_tokens += batch.num_tokens
         took_s = now - started_s
         self.step_s = took_s if self.step_s == 0.0 else (1 - EMA) * self.step_s + EMA * took_s
-        self._observe(stream, batch, now - begun_s, took_s)
-        self.ring.add(Stage("combine", begun_s, combined_s, stream, layer, batch.num_tokens, batch.step))
-        self.ring.add(Stage("head", combined_s, now, stream, -1, batch.num_tokens, batch.step))
+        in_flight = tuple(self._steps)
+        sums = self._steps.pop(stream)
+        self._samples.append(
+            StepSample(
+                stream=stream,
+                load=StepLoad.of(batch),
+                attention_s=sums.attention_s,
+                head_s=sums.head_s,
+                ffn_s=sums.ffn_s,
+                exchange_s=sums.exchange_s,
+                gang_tokens=sums.gang_tokens,
+                took_s=took_s,
+                in_flight=in_flight,
+            )
+        )
+
+    def deliver(self) -> None:
+        """Hand the samples of finished steps to the observer: called when nothing more urgent is there to do."""
+        while self._samples:
+            sample = self._samples.popleft()
+            if self.observer is not None:
+                self.observer(sample)
+
+    def _head(self, name: str, stream: int, batch: MicroBatch, begun_s: float) -> float:
+        now = self._clock()
+        self._steps[stream].head_s += now - begun_s
+        self.totals.head_s += now - begun_s
+        self.ring.add(Stage(name, begun_s, now, stream, -1, batch.num_tokens, batch.step))
+        return now
 
     def reset(self) -> None:
         """The steps in flight were lost."""
         self._steps.clear()
-
-    def _observe(self, stream: int, batch: MicroBatch, head_s: float, took_s: float) -> None:
-        in_flight = tuple(self._steps)
-        sums = self._steps.pop(stream)
-        if self.observer is not None:
-            self.observer(
-                StepSample(
-                    stream=stream,
-                    load=StepLoad.of(batch),
-                    attention_s=sums.attention_s,
-                    head_s=head_s,
-                    ffn_s=sums.ffn_s,
-                    exchange_s=sums.exchange_s,
-                    gang_tokens=sums.gang_tokens,
-                    took_s=took_s,
-                    in_flight=in_flight,
-                )
-            )

@@ -10,7 +10,7 @@ import time
 import torch
 import zmq
 
-from afd.attention.engine import AttentionEngine, Engine
+from afd.attention.engine import AttentionEngine, Engine, Output
 from afd.attention.exchange import Exchange, LocalExchange
 from afd.attention.frontend import Frontend
 from afd.attention.mesh_exchange import MeshExchange
@@ -245,17 +245,30 @@ class _Worker:
         self._report(now)
 
     def _run_stages(self, until_s: float) -> None:
-        """Stage after stage, with nothing in between, while work is in flight; at least one."""
+        """Stage after stage, with nothing in between, while work is in flight; at least one.
+
+        What a step brought is published after the next stage, whose rows the FFN then computes meanwhile.
+        """
         assert self._engine is not None
         engine, patience_s = self._engine, self._patience()
+        outputs: list[Output] = []
         while True:
-            outputs = engine.run_once(patience_s)
-            if outputs:
-                self._book.publish(outputs)
-                self._choose_streams()
+            news = outputs
+            try:
+                outputs = engine.run_once(0.0 if news else patience_s)
+            finally:
+                self._publish(news)
             patience_s = min(patience_s, until_s - time.monotonic())
             if patience_s <= 0.0 or not engine.in_flight:
+                self._publish(outputs)
+                engine.stages.deliver()
                 return
+
+    def _publish(self, outputs: list[Output]) -> None:
+        assert self._engine is not None
+        if outputs:
+            self._book.publish(outputs)
+            self._choose_streams()
 
     def _patience(self) -> float:
         """How long the engine may block: not at all while gateway messages wait (their fd is edge-triggered)."""

@@ -72,17 +72,22 @@ def points(samples: Iterable[Sample]) -> list[dict[str, float | int]]:
 
 
 def _own_times(worker: Worker) -> Iterator[tuple[Stage, float]]:
-    """Each layer's last own stage ("dispatch") and each "head", with the time since the worker did something else."""
+    """Each layer's last own stage ("dispatch") and each head, with the time since the worker did something else."""
     previous_s: float | None = None
+    sliced_s: dict[int, float] = defaultdict(float)  # by stream: earlier slices of its head
     for stage in sorted((s for s in worker.stages if s.name != "exchange"), key=lambda s: s.end_s):
         if stage.name in ("embed", "combine"):
             if previous_s is None or stage.start_s - previous_s > MAX_GAP_S:
                 previous_s = stage.start_s
         elif stage.name == "wait":
             previous_s = stage.end_s
-        elif stage.name in ("dispatch", "head") and previous_s is not None:
-            yield stage, stage.end_s - previous_s
+        elif stage.name in ("dispatch", "head_slice", "head") and previous_s is not None:
+            own_s = stage.end_s - previous_s
             previous_s = stage.end_s
+            if stage.name == "head_slice":
+                sliced_s[stage.stream] += own_s
+            else:
+                yield stage, own_s + (sliced_s.pop(stage.stream, 0.0) if stage.name == "head" else 0.0)
 
 
 def _ffn_times(worker: Worker) -> Iterator[Sample]:

@@ -212,7 +212,7 @@ def _style(stage: Stage) -> tuple[str, str, float]:
         return colour, "", THIN_ALPHA
     if stage.name in ("dispatch", "combine", "embed"):
         return _dark(colour), "", 1.0
-    return colour, "////" if stage.name == "head" else "", 1.0
+    return colour, "////" if stage.name in ("head", "head_slice") else "", 1.0
 
 
 def _decorate(axes: Axes, layout: dict[str, Lanes], start_s: float) -> None:

@@ -8,14 +8,15 @@ from afd.trace.clocks import Offset
 from afd.trace.timeline import COMPUTING, FFN, Timeline, Worker
 
 COLUMNS = ("attention", "dispatch", "combine", "head", "ffn")
+_COUNTED_AS = {"embed": "attention", "head_slice": "head"}
 
 
 def stage_shares(worker: Worker, seconds: float) -> dict[str, float]:
-    """Stage -> share of the trace's time (0..1), "embed" counted as attention; "busy": the computing ones together."""
+    """Stage -> share of the trace's time (0..1), embedding counted as attention; "busy": all computing."""
     shares = dict.fromkeys((*COLUMNS, "wait", "busy"), 0.0)
     for stage in worker.stages:
         share = (min(stage.end_s, seconds) - max(stage.start_s, 0.0)) / seconds
-        name = "attention" if stage.name == "embed" else stage.name
+        name = _COUNTED_AS.get(stage.name, stage.name)
         if name in shares:
             shares[name] += share
         if stage.name in COMPUTING:
