@@ -46,9 +46,11 @@ def to_numpy(tensor: torch.Tensor) -> npt.NDArray[Any]:
     dtype = _WIRE.get(tensor.dtype)
     if dtype is None:
         raise ConfigError(f"{tensor.dtype} has no wire type: convert to one of {[str(known) for known in _WIRE]}")
-    if tensor.device.type != "cpu":
+    if not tensor.is_cpu:
         raise ConfigError(f"tensor is on {tensor.device}: copy it to host memory first")
-    bits: npt.NDArray[Any] = tensor.detach().view(_TORCH_BITS[dtype]).numpy()
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    bits: npt.NDArray[Any] = tensor.view(_TORCH_BITS[dtype]).numpy()
     return bits.view(dtype.numpy)
 
 

@@ -95,9 +95,14 @@ class WireDtype(IntEnum):
     @property
     def numpy(self) -> np.dtype[Any]:
         """The numpy type that carries the bits (numpy has neither bf16 nor fp8)."""
-        if self is WireDtype.FP32:
-            return np.dtype(np.float32)
-        return np.dtype(np.uint16) if self is WireDtype.BF16 else np.dtype(np.uint8)
+        return _NUMPY[self]
+
+
+_NUMPY: dict[WireDtype, np.dtype[Any]] = {
+    WireDtype.FP32: np.dtype(np.float32),
+    WireDtype.BF16: np.dtype(np.uint16),
+    WireDtype.FP8_E4M3: np.dtype(np.uint8),
+}
 
 
 class FrameKind(IntEnum):

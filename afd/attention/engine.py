@@ -85,7 +85,7 @@ class Engine(Protocol):
 
 
 class AttentionEngine:
-    """Drives `num_streams` micro-batches through the layers. Main thread only."""
+    """Drives `num_streams` micro-batches through the layers. Main thread only, which holds torch.inference_mode()."""
 
     def __init__(
         self,
@@ -113,7 +113,6 @@ class AttentionEngine:
         """True while a micro-batch is being computed anywhere."""
         return bool(self._streams)
 
-    @torch.inference_mode()
     def run_once(self, timeout_s: float) -> list[Output]:
         """Start what can start, then run one ready stage, waiting up to `timeout_s` for it. PeerLostError: `fail`."""
         self._start_streams()

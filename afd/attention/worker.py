@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import threading
@@ -208,8 +209,11 @@ class _Worker:
 
     # -- loop ---------------------------------------------------------------------------------------------
 
+    @torch.inference_mode()
     def run(self) -> None:
         """Serve until `stop`; then finish what runs, at most `gateway.drain_s` long."""
+        gc.collect()
+        gc.freeze()  # what is loaded stays: no collection need look at it again
         pin_this_thread(self._config.attention.cores)
         assert self._engine is not None and self._seat is not None
         drain_until_s: float | None = None

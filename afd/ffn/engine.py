@@ -46,7 +46,10 @@ class FFNTotals:
 
 
 class FFNEngine:
-    """Merges, computes, answers. Keeps nothing between exchanges but gang timing."""
+    """Merges, computes, answers. Keeps nothing between exchanges but gang timing.
+
+    Main thread only, which holds torch.inference_mode().
+    """
 
     def __init__(
         self,
@@ -117,7 +120,6 @@ class FFNEngine:
             )
         )
 
-    @torch.inference_mode()
     def _compute(self, batch: GangBatch) -> None:
         begun_s = self._clock()
         arrivals = [a.token for a in batch.arrivals]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import threading
@@ -107,8 +108,11 @@ class _Worker:
         )
         return True
 
+    @torch.inference_mode()
     def run(self) -> None:
         """The loop: new views, dispatches, answers."""
+        gc.collect()
+        gc.freeze()  # what is loaded stays: no collection need look at it again
         pin_this_thread(self._config.ffn.cores)
         assert self._seat is not None and self._seat.mesh is not None and self._engine is not None
         mesh = self._seat.mesh

@@ -1,7 +1,7 @@
 """A layer's half in one native call: what lies between two exchanges, without Python in between.
 
 bfloat16 activations, packed weights, a bfloat16 KV cache; float32 residual. Each class is built once per layer, keeps
-its weights alive, and may be called from any thread. Without the native kernels there is nothing here to call
+its weights alive, and is called from one thread at a time. Without the native kernels there is nothing here to call
 (`afd.kernels.native_kernels`); the same composed from single kernels is what it is tested against.
 """
 
@@ -204,7 +204,8 @@ class LayerBatch:
         self.num_tokens = num_tokens
         self.rotary_half = cos.shape[1]
         pointers = [tensor.data_ptr() for tensor in tensors]
-        self.args = _Batch(*pointers, block_table.shape[1], num_tokens, num_seqs)
+        self._args = _Batch(*pointers, block_table.shape[1], num_tokens, num_seqs)
+        self.args_pointer = byref(self._args)
 
 
 class AttentionLayerCall:
@@ -229,6 +230,8 @@ class AttentionLayerCall:
         self._hidden = hidden
         self._shape = shape
         self._cache_shape = (shape.num_kv_heads, shape.head_dim, shape.v_head_dim)
+        self._partials = (c_void_p * MAX_PARTIALS)()
+        self._detail = (c_int32 * 2)()
         self._args = _Layer(
             _pointer(weights.attn_norm),
             _pointer(weights.ffn_norm),
@@ -253,6 +256,7 @@ class AttentionLayerCall:
             shape.scale,
             shape.eps,
         )
+        self._args_pointer = byref(self._args)
 
     def __call__(
         self, x: Tensor, partials: Sequence[Tensor], batch: LayerBatch, k_cache: Tensor, v_cache: Tensor
@@ -268,21 +272,22 @@ class AttentionLayerCall:
         assert x.dtype is torch.float32 and x.shape == (batch.num_tokens, self._hidden) and x.is_contiguous()
         assert len(partials) <= MAX_PARTIALS
         partial_dtype = partials[0].dtype if partials else torch.float32
-        for partial in partials:
-            assert partial.shape == x.shape and partial.dtype is partial_dtype and partial.is_contiguous()
         rows = torch.empty(x.shape, dtype=torch.bfloat16)
-        detail = (c_int32 * 2)()
+        pointers, detail = self._partials, self._detail
+        for i, partial in enumerate(partials):
+            assert partial.shape == x.shape and partial.dtype is partial_dtype and partial.is_contiguous()
+            pointers[i] = partial.data_ptr()
         status = self._kernels.library.afd_attention_layer(
             self._kernels.isa,
             torch.get_num_threads(),
-            byref(self._args),
-            byref(batch.args),
+            self._args_pointer,
+            batch.args_pointer,
             k_cache.data_ptr(),
             v_cache.data_ptr(),
             num_blocks,
             block_size,
             x.data_ptr(),
-            (c_void_p * len(partials))(*[partial.data_ptr() for partial in partials]),
+            pointers,
             len(partials),
             DTYPE_CODES[partial_dtype],
             rows.data_ptr(),

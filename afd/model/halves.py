@@ -142,4 +142,5 @@ class FFNHalf:
 
     def layer(self, dispatch: Dispatch) -> Tensor:
         """Partial rows [n, hidden] in the activation dtype, routing weights applied; the ranks' sum is the FFN."""
-        return self._layers[dispatch.layer](dispatch).to(self.dtype)
+        rows = self._layers[dispatch.layer](dispatch)
+        return rows if rows.dtype is self.dtype else rows.to(self.dtype)

@@ -21,7 +21,8 @@ _SMALLEST_SCALE = 1e-30  # of a group of zeros
 def encode_rows(rows: Tensor, dtype: WireDtype) -> tuple[Tensor, Tensor | None]:
     """rows [n, hidden] of any float type -> (rows of the wire's type, scales [n, groups] float32 for float8)."""
     if dtype is not WireDtype.FP8_E4M3:
-        return rows.to(torch_dtype(dtype)), None
+        wire_type = torch_dtype(dtype)
+        return rows if rows.dtype is wire_type else rows.to(wire_type), None
     groups = _grouped(rows.float())
     scales = (groups.abs().amax(dim=2) / _E4M3_MAX).clamp(min=_SMALLEST_SCALE)
     values = (groups / scales[:, :, None]).flatten(1)[:, : rows.shape[1]]
@@ -31,7 +32,7 @@ def encode_rows(rows: Tensor, dtype: WireDtype) -> tuple[Tensor, Tensor | None]:
 def decode_rows(rows: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The inverse, in the compute dtype; the same memory where the types agree."""
     if scales is None:
-        return rows.to(dtype)
+        return rows if rows.dtype is dtype else rows.to(dtype)
     values = _grouped(rows.float()) * scales[:, :, None]
     return values.flatten(1)[:, : rows.shape[1]].to(dtype)
 

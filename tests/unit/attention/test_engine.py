@@ -157,20 +157,19 @@ def test_logits_that_are_not_finite_end_only_their_own_request(halves):
     bad, good = request(0, random.Random(0), 50, max_tokens=3), request(1, random.Random(1), 50, max_tokens=3)
     for seq in (bad, good):
         engine.scheduler.add(seq)
-    real = attention.logits
+    real = attention.head_slice
 
-    def poisoned(x_rows):
-        logits = real(x_rows)
-        logits[0] = float("nan")
-        return logits
+    def poisoned(rows, out, start, stop):
+        real(rows, out, start, stop)
+        out[0, start:stop] = float("nan")
 
-    attention.logits = poisoned
+    attention.head_slice = poisoned
     try:
-        [output, _] = sorted((o for _ in range(20) for o in engine.run_once(0.0)), key=lambda o: o.progress.seq.req_id)[
-            :2
-        ]
+        while not (outputs := engine.run_once(0.0)):
+            pass
     finally:
-        del attention.logits
+        del attention.head_slice
+    [output] = [output for output in outputs if output.error]
     assert output.progress.seq is bad and output.error and output.progress.finish == "error"
     while not engine.scheduler.idle:
         engine.run_once(0.0)

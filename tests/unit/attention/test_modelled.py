@@ -150,6 +150,7 @@ def test_steps_reach_the_latency_model():
     engine.stages.observer = samples.append
     engine.scheduler.add(request("r", max_tokens=2))
     run(engine)
+    engine.stages.deliver()
     assert [sample.load for sample in samples] == [StepLoad(5, 15, 1), StepLoad(1, 6, 1)]
     assert [sample.attention_s for sample in samples] == pytest.approx([0.015, 0.011])
 
