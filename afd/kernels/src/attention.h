@@ -182,10 +182,10 @@ AFD_INLINE void attend_tile(const AttentionArgs& a, const AttentionTile& t, int 
         });
 }
 
-// The keys [begin, end), which lie in one chunk. Prefetches up to fetch_end.
+// The keys [begin, end), which lie in one chunk. Prefetches up to fetch_end, and then what `next` begins with.
 template <class T, int Keys>
-void attend_keys(const AttentionArgs& a, const AttentionTile& t, int begin, int end, int fetch_end, const Scratch<T>& s,
-                 SoftmaxState state) {
+void attend_keys(const AttentionArgs& a, const AttentionTile& t, int begin, int end, int fetch_end,
+                 const afd::NextTile& next, const Scratch<T>& s, SoftmaxState state) {
     const int rows = t.num_rows(), acc_stride = padded(a.v_dim);
     for (int r = 0; r < rows; ++r) {
         state.max[r] = kMinusInfinity;
@@ -214,6 +214,11 @@ void attend_keys(const AttentionArgs& a, const AttentionTile& t, int begin, int 
             if (same_tile || next_key < fetch_end) {
                 find(side ^ 1, same_tile ? h + 1 : 0, same_tile ? tile_key : next_key);
                 ahead = Lookahead(runs, groups[side ^ 1].list_runs(a, runs), num_steps);
+            } else if (next.tile != nullptr) {
+                const int first_tile = next.begin / Keys * Keys;
+                const int last = next.end < first_tile + Keys ? next.end : first_tile + Keys;
+                groups[side ^ 1].find(a, next.tile->seq, next.tile->kv_head, first_tile, next.begin, last);
+                ahead = Lookahead(runs, groups[side ^ 1].list_runs(a, runs), num_steps);
             }
             attend_tile<T, Keys>(a, t, h, tile_key, lo, hi, groups[side], s, ahead, state);
         }
@@ -237,8 +242,8 @@ inline void merge_states(const AttentionArgs& a, int num_rows, SoftmaxState into
 }
 
 template <class T>
-void attend_chunks(const AttentionArgs& a, const AttentionTile& t, int begin, int end, SoftmaxState state,
-                   void* memory) {
+void attend_chunks(const AttentionArgs& a, const AttentionTile& t, int begin, int end, const afd::NextTile& next,
+                   SoftmaxState state, void* memory) {
     const Scratch<T> scratch(a, memory);
     load_queries<T>(a, t, scratch.q);
     // Two tiles of K and V and the packed K have to fit into the L1 cache, or the prefetched one falls out before it is
@@ -249,7 +254,7 @@ void attend_chunks(const AttentionArgs& a, const AttentionTile& t, int begin, in
     const int item_end = end * kChunkKeys < t.key_end ? end * kChunkKeys : t.key_end;
     for (int chunk = begin; chunk < end; ++chunk) {
         const int first = chunk * kChunkKeys, last = first + kChunkKeys;
-        attend(a, t, first > t.key_begin ? first : t.key_begin, last < item_end ? last : item_end, item_end, scratch,
+        attend(a, t, first > t.key_begin ? first : t.key_begin, last < item_end ? last : item_end, item_end, next, scratch,
                chunk == begin ? state : scratch.chunk);
         if (chunk != begin) merge_states(a, t.num_rows(), state, scratch.chunk);
     }

@@ -18,12 +18,12 @@ size_t scratch_bytes(const AttentionArgs& a) {
 
 SoftmaxState state_at(const AttentionArgs&, float* memory) { return make_state(memory); }
 
-void attention_chunks(const AttentionArgs& a, const AttentionTile& t, int begin, int end, SoftmaxState state,
-                      void* scratch) {
+void attention_chunks(const AttentionArgs& a, const AttentionTile& t, int begin, int end, const afd::NextTile& next,
+                      SoftmaxState state, void* scratch) {
     if (a.dtype == kBfloat16)
-        attend_chunks<bf16>(a, t, begin, end, state, scratch);
+        attend_chunks<bf16>(a, t, begin, end, next, state, scratch);
     else
-        attend_chunks<float>(a, t, begin, end, state, scratch);
+        attend_chunks<float>(a, t, begin, end, next, state, scratch);
 }
 
 void finish(const AttentionArgs& a, const AttentionTile& t, SoftmaxState state) {

@@ -43,6 +43,12 @@ struct AttentionTile {
     int num_chunks() const { return chunk_end - chunk_begin; }
 };
 
+// What a thread will probably read after the tile it works on: keys [begin, end) of `tile`, or nothing (null).
+struct NextTile {
+    const AttentionTile* tile;
+    int32_t begin, end;
+};
+
 // Running softmax of a tile: per row the maximum (log2 domain), the sum, and the weighted values.
 struct SoftmaxState {
     float *max, *sum, *acc;  // [kMaxRows], [kMaxRows], [rows, v_padded]
@@ -113,8 +119,8 @@ struct KernelTable {
     size_t (*scratch_bytes)(const AttentionArgs&);
     SoftmaxState (*state_at)(const AttentionArgs&, float* memory);
     // Chunks [begin, end) of a tile, merged in order into `state`.
-    void (*attention_chunks)(const AttentionArgs&, const AttentionTile&, int begin, int end, SoftmaxState state,
-                             void* scratch);
+    void (*attention_chunks)(const AttentionArgs&, const AttentionTile&, int begin, int end, const NextTile& next,
+                             SoftmaxState state, void* scratch);
     void (*merge)(const AttentionArgs&, int num_rows, SoftmaxState into, SoftmaxState from);
     void (*finish)(const AttentionArgs&, const AttentionTile&, SoftmaxState state);
     void (*write_kv)(const KvWriteArgs&);

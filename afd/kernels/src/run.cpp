@@ -19,6 +19,16 @@ struct AttentionJob {
 
     SoftmaxState state(int index) const { return kernels.state_at(args, states + index * state_floats); }
 
+    // Threads take items in order, so this one will get about the plan.num_threads-th from here.
+    NextTile next_of(int index) const {
+        const size_t following = static_cast<size_t>(index) + plan.num_threads;
+        if (following >= plan.items.size()) return {nullptr, 0, 0};
+        const AttentionItem& item = plan.items[following];
+        const AttentionTile& tile = plan.tiles[item.tile];
+        return {&tile, std::max(tile.key_begin, item.chunk_begin * kChunkKeys),
+                std::min(tile.key_end, item.chunk_end * kChunkKeys)};
+    }
+
     void run(int index) {
         const AttentionItem& item = plan.items[index];
         const AttentionTile& tile = plan.tiles[item.tile];
@@ -28,14 +38,15 @@ struct AttentionJob {
             out_of_memory.store(true, std::memory_order_relaxed);
             return;
         }
+        const NextTile next = next_of(index);
         if (item.first_state < 0) {
             const SoftmaxState own = kernels.state_at(args, reinterpret_cast<float*>(memory + scratch_bytes));
-            kernels.attention_chunks(args, tile, item.chunk_begin, item.chunk_end, own, memory);
+            kernels.attention_chunks(args, tile, item.chunk_begin, item.chunk_end, next, own, memory);
             kernels.finish(args, tile, own);
             return;
         }
         const int offset = item.chunk_begin - tile.chunk_begin;
-        kernels.attention_chunks(args, tile, item.chunk_begin, item.chunk_end, state(item.first_state + offset),
+        kernels.attention_chunks(args, tile, item.chunk_begin, item.chunk_end, next, state(item.first_state + offset),
                                  memory);
         if (chunks_left[item.first_state].fetch_sub(1, std::memory_order_acq_rel) != 1) return;
         const SoftmaxState total = state(item.first_state);
