@@ -195,22 +195,24 @@ AFD_INLINE Vf gated(Vf gate, Vf up, float limit) {
     return g * up;
 }
 
-template <class T>
+template <class T, class Out>
 void silu_mul(const afd::SiluMulArgs& a, int row_begin, int row_end) {
     for (int row = row_begin; row < row_end; ++row) {
         const T* gate = static_cast<const T*>(a.gate_up) + row * a.in_stride;
         const T* up = gate + a.width;
-        T* out = static_cast<T*>(a.out) + row * a.out_stride;
+        Out* out = static_cast<Out*>(a.out) + row * a.out_stride;
         const float limit = a.limit;
         for_chunks(
             a.width,
             [&](int i) {
                 const Chunk g = load(gate + i), u = load(up + i);
-                store(out + i, {gated(g.a, u.a, limit), gated(g.b, u.b, limit)});
+                store_as(gate, out + i, {gated(g.a, u.a, limit), gated(g.b, u.b, limit)});
             },
             [&](int i, int n) {
                 const Chunk g = load_part(gate + i, n), u = load_part(up + i, n);
-                store_part(out + i, {gated(g.a, u.a, limit), gated(g.b, u.b, limit)}, n);
+                Out buffer[kChunk];
+                store_as(gate, buffer, {gated(g.a, u.a, limit), gated(g.b, u.b, limit)});
+                std::memcpy(out + i, buffer, static_cast<size_t>(n) * sizeof(Out));
             });
     }
 }

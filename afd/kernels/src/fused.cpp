@@ -9,7 +9,7 @@ namespace afd {
 namespace {
 
 constexpr size_t kBf16Bytes = 2;
-constexpr int kSwiGluRows = 128;  // computed together: their intermediate rows stay in the L2 cache
+constexpr int kSwiGluRows = 64;  // computed together: their intermediate rows stay in the L2 cache
 
 // Consecutive 64-byte aligned parts of one piece of memory; with base null it only adds up what they take.
 class Parts {
@@ -37,13 +37,14 @@ const void* offset(const void* rows, int64_t elements) {
     return static_cast<const char*>(rows) + elements * kBf16Bytes;
 }
 
-// gate_up [rows, 2 * width] and active [rows, width] are scratch.
+// gate_up float32 [rows, 2 * width] and active bf16 [rows, width] are scratch. Gate and up are not rounded before they
+// meet: in the few rows with huge activations their product is most of the output, and of the model's error.
 void swiglu_rows(const KernelTable& kernels, const AfdSwiGlu& f, const void* x, int64_t x_stride, int rows,
                  void* gate_up, void* active, void* out, GemmOut mode, int num_threads) {
     const int width = f.width;
-    run_gemm(kernels, {x, f.gate_up, gate_up, x_stride, 2 * width, kToBfloat16, rows, 2 * width, f.hidden},
+    run_gemm(kernels, {x, f.gate_up, gate_up, x_stride, 2 * width, kToFloat32, rows, 2 * width, f.hidden},
              num_threads);
-    kernels.silu_mul({gate_up, active, 2 * width, width, kBfloat16, rows, width, f.limit}, 0, rows);
+    kernels.silu_mul({gate_up, active, 2 * width, width, kFloat32, kBfloat16, rows, width, f.limit}, 0, rows);
     run_gemm(kernels, {active, f.down, out, width, f.hidden, mode, rows, f.hidden, width}, num_threads);
 }
 
@@ -76,8 +77,8 @@ struct LayerScratch {
 int32_t swiglu(const KernelTable& kernels, const AfdSwiGlu& ffn, const void* x, int64_t x_stride, int num_rows,
                void* out, int num_threads) {
     const int chunk = std::min(num_rows, kSwiGluRows);
-    const size_t row = kBf16Bytes * ffn.width, gate_up_bytes = aligned64(2 * row * chunk);
-    const size_t bytes = gate_up_bytes + row * chunk;
+    const size_t gate_up_bytes = aligned64(sizeof(float) * 2 * ffn.width * chunk);
+    const size_t bytes = gate_up_bytes + kBf16Bytes * ffn.width * chunk;
     char* const memory = static_cast<char*>(arena().reserve(bytes));
     if (memory == nullptr && bytes > 0) return kOutOfMemory;
     for (int begin = 0; begin < num_rows; begin += chunk)
@@ -107,7 +108,7 @@ int32_t run_experts(const KernelTable& kernels, const AfdExperts& e, const Route
         Parts parts(memory);
         Scratch s;
         s.rows = parts.take(kBf16Bytes * chunk * e.hidden);
-        s.gate_up = parts.take(2 * kBf16Bytes * chunk * e.width);
+        s.gate_up = parts.take(2 * sizeof(float) * chunk * e.width);
         s.active = parts.take(kBf16Bytes * chunk * e.width);
         s.answers = parts.take(sizeof(float) * chunk * e.hidden);
         s.starts = parts.take(sizeof(int32_t) * (e.num_local + 1));

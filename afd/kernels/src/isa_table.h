@@ -65,9 +65,11 @@ void add_rms_norm_any(const afd::NormArgs& a, int row_begin, int row_end) {
 
 void silu_mul_any(const afd::SiluMulArgs& a, int row_begin, int row_end) {
     if (a.dtype == kBfloat16)
-        silu_mul<bf16>(a, row_begin, row_end);
+        silu_mul<bf16, bf16>(a, row_begin, row_end);
+    else if (a.out_dtype == kBfloat16)
+        silu_mul<float, bf16>(a, row_begin, row_end);
     else
-        silu_mul<float>(a, row_begin, row_end);
+        silu_mul<float, float>(a, row_begin, row_end);
 }
 
 void gemm_any(const afd::GemmArgs& a, int n_begin, int n_end) {

@@ -83,7 +83,7 @@ struct SiluMulArgs {
     const void* gate_up;  // [num_rows, 2 * width]: gate, then up
     void* out;            // [num_rows, width]
     int64_t in_stride, out_stride;
-    int32_t dtype, num_rows, width;
+    int32_t dtype, out_dtype, num_rows, width;  // out_dtype: dtype, or bf16 of float32
     float limit;  // > 0: min(silu(gate), limit) * clamp(up, -limit, limit)
 };
 

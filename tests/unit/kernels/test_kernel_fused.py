@@ -33,11 +33,10 @@ def packed(kernels: NativeKernels, w: Tensor) -> PackedMatrix:
 
 
 def swiglu(x: Tensor, gate_up: Tensor, down: Tensor, limit: float) -> Tensor:
-    """Float32, from bfloat16 intermediate results where the kernels round."""
-    halves = (x.float() @ gate_up.float().T).bfloat16()
-    active = torch.empty(x.shape[0], gate_up.shape[0] // 2, dtype=torch.bfloat16)
-    REFERENCE.silu_mul(halves, limit, active)
-    return active.float() @ down.float().T
+    """Float32, from a bfloat16 intermediate result where the kernels round."""
+    active = torch.empty(x.shape[0], gate_up.shape[0] // 2)
+    REFERENCE.silu_mul(x.float() @ gate_up.float().T, limit, active)
+    return active.bfloat16().float() @ down.float().T
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
@@ -46,7 +45,7 @@ def relative_error(got: Tensor, want: Tensor) -> float:
 
 @FAST
 @given(
-    num_rows=st.sampled_from([0, 1, 7, 127, 128, 129, 300]),
+    num_rows=st.sampled_from([0, 1, 7, 63, 64, 65, 300]),
     width=st.sampled_from([0, 2, 40, 96]),
     limit=st.sampled_from([0.0, 0.7]),
 )
