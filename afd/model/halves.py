@@ -112,8 +112,10 @@ class AttentionHalf:
         return self._normed(x_rows, self._final_norm)
 
     def head_slice(self, head_rows: Tensor, out: Tensor, start: int, stop: int) -> None:
-        """Write logits start..stop of the vocabulary into out [m, vocab] float32."""
-        linear_into(out[:, start:stop], head_rows, rows_of(self._head, start, stop))
+        """Write logits start..stop of the vocabulary into out [m, vocab] float32; start is a multiple of 64."""
+        for at in range(start, stop, HEAD_SLICE_ROWS):
+            end = min(at + HEAD_SLICE_ROWS, stop)
+            linear_into(out[:, at:end], head_rows, rows_of(self._head, at, end))
 
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
         return rms_norm(x, weight, self.spec.rms_eps).to(self.dtype)
@@ -121,10 +123,8 @@ class AttentionHalf:
     def logits(self, x_rows: Tensor) -> Tensor:
         """Residual rows after the last layer [m, hidden] -> logits [m, vocab] float32."""
         rows = self.head_rows(x_rows)
-        vocab = self.spec.vocab_size
-        out = torch.empty(rows.shape[0], vocab, dtype=torch.float32, device=rows.device)
-        for start in range(0, vocab, HEAD_SLICE_ROWS):
-            self.head_slice(rows, out, start, min(start + HEAD_SLICE_ROWS, vocab))
+        out = torch.empty(rows.shape[0], self.spec.vocab_size, dtype=torch.float32, device=rows.device)
+        self.head_slice(rows, out, 0, self.spec.vocab_size)
         return out
 
 

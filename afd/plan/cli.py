@@ -54,11 +54,11 @@ def _build(parser: argparse.ArgumentParser) -> None:
     _add_output(parser, default=False)
     _add_catalog(parser, default=True)
     _add_target(parser)
-    parser.add_argument("--max-gpus", type=_positive, default=256, metavar="N", help="chips in all (256)")
+    parser.add_argument("--max-gpus", type=positive, default=256, metavar="N", help="chips in all (256)")
     parser.add_argument(
         "--heterogeneous", action="store_true", help="also try every pair of the named and of the report's four chips"
     )
-    parser.add_argument("--top", type=_positive, default=10, metavar="N", help="plans to print (10)")
+    parser.add_argument("--top", type=positive, default=10, metavar="N", help="plans to print (10)")
     parser.set_defaults(func=commands.run_search)
 
     subcommands = parser.add_subparsers(title="sub-commands", metavar="COMMAND", dest="plan_command")
@@ -81,7 +81,7 @@ def _build(parser: argparse.ArgumentParser) -> None:
     _add_catalog(tgs)
     _add_target(tgs)
     tgs.add_argument("--topology", required=True, metavar="xAyF")
-    tgs.add_argument("--batch", type=_positive, default=None, metavar="N", help="requests in all (the best)")
+    tgs.add_argument("--batch", type=positive, default=None, metavar="N", help="requests in all (the best)")
     tgs.set_defaults(func=commands.run_tgs)
 
     limits = subcommands.add_parser("limits", help="minimum MoE sparsity, and which chips can take part at all")
@@ -89,7 +89,7 @@ def _build(parser: argparse.ArgumentParser) -> None:
     _add_catalog(limits)
     limits.add_argument("--model", default="step3", metavar="NAME|PATH")
     limits.add_argument("--chip", type=_names, default=None, metavar="A,B", help="chips (all)")
-    limits.add_argument("--stage-ms", type=_positive_number, default=16.6, help="one pipeline stage of a step (16.6)")
+    limits.add_argument("--stage-ms", type=positive_number, default=16.6, help="one pipeline stage of a step (16.6)")
     limits.set_defaults(func=commands.run_limits)
 
     figures = subcommands.add_parser("figures", help="draw the figures of docs/planning.md (needs matplotlib)")
@@ -116,8 +116,8 @@ def _add_catalog(parser: argparse.ArgumentParser, default: bool = False) -> None
 
 def _add_target(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default=None, metavar="NAME|PATH", help="a known model, or a config.json")
-    parser.add_argument("--context", type=_positive, default=4096, metavar="N", help="cached tokens per request (4096)")
-    parser.add_argument("--sla-tpot-ms", type=_positive_number, default=50.0, metavar="MS", help="mean TPOT (50)")
+    parser.add_argument("--context", type=positive, default=4096, metavar="N", help="cached tokens per request (4096)")
+    parser.add_argument("--sla-tpot-ms", type=positive_number, default=50.0, metavar="MS", help="mean TPOT (50)")
     parser.add_argument("--attention", type=_names, default=None, metavar="CHIP[,CHIP]", help="chips for A (h800)")
     parser.add_argument("--ffn", type=_names, default=None, metavar="CHIP[,CHIP]", help="chips for F (h800)")
     parser.add_argument(
@@ -128,7 +128,7 @@ def _add_target(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--streams", type=_streams, default=[3], metavar="M[,M]", help="micro-batches in flight (3)")
     parser.add_argument(
-        "--ranks-per-instance", type=_positive, default=0, metavar="N", help="chips of an instance (a server's)"
+        "--ranks-per-instance", type=positive, default=0, metavar="N", help="chips of an instance (a server's)"
     )
     parser.add_argument("--dispatch", type=Dispatch, choices=list(Dispatch), default=Dispatch.BROADCAST)
     parser.add_argument("--pipeline", type=PipelineKind, choices=list(PipelineKind), default=PipelineKind.OPTIMISTIC)
@@ -136,14 +136,14 @@ def _add_target(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--calibrate", default=None, metavar="FILE", help="stage times measured on a cluster, JSON")
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be positive: {text}")
     return value
 
 
-def _positive_number(text: str) -> float:
+def positive_number(text: str) -> float:
     value = float(text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"must be positive: {text}")
@@ -158,11 +158,11 @@ def _names(text: str) -> list[str]:
 
 
 def _contexts(text: str) -> list[int]:
-    return [_positive(name) for name in _names(text)]
+    return [positive(name) for name in _names(text)]
 
 
 def _streams(text: str) -> list[int]:
-    values = sorted({_positive(name) for name in _names(text)})
+    values = sorted({positive(name) for name in _names(text)})
     if values[-1] > 4:
         raise argparse.ArgumentTypeError("streams must be 1 to 4")
     return values

@@ -6,6 +6,7 @@ import argparse
 import json
 import time
 
+from afd.plan.cli import positive, positive_number
 from afd.plan.deployment import KvDtype
 
 _DESCRIPTION = """\
@@ -136,20 +137,6 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         print(report_text(scenario, report, took_s))
     return 0
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be positive: {text}")
-    return value
-
-
-def positive_number(text: str) -> float:
-    value = float(text)
-    if not 0.0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be positive: {text}")
-    return value
 
 
 def not_negative(text: str) -> float:
