@@ -13,38 +13,86 @@ namespace AFD_ISA {
 
 using afd::kPanel;
 
-constexpr int kTileVectors = AFD_LANES == 16 ? 4 : 2;  // vectors of outputs, held in registers against
-constexpr int kTileRows = AFD_LANES == 16 ? 6 : 4;     // so many rows of x
-constexpr int kTileColumns = kTileVectors * kLanes;
+// Rows of x against one pass over a panel. AVX2: six fit its registers too, but ran at half the speed on Zen 3.
+constexpr int kTileRows = AFD_LANES == 16 ? 6 : AFD_LANES == 8 ? 5 : 4;
 constexpr int kAheadBytes = 8192;  // weights come from memory in one sweep: fetched so far ahead of it
 
-AFD_INLINE Vi splat_pair(const bf16* p) {
-    int32_t word;
-    __builtin_memcpy(&word, p, sizeof word);
-    return Vi{} + word;
+// Vectors of outputs held in registers against R rows of x: enough sums at a time to hide an addition's latency.
+constexpr int tile_vectors(int R) {
+    if (AFD_LANES == 16) return 4;
+    return R == 1 ? 8 : R == 2 ? 4 : 2;
 }
 
-// acc[r][v] = the dot products of R rows of x with V vectors of columns. `panel` points at the first of these columns;
-// its pairs of k are `width` columns apart. The last vector has `valid` columns (whole vectors are loaded if Whole).
+template <bool Whole>
+AFD_INLINE Vi load_weights(const bf16* from, int v, int valid) {
+    const bf16* const p = from + v * 2 * kLanes;
+    return Whole ? load_vector<Vi>(p) : load_words(p, valid);
+}
+
+#if AFD_BF16_DOT
+
+// Rows of x as they are: pairs of k are broadcast to the dot product.
+template <int R>
+struct Rows {
+    const bf16* x;
+    int64_t stride;
+    Rows(const bf16* x, int64_t stride, int) : x(x), stride(stride) {}
+};
+constexpr int kBlock = 1 << 30;  // elements of k that a Rows holds: all
+
 template <int R, int V, bool Whole>
-AFD_INLINE void multiply(const bf16* panel, int width, int valid, bool from_memory, const bf16* x, int64_t x_stride,
-                         int k, Vf (*acc)[V]) {
-    for (int r = 0; r < R; ++r)
-        for (int v = 0; v < V; ++v) acc[r][v] = Vf{};
-    for (int i = 0; i < k; i += 2) {
-        const bf16* const from = panel + static_cast<int64_t>(i) * width;
-        Vi weights[V];
-        for (int v = 0; v < V; ++v) {
-            const bf16* const p = from + v * 2 * kLanes;
-            if (from_memory) prefetch(reinterpret_cast<const char*>(p) + kAheadBytes);
-            weights[v] = Whole ? load_vector<Vi>(p) : load_words(p, valid);
-        }
-        for (int r = 0; r < R; ++r) {
-            const Vi pair = splat_pair(x + r * x_stride + i);
-            for (int v = 0; v < V; ++v) acc[r][v] = dot_words(acc[r][v], weights[v], pair);
-        }
+AFD_INLINE void multiply(const bf16* from, int valid, const Rows<R>& rows, int i, Vf (&sums)[R][V]) {
+    Vi weights[V];
+    for (int v = 0; v < V; ++v) weights[v] = load_weights<Whole>(from, v, valid);
+    for (int r = 0; r < R; ++r) {
+        int32_t word;
+        __builtin_memcpy(&word, rows.x + r * rows.stride + i, sizeof word);
+        for (int v = 0; v < V; ++v) sums[r][v] = dot_words(sums[r][v], weights[v], Vi{} + word);
     }
 }
+
+#else
+
+constexpr int kBlock = 256;  // elements of k that a Rows holds: five rows of floats leave most of the L1 cache to weights
+
+// Rows of x in float32, even elements apart from odd ones: then a multiplication needs a broadcast load and nothing else.
+template <int R>
+struct Rows {
+    float even[R][kBlock / 2], odd[R][kBlock / 2];
+    Rows(const bf16* x, int64_t stride, int count) {
+        for (int r = 0; r < R; ++r) {
+            const bf16* const row = x + r * stride;
+            int i = 0;
+            for (; i + kChunk <= count; i += kChunk) {
+                const Chunk c = load(row + i);
+                store_vector(even[r] + i / 2, c.a);
+                store_vector(odd[r] + i / 2, c.b);
+            }
+            for (; i < count; i += 2) {
+                even[r][i / 2] = to_float(row[i]);
+                odd[r][i / 2] = to_float(row[i + 1]);
+            }
+        }
+    }
+};
+
+template <int R, int V, bool Whole>
+AFD_INLINE void multiply(const bf16* from, int valid, const Rows<R>& rows, int i, Vf (&sums)[R][V]) {
+    Vf w[V];
+    for (int v = 0; v < V; ++v) w[v] = even_elements(load_weights<Whole>(from, v, valid));
+    for (int r = 0; r < R; ++r) {
+        const Vf x = splat(rows.even[r][i / 2]);
+        for (int v = 0; v < V; ++v) sums[r][v] += w[v] * x;
+    }
+    asm("" : "+r"(from));  // weights are loaded again: there is no register to keep them in
+    for (int v = 0; v < V; ++v) w[v] = odd_elements(load_weights<Whole>(from, v, valid));
+    for (int r = 0; r < R; ++r) {
+        const Vf x = splat(rows.odd[r][i / 2]);
+        for (int v = 0; v < V; ++v) sums[r][v] += w[v] * x;
+    }
+}
+
+#endif
 
 // What happens to a sum: rounded to bf16, kept, or added to what is there.
 struct ToBf16 {
@@ -66,24 +114,49 @@ struct AddToFloat {
     static AFD_INLINE void put(float* out, float sum) { *out += sum; }
 };
 
+// sums [R, kPanel] += the products of R rows with V vectors of columns from `column` on, over the `count` elements of k in
+// `rows`. `panel` points at the first of these; its pairs of k are `width` columns apart. The last vector has `valid`
+// columns (whole vectors are loaded if Whole).
+template <int R, int V, bool Whole>
+AFD_INLINE void multiply_tile(const bf16* panel, int width, int column, int valid, bool from_memory,
+                              const Rows<R>& rows, int count, float (&sums)[R][kPanel]) {
+    Vf acc[R][V];
+    for (int r = 0; r < R; ++r)
+        for (int v = 0; v < V; ++v) acc[r][v] = load_vector<Vf>(sums[r] + column + v * kLanes);
+    for (int i = 0; i < count; i += 2) {
+        const bf16* const from = panel + static_cast<int64_t>(i) * width + 2 * column;
+        if (from_memory)
+            for (int v = 0; v < V; ++v) prefetch(reinterpret_cast<const char*>(from + v * 2 * kLanes) + kAheadBytes);
+        multiply<R, V, Whole>(from, valid, rows, i, acc);
+    }
+    for (int r = 0; r < R; ++r)
+        for (int v = 0; v < V; ++v) store_vector(sums[r] + column + v * kLanes, acc[r][v]);
+}
+
 // R rows against one panel of `width` columns.
 template <int R, class Put>
 void multiply_panel(const bf16* panel, int width, bool from_memory, const bf16* x, int64_t x_stride, int k,
                     typename Put::Out* out, int64_t out_stride) {
-    int column = 0;
-    for (; column + kTileColumns <= width; column += kTileColumns) {
-        Vf acc[R][kTileVectors];
-        multiply<R, kTileVectors, true>(panel + 2 * column, width, kLanes, from_memory, x, x_stride, k, acc);
-        for (int r = 0; r < R; ++r)
-            for (int v = 0; v < kTileVectors; v += 2)
-                Put::put(out + r * out_stride + column + v * kLanes, acc[r][v], acc[r][v + 1]);
+    constexpr int V = tile_vectors(R);
+    alignas(64) float sums[R][kPanel] = {};
+    for (int begin = 0; begin < k; begin += kBlock) {
+        const int count = k - begin < kBlock ? k - begin : kBlock;
+        const bf16* const from = panel + static_cast<int64_t>(begin) * width;
+        const Rows<R> rows(x + begin, x_stride, count);
+        int column = 0;
+        for (; column + V * kLanes <= width; column += V * kLanes)
+            multiply_tile<R, V, true>(from, width, column, kLanes, from_memory, rows, count, sums);
+        for (; column < width; column += kLanes) {
+            const int valid = width - column < kLanes ? width - column : kLanes;
+            multiply_tile<R, 1, false>(from, width, column, valid, from_memory, rows, count, sums);
+        }
     }
-    for (; column < width; column += kLanes) {
-        const int valid = width - column < kLanes ? width - column : kLanes;
-        Vf acc[R][1];
-        multiply<R, 1, false>(panel + 2 * column, width, valid, from_memory, x, x_stride, k, acc);
-        for (int r = 0; r < R; ++r)
-            for (int i = 0; i < valid; ++i) Put::put(out + r * out_stride + column + i, acc[r][0][i]);
+    for (int r = 0; r < R; ++r) {
+        typename Put::Out* const to = out + r * out_stride;
+        int column = 0;
+        for (; column + kChunk <= width; column += kChunk)
+            Put::put(to + column, load_vector<Vf>(sums[r] + column), load_vector<Vf>(sums[r] + column + kLanes));
+        for (; column < width; ++column) Put::put(to + column, sums[r][column]);
     }
 }
 
@@ -109,8 +182,10 @@ void gemm(const afd::GemmArgs& a, int n_begin, int n_end) {
                 AFD_PANEL(2)
                 AFD_PANEL(3)
                 AFD_PANEL(4)
-#if AFD_LANES == 16
+#if AFD_LANES >= 8
                 AFD_PANEL(5)
+#endif
+#if AFD_LANES == 16
                 AFD_PANEL(6)
 #endif
             }

@@ -64,7 +64,16 @@ struct Chunk {
 };
 constexpr int kChunk = 2 * kLanes;
 
-AFD_INLINE Vf splat(float x) { return Vf{} + x; }
+// Vf{} + x would really add, for the sake of -0.
+AFD_INLINE Vf splat(float x) {
+#if AFD_LANES == 16
+    return (Vf)_mm512_set1_ps(x);
+#elif AFD_LANES == 8
+    return (Vf)_mm256_set1_ps(x);
+#else
+    return Vf{x, x, x, x};
+#endif
+}
 
 template <class V>
 AFD_INLINE V load_vector(const void* p) {
