@@ -5,6 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SERVE_ARGS ?=
+# Test processes at a time, each with whole files; 0 = all in one process.
+TEST_JOBS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile
 FUZZ_SEED ?= $(shell date +%s)
 # Decisions, protocols over the in-process transport, simulations: no worker processes, no real model.
 FAST := tests/sim tests/contract tests/unit --ignore=tests/unit/model --ignore=tests/unit/kernels \
@@ -29,16 +32,16 @@ serve: setup
 	$(BIN)/afd up $(SERVE_ARGS)
 
 test: setup
-	$(BIN)/python -m pytest $(addprefix --ignore=,$(LONG))
+	$(PYTEST) $(addprefix --ignore=,$(LONG))
 
 test-long: setup
-	$(BIN)/python -m pytest $(LONG)
+	$(PYTEST) $(LONG)
 
 test-fast: setup
-	$(BIN)/python -m pytest $(FAST)
+	$(PYTEST) $(FAST)
 
 test-matrix: setup
-	$(BIN)/python -m pytest -m "matrix or not matrix" tests/e2e/test_topologies.py tests/e2e/test_families.py --timeout 600
+	$(BIN)/python -m pytest -n $(TEST_JOBS) -m "matrix or not matrix" tests/e2e/test_topologies.py tests/e2e/test_families.py --timeout 600
 
 # Hostile input at full volume, a few minutes; every campaign prints what repeats it.
 fuzz: setup

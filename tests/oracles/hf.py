@@ -32,7 +32,7 @@ _NAMES = {
 
 @dataclass(frozen=True)
 class HfOutput:
-    """top2_gaps: difference of the two largest logits before each generated token."""
+    """top2_gaps: difference of the two largest logits before each token."""
 
     token_ids: list[int]
     top2_gaps: list[float]
@@ -57,27 +57,20 @@ def load_hf_llama(gguf: Path) -> LlamaForCausalLM:
 
 
 @torch.inference_mode()
-def hf_greedy(model: LlamaForCausalLM, prompts: Sequence[Sequence[int]], num_tokens: int) -> list[HfOutput]:
-    """`num_tokens` greedy tokens for each prompt, one prompt at a time; EOS does not stop it."""
-    return [_greedy(model, prompt, num_tokens) for prompt in prompts]
+def hf_greedy_along(model: LlamaForCausalLM, prompt: Sequence[int], output: Sequence[int]) -> HfOutput:
+    """The greedy token before each of `output`, whose own tokens are followed: one pass instead of one a token.
+
+    Up to the first place where the two differ this is what transformers generates by itself.
+    """
+    logits = model(torch.tensor([[*prompt, *output[:-1]]])).logits[0, len(prompt) - 1 :]
+    top = logits.topk(2)
+    return HfOutput(top.indices[:, 0].tolist(), (top.values[:, 0] - top.values[:, 1]).tolist())
 
 
 @torch.inference_mode()
 def hf_logits(model: LlamaForCausalLM, prompt: Sequence[int]) -> torch.Tensor:
     """Logits of every position of a prompt, [tokens, vocab] float32."""
     return model(torch.tensor([list(prompt)])).logits[0]
-
-
-def _greedy(model: LlamaForCausalLM, prompt: Sequence[int], num_tokens: int) -> HfOutput:
-    ids, gaps, cache = [], [], None
-    pending = torch.tensor([list(prompt)])
-    for _ in range(num_tokens):
-        out = model(pending, past_key_values=cache, use_cache=True)
-        top = out.logits[0, -1].topk(2)
-        cache, pending = out.past_key_values, top.indices[None, :1]
-        ids.append(int(top.indices[0]))
-        gaps.append(float(top.values[0] - top.values[1]))
-    return HfOutput(ids, gaps)
 
 
 def _config(reader: GGUFReader) -> LlamaConfig:

@@ -22,7 +22,7 @@ from afd.model.reference import compare, forward, reference_generate
 from afd.model.sharding import ShardSpec
 from afd.model.tokenizer_files import TokenizerFiles, load_tokenizer
 from afd.types import SamplingParams
-from tests.oracles.hf import hf_greedy, hf_logits, load_hf_llama
+from tests.oracles.hf import hf_greedy_along, hf_logits, load_hf_llama
 
 CHAT = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
 PROMPTS = (CHAT, "def fibonacci(n):\n    ", "In 1969, 2 men walked on the")
@@ -57,7 +57,8 @@ def test_greedy_tokens_equal_transformers(
     prompts = [files.tokenizer.encode(text).ids for text in PROMPTS]
     params = SamplingParams(max_tokens=16, seed=0, temperature=0.0)
     outputs = [reference_generate(halves[0], [halves[1]], prompt, params) for prompt in prompts]
-    for got, expected in zip(outputs, hf_greedy(hf_model, prompts, 16), strict=True):
+    for prompt, got in zip(prompts, outputs, strict=True):
+        expected = hf_greedy_along(hf_model, prompt, got.token_ids)
         assert compare(got, expected.token_ids).ok
         assert got.top2_gaps == pytest.approx(expected.top2_gaps, abs=1e-3)
     assert "Paris" in files.tokenizer.decode(outputs[0].token_ids)
