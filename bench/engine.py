@@ -25,20 +25,10 @@ from afd.model.inventory import Half, inventory
 from afd.model.loading import resolve_model
 from afd.model.primitives import linear, prepared
 from afd.model.spec import ModelSpec
-from bench.local import BenchCluster, run_round
+from bench.local import BenchCluster, flags_of, run_round
 from bench.stage_table import HEADER, StageSums, stage_row
 
 CONFIGS = "mono,1A1F:0,2A1F:0"
-
-
-def flags_of(config: str, args: argparse.Namespace) -> list[str]:
-    """ "1A1F:2" -> flags of `afd up` (":0" = streams chosen by the worker)."""
-    topology, _, streams = config.partition(":")
-    flags = ["--topology", topology, "--model", args.model, "--dtype", args.dtype, "--sla-policy", "off"]
-    flags += ["--streams", streams or "1", "--set", "attention.prefix_cache=false"]
-    if args.transport != "auto" and topology != "mono":
-        flags += ["--transport", args.transport]
-    return flags
 
 
 def time_of(work, seconds: float = 0.15) -> float:
@@ -127,7 +117,8 @@ def main() -> None:
     speeds: dict[tuple[str, int], list[float]] = {}
     tpots: dict[tuple[str, int], list[float]] = {}
     with ExitStack() as stack:
-        clusters = {config: stack.enter_context(BenchCluster(*flags_of(config, args))) for config in configs}
+        flags = {config: flags_of(config, args.model, args.dtype, args.transport) for config in configs}
+        clusters = {config: stack.enter_context(BenchCluster(*flags[config])) for config in configs}
         gate = {c: run_round(cluster, prompts[:4], 8) for c, cluster in clusters.items()}
         wanted = [t.ids for t in gate[configs[0]].timelines]
         for config, result in gate.items():

@@ -28,6 +28,21 @@ from afd.zmq_sockets import client_socket
 READY_S = 120.0
 
 
+def flags_of(config: str, model: str, dtype: str, transport: str = "auto") -> list[str]:
+    """ "TOPOLOGY[:STREAMS[:WEIGHTS]]" -> flags of `afd up`: "1A1F:2", "mono", "1A1F:0:int8".
+
+    One stream unless said otherwise, 0 = as many as the worker chooses; weights of the FFN (`model.weights`).
+    """
+    topology, streams, weights = (*config.split(":"), "", "")[:3]
+    flags = ["--topology", topology, "--model", model, "--dtype", dtype, "--sla-policy", "off"]
+    flags += ["--streams", streams or "1", "--set", "attention.prefix_cache=false"]
+    if weights:
+        flags += ["--set", f"model.weights={weights}"]
+    if transport != "auto" and topology != "mono":
+        flags += ["--transport", transport]
+    return flags
+
+
 class BenchCluster:
     """`afd up` with the given flags, and where its workers listen. A context manager."""
 
