@@ -4,8 +4,10 @@
     python -m bench.compare --environments DIR --peers vllm --ours 1A1F:0,1A1F:2,mono --sequences 32
 
 No peer is a dependency of this project: DIR/NAME is a virtual environment of its own for each; its recipe stands at the
-top of bench/compare/peers/NAME.py. All contestants are up at once. Peers are stopped (SIGSTOP) while others run; how
-much of a core each contestant takes when idle is measured first and printed.
+top of bench/compare/peers/NAME.py. The model is exported to DIR/ once for those that do not read its GGUF file.
+
+All contestants are up at once. Peers are stopped (SIGSTOP) while others run; how much of a core each contestant takes
+when idle is measured first and printed.
 
 Correctness gate (share of greedy tokens that equal the first of ours'), then interleaved rounds without HTTP: output
 tokens/s from submission to the last token. A table of medians and of ratios round by round; one JSON line last.
@@ -16,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -25,7 +26,7 @@ from afd.bench.report import describe_machine
 from afd.kernels import select_kernels
 from afd.model.loading import DEFAULT_MODEL
 from bench.compare.contestant import Contestant, idle_shares
-from bench.compare.model_files import export_huggingface, gguf_file
+from bench.compare.model_files import gguf_file, huggingface_folder
 from bench.compare.ours import Ours
 from bench.compare.peer_process import PeerProcess
 from bench.compare.peers import PEERS
@@ -61,20 +62,17 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def peer_processes(args: argparse.Namespace, folder: Path) -> list[PeerProcess]:
-    """Not started yet. folder: for the exported model, should a peer need it."""
-    files = {PEERS[name].files for name in args.peers}
+def peer_processes(args: argparse.Namespace) -> list[PeerProcess]:
+    """Not started yet. Exports the model when a peer needs it."""
+    environments, peers = args.environments.absolute(), [PEERS[name] for name in args.peers]
     models = {"gguf": gguf_file()}
-    if "huggingface" in files:
-        models["huggingface"] = export_huggingface(folder, args.dtype)
+    if any(peer.files == "huggingface" for peer in peers):
+        models["huggingface"] = huggingface_folder(environments, args.dtype)
     limits = (max(*args.sequences, GATE_PROMPTS), args.input_len + args.output_len)
+    setups = [Setup(models[peer.files], args.dtype, args.threads, *limits) for peer in peers]
     return [
-        PeerProcess(
-            PEERS[name],
-            args.environments.absolute() / name / "bin" / "python",
-            Setup(models[PEERS[name].files], args.dtype, args.threads, *limits),
-        )
-        for name in args.peers
+        PeerProcess(peer, environments / peer.name / "bin" / "python", setup)
+        for peer, setup in zip(peers, setups, strict=True)
     ]
 
 
@@ -109,8 +107,7 @@ def main() -> None:
     count = max(*args.sequences, GATE_PROMPTS)
     prompts = [[rng.choice(VOCAB) for _ in range(args.input_len)] for _ in range(count)]
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="afd-export-")))
-        peers = [stack.enter_context(process) for process in peer_processes(args, folder)]
+        peers = [stack.enter_context(process) for process in peer_processes(args)]
         ours = [stack.enter_context(Ours(config, args.dtype, DEFAULT_MODEL)) for config in args.ours]
         contestants: list[Contestant] = [*ours, *peers]
         idle = idle_shares(contestants, IDLE_S)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import torch
@@ -15,8 +16,15 @@ def gguf_file() -> str:
     return str(resolve_model(DEFAULT_MODEL).path)
 
 
-def export_huggingface(folder: Path, dtype: str) -> str:
-    """A Hugging Face folder of safetensors: the file's weights dequantised to float32 and rounded to `dtype`."""
-    model = load_hf_llama(Path(gguf_file()))
-    model.to(getattr(torch, dtype)).save_pretrained(folder)
+def huggingface_folder(parent: Path, dtype: str) -> str:
+    """Safetensors: the file's weights dequantised to float32 and rounded to `dtype`. Written to `parent` once.
+
+    The path stays the same from run to run, because engines keep what they compile under it.
+    """
+    folder = parent / f"{DEFAULT_MODEL}-{dtype}"
+    if not folder.exists():
+        model = load_hf_llama(Path(gguf_file()))
+        with tempfile.TemporaryDirectory(dir=parent) as unfinished:
+            model.to(getattr(torch, dtype)).save_pretrained(Path(unfinished) / folder.name)
+            (Path(unfinished) / folder.name).rename(folder)
     return str(folder)

@@ -20,8 +20,9 @@ def main() -> None:
     out = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # engines log to stdout: only answers may go there
     name, setup = sys.argv[1:]
-    with closing(PEERS[name]()) as peer:
-        version = peer.start(Setup(**json.loads(setup)))
+    peer = PEERS[name]()
+    version = peer.start(Setup(**json.loads(setup)))
+    with closing(peer):
         print(json.dumps({"version": version}), file=out)
         for line in sys.stdin:
             request = json.loads(line)

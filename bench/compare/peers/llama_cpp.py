@@ -33,6 +33,8 @@ class LlamaCpp(Peer):
         llama_cpp.llama_log_set(self._log, None)
         llama_cpp.llama_backend_init()
         self._model = llama_cpp.llama_model_load_from_file(setup.model.encode(), llama_cpp.llama_model_default_params())
+        if not self._model:
+            raise RuntimeError(f"llama.cpp does not load {setup.model}")
         params = llama_cpp.llama_context_default_params()
         params.n_seq_max = setup.max_sequences
         params.n_ctx = setup.max_sequences * -(-setup.max_length // KV_GRANULE) * KV_GRANULE
@@ -40,8 +42,8 @@ class LlamaCpp(Peer):
         params.n_threads = params.n_threads_batch = setup.threads
         params.kv_unified = False
         self._context = llama_cpp.llama_init_from_model(self._model, params)
-        if not self._model or not self._context:
-            raise RuntimeError(f"llama.cpp did not load {setup.model}")
+        if not self._context:
+            raise RuntimeError(f"llama.cpp has no room for {setup.max_sequences} x {setup.max_length} tokens")
         self._vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
         self._batch = llama_cpp.llama_batch_init(params.n_batch, 0, 1)
         return llama_cpp.__version__
