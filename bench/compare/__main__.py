@@ -2,11 +2,13 @@
 
     python -m bench.compare --environments DIR --peers vllm,transformers,llama_cpp
     python -m bench.compare --environments DIR --peers vllm --ours 1A1F:0,1A1F:2,mono --sequences 32
+    python -m bench.compare --environments DIR --peers vllm:float32,llama_cpp
 
 No peer is a dependency of this project: DIR/NAME is a virtual environment of its own for each; its recipe stands at the
 top of bench/compare/peers/NAME.py. The model is exported to DIR/ once for those that do not read its GGUF file.
 
-All contestants are up at once. Peers are stopped (SIGSTOP) while others run; how much of a core each contestant takes
+A peer may run in another dtype than ours: without AVX-512, oneDNN has no fast bfloat16, and float32 is what one would
+give vLLM and transformers there. All contestants are up at once. Peers are stopped (SIGSTOP) while others run; how much of a core each contestant takes
 when idle is measured first and printed.
 
 Correctness gate (share of greedy tokens that equal the first of ours'), then interleaved rounds without HTTP: output
@@ -40,12 +42,12 @@ VOCAB = range(10, 49000)
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peers", default=",".join(PEERS), help="of %(default)s")
+    parser.add_argument("--peers", default=",".join(PEERS), help="NAME[:DTYPE], default: %(default)s in --dtype")
     parser.add_argument(
         "--environments", type=Path, required=True, metavar="DIR", help="DIR/NAME/bin/python runs a peer"
     )
     parser.add_argument("--ours", default="1A1F:0,mono", help="TOPOLOGY[:STREAMS[:WEIGHTS]], streams 0 = auto")
-    parser.add_argument("--dtype", default="bfloat16", help="of ours, vLLM and transformers")
+    parser.add_argument("--dtype", default="bfloat16", help="of ours, and of peers that name no other")
     parser.add_argument("--threads", type=int, default=2, help="of each peer")
     parser.add_argument("--sequences", default="1,8,32,64")
     parser.add_argument("--input-len", type=int, default=50)
@@ -54,26 +56,27 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     args.peers, args.ours = ([name for name in text.split(",") if name] for text in (args.peers, args.ours))
     args.sequences = [int(n) for n in args.sequences.split(",")]
-    if unknown := set(args.peers) - set(PEERS):
+    names = {label.partition(":")[0] for label in args.peers}
+    if unknown := names - set(PEERS):
         parser.error(f"no such peer: {', '.join(sorted(unknown))}; there are {', '.join(PEERS)}")
-    for name in args.peers:
+    for name in sorted(names):
         if not (python := args.environments / name / "bin" / "python").exists():
             parser.error(f"{python} is not there; bench/compare/peers/{name}.py says how to make it")
     return args
 
 
 def peer_processes(args: argparse.Namespace) -> list[PeerProcess]:
-    """Not started yet. Exports the model when a peer needs it."""
-    environments, peers = args.environments.absolute(), [PEERS[name] for name in args.peers]
-    models = {"gguf": gguf_file()}
-    if any(peer.files == "huggingface" for peer in peers):
-        models["huggingface"] = huggingface_folder(environments, args.dtype)
+    """Not started yet. Exports the model for peers that need it."""
+    environments = args.environments.absolute()
     limits = (max(*args.sequences, GATE_PROMPTS), args.input_len + args.output_len)
-    setups = [Setup(models[peer.files], args.dtype, args.threads, *limits) for peer in peers]
-    return [
-        PeerProcess(peer, environments / peer.name / "bin" / "python", setup)
-        for peer, setup in zip(peers, setups, strict=True)
-    ]
+    processes = []
+    for label in args.peers:
+        name, _, dtype = label.partition(":")
+        dtype = dtype or args.dtype
+        model = gguf_file() if PEERS[name].files == "gguf" else huggingface_folder(environments, dtype)
+        setup = Setup(model, dtype, args.threads, *limits)
+        processes.append(PeerProcess(label, PEERS[name], environments / name / "bin" / "python", setup))
+    return processes
 
 
 def gate(contestants: Sequence[Contestant], prompts: list[list[int]]) -> dict[str, float]:

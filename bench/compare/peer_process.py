@@ -28,8 +28,8 @@ class PeerProcess:
     SystemExit with the end of its log when it does not answer.
     """
 
-    def __init__(self, peer: type[Peer], python: Path, setup: Setup):
-        self.name = peer.name
+    def __init__(self, label: str, peer: type[Peer], python: Path, setup: Setup):
+        self.name = label
         self._command = [str(python), "-m", "bench.compare.worker", peer.name, json.dumps(asdict(setup))]
         self._env = {**os.environ, "PYTHONPATH": str(ROOT), **peer.environment}
 

@@ -51,7 +51,7 @@ def test_every_peer_says_how_to_make_its_environment(name):
 
 
 def test_a_round(tmp_path):
-    with PeerProcess(peer_named("fake"), fake_interpreter(tmp_path), SETUP) as process:
+    with PeerProcess("fake", peer_named("fake"), fake_interpreter(tmp_path), SETUP) as process:
         assert process.version == "model"
         outcome = process.run_round([[1, 2], [3, 4]], 3)
         assert outcome.ids == [[3, 3, 3], [7, 7, 7]]
@@ -61,7 +61,7 @@ def test_a_round(tmp_path):
 
 
 def test_it_is_stopped_between_rounds(tmp_path):
-    with PeerProcess(peer_named("fake"), fake_interpreter(tmp_path), SETUP) as process:
+    with PeerProcess("fake", peer_named("fake"), fake_interpreter(tmp_path), SETUP) as process:
         for _ in range(2):
             process.run_round([[1]], 1)
             waited = os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
@@ -72,7 +72,7 @@ def test_one_that_ends_says_why(tmp_path):
     begun = time.monotonic()
     with (
         pytest.raises(SystemExit, match=r"silent ended:\nno such model"),
-        PeerProcess(peer_named("silent"), fake_interpreter(tmp_path), SETUP),
+        PeerProcess("silent", peer_named("silent"), fake_interpreter(tmp_path), SETUP),
     ):
         pass
     assert time.monotonic() - begun < 30
