@@ -5,8 +5,8 @@
     ENVIRONMENTS/vllm/bin/pip uninstall -y torchvision torchaudio torchcodec
 
 The first start compiles the model, which takes minutes; later ones find it in vLLM's cache. The wheel has kernels for
-AVX2 and for AVX-512. By itself vLLM keeps one core for its scheduler, which polls: of two cores one would compute. It is
-told to use as many as everyone else.
+AVX2 and for AVX-512. By itself vLLM keeps one core for its scheduler, which polls: of two cores one would compute. It
+is told to use as many as everyone else.
 """
 
 from __future__ import annotations
