@@ -5,9 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SERVE_ARGS ?=
-# Test processes at a time, each with whole files; 0 = all in one process.
+# Test processes at a time, each with whole files, slow ones first; 0 = all in one process.
 TEST_JOBS ?= 2
-PYTEST := $(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile
+PYTEST := $(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder
 FUZZ_SEED ?= $(shell date +%s)
 # Decisions, protocols over the in-process transport, simulations: no worker processes, no real model.
 FAST := tests/sim tests/contract tests/unit --ignore=tests/unit/model --ignore=tests/unit/kernels \
