@@ -117,6 +117,10 @@ class GangTable:
         """New epoch: every exchange in flight is void."""
         self._streams.clear()
 
+    def limit_window(self, max_window_s: float) -> None:
+        """A new plan: no window at layer 0 is longer."""
+        self._max_window_s = max_window_s
+
     # -- decisions ----------------------------------------------------------------------------------------
 
     def next_batch(self, now: float) -> GangBatch | None:

@@ -63,6 +63,7 @@ class Scheduler:
         self._pace = pace
         self._flying: dict[int, StepLoad] = {}  # only with a pace
         self.num_streams = config.num_streams
+        self.max_step_tokens = config.max_step_tokens
         self._waiting: list[Sequence] = []  # ordered by rank_key
         self._running: list[list[Sequence]] = [[] for _ in range(config.num_streams)]
         self._by_id: dict[str, Sequence] = {}
@@ -143,7 +144,7 @@ class Scheduler:
         self._admit()
         members = sorted(self._running[stream], key=SERVICE_ORDER)
         items: list[BatchItem] = []
-        budget = self.config.max_step_tokens
+        budget = self.max_step_tokens
         for seq in [s for s in members if len(s.tokens) - s.num_computed == 1]:
             assert not seq.in_flight, f"stream {stream} has a micro-batch in flight"
             if budget and seq.state is SequenceState.RUNNING and self._reserve(seq, len(seq.tokens)):
@@ -213,6 +214,10 @@ class Scheduler:
         self.num_streams = num_streams
         for stream in range(num_streams, len(self._running)):
             self._balance(stream)
+
+    def limit_step(self, max_tokens: int) -> None:
+        """Tokens of a micro-batch from the next one on; never more than the configured number."""
+        self.max_step_tokens = min(max_tokens, self.config.max_step_tokens)
 
     def check(self) -> None:
         """Integrity of blocks and lists (tests, idle times)."""
