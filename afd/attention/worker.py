@@ -153,14 +153,14 @@ class _Worker:
         config, spec = self._config, self._folder.spec
         section = config.attention
         if section.modelled:
-            return self._modelled_engine(StepFormula.parse(section.modelled))
+            return self._modelled_engine(StepFormula.parse(section.modelled), seat.rank)
 
         def loaded(done: int, total: int) -> None:
             seat.membership.set_loading(done / total)
             announce({"loading": done / total})
 
         half = load_attention_half(self._folder, config.model.dtype, section.device, loaded)
-        scheduler = self._make_scheduler(half.dtype)
+        scheduler = self._make_scheduler(half.dtype, seat.rank)
         windowed = None if scheduler.windowed is None else scheduler.windowed.pool.num_blocks
         cache = KVCache(
             spec, scheduler.pool.num_blocks, section.block_size, half.dtype, section.device, num_window_blocks=windowed
@@ -176,14 +176,14 @@ class _Worker:
             self._exchange = MeshExchange(seat.mesh, payload_layout(config, spec.hidden, spec.max_top_k), selection)
         return AttentionEngine(half, cache, scheduler, self._exchange)
 
-    def _modelled_engine(self, formula: StepFormula) -> ModelledEngine:
+    def _modelled_engine(self, formula: StepFormula, rank: int) -> ModelledEngine:
         assert self._frontend is not None
         self._exchange = LocalExchange([])
         log.warning("no model is computed: steps take the time of attention.modelled, tokens are hashes")
-        scheduler = self._make_scheduler(getattr(torch, self._config.model.dtype))
+        scheduler = self._make_scheduler(getattr(torch, self._config.model.dtype), rank)
         return ModelledEngine(formula, scheduler, self._folder.spec.vocab_size, wait=self._frontend.wait)
 
-    def _make_scheduler(self, dtype: torch.dtype) -> Scheduler:
+    def _make_scheduler(self, dtype: torch.dtype, rank: int) -> Scheduler:
         config, spec = self._config, self._folder.spec
         section = config.attention
         prefix_cache, block_size = section.prefix_cache, section.block_size
@@ -198,6 +198,7 @@ class _Worker:
                 max_num_seqs=section.max_num_seqs,
                 max_context=min(config.model.max_context or spec.max_context, spec.max_context),
                 num_streams=section.streams or (1 if config.topology.mono else FIRST_STREAMS),
+                first_stream=rank,
             ),
             BlockPool(blocks.full, block_size, prefix_cache=prefix_cache),
             PrefillBudget(self._latency) if config.sla.policy == "enforce" else None,

@@ -26,13 +26,18 @@ SERVICE_ORDER = attrgetter("priority", "arrival")  # `Sequence.rank_key`, at the
 
 @dataclass(frozen=True, slots=True)
 class SchedulerConfig:
-    """Token and sequence limits of one worker; see `AttentionConfig` for their meaning."""
+    """Token and sequence limits of one worker; see `AttentionConfig` for their meaning.
+
+    first_stream: which of equally loaded streams gets a sequence first, modulo their number: workers that begin at
+    different ones make gangs of even size where their sequences do not divide by the streams.
+    """
 
     max_step_tokens: int = 256
     min_chunk_tokens: int = 64
     max_num_seqs: int = 256
     max_context: int = 2048
     num_streams: int = 2
+    first_stream: int = 0
 
 
 class PrefillPace(Protocol):
@@ -263,11 +268,15 @@ class Scheduler:
             self._running[seq.stream].append(seq)
 
     def _lightest(self) -> int:
-        """Open stream with the fewest sequences, then the fewest context tokens."""
-        return min(
-            range(self.num_streams),
-            key=lambda i: (len(self._running[i]), sum(len(s.tokens) for s in self._running[i]), i),
-        )
+        """Open stream with the fewest sequences, then the fewest context tokens; empty ones in order, since workers
+        that have a sequence or two shall meet in one gang."""
+        num_streams, first = self.num_streams, self.config.first_stream
+
+        def load(i: int) -> tuple[int, int, int]:
+            seqs = self._running[i]
+            return len(seqs), sum(len(s.tokens) for s in seqs), (i - first) % num_streams if seqs else i
+
+        return min(range(num_streams), key=load)
 
     def _reserve(self, seq: Sequence, num_tokens: int) -> bool:
         """Blocks for the first `num_tokens` tokens; takes them from a younger or less urgent sequence if it must."""
