@@ -39,6 +39,7 @@ class CostReporter:
             ffn=(f0, f1),
             transfer_s=model.transfer_s,
             num_steps=model.num_steps,
+            num_seqs=self._scheduler.num_running,
             tokens=load.num_tokens,
             context=load.context_tokens,
             rows=load.num_samples,

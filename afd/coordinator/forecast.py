@@ -19,25 +19,28 @@ def usable(costs: Sequence[StepCosts]) -> list[StepCosts]:
 
 
 def forecast(workers: Sequence[StepCosts], num_streams: int, *, extra_tokens: float = 0.0) -> Forecast:
-    """The cycle when each worker splits its load over `num_streams`. workers: `usable` ones, at least one.
+    """The cycle when each worker splits its load over `num_streams`, or over as many as it has sequences.
 
     cycle = max(the busiest worker's sum of A, sum of F over gangs, the longest stream's A + F + C), corrected.
+    workers: `usable` ones, at least one.
     extra_tokens: of prefill that each worker has in one of its streams on top of its load.
     """
-    m = num_streams
-    attention_s = max(_attention_s(worker, m) + worker.attention[1] * extra_tokens for worker in workers)
-    slowest_s = max(_attention_s(worker, m) / m + worker.attention[1] * extra_tokens for worker in workers)
+    streams = [min(num_streams, max(1, worker.num_seqs)) for worker in workers]
+    own_s = [_attention_s(worker, m) for worker, m in zip(workers, streams, strict=True)]
+    extra_s = [worker.attention[1] * extra_tokens for worker in workers]
+    attention_s = max(own + extra for own, extra in zip(own_s, extra_s, strict=True))
+    slowest_s = max(own / m + extra for own, m, extra in zip(own_s, streams, extra_s, strict=True))
     gang_size = min(float(len(workers)), max(1.0, _mean([worker.gang_size for worker in workers])))
     base_s, token_s = (_mean([worker.ffn[i] for worker in workers]) for i in (0, 1))
     rows = sum(worker.tokens for worker in workers)
     extra_rows = extra_tokens * len(workers)
-    gangs = m * len(workers) / gang_size  # of which each reads the FFN's weights once
+    gangs = max(max(streams), sum(streams) / gang_size)  # of which each reads the FFN's weights once
     ffn_s = gangs * base_s + token_s * (rows + extra_rows)
     alone_s = base_s + token_s * (rows / gangs + extra_rows)
     latency_s = slowest_s + alone_s + _mean([worker.transfer_s for worker in workers])
-    correction = _mean([_correction(worker, m) for worker in workers])
+    correction = _mean([_correction(worker, m) for worker, m in zip(workers, streams, strict=True)])
     return Forecast(
-        num_streams=m,
+        num_streams=num_streams,
         cycle_s=correction * max(attention_s, ffn_s, latency_s),
         attention_s=attention_s,
         ffn_s=ffn_s,

@@ -132,7 +132,7 @@ class StepCosts(msgspec.Struct, frozen=True):
     """An attention worker's cost curves (`afd.sched.latency`), in seconds a step, summed over layers; and what it runs.
 
     attention: base, per token, per KV entry read.  head: base, per row.  ffn: base, per token of the gang.
-    tokens, context, rows: a step of all its running sequences together, as in `StepLoad`; 0 while it is idle.
+    tokens, context, rows: a step of all its num_seqs running sequences together, as in `StepLoad`; 0 while it is idle.
     corrections: measured over modelled cycle, by number of streams.  num_steps: behind the curves.
     gang_size: mean attention workers in the FFN's batches, wait_share: of its time with nothing to compute although
     work was in flight; both since its last report.
@@ -143,6 +143,7 @@ class StepCosts(msgspec.Struct, frozen=True):
     ffn: tuple[Cost, Cost]
     transfer_s: Cost
     num_steps: Counter
+    num_seqs: Counter = 0
     tokens: Cost = 0.0
     context: Annotated[float, Meta(ge=0, le=1e12)] = 0.0
     rows: Cost = 0.0

@@ -19,7 +19,15 @@ BASE = Plan(max_streams=3, max_step_tokens=256, gang_window_s=0.01)
 def costs(*, a=(4e-3, 2e-4, 0.0), f=(4e-3, 2e-4), c=1e-3, tokens=32.0, num_steps=1000, **changes) -> StepCosts:
     """A worker whose head costs nothing."""
     return StepCosts(
-        attention=a, head=(0.0, 0.0), ffn=f, transfer_s=c, num_steps=num_steps, tokens=tokens, rows=tokens, **changes
+        attention=a,
+        head=(0.0, 0.0),
+        ffn=f,
+        transfer_s=c,
+        num_steps=num_steps,
+        num_seqs=int(tokens),
+        tokens=tokens,
+        rows=tokens,
+        **changes,
     )
 
 
@@ -55,6 +63,11 @@ def test_the_slowest_member_decides_and_measurement_corrects():
     both = forecast([costs(corrections={2: 1.5}), slow], 2)
     assert both.attention_s == forecast([slow], 2).attention_s
     assert both.cycle_s == pytest.approx(1.5 * max(both.attention_s, both.ffn_s, both.latency_s))
+
+
+def test_streams_without_sequences_cost_nothing():
+    lone = [forecast([costs(tokens=1.0)], m).cycle_s for m in (1, 2, 3, 4)]
+    assert len(set(lone)) == 1
 
 
 # -- decisions ------------------------------------------------------------------------------------------------
