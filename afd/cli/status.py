@@ -56,9 +56,7 @@ def status_text(reply: StatusReply, *, url: str = "") -> str:
     formed = "shutting down" if view.shutdown else "formed" if view.formed else "waiting for workers"
     lines = [
         f"{topology}  {view.model}  {formed}, epoch {view.epoch}" + (f"  {url}" if url else ""),
-        f"cluster {view.cluster_id[:8]}  view {view.version}  plan {view.plan.version}: "
-        f"up to {view.plan.max_streams} streams of {view.plan.max_step_tokens} tokens, "
-        f"gang window {view.plan.gang_window_s * 1e3:.1f} ms",
+        f"cluster {view.cluster_id[:8]}  view {view.version}  {view.plan.text}",
         *map(_forecast, reply.forecasts),
         "",
     ]

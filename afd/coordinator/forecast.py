@@ -13,9 +13,14 @@ from afd.messages.membership import Forecast, StepCosts
 TRUSTED_STEPS = 64  # before a worker's curves and corrections are believed
 
 
+def busy(costs: Sequence[StepCosts]) -> list[StepCosts]:
+    """Of the workers that have work."""
+    return [c for c in costs if c.tokens > 0]
+
+
 def usable(costs: Sequence[StepCosts]) -> list[StepCosts]:
-    """Of the workers that have work and have measured enough."""
-    return [c for c in costs if c.tokens > 0 and c.num_steps >= TRUSTED_STEPS]
+    """Of those that have measured enough besides."""
+    return [c for c in busy(costs) if c.num_steps >= TRUSTED_STEPS]
 
 
 def forecast(workers: Sequence[StepCosts], num_streams: int, *, extra_tokens: float = 0.0) -> Forecast:

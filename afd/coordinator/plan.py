@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import msgspec
 
 from afd.config import ClusterConfig
-from afd.coordinator.forecast import forecast, usable
+from afd.coordinator.forecast import busy, forecast, usable
 from afd.messages.membership import Forecast, Plan, StepCosts
 from afd.sched.policy import HEADROOM
 from afd.sched.streams import MAX_STREAMS, TRIAL_WORSE
@@ -82,7 +82,9 @@ class Planner:
     def decide(self, plan: Plan, costs: Sequence[StepCosts], now: float) -> Plan:
         """The plan for what the workers measure: `plan` itself unless a change is due and pays."""
         workers = usable(costs)
-        if not workers or (self._decided_at is not None and now - self._decided_at < INTERVAL_S):
+        if not workers or len(workers) < len(busy(costs)):
+            return plan  # what an unmeasured one costs the others is not known
+        if self._decided_at is not None and now - self._decided_at < INTERVAL_S:
             return plan
         self._decided_at = now
         forecasts = self.forecasts(workers)
@@ -122,14 +124,6 @@ class Planner:
         if current_s == 0.0 or current_s / WINDOW_BAND <= wanted_s <= current_s * WINDOW_BAND:
             return current_s
         return round(wanted_s, 6)
-
-
-def plan_text(plan: Plan) -> str:
-    """One line for people."""
-    return (
-        f"plan {plan.version}: up to {plan.max_streams} streams of {plan.max_step_tokens} tokens, "
-        f"gang window {plan.gang_window_s * 1e3:.1f} ms"
-    )
 
 
 def _max_streams(current: int, forecasts: Sequence[Forecast], rules: PlanRules) -> int:

@@ -24,7 +24,7 @@ import msgspec
 
 from afd.coordinator.members import ATTENTION, FFN, GATEWAY, ROLES, Entry, Timing, blame
 from afd.coordinator.placement import expert_ranks
-from afd.coordinator.plan import Planner, PlanRules, plan_text
+from afd.coordinator.plan import Planner, PlanRules
 from afd.errors import CoordinatorError
 from afd.messages.membership import (
     ClusterView,
@@ -420,7 +420,7 @@ class CoordinatorState:
         plan = self._planner.decide(self._view.plan, self._costs(), now)
         if plan == self._view.plan:
             return
-        self._log(logging.INFO, plan_text(plan))
+        self._log(logging.INFO, plan.text)
         self._view = msgspec.structs.replace(self._view, plan=plan, version=self._view.version + 1)
         self._actions.append(Published(self._view))
 

@@ -61,6 +61,15 @@ class Plan(msgspec.Struct, frozen=True):
     max_step_tokens: Annotated[int, Meta(ge=1, le=1 << 20)] = 256
     gang_window_s: Annotated[float, Meta(ge=0, le=60)] = 0.005
 
+    @property
+    def text(self) -> str:
+        """One line for people."""
+        streams = f"{self.max_streams} stream" + ("s" if self.max_streams > 1 else "")
+        return (
+            f"plan {self.version}: up to {streams} of {self.max_step_tokens} tokens, "
+            f"gang window {self.gang_window_s * 1e3:.1f} ms"
+        )
+
 
 class Member(msgspec.Struct, frozen=True):
     info: WorkerInfo

@@ -104,6 +104,9 @@ def test_idle_and_inexperienced_workers_say_nothing():
     assert decided() is BASE
     assert decided(msgspec.structs.replace(far(), tokens=0.0)) is BASE
     assert decided(msgspec.structs.replace(far(), num_steps=TRUSTED_STEPS - 1)) is BASE
+    newcomer = costs(num_steps=3)
+    assert decided(far(2), far(2), newcomer) is BASE, "what it costs the others is not known yet"
+    assert decided(far(), costs(tokens=0.0, num_steps=3)).max_streams == 4
 
 
 def test_under_enforce_tokens_shrink_to_the_target_and_grow_again():
