@@ -62,7 +62,7 @@ class PlanRules:
 
 
 class Planner:
-    """Keeps the plan. decide: on measurements; fit: on a change of members."""
+    """Next versions of a plan. decide: on measurements; fit: on a change of members."""
 
     def __init__(self, rules: PlanRules):
         self._rules = rules
