@@ -11,6 +11,7 @@ import time
 import torch
 import zmq
 
+from afd.attention.costs import CostReporter
 from afd.attention.engine import AttentionEngine, Engine, Output
 from afd.attention.exchange import Exchange, LocalExchange
 from afd.attention.frontend import Frontend
@@ -27,7 +28,7 @@ from afd.events import TracePage
 from afd.kv.block_pool import BlockPool
 from afd.kv.cache import KVCache, count_blocks
 from afd.kv.windowed_blocks import WindowedBlocks, held_at_most
-from afd.messages.membership import ClusterView, WorkerInfo
+from afd.messages.membership import ClusterView, StepCosts, WorkerInfo
 from afd.messages.membership_port import Announce, Join, SyncFields
 from afd.messages.serving import WorkerStats
 from afd.metrics import MetricsServer, process_registry
@@ -82,6 +83,7 @@ class _Worker:
         self._engine: Engine | None = None
         self._latency = LatencyModel(overlap=not config.topology.mono)
         self._chooser: StreamChooser | None = None
+        self._costs: StepCosts | None = None
         self._max_streams = config.attention.streams or FIRST_STREAMS
         self._epoch = 0
         self._lost_since_s: float | None = None
@@ -126,6 +128,7 @@ class _Worker:
         self._engine = self._load(seat, announce)
         self._trace.attach(seat.rank, self._engine.stages.ring)
         self._engine.stages.observer = self._latency.observe
+        self._reporter = CostReporter(self._latency, self._engine.scheduler)
         if section.streams == 0 and not config.topology.mono:  # one process gains nothing from streams
             self._chooser = StreamChooser(self._latency)
         self._admission = Admission(
@@ -150,14 +153,14 @@ class _Worker:
         config, spec = self._config, self._folder.spec
         section = config.attention
         if section.modelled:
-            return self._modelled_engine(StepFormula.parse(section.modelled))
+            return self._modelled_engine(StepFormula.parse(section.modelled), seat.rank)
 
         def loaded(done: int, total: int) -> None:
             seat.membership.set_loading(done / total)
             announce({"loading": done / total})
 
         half = load_attention_half(self._folder, config.model.dtype, section.device, loaded)
-        scheduler = self._make_scheduler(half.dtype)
+        scheduler = self._make_scheduler(half.dtype, seat.rank)
         windowed = None if scheduler.windowed is None else scheduler.windowed.pool.num_blocks
         cache = KVCache(
             spec, scheduler.pool.num_blocks, section.block_size, half.dtype, section.device, num_window_blocks=windowed
@@ -173,14 +176,14 @@ class _Worker:
             self._exchange = MeshExchange(seat.mesh, payload_layout(config, spec.hidden, spec.max_top_k), selection)
         return AttentionEngine(half, cache, scheduler, self._exchange)
 
-    def _modelled_engine(self, formula: StepFormula) -> ModelledEngine:
+    def _modelled_engine(self, formula: StepFormula, rank: int) -> ModelledEngine:
         assert self._frontend is not None
         self._exchange = LocalExchange([])
         log.warning("no model is computed: steps take the time of attention.modelled, tokens are hashes")
-        scheduler = self._make_scheduler(getattr(torch, self._config.model.dtype))
+        scheduler = self._make_scheduler(getattr(torch, self._config.model.dtype), rank)
         return ModelledEngine(formula, scheduler, self._folder.spec.vocab_size, wait=self._frontend.wait)
 
-    def _make_scheduler(self, dtype: torch.dtype) -> Scheduler:
+    def _make_scheduler(self, dtype: torch.dtype, rank: int) -> Scheduler:
         config, spec = self._config, self._folder.spec
         section = config.attention
         prefix_cache, block_size = section.prefix_cache, section.block_size
@@ -195,6 +198,7 @@ class _Worker:
                 max_num_seqs=section.max_num_seqs,
                 max_context=min(config.model.max_context or spec.max_context, spec.max_context),
                 num_streams=section.streams or (1 if config.topology.mono else FIRST_STREAMS),
+                first_stream=rank,
             ),
             BlockPool(blocks.full, block_size, prefix_cache=prefix_cache),
             PrefillBudget(self._latency) if config.sla.policy == "enforce" else None,
@@ -296,9 +300,10 @@ class _Worker:
             log.debug("%d streams instead of %d for %d sequences", chosen, current, scheduler.num_running)
 
     def _adopt(self, view: ClusterView) -> None:
-        """A new epoch: the exchange uses its FFN ranks from each stream's next layer 0 on."""
-        assert self._seat is not None
+        """A new view: its epoch's FFN ranks and its plan count from each stream's next layer 0 on."""
+        assert self._seat is not None and self._engine is not None
         self._max_streams = view.plan.max_streams
+        self._engine.scheduler.limit_step(view.plan.max_step_tokens)
         exchange = self._exchange
         if not isinstance(exchange, MeshExchange):
             self._epoch = view.epoch
@@ -361,6 +366,8 @@ class _Worker:
             for gateway in list(self._frontend.gateways):
                 self._frontend.send(gateway, stats)
             self._stats_sent = (now, stats)
+            if self._seat.mesh is not None:  # one process has no pipeline to plan
+                self._costs = self._reporter.report(self._engine.stages.totals, now)
 
     def _fields(self) -> SyncFields:  # side thread
         engine = self._engine
@@ -382,6 +389,7 @@ class _Worker:
                 "refused": float(self._admission.num_refused),
                 "gang_size": totals.num_gang_members / max(1, totals.num_exchanges),
             },
+            costs=self._costs,
         )
 
     def _ready(self) -> tuple[bool, str]:  # metrics thread

@@ -10,7 +10,7 @@ import msgspec
 
 from afd.cli.locate import add_locate_flags, locate
 from afd.errors import CoordinatorError
-from afd.messages.membership import ControlRequest, MemberStatus, StatusReply
+from afd.messages.membership import ControlRequest, Forecast, MemberStatus, StatusReply
 
 NUM_EVENTS = 8
 
@@ -56,8 +56,8 @@ def status_text(reply: StatusReply, *, url: str = "") -> str:
     formed = "shutting down" if view.shutdown else "formed" if view.formed else "waiting for workers"
     lines = [
         f"{topology}  {view.model}  {formed}, epoch {view.epoch}" + (f"  {url}" if url else ""),
-        f"cluster {view.cluster_id[:8]}  view {view.version}  plan {view.plan.version}: "
-        f"up to {view.plan.max_streams} streams of {view.plan.max_step_tokens} tokens",
+        f"cluster {view.cluster_id[:8]}  view {view.version}  {view.plan.text}",
+        *map(_forecast, reply.forecasts),
         "",
     ]
     rows: list[tuple[str, ...]] = [("MEMBER", "STATE", "SEEN", "PROCESS", "METRICS", "LOAD")]
@@ -67,6 +67,16 @@ def status_text(reply: StatusReply, *, url: str = "") -> str:
     if reply.events:
         lines += ["", *reply.events[-NUM_EVENTS:]]
     return "\n".join(lines)
+
+
+def _forecast(forecast: Forecast) -> str:
+    """What so many streams would cost, as the coordinator sees it."""
+    streams = f"{forecast.num_streams} stream" + ("s" if forecast.num_streams > 1 else " ")
+    return (
+        f"  {streams}: cycle {forecast.cycle_s * 1e3:.1f} ms predicted (attention {forecast.attention_s * 1e3:.1f}, "
+        f"FFN {forecast.ffn_s * 1e3:.1f}, one stream's way {forecast.latency_s * 1e3:.1f}; "
+        f"gangs {forecast.gang_size:.1f} of {forecast.num_workers})"
+    )
 
 
 def _row(status: MemberStatus) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from afd.config import CoordinatorConfig
-from afd.messages.membership import ExpertId, Member, MemberStatus, PairReport, SyncRequest, WorkerInfo
+from afd.messages.membership import ExpertId, Member, MemberStatus, PairReport, StepCosts, SyncRequest, WorkerInfo
 
 ATTENTION, FFN, GATEWAY = "attention", "ffn", "gateway"
 ROLES = (ATTENTION, FFN, GATEWAY)
@@ -51,6 +51,7 @@ class Entry:
     drain_asked: bool = False
     stats: dict[str, float] = field(default_factory=dict)
     silent_experts: list[ExpertId] = field(default_factory=list)
+    costs: StepCosts | None = None
     broken: dict[str, tuple[float, str]] = field(default_factory=dict)  # peer -> (since, reason)
 
     @property
@@ -83,7 +84,7 @@ class Entry:
             self.progress_at = now
         self.progress, self.pending = request.progress, request.pending
         self.loading, self.stats = request.loading, request.stats
-        self.silent_experts = request.silent_experts
+        self.silent_experts, self.costs = request.silent_experts, request.costs
         changed = (request.ready, request.draining) != (self.ready, self.draining)
         self.ready, self.draining = request.ready, request.draining
         self._set_broken(request.pairs, now)

@@ -319,6 +319,7 @@ class Membership:
                 epoch_seen=self._view.epoch if self._view is not None else 0,
                 stats=fields.stats,
                 silent_experts=list(fields.silent_experts[:MAX_SILENT_EXPERTS]),
+                costs=fields.costs,
                 pairs=[PairReport(peer, broken=True, reason=reason) for peer, reason in self._broken.items()],
             )
 

@@ -22,7 +22,7 @@ from afd.config import ClusterConfig
 from afd.coordinator.client import SERVICE
 from afd.coordinator.members import Timing
 from afd.coordinator.metrics import CoordinatorMetrics
-from afd.coordinator.plan import base_plan
+from afd.coordinator.plan import PlanRules
 from afd.coordinator.state import Action, ClusterSpec, CoordinatorState, Log, Lost, Published, Stop
 from afd.coordinator.tls import server_credentials
 from afd.errors import ConfigError
@@ -160,7 +160,7 @@ def run_coordinator(config: ClusterConfig, secret: bytes, stop: threading.Event,
         topology=config.topology,
         model=config.model.served_name or config.model.name,
         ffn_parallel=config.cluster.ffn_parallel,
-        plan=base_plan(config),
+        rules=PlanRules.of(config),
     )
     state = CoordinatorState(spec, timing, cluster_id=uuid.uuid4().hex, now=time.monotonic())
     registry = process_registry("coordinator")

@@ -24,17 +24,17 @@ import msgspec
 
 from afd.coordinator.members import ATTENTION, FFN, GATEWAY, ROLES, Entry, Timing, blame
 from afd.coordinator.placement import expert_ranks
-from afd.coordinator.plan import next_plan
+from afd.coordinator.plan import Planner, PlanRules
 from afd.errors import CoordinatorError
 from afd.messages.membership import (
     ClusterView,
     ControlReply,
     ControlRequest,
     ExpertId,
-    Plan,
     RegisterReply,
     RegisterRequest,
     StatusReply,
+    StepCosts,
     SyncReply,
     SyncRequest,
     WorkerInfo,
@@ -58,7 +58,7 @@ class ClusterSpec:
     topology: Topology
     model: str
     ffn_parallel: FfnParallel
-    plan: Plan
+    rules: PlanRules
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +105,7 @@ class CoordinatorState:
     def __init__(self, spec: ClusterSpec, timing: Timing, *, cluster_id: str, now: float):
         self._spec = spec
         self._timing = timing
+        self._planner = Planner(spec.rules)
         self._started = now
         self._last_now = now
         self._entries: dict[str, Entry] = {}  # by incarnation
@@ -126,7 +127,7 @@ class CoordinatorState:
             model=spec.model,
             config_hash="",
             ffn_parallel=spec.ffn_parallel,
-            plan=spec.plan,
+            plan=spec.rules.base,
             members=[],
         )
 
@@ -212,12 +213,18 @@ class CoordinatorState:
             self._declare_lost(*verdict)
         if len(self._entries) != before:
             self._publish()
+        self._replan(now)
         self._stop_when_done(now)
 
     def status(self, now: float) -> StatusReply:
         """Everything an operator may want to see."""
         order = sorted(self._entries.values(), key=lambda entry: (ROLES.index(entry.info.role), entry.rank))
-        return StatusReply(self._view, [entry.status(now) for entry in order], list(self._events))
+        return StatusReply(
+            self._view,
+            [entry.status(now) for entry in order],
+            list(self._events),
+            self._planner.forecasts(self._costs()),
+        )
 
     # --- registration -----------------------------------------------------------------------------------
 
@@ -394,7 +401,7 @@ class CoordinatorState:
             self._view,
             epoch=epoch,
             config_hash=holder.info.config_hash if holder is not None else "",
-            plan=next_plan(self._spec.plan, self._view.plan, num_attention),
+            plan=self._planner.fit(self._view.plan, num_attention),
             members=[entry.member() for entry in shown],
             shutdown=self._shutdown_until is not None,
             expert_ranks=expert_ranks(self._num_experts, self._view.num_ffn, self._spec.ffn_parallel),
@@ -402,6 +409,20 @@ class CoordinatorState:
         if candidate != self._view:
             self._view = msgspec.structs.replace(candidate, version=self._view.version + 1)
             self._actions.append(Published(self._view))
+
+    def _costs(self) -> list[StepCosts]:
+        return [entry.costs for entry in self._entries.values() if entry.costs is not None]
+
+    def _replan(self, now: float) -> None:
+        """A plan version from what the workers have measured, when one is due and pays."""
+        if not self._view.formed:
+            return
+        plan = self._planner.decide(self._view.plan, self._costs(), now)
+        if plan == self._view.plan:
+            return
+        self._log(logging.INFO, plan.text)
+        self._view = msgspec.structs.replace(self._view, plan=plan, version=self._view.version + 1)
+        self._actions.append(Published(self._view))
 
     def _warn_of_silent_experts(self, entry: Entry) -> None:
         """Once for each expert: a rank's successor, and with tensor parallelism every rank, reports the same ones."""

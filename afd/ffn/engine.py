@@ -74,16 +74,22 @@ class FFNEngine:
         return self._half.expert_loads()
 
     def run_once(self, timeout_s: float) -> None:
-        """Wait for work at most `timeout_s`, then compute and answer what is complete."""
+        """Compute and answer one complete batch; where there is none, wait for it at most `timeout_s`.
+
+        One at a time: a rank that always has work must come back to its caller, too, whose loop shows that it lives.
+        """
         now = self._clock()
-        deadline_s = self.gangs.deadline()
-        if deadline_s is not None:
-            timeout_s = min(timeout_s, max(0.0, deadline_s - now))
-        waiting = self.gangs.has_pending
-        self._take_events(min(timeout_s, MAX_WAIT_S))
-        if waiting:
-            self.totals.wait_s += self._clock() - now
-        while (batch := self.gangs.next_batch(self._clock())) is not None:
+        batch = self.gangs.next_batch(now)
+        if batch is None:
+            deadline_s = self.gangs.deadline()
+            if deadline_s is not None:
+                timeout_s = min(timeout_s, max(0.0, deadline_s - now))
+            waiting = self.gangs.has_pending
+            self._take_events(min(timeout_s, MAX_WAIT_S))
+            if waiting:
+                self.totals.wait_s += self._clock() - now
+            batch = self.gangs.next_batch(self._clock())
+        if batch is not None:
             self._compute(batch)
             self._take_events(0.0)
 

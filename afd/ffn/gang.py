@@ -5,10 +5,13 @@ one big batch per layer. FFN rank `stream mod num_ffn` (the *former*) decides it
 (gang_id, member mask); members echo both at every later layer, so every FFN rank waits for the same set and needs no
 agreement. Other ranks answer layer 0 with whatever is there.
 
+Two epochs may be live for a moment. A gang is of one epoch, since its members must reach the same FFN ranks; who still
+begins steps in an older one is served at once, beside the gang.
+
 Bounds, so that nobody waits for ever:
-  layer 0, members of the last gang   `window_s` (a quarter of the measured step, at most the configured maximum)
-  layer 0, newcomer while a gang runs one predicted step, then a gang of its own
-  later layers                        `straggler_s`; who is missing then is detached: served alone until its layer 0
+  layer 0, members of the last gang     `window_s` (a quarter of the measured step, at most the plan's window)
+  layer 0, newcomers while a gang runs  one predicted step and its window, then all of them as a gang of their own
+  later layers                          `straggler_s`; who is missing then is detached: served alone until its layer 0
 """
 
 from __future__ import annotations
@@ -58,8 +61,14 @@ class _Stream:
     active: set[int] = field(default_factory=set)  # ranks that are not idle in this stream
     members: set[int] = field(default_factory=set)  # of the gang that runs; shrinks as they come back to layer 0
     detached: set[int] = field(default_factory=set)  # left out mid-step: served alone until their next layer 0
+    epochs: dict[int, int] = field(default_factory=dict)  # by attention rank: of the newest step that it began
     step_s: float = 0.0  # moving average of the time between two formations
     formed_s: float | None = None  # last formation
+
+    @property
+    def epoch(self) -> int:
+        """The newest that anyone began a step in."""
+        return max(self.epochs.values(), default=0)
 
 
 def mask_of(ranks: Iterable[int]) -> int:
@@ -93,6 +102,7 @@ class GangTable:
         stream.active.add(arrival.rank)
         if arrival.layer == 0:
             stream.detached.discard(arrival.rank)
+            stream.epochs[arrival.rank] = arrival.epoch
 
     def idle(self, rank: int, stream_idx: int) -> None:
         """The attention rank has nothing to run in that stream: nobody waits for it."""
@@ -111,11 +121,12 @@ class GangTable:
                 dropped.append(arrival)
             for group in (stream.active, stream.members, stream.detached):
                 group.discard(rank)
+            stream.epochs.pop(rank, None)
         return dropped
 
-    def reset(self) -> None:
-        """New epoch: every exchange in flight is void."""
-        self._streams.clear()
+    def limit_window(self, max_window_s: float) -> None:
+        """A new plan: no window at layer 0 is longer."""
+        self._max_window_s = max_window_s
 
     # -- decisions ----------------------------------------------------------------------------------------
 
@@ -166,9 +177,11 @@ class GangTable:
         """Longest wait of an arrival at layer 0."""
         if not self._is_former(idx):
             return 0.0
-        if self._parks(stream):
-            return max(stream.step_s, self._max_window_s)
-        return self.window_s(idx)
+        return self._patience_s(idx, stream) if self._parks(stream) else self.window_s(idx)
+
+    def _patience_s(self, idx: int, stream: _Stream) -> float:
+        """How long newcomers wait for a gang that is under way: a step and the window at its end."""
+        return max(stream.step_s + self.window_s(idx), self._max_window_s)
 
     def _parks(self, stream: _Stream) -> bool:
         """Arrivals at layer 0 are newcomers while a gang is under way: no member has come back to layer 0 yet."""
@@ -195,17 +208,20 @@ class GangTable:
         return groups
 
     def _missing(self, stream: _Stream, group: list[Arrival]) -> set[int]:
-        """Members of the group's gang that are alive, attached and not here."""
-        mask = group[0].mask
-        wanted = {r for r in self._present if mask >> r & 1} - stream.detached
-        return wanted - {a.rank for a in group}
+        """Members of the group's gang that are alive, attached, not past its epoch (a restarted one) and not here."""
+        mask, epoch = group[0].mask, group[0].epoch
+        wanted = {r for r in self._present if mask >> r & 1 and stream.epochs.get(r, epoch) <= epoch}
+        return wanted - stream.detached - {a.rank for a in group}
 
     def _ready_at_zero(self, idx: int, stream: _Stream, at_zero: list[Arrival], now: float) -> list[list[Arrival]]:
         if not self._is_former(idx):
             return [at_zero]
+        oldest = min(a.epoch for a in at_zero)
+        if oldest < stream.epoch:
+            return [[a for a in at_zero if a.epoch == oldest]]
         if self._parks(stream):
-            patience_s = max(stream.step_s, self._max_window_s)
-            return [[a] for a in at_zero if now - a.at_s >= patience_s]
+            waited_s = now - min(a.at_s for a in at_zero)
+            return [at_zero] if waited_s >= self._patience_s(idx, stream) else []
         expected = (stream.members & stream.active) - stream.detached
         here = {a.rank for a in at_zero}
         regulars = [a.at_s for a in at_zero if a.rank in stream.members] or [a.at_s for a in at_zero]
@@ -233,8 +249,8 @@ class GangTable:
 
     def _form(self, stream: _Stream, group: list[Arrival], now: float) -> tuple[int, int]:
         ranks = {a.rank for a in group}
-        lone = len(ranks) == 1 and self._parks(stream)
-        if not lone:  # a newcomer that lost patience runs beside the gang and does not replace it
+        beside = self._parks(stream) or group[0].epoch < stream.epoch
+        if not beside:  # newcomers that lost patience, or an older epoch, do not replace the gang that runs
             if stream.formed_s is not None and stream.members:
                 took_s = now - stream.formed_s
                 stream.step_s = took_s if stream.step_s == 0.0 else 0.8 * stream.step_s + 0.2 * took_s

@@ -130,7 +130,9 @@ class _Worker:
         mesh.drain()
 
     def _adopt(self, view: ClusterView) -> None:
-        assert self._seat is not None and self._seat.mesh is not None
+        """The plan's window from the next layer 0 on; the members of a new epoch."""
+        assert self._seat is not None and self._seat.mesh is not None and self._engine is not None
+        self._engine.gangs.limit_window(view.plan.gang_window_s)
         if view.epoch == self._epoch or view.epoch == 0:
             return
         if self._epoch:

@@ -50,12 +50,25 @@ class WorkerInfo(msgspec.Struct, frozen=True):
 
 
 class Plan(msgspec.Struct, frozen=True):
-    """Pipeline plan: may change without an epoch."""
+    """Pipeline plan: changes without an epoch; a worker adopts it at each stream's next layer 0.
+
+    max_streams: most that a worker may use.  max_step_tokens: of one micro-batch.
+    gang_window_s: longest wait at layer 0 for the members of the last gang.
+    """
 
     version: Counter = 1
     max_streams: Annotated[int, Meta(ge=1, le=64)] = 3
     max_step_tokens: Annotated[int, Meta(ge=1, le=1 << 20)] = 256
-    gang_window_s: Annotated[float, Meta(ge=0, le=60)] = 0.005  # upper bound of the layer-0 window
+    gang_window_s: Annotated[float, Meta(ge=0, le=60)] = 0.005
+
+    @property
+    def text(self) -> str:
+        """One line for people."""
+        streams = f"{self.max_streams} stream" + ("s" if self.max_streams > 1 else "")
+        return (
+            f"plan {self.version}: up to {streams} of {self.max_step_tokens} tokens, "
+            f"gang window {self.gang_window_s * 1e3:.1f} ms"
+        )
 
 
 class Member(msgspec.Struct, frozen=True):
@@ -121,12 +134,41 @@ class PairReport(msgspec.Struct, frozen=True):
     reason: Text = ""
 
 
+Cost = Annotated[float, Meta(ge=0, le=1e6)]
+
+
+class StepCosts(msgspec.Struct, frozen=True):
+    """An attention worker's cost curves (`afd.sched.latency`), in seconds a step, summed over layers; and what it runs.
+
+    attention: base, per token, per KV entry read.  head: base, per row.  ffn: base, per token of the gang.
+    tokens, context, rows: a step of all its num_seqs running sequences together, as in `StepLoad`; 0 while it is idle.
+    corrections: measured over modelled cycle, by number of streams.  num_steps: behind the curves.
+    gang_size: mean attention workers in the FFN's batches, wait_share: of its time with nothing to compute although
+    work was in flight; both since its last report.
+    """
+
+    attention: tuple[Cost, Cost, Cost]
+    head: tuple[Cost, Cost]
+    ffn: tuple[Cost, Cost]
+    transfer_s: Cost
+    num_steps: Counter
+    num_seqs: Counter = 0
+    tokens: Cost = 0.0
+    context: Annotated[float, Meta(ge=0, le=1e12)] = 0.0
+    rows: Cost = 0.0
+    num_streams: Annotated[int, Meta(ge=1, le=64)] = 1
+    gang_size: Cost = 1.0
+    wait_share: Cost = 0.0
+    corrections: Annotated[dict[int, Cost], Meta(max_length=64)] = {}
+
+
 class SyncRequest(msgspec.Struct, frozen=True):
     """Heartbeat. progress: main-loop counter; pending: work is waiting (a counter that then stands still = stalled).
 
     loading: 0..1 while the model loads.  stats: flat counters and gauges for `afd status`.
     pairs: every pair of this worker that is broken now (the whole list each time, so a lost call loses nothing).
     silent_experts: ffn: those that receive tokens and give nothing, found since its start; at most the first ones.
+    costs: attention: what its pipeline costs, once it has measured it.
     """
 
     role: Name
@@ -142,6 +184,7 @@ class SyncRequest(msgspec.Struct, frozen=True):
     stats: Annotated[dict[Name, float], Meta(max_length=4096)] = {}
     pairs: Annotated[list[PairReport], Meta(max_length=256)] = []
     silent_experts: Annotated[list[ExpertId], Meta(max_length=MAX_SILENT_EXPERTS)] = []
+    costs: StepCosts | None = None
 
 
 class SyncReply(msgspec.Struct, frozen=True):
@@ -168,10 +211,30 @@ class MemberStatus(msgspec.Struct, frozen=True):
     silent_experts: list[ExpertId] = []
 
 
+class Forecast(msgspec.Struct, frozen=True):
+    """What the coordinator expects of a number of streams, from the workers' cost curves; seconds.
+
+    cycle_s: every stream makes one step; the largest of attention_s (the busiest worker), ffn_s, latency_s (one
+    stream's A + F + C), corrected by what such cycles were measured to take.
+    gang_size: as measured, of num_workers attention workers that have work.
+    """
+
+    num_streams: int
+    cycle_s: float
+    attention_s: float
+    ffn_s: float
+    latency_s: float
+    gang_size: float
+    num_workers: int
+
+
 class StatusReply(msgspec.Struct, frozen=True):
+    """events: newest last, bounded.  forecasts: by number of streams, as far as the plan may go; [] = not known yet."""
+
     view: ClusterView
     members: list[MemberStatus]
-    events: list[str]  # newest last, bounded
+    events: list[str]
+    forecasts: list[Forecast] = []
 
 
 class ControlRequest(msgspec.Struct, frozen=True):

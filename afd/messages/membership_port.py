@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from afd.messages.membership import ClusterView, WorkerInfo
+from afd.messages.membership import ClusterView, StepCosts, WorkerInfo
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,12 +18,14 @@ class SyncFields:
 
     progress: main-loop counter.  pending: work is waiting (pending with a still counter = stalled).
     stats: flat counters and gauges for `afd status`.  silent_experts: (layer, expert) that give nothing.
+    costs: of an attention worker that has measured its steps.
     """
 
     progress: int = 0
     pending: bool = False
     stats: dict[str, float] = field(default_factory=dict)
     silent_experts: tuple[tuple[int, int], ...] = ()
+    costs: StepCosts | None = None
 
 
 ViewCallback = Callable[[ClusterView], None]

@@ -205,6 +205,11 @@ class LatencyModel:
         nearest = min(self._corrections, key=lambda measured: (abs(measured - num_streams), measured))
         return self._corrections[nearest]
 
+    @property
+    def corrections(self) -> dict[int, float]:
+        """All that were measured, by number of streams."""
+        return dict(self._corrections)
+
     def forget_correction(self, num_streams: int) -> None:
         """Measure that number of streams anew."""
         self._corrections.pop(num_streams, None)

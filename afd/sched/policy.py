@@ -192,7 +192,7 @@ class Admission:
 
     def _obstacle(self, shares: Sequence[_Share], *, new: bool, num_freed: int = 0) -> str | None:
         """Why these sequences cannot all be served as promised, or None. num_freed: blocks free by then besides."""
-        config, pool = self._scheduler.config, self._scheduler.pool
+        config, pool, step_tokens = self._scheduler.config, self._scheduler.pool, self._scheduler.max_step_tokens
         if sum(share.num_blocks for share in shares) > pool.num_free + num_freed:
             return f"the KV cache of {pool.num_blocks} blocks is spoken for"
         if not new:
@@ -200,8 +200,8 @@ class Admission:
         if len(shares) > config.max_num_seqs:
             return f"{config.max_num_seqs} requests run already (attention.max_num_seqs)"
         num_streams = min(len(shares), self._scheduler.num_streams)
-        if len(shares) + sum(share.chunk for share in shares) > num_streams * config.max_step_tokens:
-            return f"steps of {config.max_step_tokens} tokens are full (attention.max_step_tokens)"
+        if len(shares) + sum(share.chunk for share in shares) > num_streams * step_tokens:
+            return f"steps of {step_tokens} tokens are full (attention.max_step_tokens)"
         cycle_s, target_s = self._cycle_s(shares), min(share.target_s for share in shares)
         if cycle_s > HEADROOM * target_s:
             return (
@@ -255,7 +255,7 @@ class Admission:
         num_streams = min(len(shares), self._scheduler.num_streams)
         decodes = StepLoad(len(shares), sum(share.context for share in shares), len(shares)).split(num_streams)
         room = PrefillBudget(self._model).prefill_tokens(
-            [decodes] * num_streams, 0, target_s, start=0, limit=config.max_step_tokens
+            [decodes] * num_streams, 0, target_s, start=0, limit=self._scheduler.max_step_tokens
         )
         num_prefills = 1 + sum(share.num_chunks > 0 for share in shares)
         return HEADROOM * target_s / max(config.min_chunk_tokens, room / num_prefills)

@@ -26,13 +26,18 @@ SERVICE_ORDER = attrgetter("priority", "arrival")  # `Sequence.rank_key`, at the
 
 @dataclass(frozen=True, slots=True)
 class SchedulerConfig:
-    """Token and sequence limits of one worker; see `AttentionConfig` for their meaning."""
+    """Token and sequence limits of one worker; see `AttentionConfig` for their meaning.
+
+    first_stream: which of equally loaded streams gets a sequence first, modulo their number: workers that begin at
+    different ones make gangs of even size where their sequences do not divide by the streams.
+    """
 
     max_step_tokens: int = 256
     min_chunk_tokens: int = 64
     max_num_seqs: int = 256
     max_context: int = 2048
     num_streams: int = 2
+    first_stream: int = 0
 
 
 class PrefillPace(Protocol):
@@ -63,6 +68,7 @@ class Scheduler:
         self._pace = pace
         self._flying: dict[int, StepLoad] = {}  # only with a pace
         self.num_streams = config.num_streams
+        self.max_step_tokens = config.max_step_tokens
         self._waiting: list[Sequence] = []  # ordered by rank_key
         self._running: list[list[Sequence]] = [[] for _ in range(config.num_streams)]
         self._by_id: dict[str, Sequence] = {}
@@ -143,7 +149,7 @@ class Scheduler:
         self._admit()
         members = sorted(self._running[stream], key=SERVICE_ORDER)
         items: list[BatchItem] = []
-        budget = self.config.max_step_tokens
+        budget = self.max_step_tokens
         for seq in [s for s in members if len(s.tokens) - s.num_computed == 1]:
             assert not seq.in_flight, f"stream {stream} has a micro-batch in flight"
             if budget and seq.state is SequenceState.RUNNING and self._reserve(seq, len(seq.tokens)):
@@ -214,6 +220,10 @@ class Scheduler:
         for stream in range(num_streams, len(self._running)):
             self._balance(stream)
 
+    def limit_step(self, max_tokens: int) -> None:
+        """Tokens of a micro-batch from the next one on; never more than the configured number."""
+        self.max_step_tokens = min(max_tokens, self.config.max_step_tokens)
+
     def check(self) -> None:
         """Integrity of blocks and lists (tests, idle times)."""
         doomed = [s for seqs in self._running for s in seqs if s.doomed is not None]
@@ -258,11 +268,15 @@ class Scheduler:
             self._running[seq.stream].append(seq)
 
     def _lightest(self) -> int:
-        """Open stream with the fewest sequences, then the fewest context tokens."""
-        return min(
-            range(self.num_streams),
-            key=lambda i: (len(self._running[i]), sum(len(s.tokens) for s in self._running[i]), i),
-        )
+        """Open stream with the fewest sequences, then the fewest context tokens; empty ones in order, since workers
+        that have a sequence or two shall meet in one gang."""
+        num_streams, first = self.num_streams, self.config.first_stream
+
+        def load(i: int) -> tuple[int, int, int]:
+            seqs = self._running[i]
+            return len(seqs), sum(len(s.tokens) for s in seqs), (i - first) % num_streams if seqs else i
+
+        return min(range(num_streams), key=load)
 
     def _reserve(self, seq: Sequence, num_tokens: int) -> bool:
         """Blocks for the first `num_tokens` tokens; takes them from a younger or less urgent sequence if it must."""

@@ -6,7 +6,7 @@ It stands in for `afd.attention.worker` and `afd.attention.requests`; when a ste
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from afd.kv.block_pool import BlockPool
@@ -118,7 +118,7 @@ class AttentionWorker:
         self.alive = True
         self.latency = LatencyModel()
         self.scheduler = Scheduler(
-            settings.scheduler,
+            replace(settings.scheduler, first_stream=rank),
             BlockPool(settings.num_blocks, settings.block_size, prefix_cache=False),
             PrefillBudget(self.latency) if settings.policy == "enforce" else None,
         )

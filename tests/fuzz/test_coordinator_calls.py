@@ -19,7 +19,7 @@ import pytest
 from afd.config import resolve_config
 from afd.coordinator.client import MAX_REPLY_BYTES, SERVICE
 from afd.coordinator.members import Timing
-from afd.coordinator.plan import base_plan
+from afd.coordinator.plan import PlanRules
 from afd.coordinator.service import MAX_REQUEST_BYTES, CoordinatorServer
 from afd.coordinator.state import ClusterSpec, CoordinatorState
 from afd.messages.codec import Decoder, MessageError, encode
@@ -59,7 +59,7 @@ def quiet_log() -> Iterator[None]:
 
 def fresh_state() -> CoordinatorState:
     config = resolve_config(None, {"cluster.topology": "1A1F"})
-    spec = ClusterSpec(config.topology, "model", config.cluster.ffn_parallel, base_plan(config))
+    spec = ClusterSpec(config.topology, "model", config.cluster.ffn_parallel, PlanRules.of(config))
     return CoordinatorState(spec, Timing(), cluster_id="c", now=0.0)
 
 

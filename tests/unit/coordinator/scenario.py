@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from afd.coordinator.members import Timing
+from afd.coordinator.plan import PlanRules
 from afd.coordinator.state import Action, ClusterSpec, CoordinatorState
 from afd.messages.membership import (
     ClusterView,
@@ -22,13 +23,15 @@ from afd.types import FfnParallel, Topology
 HASH = "aa" * 16
 TIMING = Timing(lost_after_s=1.5, stall_timeout_s=5.0, restart_grace_s=5.0, drain_s=10.0)
 BEAT_S = 0.25
+RULES = PlanRules(Plan())
 
 
 class Scenario:
     """Calls are written in the order in which they happen; `wait` lets live members send heartbeats."""
 
-    def __init__(self, topology: str = "1A1F", *, start: float = 100.0):
+    def __init__(self, topology: str = "1A1F", *, start: float = 100.0, rules: PlanRules = RULES):
         self.topology = topology
+        self.rules = rules
         self.now = start
         self.state = self.new_state("cluster-0")
         self.infos: dict[str, WorkerInfo] = {}
@@ -39,7 +42,7 @@ class Scenario:
         self.actions: list[Action] = []
 
     def new_state(self, cluster_id: str) -> CoordinatorState:
-        spec = ClusterSpec(Topology.parse(self.topology), "model", FfnParallel.HYBRID, Plan())
+        spec = ClusterSpec(Topology.parse(self.topology), "model", FfnParallel.HYBRID, self.rules)
         return CoordinatorState(spec, TIMING, cluster_id=cluster_id, now=self.now)
 
     def restart_coordinator(self, *, away_s: float = 0.0) -> None:
@@ -128,9 +131,9 @@ class Scenario:
         return "\n".join(self.state.status(self.now).events)
 
 
-def formed(topology: str = "1A1F") -> Scenario:
+def formed(topology: str = "1A1F", **kwargs: PlanRules) -> Scenario:
     """A scenario whose cluster has formed and is ready: workers a0.., f0.., gateway g0."""
-    scenario = Scenario(topology)
+    scenario = Scenario(topology, **kwargs)
     parsed = Topology.parse(topology)
     names = [f"a{i}" for i in range(parsed.num_attention)] + [f"f{i}" for i in range(parsed.num_ffn)] + ["g0"]
     for name in names:

@@ -161,3 +161,130 @@ def test_epochs_do_not_mix():
 
 def test_mask_of_many_ranks():
     assert mask_of([0, 127]) == 1 | 1 << 127
+
+
+# -- many newcomers, two epochs, losses -------------------------------------------------------------------------
+
+
+def test_newcomers_that_lose_patience_together_run_together_beside_the_gang():
+    gangs = table(max_window_s=0.005)
+    gangs.arrive(arrival(0))
+    main = gangs.next_batch(0.0)
+    for rank, at in ((1, 0.001), (2, 0.003), (3, 0.004)):
+        gangs.arrive(arrival(rank, at=at))
+    assert gangs.next_batch(0.005) is None
+    assert gangs.deadline() == pytest.approx(0.006)
+    beside = gangs.next_batch(0.006)
+    assert ranks(beside) == [1, 2, 3] and beside.mask == 0b1110
+    gangs.arrive(arrival(0, 1, at=0.007, gang=main.gang_id, mask=main.mask))
+    assert ranks(gangs.next_batch(0.007)) == [0], "the first gang goes on as it was"
+    for rank in (1, 2, 3):
+        gangs.arrive(arrival(rank, 1, at=0.008, gang=beside.gang_id, mask=beside.mask))
+    assert ranks(gangs.next_batch(0.008)) == [1, 2, 3]
+    for rank in (1, 2, 3):
+        gangs.arrive(arrival(rank, at=0.009))
+    assert gangs.next_batch(0.009) is None, "they are newcomers again"
+    gangs.arrive(arrival(0, at=0.010))
+    assert ranks(gangs.next_batch(0.010)) == [0, 1, 2, 3]
+
+
+def test_patience_lasts_a_step_and_the_window_at_its_end():
+    gangs = table(max_window_s=0.005)
+    form_pair(gangs)  # at 0.2; a step takes 0.1
+    gangs.arrive(arrival(2, at=0.201))
+    assert gangs.deadline() == pytest.approx(0.306)
+    assert gangs.next_batch(0.3059) is None
+    assert ranks(gangs.next_batch(0.3061)) == [2]
+
+
+def test_a_gang_is_of_one_epoch_and_nobody_waits_for_the_other_one():
+    """A third worker joined: each member hears of the new epoch with its own next heartbeat."""
+    gangs = table(max_window_s=0.005)
+    form_pair(gangs)
+    gangs.arrive(arrival(0, at=0.3, epoch=2))
+    assert gangs.next_batch(0.3) is None, "within the window the other one may come"
+    gangs.arrive(arrival(1, at=0.301, epoch=1))
+    old = gangs.next_batch(0.301)
+    assert ranks(old) == [1] and old.mask == 0b10
+    assert gangs.next_batch(0.302) is None
+    new = gangs.next_batch(0.306)
+    assert ranks(new) == [0] and new.mask == 0b01 and new.gang_id >> 48 == 2
+    for rank, gang, epoch in ((0, new, 2), (1, old, 1)):
+        gangs.arrive(arrival(rank, 1, at=0.31, gang=gang.gang_id, mask=gang.mask, epoch=epoch))
+        assert ranks(gangs.next_batch(0.31)) == [rank]
+    gangs.arrive(arrival(1, at=0.32, epoch=1))
+    assert ranks(gangs.next_batch(0.32)) == [1], "an older epoch is served at once, beside the gang"
+    gangs.arrive(arrival(1, at=0.33, epoch=2))
+    assert gangs.next_batch(0.33) is None
+    gangs.arrive(arrival(0, at=0.331, epoch=2))
+    assert ranks(gangs.next_batch(0.331)) == [0, 1], "together again"
+
+
+def test_nobody_waits_for_a_member_that_was_restarted():
+    """Its successor has the same rank and begins in the new epoch; the old gang's mask still names it."""
+    gangs = GangTable(1, 2)  # not the former: it learns of gangs by their members only
+    for rank in (0, 1):
+        gangs.arrive(arrival(rank))
+        gangs.next_batch(0.0)
+    gangs.lost(1)
+    gangs.arrive(arrival(1, at=0.1, epoch=2))
+    assert ranks(gangs.next_batch(0.1)) == [1]
+    gangs.arrive(arrival(0, 1, at=0.1, gang=9, mask=0b11))
+    assert ranks(gangs.next_batch(0.1)) == [0]
+
+
+def test_members_that_leave_one_by_one_end_the_wait():
+    gangs = table(max_window_s=0.005)
+    for start in (0.0, 0.1, 0.2):
+        for rank in range(4):
+            gangs.arrive(arrival(rank, at=start))
+        assert gangs.next_batch(start + 0.05) is not None
+    gangs.arrive(arrival(0, at=0.3))
+    gangs.idle(1, 0)
+    gangs.lost(2)
+    assert gangs.next_batch(0.3001) is None, "rank 3 may still come"
+    gangs.idle(3, 0)
+    assert ranks(gangs.next_batch(0.3002)) == [0]
+
+
+def test_workers_half_a_step_apart_meet():
+    """Two lone gangs in anti-phase: whoever comes to layer 0 in the middle of the other's step waits for its end."""
+    gangs = table(max_window_s=0.005)
+    gangs.arrive(arrival(0))
+    first = gangs.next_batch(0.0)
+    gangs.arrive(arrival(1, at=0.002))
+    assert gangs.next_batch(0.002) is None
+    for layer in (1, 2):
+        gangs.arrive(arrival(0, layer, at=0.002 * layer, gang=first.gang_id, mask=first.mask))
+        assert ranks(gangs.next_batch(0.002 * layer)) == [0]
+    gangs.arrive(arrival(0, at=0.006))
+    assert ranks(gangs.next_batch(0.006)) == [0, 1]
+
+
+def test_streams_are_formed_by_different_ranks_and_do_not_wait_for_one_another():
+    """3A2F: rank 0 forms streams 0 and 2, rank 1 stream 1; a stream whose member is late holds nobody else up."""
+    tables = [GangTable(f, 2) for f in range(2)]
+    formers = {}
+    for f, gangs in enumerate(tables):
+        for stream in range(3):
+            for rank in range(3):
+                gangs.arrive(arrival(rank, stream=stream, at=0.001 * stream))
+        while (batch := gangs.next_batch(0.01)) is not None:
+            assert ranks(batch) == [0, 1, 2]
+            if batch.mask:
+                formers[batch.stream] = f
+    assert formers == {0: 0, 1: 1, 2: 0}
+    gangs = tables[0]
+    gangs.arrive(arrival(0, 1, stream=0, gang=5, mask=0b111, at=0.02))
+    for rank in range(3):
+        gangs.arrive(arrival(rank, 1, stream=2, gang=6, mask=0b111, at=0.03))
+    assert gangs.next_batch(0.03).stream == 2
+
+
+def test_a_new_plan_shortens_the_window():
+    gangs = table(max_window_s=0.005)
+    form_pair(gangs)
+    gangs.limit_window(0.001)
+    gangs.arrive(arrival(0, at=0.3))
+    assert gangs.next_batch(0.3009) is None
+    assert ranks(gangs.next_batch(0.3011)) == [0]

@@ -87,6 +87,34 @@ def test_sequences_spread_over_streams_and_move_when_one_empties():
     assert len(scheduler.schedule(0).items) == 1 and len(scheduler.schedule(1).items) == 1
 
 
+def stream_sizes(first_stream, num_sequences, num_streams):
+    scheduler = make(num_streams=num_streams, first_stream=first_stream)
+    for i in range(num_sequences):
+        scheduler.add(sequence(f"r{i}", [1, 2, 3], arrival=i))
+    for stream in range(num_streams):
+        scheduler.schedule(stream)
+    return [sum(seq.stream == stream for seq in scheduler.sequences()) for stream in range(num_streams)]
+
+
+def test_what_does_not_divide_by_the_streams_goes_to_another_one_at_each_worker():
+    """3A1F: three workers of 4 equal sequences over 3 streams make gangs of 4, not of 6 and 3."""
+    sizes = [stream_sizes(rank, 4, 3) for rank in range(3)]
+    assert sizes == [[2, 1, 1], [1, 2, 1], [1, 1, 2]]
+    assert [stream_sizes(rank, 1, 3) for rank in range(3)] == [[1, 0, 0]] * 3, "few sequences meet in one gang"
+
+
+def test_a_new_limit_counts_from_the_next_micro_batch_on():
+    scheduler = make(num_streams=1, max_step_tokens=8, min_chunk_tokens=4)
+    scheduler.add(sequence("a", list(range(20))))
+    batch = scheduler.schedule(0)
+    scheduler.limit_step(5)
+    assert batch.num_tokens == 8
+    scheduler.commit(batch, {})
+    assert scheduler.schedule(0).num_tokens == 5
+    scheduler.limit_step(1000)
+    assert scheduler.max_step_tokens == 8
+
+
 @pytest.mark.parametrize(
     ("token", "max_tokens", "min_tokens", "finish"),
     [
