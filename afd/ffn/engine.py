@@ -28,6 +28,7 @@ from stepmesh.types import (
     Header,
     IdleNotice,
     PeerDown,
+    Rows,
 )
 
 MAX_WAIT_S = 0.1  # longest block on file descriptors
@@ -122,12 +123,19 @@ class FFNEngine:
 
     def _compute(self, batch: GangBatch) -> None:
         begun_s = self._clock()
+        rows = to_numpy(self._answer_rows(batch))
+        self._answer(batch, rows, begun_s, self._clock())
+
+    def _answer_rows(self, batch: GangBatch) -> Tensor:
+        """[rows of all members, hidden] in the wire's type."""
+        parts = [a.token.parts for a in batch.arrivals if isinstance(a.token, DispatchArrived)]
+        assert len(parts) == len(batch.arrivals)
+        rows, _ = encode_rows(self._half.layer(self._merge(batch.layer, parts)), self._layout.combine_dtype)
+        return rows
+
+    def _answer(self, batch: GangBatch, rows: Rows, begun_s: float, done_s: float) -> None:
+        """Send each member its rows, which took the time from begun_s to done_s."""
         arrivals = [a.token for a in batch.arrivals]
-        parts = [a.parts for a in arrivals if isinstance(a, DispatchArrived)]
-        assert len(parts) == len(arrivals)
-        answer, _ = encode_rows(self._half.layer(self._merge(batch.layer, parts)), self._layout.combine_dtype)
-        rows = to_numpy(answer)
-        done_s = self._clock()
         gang_tokens = sum(_batch_tokens(a.header) for a in arrivals if isinstance(a, DispatchArrived))
         meta = CombineMeta(batch.gang_id, batch.mask, gang_tokens, int((done_s - begun_s) * 1e9))
         start = 0
