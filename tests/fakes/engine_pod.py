@@ -38,7 +38,7 @@ STEP_TOKENS, BLOCK_SIZE, NUM_BLOCKS = 16, 8, 128
 class Pod:
     """x attention engines and y FFN engines in this process, each driven by its own thread.
 
-    device: of the halves.  new_context: called for each engine; what it returns is entered where that is made or driven.
+    device: of the halves.  new_context: called for each engine; its result is entered where that is made or driven.
     """
 
     def __init__(

@@ -15,6 +15,7 @@ from afd.types import DispatchMode, FfnParallel
 from stepmesh.types import DispatchMeta, DispatchParts, PeerDown, Role
 from tests.fakes.engine_pod import Pod, requests
 
+
 @pytest.fixture(scope="module")
 def folder():
     torch.set_num_threads(1)

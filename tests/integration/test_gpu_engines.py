@@ -111,7 +111,7 @@ def test_the_default_model(make_pod):
 
 
 def test_float8_rows_leave_and_reach_the_gpu_with_their_scales(make_pod):
-    """Rows are rounded before they cross, so that the answer is close to the reference's, and the same on any device."""
+    """Rows are rounded before they cross, so that the answer is near the reference's, and the same on any device."""
     folder = resolve_model("dummy:step3-tiny")
     outputs = []
     for device in ("cpu", "cuda"):
@@ -165,7 +165,7 @@ def test_times_are_those_of_the_gpu(make_pod):
     pod.run(0, list(requests(5, 2, folder.spec.vocab_size)))
     [engine], [(ffn, _, _)] = pod.engines, pod.ffns
     stages = engine.stages.totals
-    assert 0 < stages.attention_s and 0 < stages.head_s and 0 < stages.ffn_s < stages.exchange_s
-    assert 0 < ffn.totals.busy_s
+    assert stages.attention_s > 0 and stages.head_s > 0 and 0 < stages.ffn_s < stages.exchange_s
+    assert ffn.totals.busy_s > 0
     first, *_, last = engine.stages.ring.snapshot()
     assert stages.wait_s < last.end_s - first.start_s
