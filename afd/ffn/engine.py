@@ -80,13 +80,18 @@ class FFNEngine:
         deadline_s = self.gangs.deadline()
         if deadline_s is not None:
             timeout_s = min(timeout_s, max(0.0, deadline_s - now))
-        waiting = self.gangs.has_pending
+        waiting = self._waits_for_gang
         self._take_events(min(timeout_s, MAX_WAIT_S))
         if waiting:
             self.totals.wait_s += self._clock() - now
         while (batch := self.gangs.next_batch(self._clock())) is not None:
             self._compute(batch)
             self._take_events(0.0)
+
+    @property
+    def _waits_for_gang(self) -> bool:
+        """Nothing is computed although a dispatch is here."""
+        return self.gangs.has_pending
 
     def _take_events(self, timeout_s: float) -> None:
         for event in self._mesh.progress(timeout_s):

@@ -44,6 +44,10 @@ class GpuFFNEngine(FFNEngine):
         self._running: dict[Download, GangBatch] = {}
         self._booked_until_s = 0.0
 
+    @property
+    def _waits_for_gang(self) -> bool:
+        return not self._running and super()._waits_for_gang
+
     def _take_events(self, timeout_s: float) -> None:
         super()._take_events(min(timeout_s, LOOK_S) if self._running else timeout_s)
         for download in [download for download in self._running if download.done()]:
