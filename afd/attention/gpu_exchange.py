@@ -67,13 +67,14 @@ class GpuExchange:
 
     def poll(self, timeout_s: float) -> list[Combined]:
         """As the inner one. PeerLostError also where a stage that is over cannot be sent any more."""
+        self._send_finished()
+        if not self._stages:
+            return self._inner.poll(timeout_s)
         until_s = self._clock() + min(timeout_s, PATIENCE_S)
         while True:
-            self._send_finished()
-            if not self._stages:
-                return self._inner.poll(max(0.0, min(timeout_s, until_s - self._clock())))
             arrived = self._inner.poll(min(timeout_s, LOOK_S))
-            if arrived or self._clock() >= until_s:
+            self._send_finished()
+            if arrived or not self._stages or self._clock() >= until_s:
                 return arrived
 
     def idle(self, stream: int) -> None:
