@@ -15,7 +15,7 @@ FAST := tests/sim tests/contract tests/unit --ignore=tests/unit/model --ignore=t
 # Long demonstrations of single subjects: a release in network namespaces, every family, overload, hostile input.
 LONG := tests/k8s tests/fuzz tests/e2e/test_families.py tests/integration/test_overload.py
 
-.PHONY: setup serve test test-long test-fast test-matrix test-rdma bench-rdma fuzz lint format clean
+.PHONY: setup serve test test-long test-fast test-matrix test-gpu test-rdma bench-rdma fuzz lint format clean
 
 setup: $(STAMP)
 
@@ -42,6 +42,10 @@ test-fast: setup
 
 test-matrix: setup
 	$(BIN)/python -m pytest -n $(TEST_JOBS) -m "matrix or not matrix" tests/e2e/test_topologies.py tests/e2e/test_families.py --timeout 600
+
+# `--device cuda` against the reference on the CPU. Skipped, with the reason, where there is no GPU.
+test-gpu: setup
+	$(BIN)/python -m pytest -m gpu -rs
 
 # Hostile input at full volume, a few minutes; every campaign prints what repeats it.
 fuzz: setup

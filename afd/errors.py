@@ -44,5 +44,9 @@ class PeerLostError(AfdError):
     """A worker died or cannot be reached; names the rank. Its requests end or migrate."""
 
 
+class DeviceError(AfdError):
+    """A GPU has stopped working: the worker ends, and is started again."""
+
+
 class CoordinatorError(AfdError):
     """The coordinator refused a call (wrong secret, other model, rank taken): says which and why."""

@@ -20,6 +20,7 @@ from afd.attention.exchange import Combined, Exchange
 from afd.attention.stages import StageClock
 from afd.kv.cache import KVCache
 from afd.messages.serving import TokenLogprobs
+from afd.model.device import to_device
 from afd.model.halves import AttentionBatch, AttentionHalf
 from afd.model.sampling import Sampler
 from afd.sched.scheduler import Scheduler
@@ -105,6 +106,7 @@ class AttentionEngine:
         self._streams: dict[int, _Stream] = {}
         self._ready: deque[tuple[int, Combined | None]] = deque()
         self._announced_idle: set[int] = set()
+        self._head_slice_rows = HEAD_SLICE_ROWS
         self._clock = clock
         self.stages = StageClock(clock)
 
@@ -158,15 +160,19 @@ class AttentionEngine:
                     self._exchange.idle(idx)
                 continue
             self._announced_idle.discard(idx)
-            batch = AttentionBatch.build(
-                [(item.start, item.num_new, item.seq.blocks) for item in micro_batch.items],
-                self._cache.block_size,
-                window_blocks=None
-                if self.scheduler.windowed is None
-                else [item.seq.window_blocks for item in micro_batch.items],
-            )
-            self._streams[idx] = _Stream(micro_batch, batch, started_s=self._clock())
+            self._streams[idx] = _Stream(micro_batch, self._batch_of(idx, micro_batch), started_s=self._clock())
             self._ready.append((idx, None))
+
+    def _batch_of(self, idx: int, micro_batch: MicroBatch) -> AttentionBatch:
+        """What the kernels need to know of it."""
+        return AttentionBatch.build(
+            [(item.start, item.num_new, item.seq.blocks) for item in micro_batch.items],
+            self._cache.block_size,
+            self._half.device,
+            window_blocks=None
+            if self.scheduler.windowed is None
+            else [item.seq.window_blocks for item in micro_batch.items],
+        )
 
     def _advance(self, idx: int, combined: Combined | None) -> list[Output]:
         stream = self._streams[idx]
@@ -178,7 +184,7 @@ class AttentionEngine:
         partials: abc.Sequence[Tensor] = ()
         if combined is None:
             tokens = [t for item in stream.micro_batch.items for t in _new_tokens(item)]
-            stream.x = self._half.embed(torch.tensor(tokens, dtype=torch.int64))
+            stream.x = self._half.embed(self._indices(tokens))
         elif combined.row_idx is None and not is_last:
             partials = combined.partials  # the layer adds them
         else:
@@ -204,7 +210,7 @@ class AttentionEngine:
                 seqs.append(item.seq)
                 rows.append(end - 1)
         assert stream.x is not None
-        normed = self._half.head_rows(stream.x[torch.tensor(rows, dtype=torch.int64)])
+        normed = self._half.head_rows(stream.x[self._indices(rows)])
         logits = normed.new_empty(len(seqs), self._half.spec.vocab_size, dtype=torch.float32)
         stream.head = _Head(seqs, normed, logits)
 
@@ -217,7 +223,7 @@ class AttentionEngine:
         assert head is not None
         if head.seqs:
             alone = len(self._streams) == 1
-            stop = vocab if alone else min(head.done + HEAD_SLICE_ROWS, vocab)
+            stop = vocab if alone else min(head.done + self._head_slice_rows, vocab)
             self._half.head_slice(head.rows, head.logits, head.done, stop)
             head.done = stop
             if stop < vocab:
@@ -233,6 +239,9 @@ class AttentionEngine:
         progress = self.scheduler.commit(stream.micro_batch, {req_id: token for req_id, (token, _) in sampled.items()})
         self.stages.finish(idx, stream.micro_batch, begun_s, started_s=stream.started_s)
         return [Output(p, sampled[p.seq.req_id][1]) for p in progress] + failed
+
+    def _indices(self, values: list[int]) -> Tensor:
+        return to_device(torch.tensor(values, dtype=torch.int64), self._half.device)
 
     def _sample(self, head: _Head) -> tuple[dict[str, tuple[int, TokenLogprobs | None]], list[Output]]:
         """(token, logprobs) by request id; and the requests that end here because their logits are not finite."""

@@ -99,7 +99,7 @@ class MeshExchange:
         flight.arrived.clear()
         meta = DispatchMeta(stream, flight.epoch, step, dispatch.layer, flight.gang_id, flight.mask)
         ids, weights = dispatch.expert_ids, dispatch.expert_weights
-        rows, scales = encode_rows(dispatch.rows, self._layout.dispatch_dtype)
+        rows, scales = encode_rows(dispatch.rows, self._layout.dispatch_dtype, dispatch.scales)
         parts = DispatchParts(
             to_numpy(rows),
             None if scales is None else scales.numpy(),

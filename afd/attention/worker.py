@@ -15,6 +15,8 @@ from afd.attention.costs import CostReporter
 from afd.attention.engine import AttentionEngine, Engine, Output
 from afd.attention.exchange import Exchange, LocalExchange
 from afd.attention.frontend import Frontend
+from afd.attention.gpu_engine import GpuAttentionEngine
+from afd.attention.gpu_exchange import GpuExchange, GpuLocalExchange
 from afd.attention.mesh_exchange import MeshExchange
 from afd.attention.metrics import AttentionMetrics
 from afd.attention.modelled import ModelledEngine, StepFormula
@@ -32,6 +34,7 @@ from afd.messages.membership import ClusterView, StepCosts, WorkerInfo
 from afd.messages.membership_port import Announce, Join, SyncFields
 from afd.messages.serving import WorkerStats
 from afd.metrics import MetricsServer, process_registry
+from afd.model.cuda import CudaDevice
 from afd.model.device import check_device
 from afd.model.loading import ModelFolder, load_attention_half, load_ffn_half, resolve_model
 from afd.model.sharding import ShardSpec
@@ -81,6 +84,7 @@ class _Worker:
         self._seat: Seat | None = None
         self._exchange: Exchange | None = None
         self._engine: Engine | None = None
+        self._device: CudaDevice | None = None
         self._latency = LatencyModel(overlap=not config.topology.mono)
         self._chooser: StreamChooser | None = None
         self._costs: StepCosts | None = None
@@ -165,16 +169,24 @@ class _Worker:
         cache = KVCache(
             spec, scheduler.pool.num_blocks, section.block_size, half.dtype, section.device, num_window_blocks=windowed
         )
+        layout, ffns = payload_layout(config, spec.hidden, spec.max_top_k), []
         if seat.mesh is None:
             shard = ShardSpec(0, 1, config.cluster.ffn_parallel)
-            ffn = load_ffn_half(self._folder, shard, config.model.dtype, section.device, weights=config.model.weights)
-            self._exchange = LocalExchange([ffn])
+            ffns = [
+                load_ffn_half(self._folder, shard, config.model.dtype, section.device, weights=config.model.weights)
+            ]
+        device = self._device = CudaDevice() if section.device == "cuda" else None
+        if seat.mesh is None:
+            self._exchange = LocalExchange(ffns) if device is None else GpuLocalExchange(ffns, device)
         else:
             selection = None
             if config.cluster.dispatch is DispatchMode.SPARSE:
                 selection = RowSelection(spec, config.topology.num_ffn, config.cluster.ffn_parallel)
-            self._exchange = MeshExchange(seat.mesh, payload_layout(config, spec.hidden, spec.max_top_k), selection)
-        return AttentionEngine(half, cache, scheduler, self._exchange)
+            self._exchange = MeshExchange(seat.mesh, layout, selection)
+        if device is None:
+            return AttentionEngine(half, cache, scheduler, self._exchange)
+        wire = None if seat.mesh is None else layout.dispatch_dtype
+        return GpuAttentionEngine(half, cache, scheduler, GpuExchange(self._exchange, device, wire), device)
 
     def _modelled_engine(self, formula: StepFormula, rank: int) -> ModelledEngine:
         assert self._frontend is not None
@@ -402,4 +414,6 @@ class _Worker:
             self._server.close()
         if self._seat is not None:
             self._seat.close()
+        if self._device is not None:
+            self._device.close()
         self._context.term()

@@ -28,6 +28,7 @@ from stepmesh.types import (
     Header,
     IdleNotice,
     PeerDown,
+    Rows,
 )
 
 MAX_WAIT_S = 0.1  # longest block on file descriptors
@@ -84,7 +85,7 @@ class FFNEngine:
             deadline_s = self.gangs.deadline()
             if deadline_s is not None:
                 timeout_s = min(timeout_s, max(0.0, deadline_s - now))
-            waiting = self.gangs.has_pending
+            waiting = self._waits_for_gang
             self._take_events(min(timeout_s, MAX_WAIT_S))
             if waiting:
                 self.totals.wait_s += self._clock() - now
@@ -92,6 +93,11 @@ class FFNEngine:
         if batch is not None:
             self._compute(batch)
             self._take_events(0.0)
+
+    @property
+    def _waits_for_gang(self) -> bool:
+        """Nothing is computed although a dispatch is here."""
+        return self.gangs.has_pending
 
     def _take_events(self, timeout_s: float) -> None:
         for event in self._mesh.progress(timeout_s):
@@ -128,12 +134,19 @@ class FFNEngine:
 
     def _compute(self, batch: GangBatch) -> None:
         begun_s = self._clock()
+        rows = to_numpy(self._answer_rows(batch))
+        self._answer(batch, rows, begun_s, self._clock())
+
+    def _answer_rows(self, batch: GangBatch) -> Tensor:
+        """[rows of all members, hidden] in the wire's type."""
+        parts = [a.token.parts for a in batch.arrivals if isinstance(a.token, DispatchArrived)]
+        assert len(parts) == len(batch.arrivals)
+        rows, _ = encode_rows(self._half.layer(self._merge(batch.layer, parts)), self._layout.combine_dtype)
+        return rows
+
+    def _answer(self, batch: GangBatch, rows: Rows, begun_s: float, done_s: float) -> None:
+        """Send each member its rows, which took the time from begun_s to done_s."""
         arrivals = [a.token for a in batch.arrivals]
-        parts = [a.parts for a in arrivals if isinstance(a, DispatchArrived)]
-        assert len(parts) == len(arrivals)
-        answer, _ = encode_rows(self._half.layer(self._merge(batch.layer, parts)), self._layout.combine_dtype)
-        rows = to_numpy(answer)
-        done_s = self._clock()
         gang_tokens = sum(_batch_tokens(a.header) for a in arrivals if isinstance(a, DispatchArrived))
         meta = CombineMeta(batch.gang_id, batch.mask, gang_tokens, int((done_s - begun_s) * 1e9))
         start = 0

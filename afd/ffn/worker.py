@@ -17,10 +17,12 @@ from afd.events import TracePage
 from afd.ffn.engine import FFNEngine
 from afd.ffn.expert_watch import ExpertWatch
 from afd.ffn.gang import GangTable
+from afd.ffn.gpu_engine import GpuFFNEngine
 from afd.ffn.metrics import FFNMetrics
 from afd.messages.membership import ClusterView, WorkerInfo
 from afd.messages.membership_port import Announce, Join, SyncFields
 from afd.metrics import MetricsServer, process_registry
+from afd.model.cuda import CudaDevice
 from afd.model.device import check_device
 from afd.model.loading import ModelFolder, load_ffn_half, resolve_model
 from afd.model.sharding import ShardSpec
@@ -58,6 +60,7 @@ class _Worker:
         self._metrics: FFNMetrics | None = None
         self._server: MetricsServer | None = None
         self._engine: FFNEngine | None = None
+        self._device: CudaDevice | None = None
         self._epoch = 0
         self._watch = ExpertWatch()
         self._is_ready = False
@@ -97,7 +100,11 @@ class _Worker:
         )
         gangs = GangTable(seat.rank, config.topology.num_ffn, max_window_s=config.ffn.gang_window_ms / 1e3)
         assert seat.mesh is not None, "an FFN worker has no place in topology mono"
-        self._engine = FFNEngine(half, seat.mesh, gangs, layout=layout)
+        if config.ffn.device == "cuda":
+            self._device = CudaDevice()
+            self._engine = GpuFFNEngine(half, seat.mesh, gangs, self._device, layout=layout)
+        else:
+            self._engine = FFNEngine(half, seat.mesh, gangs, layout=layout)
         self._trace.attach(seat.rank, self._engine.ring)
         self._metrics = FFNMetrics(registry, self._engine, seat.mesh)
         seat.membership.set_ready(True)
@@ -176,3 +183,5 @@ class _Worker:
             self._server.close()
         if self._seat is not None:
             self._seat.close()
+        if self._device is not None:
+            self._device.close()

@@ -13,6 +13,9 @@ from afd import kernels
 from afd.model.batch import AttentionBatch
 from afd.model.rope import rotate
 
+GATHER_TOKENS = 1 << 17
+"""Cached tokens that `torch_decode_attention` copies at once: bounds its memory to that of so many."""
+
 _NATIVE_MULTIPLE = 8  # of block size and head dimensions, as afd.kernels asks
 _NATIVE_MAX_HEAD_DIM = 512
 
@@ -67,6 +70,8 @@ def paged_attention(
             window,
             num_threads=torch.get_num_threads(),
         )
+    if not k_cache.is_cpu and batch.num_seqs == q.shape[0]:
+        return torch_decode_attention(q, k_cache, v_cache, batch, scale, window)
     return torch_paged_attention(q, k_cache, v_cache, batch, scale, window)
 
 
@@ -91,7 +96,7 @@ def torch_paged_attention(
     num_kv_heads = k_cache.shape[1]
     group = num_heads // num_kv_heads
     out = q.new_empty(num_tokens, num_heads, v_cache.shape[3])
-    bounds, lengths = batch.query_start.tolist(), batch.seq_lens.tolist()
+    bounds, lengths = batch.host_query_start.tolist(), batch.host_seq_lens.tolist()
     for seq, length in enumerate(lengths):
         start, stop = bounds[seq], bounds[seq + 1]
         count = stop - start
@@ -102,6 +107,32 @@ def torch_paged_attention(
             mask = _visible(count, length, window, q.device).repeat(group, 1)
         attended = F.scaled_dot_product_attention(rows[None], keys[None], values[None], mask, scale=scale)[0]
         out[start:stop] = attended.view(num_kv_heads, group, count, -1).permute(2, 0, 1, 3).flatten(1, 2)
+    return out
+
+
+def torch_decode_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch, scale: float, window: int = 0
+) -> Tensor:
+    """`paged_attention` for one token of each sequence, in few large kernels: what a GPU wants.
+
+    Contexts are gathered and padded to the longest, GATHER_TOKENS of them at once.
+    """
+    num_seqs, num_heads, head_dim = q.shape
+    num_kv_heads, block_size = k_cache.shape[1:3]
+    out = q.new_empty(num_seqs, num_heads, v_cache.shape[3])
+    places = torch.arange(batch.block_table.shape[1] * block_size, device=q.device)
+    step = max(GATHER_TOKENS // places.shape[0], 1)
+    for start in range(0, num_seqs, step):
+        some = slice(start, start + step)
+        lengths = batch.seq_lens[some, None]
+        seen = places < lengths
+        if window:
+            seen = seen & (places >= lengths - window)
+        table = batch.block_table[some].long()
+        keys, values = (c[table].transpose(1, 2).flatten(2, 3).to(q.dtype) for c in (k_cache, v_cache))
+        rows = q[some].view(-1, num_kv_heads, num_heads // num_kv_heads, head_dim)
+        attended = F.scaled_dot_product_attention(rows, keys, values, seen[:, None, None], scale=scale)
+        out[some] = attended.flatten(1, 2)
     return out
 
 

@@ -6,12 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from afd.kernels.fused import LayerBatch
+from afd.model.device import to_device
 from afd.model.rope import cos_sin
 from afd.model.spec import RopeSpec
+
+_CPU = torch.device("cpu")
 
 NewTokens = tuple[int, int, Sequence[int]]
 """One sequence of a batch: (start_pos, num_new, block_ids). The blocks cover start_pos + num_new tokens."""
@@ -24,6 +28,7 @@ class AttentionBatch:
     windowed: the same tokens with the blocks of sliding-window layers; None = all layers share blocks.
     positions [n] int64; slot_mapping [n] int64 = block * block_size + offset; query_start [s + 1] int32 offsets into
     the n tokens; seq_lens [s] int32 contexts including this step's tokens; block_table [s, max_blocks] int32.
+    host_query_start, host_seq_lens: the same in host memory, for loops over sequences that must not wait for a GPU.
     """
 
     positions: Tensor
@@ -33,6 +38,8 @@ class AttentionBatch:
     block_table: Tensor
     max_query_len: int
     max_seq_len: int
+    host_query_start: npt.NDArray[np.int32]
+    host_seq_lens: npt.NDArray[np.int32]
     windowed: AttentionBatch | None = None
     _rope: dict[RopeSpec, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
     _native: dict[RopeSpec, LayerBatch] = field(default_factory=dict, repr=False)
@@ -42,7 +49,7 @@ class AttentionBatch:
         cls,
         seqs: Sequence[NewTokens],
         block_size: int,
-        device: str = "cpu",
+        device: torch.device = _CPU,
         window_blocks: Sequence[Sequence[int]] | None = None,
     ) -> AttentionBatch:
         """From (start_pos, num_new, block_ids) of each sequence, in the order of the tokens in the batch.
@@ -52,6 +59,7 @@ class AttentionBatch:
         starts = np.array([start for start, _, _ in seqs], np.int64)
         counts = np.array([count for _, count, _ in seqs], np.int64)
         lengths = starts + counts
+        seq_lens = lengths.astype(np.int32)
         num_blocks = -(-lengths // block_size)
         table = _block_table([blocks for _, _, blocks in seqs], num_blocks)
         query_start = np.zeros(len(seqs) + 1, np.int32)
@@ -59,20 +67,22 @@ class AttentionBatch:
         rows = np.repeat(np.arange(len(seqs)), counts)
         positions = np.arange(len(rows)) - query_start[rows] + starts[rows]
         batch = cls(
-            positions=torch.from_numpy(positions).to(device),
-            slot_mapping=_slots(table, rows, positions, block_size).to(device),
-            query_start=torch.from_numpy(query_start).to(device),
-            seq_lens=torch.from_numpy(lengths.astype(np.int32)).to(device),
-            block_table=torch.from_numpy(table).to(device),
+            positions=to_device(torch.from_numpy(positions), device),
+            slot_mapping=to_device(_slots(table, rows, positions, block_size), device),
+            query_start=to_device(torch.from_numpy(query_start), device),
+            seq_lens=to_device(torch.from_numpy(seq_lens), device),
+            block_table=to_device(torch.from_numpy(table), device),
             max_query_len=int(counts.max(initial=0)),
             max_seq_len=int(lengths.max(initial=0)),
+            host_query_start=query_start,
+            host_seq_lens=seq_lens,
         )
         if window_blocks is not None:
             table = _block_table(window_blocks, num_blocks)
             batch.windowed = replace(
                 batch,
-                slot_mapping=_slots(table, rows, positions, block_size).to(device),
-                block_table=torch.from_numpy(table).to(device),
+                slot_mapping=to_device(_slots(table, rows, positions, block_size), device),
+                block_table=to_device(torch.from_numpy(table), device),
                 _native={},
             )
         return batch

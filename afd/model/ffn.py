@@ -12,6 +12,7 @@ from torch import Tensor
 from afd import kernels
 from afd.kernels import PackedMatrix
 from afd.kernels.fused import ExpertsCall, SwiGluCall
+from afd.model.device import to_device
 from afd.model.expert_load import ExpertLoad
 from afd.model.primitives import Weight, linear, silu_mul
 
@@ -22,6 +23,10 @@ class Dispatch:
 
     rows [n, hidden]; expert_ids [n, k] int32 and expert_weights [n, k] float32 on MoE layers, None on dense ones.
     row_idx [n] int32: place of each row in its sender's micro-batch, for `ffn_parallel = ep`; None = 0..n-1.
+    scales [n, groups] float32: of rows that are in the wire's float8 already; None = rows of a half's own type.
+
+    On a GPU's FFN worker, rows are in its memory and the rest in the host's: what the routing selects is worked out
+    there, so that nobody waits for the GPU to tell.
     """
 
     layer: int
@@ -29,6 +34,7 @@ class Dispatch:
     expert_ids: Tensor | None = None
     expert_weights: Tensor | None = None
     row_idx: Tensor | None = None
+    scales: Tensor | None = None
 
 
 class Ffn(Protocol):
@@ -83,6 +89,7 @@ class SharedExpert:
             out[self.first :: self.stride] += self.swiglu(dispatch.rows[self.first :: self.stride])
         else:
             mine = (dispatch.row_idx % self.stride == self.first).nonzero()[:, 0]
+            mine = to_device(mine, out.device)
             out.index_add_(0, mine, self.swiglu(dispatch.rows[mine]).float())
 
 
@@ -125,8 +132,8 @@ class MoeFfn:
             return
         order = pairs[torch.argsort(local[pairs], stable=True)]
         counts = torch.bincount(local[order], minlength=num_local).tolist()
-        tokens = order // expert_ids.shape[1]
-        weights = expert_weights.flatten()[order][:, None]
+        tokens = to_device(order // expert_ids.shape[1], rows.device)
+        weights = to_device(expert_weights.flatten()[order][:, None], rows.device)
         measured = self.load.begin_batch()
         stop = 0
         for e, count in enumerate(counts):

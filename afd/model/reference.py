@@ -83,7 +83,7 @@ def reference_generate(
     pending, start = list(prompt_ids), 0
     while True:
         step = pending[:chunk]
-        batch = AttentionBatch.build([(start, len(step), blocks)], BLOCK_SIZE, str(attention.device))
+        batch = AttentionBatch.build([(start, len(step), blocks)], BLOCK_SIZE, attention.device)
         tokens = torch.tensor(step, dtype=torch.int64, device=attention.device)
         x = forward(attention, ffns, tokens, batch, cache)
         pending, start = pending[len(step) :], start + len(step)

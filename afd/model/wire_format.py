@@ -18,11 +18,16 @@ _E4M3_MAX = 448.0
 _SMALLEST_SCALE = 1e-30  # of a group of zeros
 
 
-def encode_rows(rows: Tensor, dtype: WireDtype) -> tuple[Tensor, Tensor | None]:
-    """rows [n, hidden] of any float type -> (rows of the wire's type, scales [n, groups] float32 for float8)."""
+def encode_rows(rows: Tensor, dtype: WireDtype, scales: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """rows [n, hidden] of any float type -> (rows of the wire's type, scales [n, groups] float32 for float8).
+
+    scales: those of rows that were encoded before; they pass unchanged.
+    """
     if dtype is not WireDtype.FP8_E4M3:
         wire_type = torch_dtype(dtype)
         return rows if rows.dtype is wire_type else rows.to(wire_type), None
+    if scales is not None:
+        return rows, scales
     groups = _grouped(rows.float())
     scales = (groups.abs().amax(dim=2) / _E4M3_MAX).clamp(min=_SMALLEST_SCALE)
     values = (groups / scales[:, :, None]).flatten(1)[:, : rows.shape[1]]

@@ -2,164 +2,24 @@
 
 from __future__ import annotations
 
-import random
-import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 
-from afd.attention.engine import AttentionEngine
-from afd.attention.mesh_exchange import MeshExchange
-from afd.attention.row_selection import RowSelection
-from afd.errors import PeerLostError
-from afd.ffn.engine import FFNEngine
-from afd.ffn.gang import GangTable
-from afd.kv.block_pool import BlockPool
-from afd.kv.cache import KVCache
 from afd.model.loading import load_attention_half, load_ffn_half, resolve_model
 from afd.model.reference import compare, reference_generate
 from afd.model.sharding import ShardSpec
-from afd.sched.scheduler import Scheduler, SchedulerConfig
-from afd.sched.sequence import Sequence
-from afd.types import DispatchMode, FfnParallel, SamplingParams
-from stepmesh.config import MeshConfig
-from stepmesh.layout import PayloadLayout
-from stepmesh.mesh import Mesh
-from stepmesh.types import DispatchMeta, DispatchParts, Member, PeerDown, RankId, Role, WireDtype
-
-STEP_TOKENS = 16
+from afd.types import DispatchMode, FfnParallel
+from stepmesh.types import DispatchMeta, DispatchParts, PeerDown, Role
+from tests.fakes.engine_pod import Pod, requests
 
 
 @pytest.fixture(scope="module")
 def folder():
     torch.set_num_threads(1)
     return resolve_model("dummy:step3-tiny")
-
-
-class Pod:
-    """x attention engines and y FFN engines in this process, each driven by its own thread."""
-
-    def __init__(
-        self,
-        folder,
-        num_attention,
-        num_ffn,
-        *,
-        transport="auto",
-        streams=2,
-        parallel=FfnParallel.HYBRID,
-        dispatch=DispatchMode.BROADCAST,
-    ):
-        spec = folder.spec
-        self.layout = PayloadLayout(
-            hidden=spec.hidden,
-            max_tokens=STEP_TOKENS,
-            max_top_k=spec.max_top_k,
-            dispatch_dtype=WireDtype.FP32,
-            combine_dtype=WireDtype.FP32,
-        )
-        self.transport, self.num_ffn = transport, num_ffn
-        self.folder, self.parallel = folder, parallel
-        self.stop = threading.Event()
-        self.incarnations = 0
-        self.attention_meshes = [self.mesh(Role.ATTENTION, rank) for rank in range(num_attention)]
-        self.ffn_meshes = [self.mesh(Role.FFN, rank) for rank in range(num_ffn)]
-        self.ffns, self.threads = [], []
-        for rank in range(num_ffn):
-            self.start_ffn(rank)
-        half = load_attention_half(folder, "float32")
-        self.engines, self.exchanges = [], []
-        for mesh in self.attention_meshes:
-            selection = RowSelection(spec, num_ffn, parallel) if dispatch is DispatchMode.SPARSE else None
-            exchange = MeshExchange(mesh, self.layout, selection)
-            scheduler = Scheduler(
-                SchedulerConfig(STEP_TOKENS, 4, max_num_seqs=16, max_context=256, num_streams=streams),
-                BlockPool(128, 8),
-            )
-            cache = KVCache(spec, 128, 8, half.dtype)
-            self.exchanges.append(exchange)
-            self.engines.append(AttentionEngine(half, cache, scheduler, exchange))
-        self.adopt(1)
-
-    def mesh(self, role, rank):
-        self.incarnations += 1
-        return Mesh(
-            MeshConfig(
-                id=RankId(role, rank),
-                incarnation=f"{role}-{rank}-{self.incarnations}",
-                secret=b"s" * 32,
-                config_hash=b"h" * 16,
-                layout=self.layout,
-                transport=self.transport,
-            )
-        )
-
-    def start_ffn(self, rank):
-        half = load_ffn_half(self.folder, ShardSpec(rank, self.num_ffn, self.parallel), "float32")
-        engine = FFNEngine(half, self.ffn_meshes[rank], GangTable(rank, self.num_ffn), layout=self.layout)
-        stop = threading.Event()
-
-        def run():
-            while not (self.stop.is_set() or stop.is_set()):
-                engine.run_once(0.02)
-
-        thread = threading.Thread(target=run)
-        thread.start()
-        self.ffns[rank:] = [(engine, stop, thread)]
-
-    def members(self, meshes):
-        return [Member(m.id, m.config.incarnation, m.address) for m in meshes]
-
-    def adopt(self, epoch):
-        self.epoch = epoch
-        for mesh in self.ffn_meshes:
-            mesh.set_members(epoch, self.members(self.attention_meshes))
-        for exchange in self.exchanges:
-            exchange.adopt(epoch, self.members(self.ffn_meshes))
-
-    def run(self, idx, seqs, on_turn=lambda turn: None):
-        """Serve `seqs` at attention engine `idx` -> output ids by request."""
-        engine = self.engines[idx]
-        for seq in seqs:
-            engine.scheduler.add(seq)
-        outputs, losses = {}, 0
-        for turn in range(100_000):
-            if engine.scheduler.idle:
-                engine.scheduler.check()
-                return outputs, losses
-            on_turn(turn)
-            try:
-                for output in engine.run_once(0.05):
-                    outputs.setdefault(output.progress.seq.req_id, []).extend(output.progress.ids)
-            except PeerLostError:
-                losses += 1
-                engine.fail()
-        raise AssertionError("requests did not finish")
-
-    def close(self):
-        self.stop.set()
-        for _, _, thread in self.ffns:
-            thread.join(5)
-        for mesh in (*self.attention_meshes, *self.ffn_meshes):
-            mesh.close()
-
-
-def requests(count, seed, vocab):
-    rng = random.Random(seed)
-    for idx in range(count):
-        prompt = [rng.randrange(vocab) for _ in range(rng.randrange(1, 40))]
-        yield Sequence(
-            f"r{seed}-{idx}",
-            0,
-            b"gw",
-            prompt,
-            len(prompt),
-            SamplingParams(rng.randrange(4, 16), idx, temperature=0.0),
-            0,
-            idx,
-        )
 
 
 @pytest.fixture

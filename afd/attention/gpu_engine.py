@@ -1,0 +1,137 @@
+"""The attention worker's stream loop where its half computes on a GPU.
+
+The loop is `engine.AttentionEngine`'s; a stage is launched instead of computed, so the host goes on to the next ready
+stream at once, and its rows are sent, or its logits sampled, when the GPU has come to their end.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from afd.attention.engine import AttentionEngine, Output, _Head
+from afd.attention.exchange import Combined
+from afd.attention.gpu_exchange import GpuExchange
+from afd.attention.stages import StageClock
+from afd.kv.cache import KVCache
+from afd.model.cuda import LOOK_S, CudaDevice, Download
+from afd.model.device import to_device
+from afd.model.halves import AttentionBatch, AttentionHalf
+from afd.sched.scheduler import Scheduler
+from afd.sched.sequence import MicroBatch
+
+
+class GpuStageClock(StageClock):
+    """Stages by the GPU's clock, booked when the host sees their end.
+
+    The combine before a layer, and that before the head, are part of the stage. Waiting is what remains when no stage
+    runs on the GPU.
+    """
+
+    def __init__(self, clock: Callable[[], float]):
+        super().__init__(clock)
+        self._running: dict[int, tuple[int, MicroBatch] | None] = {}  # by stream: layer and batch, None = the head
+        self._idle_since_s = 0.0
+
+    def attention(
+        self, stream: int, layer: int, batch: MicroBatch, begun_s: float, entered_s: float, computed_s: float
+    ) -> float:
+        """A layer was launched: see `sent`."""
+        self._running[stream] = (layer, batch)
+        return computed_s
+
+    def sent(self, stream: int, device_s: float) -> float:
+        """A launched layer took device_s, and its rows have just been sent."""
+        entry = self._running.pop(stream)
+        assert entry is not None, "the head sends nothing"
+        self._idle_since_s = ended_s = self._clock()
+        begun_s = ended_s - device_s
+        return super().attention(stream, *entry, begun_s, begun_s, ended_s)
+
+    def combined(self, stream: int, batch: MicroBatch, layer: int, begun_s: float, combined_s: float) -> None:
+        """Booked with the head."""
+
+    def head_launched(self, stream: int) -> None:
+        """See `head_ended`."""
+        self._running[stream] = None
+
+    def head_ended(self, stream: int, device_s: float) -> float:
+        """The logits are on the host -> when the head began."""
+        del self._running[stream]
+        self._idle_since_s = self._clock()
+        return self._idle_since_s - device_s
+
+    def wait(self, begun_s: float, arrived: Sequence[Combined]) -> None:
+        if not self._running:
+            super().wait(max(begun_s, self._idle_since_s), arrived)
+
+    def reset(self) -> None:
+        super().reset()
+        self._running.clear()
+
+
+class GpuAttentionEngine(AttentionEngine):
+    """exchange: told from here when a stage was sent. Main thread only, which holds torch.inference_mode()."""
+
+    def __init__(
+        self,
+        half: AttentionHalf,
+        cache: KVCache,
+        scheduler: Scheduler,
+        exchange: GpuExchange,
+        device: CudaDevice,
+        *,
+        clock: Callable[[], float] = time.perf_counter,
+    ):
+        super().__init__(half, cache, scheduler, exchange, clock=clock)
+        self.stages = self._gpu_stages = GpuStageClock(clock)
+        self._device = device
+        self._sampling: dict[int, Download] = {}  # by stream: logits on their way
+        self._head_slice_rows = half.spec.vocab_size  # a launch delays nobody
+        exchange.on_sent = self._sent
+
+    def run_once(self, timeout_s: float) -> list[Output]:
+        for idx, download in self._sampling.items():
+            if download.done():
+                return self._sample_and_commit(idx)
+        return super().run_once(min(timeout_s, LOOK_S) if self._sampling else timeout_s)
+
+    def fail(self) -> None:
+        self._device.synchronize()  # what was launched still writes to blocks that others may get now
+        self._sampling.clear()
+        super().fail()
+
+    def _batch_of(self, idx: int, micro_batch: MicroBatch) -> AttentionBatch:
+        with self._device.stage(idx):
+            return super()._batch_of(idx, micro_batch)
+
+    def _advance(self, idx: int, combined: Combined | None) -> list[Output]:
+        with self._device.stage(idx):
+            return super()._advance(idx, None if combined is None else self._placed(combined))
+
+    def _placed(self, combined: Combined) -> Combined:
+        device, row_idx = self._half.device, combined.row_idx
+        return replace(
+            combined,
+            partials=[to_device(partial, device) for partial in combined.partials],
+            row_idx=None if row_idx is None else [to_device(places, device) for places in row_idx],
+        )
+
+    def _sent(self, idx: int, device_s: float) -> None:
+        self._streams[idx].sent_s = self._gpu_stages.sent(idx, device_s)
+
+    def _finish(self, idx: int, head: _Head, begun_s: float) -> list[Output]:
+        """Fetch the logits; `run_once` looks for them."""
+        if not head.seqs:
+            return super()._finish(idx, head, begun_s)
+        self._sampling[idx] = self._device.download((head.logits,))
+        self._gpu_stages.head_launched(idx)
+        return []
+
+    def _sample_and_commit(self, idx: int) -> list[Output]:
+        download, head = self._sampling.pop(idx), self._streams[idx].head
+        [logits] = download.tensors
+        assert head is not None and logits is not None
+        head.logits = logits
+        return super()._finish(idx, head, self._gpu_stages.head_ended(idx, download.device_s))

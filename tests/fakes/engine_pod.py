@@ -1,0 +1,182 @@
+"""Attention and FFN engines joined by real meshes inside one process: one thread each, no cluster around them."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+
+from afd.attention.engine import AttentionEngine
+from afd.attention.gpu_engine import GpuAttentionEngine
+from afd.attention.gpu_exchange import GpuExchange
+from afd.attention.mesh_exchange import MeshExchange
+from afd.attention.row_selection import RowSelection
+from afd.errors import PeerLostError
+from afd.ffn.engine import FFNEngine
+from afd.ffn.gang import GangTable
+from afd.ffn.gpu_engine import GpuFFNEngine
+from afd.kv.block_pool import BlockPool
+from afd.kv.cache import KVCache
+from afd.model.cuda import CudaDevice
+from afd.model.loading import load_attention_half, load_ffn_half
+from afd.model.sharding import ShardSpec
+from afd.sched.scheduler import Scheduler, SchedulerConfig
+from afd.sched.sequence import Sequence
+from afd.types import DispatchMode, FfnParallel, SamplingParams
+from stepmesh.config import MeshConfig
+from stepmesh.layout import PayloadLayout
+from stepmesh.mesh import Mesh
+from stepmesh.types import Member, RankId, Role, WireDtype
+
+STEP_TOKENS, BLOCK_SIZE, NUM_BLOCKS = 16, 8, 128
+
+
+class Pod:
+    """x attention engines and y FFN engines in this process, each driven by its own thread.
+
+    device: of the halves.  new_context: called for each engine; its result is entered where that is made or driven.
+    """
+
+    def __init__(
+        self,
+        folder,
+        num_attention,
+        num_ffn,
+        *,
+        transport="auto",
+        streams=2,
+        parallel=FfnParallel.HYBRID,
+        dispatch=DispatchMode.BROADCAST,
+        wire=WireDtype.FP32,
+        device="cpu",
+        new_context: Callable[[], Callable[[], AbstractContextManager]] = lambda: contextlib.nullcontext,
+    ):
+        spec = folder.spec
+        self.layout = PayloadLayout(
+            hidden=spec.hidden,
+            max_tokens=STEP_TOKENS,
+            max_top_k=spec.max_top_k,
+            dispatch_dtype=wire,
+            combine_dtype=WireDtype.FP32,
+        )
+        self.transport, self.num_ffn = transport, num_ffn
+        self.folder, self.parallel, self.dispatch = folder, parallel, dispatch
+        self.device, self.new_context = device, new_context
+        self.stop = threading.Event()
+        self.incarnations = 0
+        self.attention_meshes = [self.mesh(Role.ATTENTION, rank) for rank in range(num_attention)]
+        self.ffn_meshes = [self.mesh(Role.FFN, rank) for rank in range(num_ffn)]
+        self.ffns, self.threads = [], []
+        for rank in range(num_ffn):
+            self.start_ffn(rank)
+        self.engines, self.exchanges, self.contexts = [], [], []
+        for rank in range(num_attention):
+            self.make_attention(rank, streams)
+        self.adopt(1)
+
+    def mesh(self, role, rank):
+        self.incarnations += 1
+        return Mesh(
+            MeshConfig(
+                id=RankId(role, rank),
+                incarnation=f"{role}-{rank}-{self.incarnations}",
+                secret=b"s" * 32,
+                config_hash=b"h" * 16,
+                layout=self.layout,
+                transport=self.transport,
+            )
+        )
+
+    def make_attention(self, rank, streams):
+        selection = None
+        if self.dispatch is DispatchMode.SPARSE:
+            selection = RowSelection(self.folder.spec, self.num_ffn, self.parallel)
+        exchange = MeshExchange(self.attention_meshes[rank], self.layout, selection)
+        scheduler = Scheduler(
+            SchedulerConfig(STEP_TOKENS, 4, max_num_seqs=16, max_context=256, num_streams=streams),
+            BlockPool(NUM_BLOCKS, BLOCK_SIZE),
+        )
+        context = self.new_context()
+        with context(), torch.inference_mode():
+            half = load_attention_half(self.folder, "float32", self.device)
+            cache = KVCache(self.folder.spec, NUM_BLOCKS, BLOCK_SIZE, half.dtype, self.device)
+            if self.device == "cpu":
+                engine = AttentionEngine(half, cache, scheduler, exchange)
+            else:
+                gpu = CudaDevice()
+                outgoing = GpuExchange(exchange, gpu, self.layout.dispatch_dtype)
+                engine = GpuAttentionEngine(half, cache, scheduler, outgoing, gpu)
+        self.exchanges.append(exchange)
+        self.engines.append(engine)
+        self.contexts.append(context)
+
+    def start_ffn(self, rank):
+        mesh, gangs = self.ffn_meshes[rank], GangTable(rank, self.num_ffn)
+        context = self.new_context()
+        with context(), torch.inference_mode():
+            half = load_ffn_half(self.folder, ShardSpec(rank, self.num_ffn, self.parallel), "float32", self.device)
+            if self.device == "cpu":
+                engine = FFNEngine(half, mesh, gangs, layout=self.layout)
+            else:
+                engine = GpuFFNEngine(half, mesh, gangs, CudaDevice(), layout=self.layout)
+        stop = threading.Event()
+
+        def run():
+            with context(), torch.inference_mode():
+                while not (self.stop.is_set() or stop.is_set()):
+                    engine.run_once(0.02)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        self.ffns[rank:] = [(engine, stop, thread)]
+
+    def members(self, meshes):
+        return [Member(m.id, m.config.incarnation, m.address) for m in meshes]
+
+    def adopt(self, epoch):
+        self.epoch = epoch
+        for mesh in self.ffn_meshes:
+            mesh.set_members(epoch, self.members(self.attention_meshes))
+        for exchange in self.exchanges:
+            exchange.adopt(epoch, self.members(self.ffn_meshes))
+
+    def run(self, idx, seqs, on_turn=lambda turn: None):
+        """Serve `seqs` at attention engine `idx` -> output ids by request, and how often the FFN side was lost."""
+        with self.contexts[idx](), torch.inference_mode():
+            return self._serve(self.engines[idx], seqs, on_turn)
+
+    def _serve(self, engine, seqs, on_turn):
+        for seq in seqs:
+            engine.scheduler.add(seq)
+        outputs, losses = {}, 0
+        for turn in range(100_000):
+            if engine.scheduler.idle:
+                engine.scheduler.check()
+                return outputs, losses
+            on_turn(turn)
+            try:
+                for output in engine.run_once(0.05):
+                    outputs.setdefault(output.progress.seq.req_id, []).extend(output.progress.ids)
+            except PeerLostError:
+                losses += 1
+                engine.fail()
+        raise AssertionError("requests did not finish")
+
+    def close(self):
+        self.stop.set()
+        for _, _, thread in self.ffns:
+            thread.join(5)
+        for mesh in (*self.attention_meshes, *self.ffn_meshes):
+            mesh.close()
+
+
+def requests(count, seed, vocab, **sampling):
+    rng = random.Random(seed)
+    for idx in range(count):
+        prompt = [rng.randrange(vocab) for _ in range(rng.randrange(1, 40))]
+        params = SamplingParams(**{"max_tokens": rng.randrange(4, 16), "seed": idx, "temperature": 0.0, **sampling})
+        yield Sequence(f"r{seed}-{idx}", 0, b"gw", prompt, len(prompt), params, 0, idx)

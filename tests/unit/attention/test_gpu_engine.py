@@ -1,0 +1,205 @@
+"""The GPU's stream loop in one process, its exchange and its clock; over stepmesh: tests/integration."""
+
+from __future__ import annotations
+
+import random
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from afd.attention.exchange import Combined
+from afd.attention.gpu_engine import GpuAttentionEngine, GpuStageClock
+from afd.attention.gpu_exchange import GpuExchange, GpuLocalExchange
+from afd.attention.worker import _Worker
+from afd.config import resolve_config
+from afd.errors import PeerLostError
+from afd.model.cuda import CudaDevice
+from afd.model.device import to_device
+from afd.model.halves import Dispatch
+from afd.model.loading import load_attention_half, load_ffn_half, resolve_model
+from afd.model.reference import compare, reference_generate
+from afd.model.sharding import ShardSpec
+from afd.sched.sequence import Sequence
+from afd.seat import Seat
+from afd.types import FfnParallel, SamplingParams
+from stepmesh.types import WireDtype
+from tests.fakes import cuda
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    cuda.install(monkeypatch)
+    with cuda.FakeCuda(may_wait=True).entered() as gpu, torch.inference_mode():
+        yield gpu
+
+
+@pytest.fixture
+def worker(gpu):
+    """An attention worker of a mono cluster that has loaded its model onto the GPU."""
+    torch.set_num_threads(1)
+    overrides = {
+        "model.name": "dummy:step3-tiny",
+        "model.dtype": "float32",
+        "cluster.topology": "mono",
+        "attention.device": "cuda",
+        "attention.streams": 2,
+        "attention.num_blocks": 64,
+        "attention.block_size": 8,
+    }
+    worker = _Worker(resolve_config(None, overrides), resolve_model("dummy:step3-tiny"), threading.Event())
+    membership = SimpleNamespace(set_loading=lambda share: None, close=lambda: None)
+    worker.engine = worker._load(Seat(membership, "incarnation", "agreed"), lambda fields: None)
+    yield worker
+    worker.close()
+
+
+def request(idx, rng, vocab):
+    prompt = [rng.randrange(vocab) for _ in range(rng.randrange(1, 30))]
+    return Sequence(f"r{idx}", 0, b"gw", prompt, len(prompt), SamplingParams(8, idx, temperature=0.0), 0, idx)
+
+
+def serve(engine, seqs, on_turn=lambda turn: None):
+    for seq in seqs:
+        engine.scheduler.add(seq)
+    outputs = {}
+    for turn in range(20_000):
+        if engine.scheduler.idle:
+            engine.scheduler.check()
+            return outputs
+        on_turn(turn)
+        for output in engine.run_once(0.0):
+            outputs.setdefault(output.progress.seq.req_id, []).extend(output.progress.ids)
+    raise AssertionError("requests did not finish")
+
+
+def check(seqs, outputs):
+    folder = resolve_model("dummy:step3-tiny")
+    attention = load_attention_half(folder, "float32")
+    ffn = load_ffn_half(folder, ShardSpec(0, 1, FfnParallel.HYBRID), "float32")
+    for seq in seqs:
+        verdict = compare(reference_generate(attention, [ffn], seq.prompt_ids(), seq.sampling), outputs[seq.req_id])
+        assert verdict.ok, (seq.req_id, verdict)
+
+
+def test_a_mono_worker_on_a_gpu_equals_the_reference(worker):
+    engine, rng = worker.engine, random.Random(0)
+    assert isinstance(engine, GpuAttentionEngine) and isinstance(worker._exchange, GpuLocalExchange)
+    seqs = [request(idx, rng, 512) for idx in range(6)]
+    check(seqs, serve(engine, seqs))
+    totals = engine.stages.totals
+    assert totals.ffn_s > 0 and totals.attention_s > 0 and totals.head_s > 0
+
+
+def test_a_failure_with_stages_on_the_gpu_runs_their_steps_again(worker):
+    engine, rng = worker.engine, random.Random(1)
+    seqs = [request(idx, rng, 512) for idx in range(4)]
+
+    def disturb(turn):
+        if turn % 40 == 39 and turn < 400:
+            engine.fail()
+
+    check(seqs, serve(engine, seqs, disturb))
+
+
+class RecordingExchange:
+    ready = True
+
+    def __init__(self):
+        self.sent, self.cancelled, self.lost = [], 0, False
+
+    def send(self, stream, step, dispatch):
+        if self.lost:
+            raise PeerLostError("ffn/0 is lost: scripted")
+        self.sent.append((stream, step, dispatch))
+
+    def poll(self, timeout_s):
+        return []
+
+    def cancel(self):
+        self.cancelled += 1
+
+
+@pytest.fixture
+def exchange(gpu):
+    gpu.may_wait = False
+    device, inner = CudaDevice(), RecordingExchange()
+    exchange = GpuExchange(inner, device, WireDtype.FP8_E4M3)
+
+    def launch(stream):
+        with device.stage(stream):
+            rows = to_device(torch.full((2, 200), float(stream)), device.torch_device)
+            ids = to_device(torch.tensor([[1], [2]], dtype=torch.int32), device.torch_device)
+            weights = to_device(torch.ones(2, 1), device.torch_device)
+            exchange.send(stream, 7, Dispatch(3, rows, ids, weights))
+
+    return SimpleNamespace(face=exchange, inner=inner, launch=launch)
+
+
+def test_rows_are_sent_when_their_stage_is_over_and_not_before(exchange, gpu):
+    told = []
+    exchange.face.on_sent = lambda stream, device_s: told.append((stream, device_s > 0))
+    exchange.launch(1)
+    exchange.launch(2)
+    exchange.face.poll(0.0)
+    assert not exchange.inner.sent and not told
+    for _ in range(gpu.looks):
+        exchange.face.poll(0.0)
+    assert sorted(told) == [(1, True), (2, True)]
+    stream, step, dispatch = exchange.inner.sent[1]
+    assert (stream, step, dispatch.layer) == (2, 7, 3)
+    assert dispatch.rows.dtype is torch.float8_e4m3fn and dispatch.scales.shape == (2, 2)
+    assert dispatch.rows.float()[0, 0] * dispatch.scales[0, 0] == 2.0
+    assert dispatch.expert_ids.tolist() == [[1], [2]] and dispatch.expert_weights.tolist() == [[1.0], [1.0]]
+
+
+def test_what_was_cancelled_is_not_sent(exchange, gpu):
+    exchange.launch(0)
+    exchange.face.cancel()
+    for _ in range(gpu.looks + 1):
+        exchange.face.poll(0.0)
+    assert exchange.inner.cancelled == 1 and not exchange.inner.sent
+
+
+def test_a_peer_lost_meanwhile_shows_when_the_rows_leave(exchange, gpu):
+    exchange.inner.lost = True
+    exchange.launch(0)
+    with pytest.raises(PeerLostError):
+        for _ in range(gpu.looks + 1):
+            exchange.face.poll(0.0)
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def test_stages_are_booked_when_they_end_and_waiting_is_what_remains():
+    clock = Clock()
+    stages = GpuStageClock(clock)
+    batch = SimpleNamespace(num_tokens=4, step=1)
+    assert stages.attention(0, 0, batch, 0.0, 0.1, 0.2) == 0.2
+    assert stages.totals.attention_s == 0.0
+    clock.now = 2.0
+    stages.wait(0.2, [])  # the GPU computes: that is no waiting
+    assert stages.totals.wait_s == 0.0
+    assert stages.sent(0, device_s=1.5) == 2.0
+    assert stages.totals.attention_s == 1.5
+    clock.now = 3.0
+    stages.wait(0.2, [Combined(0, [])])
+    assert stages.totals.wait_s == 1.0
+    stages.combined(0, batch, 0, 3.0, 3.1)
+    stages.head_launched(0)
+    clock.now = 5.0
+    stages.wait(3.0, [])
+    assert stages.head_ended(0, device_s=0.5) == 4.5 and stages.totals.wait_s == 1.0
+    spans = [(stage.name, stage.start_s, stage.end_s) for stage in stages.ring.snapshot()]
+    assert spans == [("embed", 0.5, 0.5), ("attention", 0.5, 2.0), ("dispatch", 2.0, 2.0), ("wait", 2.0, 3.0)]
+    stages.attention(1, 0, batch, 5.0, 5.0, 5.0)
+    stages.reset()
+    clock.now = 6.0
+    stages.wait(5.5, [])
+    assert stages.totals.wait_s == 1.5
