@@ -34,6 +34,7 @@ from afd.metrics import MetricsServer, process_registry
 from afd.model.device import check_device
 from afd.model.loading import ModelFolder, load_attention_half, load_ffn_half, resolve_model
 from afd.model.sharding import ShardSpec
+from afd.model.threads import ThreadShare
 from afd.sched.latency import LatencyModel
 from afd.sched.policy import Admission, PrefillBudget
 from afd.sched.scheduler import Scheduler, SchedulerConfig
@@ -54,7 +55,6 @@ def run_attention_worker(
 ) -> int:
     """Serve until `stop`, then drain. Returns the exit code; raises AfdError with one line for the user."""
     check_device(config.attention.device, "attention.device")
-    torch.set_num_threads(config.attention.threads or 1)
     worker = _Worker(config, resolve_model(config.model.name), stop)
     try:
         if not worker.start(secret, join, announce):
@@ -80,7 +80,8 @@ class _Worker:
         self._seat: Seat | None = None
         self._exchange: Exchange | None = None
         self._engine: Engine | None = None
-        self._latency = LatencyModel(overlap=not config.topology.mono)
+        self._threads = ThreadShare(config.attention.threads or 1, config.attention.threads_alone)
+        self._latency = LatencyModel(overlap=not config.topology.mono, faster_alone=self._threads.faster_alone)
         self._chooser: StreamChooser | None = None
         self._max_streams = config.attention.streams or FIRST_STREAMS
         self._epoch = 0
@@ -171,7 +172,7 @@ class _Worker:
             if config.cluster.dispatch is DispatchMode.SPARSE:
                 selection = RowSelection(spec, config.topology.num_ffn, config.cluster.ffn_parallel)
             self._exchange = MeshExchange(seat.mesh, payload_layout(config, spec.hidden, spec.max_top_k), selection)
-        return AttentionEngine(half, cache, scheduler, self._exchange)
+        return AttentionEngine(half, cache, scheduler, self._exchange, threads=self._threads)
 
     def _modelled_engine(self, formula: StepFormula) -> ModelledEngine:
         assert self._frontend is not None
@@ -214,6 +215,7 @@ class _Worker:
         """Serve until `stop`; then finish what runs, at most `gateway.drain_s` long."""
         gc.collect()
         gc.freeze()  # what is loaded stays: no collection need look at it again
+        self._threads.start()
         pin_this_thread(self._config.attention.cores)
         assert self._engine is not None and self._seat is not None
         drain_until_s: float | None = None
