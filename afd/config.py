@@ -105,7 +105,9 @@ class AttentionConfig(Listener, frozen=True):
     """streams: 0 = auto (up to the plan's maximum).  num_blocks: 0 = as many as kv_cache_gib holds.
 
     max_step_tokens: tokens of one micro-batch (decodes first, then prefill).  max_num_seqs: running requests.
-    threads: 0 = a fair share of the machine's cores.  cores: of the main thread, such as "0,2-3"; "any" = the kernel
+    threads: 0 = a fair share of the machine's cores.  threads_alone: while the FFN workers wait for this one (one
+    stream); 0 = `afd up` shares out this host's cores among the workers of a role, elsewhere `threads`.
+    cores: of the main thread, such as "0,2-3"; "any" = the kernel
     decides; "" = `afd up` shares out this host's, where each worker can have one.
     modelled: not "" = no model: a step takes base_ms + token_us * tokens + context_us * KV entries read, tokens are
     hashes, such as "base_ms=4,token_us=150,context_us=0.2" (topology mono; for tests of everything but the model).
@@ -121,6 +123,7 @@ class AttentionConfig(Listener, frozen=True):
     kv_cache_gib: Positive = 2.0
     prefix_cache: bool = True
     threads: NonNegativeInt = 0
+    threads_alone: NonNegativeInt = 0
     cores: str = ""
     device: Literal["cpu", "cuda"] = "cpu"
     modelled: str = ""
@@ -130,12 +133,13 @@ class AttentionConfig(Listener, frozen=True):
 
 
 class FfnConfig(Listener, frozen=True):
-    """threads, cores: as of attention.
+    """threads, threads_alone, cores: as of attention.
 
     gang_window_ms: upper bound of the wait for other attention workers at layer 0 (a quarter of a step at most).
     """
 
     threads: NonNegativeInt = 0
+    threads_alone: NonNegativeInt = 0
     cores: str = ""
     device: Literal["cpu", "cuda"] = "cpu"
     gang_window_ms: Annotated[float, msgspec.Meta(ge=0, le=100)] = 10.0

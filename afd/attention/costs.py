@@ -46,5 +46,5 @@ class CostReporter:
             num_streams=self._scheduler.num_streams,
             gang_size=self._gang_size,
             wait_share=min(1.0, waited_s / passed_s) if passed_s > 0.0 else 0.0,
-            corrections=model.corrections,
+            corrections=model.corrections(load),
         )

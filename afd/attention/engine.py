@@ -23,6 +23,7 @@ from afd.messages.serving import TokenLogprobs
 from afd.model.device import to_device
 from afd.model.halves import AttentionBatch, AttentionHalf
 from afd.model.sampling import Sampler
+from afd.model.threads import ThreadShare
 from afd.sched.scheduler import Scheduler
 from afd.sched.sequence import BatchItem, MicroBatch, Progress, Sequence
 from afd.types import FinishReason
@@ -95,12 +96,14 @@ class AttentionEngine:
         scheduler: Scheduler,
         exchange: Exchange,
         *,
+        threads: ThreadShare | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ):
         self._half = half
         self._cache = cache
         self.scheduler = scheduler
         self._exchange = exchange
+        self._threads = threads
         self._sampler = Sampler()
         self._num_layers = half.spec.num_layers
         self._streams: dict[int, _Stream] = {}
@@ -176,6 +179,8 @@ class AttentionEngine:
 
     def _advance(self, idx: int, combined: Combined | None) -> list[Output]:
         stream = self._streams[idx]
+        if self._threads is not None:
+            self._threads.use(alone=len(self._streams) == 1)
         begun_s = self._clock()
         if stream.head is not None:
             return self._advance_head(idx, begun_s)

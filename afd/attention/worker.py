@@ -38,6 +38,7 @@ from afd.model.cuda import CudaDevice
 from afd.model.device import check_device
 from afd.model.loading import ModelFolder, load_attention_half, load_ffn_half, resolve_model
 from afd.model.sharding import ShardSpec
+from afd.model.threads import ThreadShare
 from afd.sched.latency import LatencyModel
 from afd.sched.policy import Admission, PrefillBudget
 from afd.sched.scheduler import Scheduler, SchedulerConfig
@@ -58,7 +59,6 @@ def run_attention_worker(
 ) -> int:
     """Serve until `stop`, then drain. Returns the exit code; raises AfdError with one line for the user."""
     check_device(config.attention.device, "attention.device")
-    torch.set_num_threads(config.attention.threads or 1)
     worker = _Worker(config, resolve_model(config.model.name), stop)
     try:
         if not worker.start(secret, join, announce):
@@ -85,7 +85,10 @@ class _Worker:
         self._exchange: Exchange | None = None
         self._engine: Engine | None = None
         self._device: CudaDevice | None = None
-        self._latency = LatencyModel(overlap=not config.topology.mono)
+        section = config.attention
+        on_cpu = section.device == "cpu"
+        self._threads = ThreadShare(section.threads or 1, section.threads_alone if on_cpu else 0)
+        self._latency = LatencyModel(overlap=not config.topology.mono, faster_alone=self._threads.faster_alone)
         self._chooser: StreamChooser | None = None
         self._costs: StepCosts | None = None
         self._max_streams = config.attention.streams or FIRST_STREAMS
@@ -184,7 +187,7 @@ class _Worker:
                 selection = RowSelection(spec, config.topology.num_ffn, config.cluster.ffn_parallel)
             self._exchange = MeshExchange(seat.mesh, layout, selection)
         if device is None:
-            return AttentionEngine(half, cache, scheduler, self._exchange)
+            return AttentionEngine(half, cache, scheduler, self._exchange, threads=self._threads)
         wire = None if seat.mesh is None else layout.dispatch_dtype
         return GpuAttentionEngine(half, cache, scheduler, GpuExchange(self._exchange, device, wire), device)
 
@@ -230,6 +233,7 @@ class _Worker:
         """Serve until `stop`; then finish what runs, at most `gateway.drain_s` long."""
         gc.collect()
         gc.freeze()  # what is loaded stays: no collection need look at it again
+        self._threads.start()
         pin_this_thread(self._config.attention.cores)
         assert self._engine is not None and self._seat is not None
         drain_until_s: float | None = None

@@ -10,15 +10,18 @@ import math
 import os
 import socket
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
-from afd.config import ClusterConfig
+from afd.config import AttentionConfig, ClusterConfig, FfnConfig
 from afd.cores import share_cores
 from afd.errors import ConfigError
 from afd.model.loading import ModelFolder, resolve_model
 from afd.model.sharding import check_sparse
 from afd.types import DispatchMode
+
+Section = TypeVar("Section", AttentionConfig, FfnConfig)
 
 
 def usable_cores() -> int:
@@ -38,14 +41,32 @@ def _cgroup_quota() -> float | None:
 
 
 def share_threads(config: ClusterConfig, cores: int) -> ClusterConfig:
-    """Fill in thread counts left at 0: a fair share of `cores` for each compute process of one host, at least 1."""
+    """Fill in thread counts left at 0: a fair share of `cores` for each compute process of one host, at least 1.
+
+    While the other role waits, the workers of one role share all cores: threads_alone.
+    """
     topology = config.topology
     share = max(1, cores // (topology.num_attention + topology.num_ffn))
+
+    def filled(section: Section, num_workers: int) -> Section:
+        threads = section.threads or share
+        alone = section.threads_alone or max(threads, cores // max(1, num_workers))
+        return msgspec.structs.replace(section, threads=threads, threads_alone=alone)
+
     return msgspec.structs.replace(
         config,
-        attention=msgspec.structs.replace(config.attention, threads=config.attention.threads or share),
-        ffn=msgspec.structs.replace(config.ffn, threads=config.ffn.threads or share),
+        attention=filled(config.attention, topology.num_attention),
+        ffn=filled(config.ffn, topology.num_ffn),
     )
+
+
+def most_threads(config: ClusterConfig, role: str) -> int:
+    """Threads that one process of a role ever computes with."""
+    if role == "attention":
+        return max(config.attention.threads, config.attention.threads_alone)
+    if role == "ffn":
+        return max(config.ffn.threads, config.ffn.threads_alone)
+    return 1
 
 
 def worker_cores(config: ClusterConfig) -> dict[str, str]:

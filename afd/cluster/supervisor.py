@@ -27,7 +27,7 @@ from afd.cluster.console import Console
 from afd.cluster.launch import EXIT_CONFIG, EXIT_FAILURE, EXIT_OK
 from afd.cluster.launcher import Child, Command, describe_exit, role_command
 from afd.cluster.progress import ChildProgress, progress_line, ready_text
-from afd.cluster.resolve import with_cores, worker_cores
+from afd.cluster.resolve import most_threads, with_cores, worker_cores
 from afd.cluster.restart import RestartPolicy, worth_restarting
 from afd.cluster.run_file import RunInfo, process_start_time, remove_run_file, run_directory, write_run_file
 from afd.cluster.shutdown import StopSequence, stages
@@ -165,8 +165,7 @@ class Supervisor:
         return role, int(rank) if rank else -1
 
     def _start(self, role: str, rank: int) -> None:
-        threads = {"attention": self._config.attention.threads, "ffn": self._config.ffn.threads}.get(role, 1)
-        child = Child(role, rank, self._command(role, rank), threads=threads)
+        child = Child(role, rank, self._command(role, rank), threads=most_threads(self._config, role))
         self._children[child.name] = child
         self._progress[child.name] = ChildProgress()
         if self._restart is not None and child.name not in self._policies:

@@ -15,6 +15,7 @@ from afd.ffn.dispatch_check import DispatchCheck
 from afd.ffn.gang import Arrival, GangBatch, GangTable
 from afd.model.expert_load import ExpertLoad
 from afd.model.halves import Dispatch, FFNHalf
+from afd.model.threads import ThreadShare
 from afd.model.wire_format import decode_rows, encode_rows
 from stepmesh.errors import StaleArrivalError
 from stepmesh.layout import PayloadLayout
@@ -59,6 +60,7 @@ class FFNEngine:
         gangs: GangTable,
         *,
         layout: PayloadLayout,
+        threads: ThreadShare | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ):
         self._half = half
@@ -66,6 +68,7 @@ class FFNEngine:
         self._mesh = mesh
         self.gangs = gangs
         self._layout = layout
+        self._threads = threads
         self._clock = clock
         self.totals = FFNTotals()
         self.ring = TraceRing()
@@ -133,6 +136,8 @@ class FFNEngine:
         )
 
     def _compute(self, batch: GangBatch) -> None:
+        if self._threads is not None:
+            self._threads.use(alone=self.gangs.num_active_streams <= 1)
         begun_s = self._clock()
         rows = to_numpy(self._answer_rows(batch))
         self._answer(batch, rows, begun_s, self._clock())

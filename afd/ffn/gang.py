@@ -153,6 +153,11 @@ class GangTable:
         return min(times, default=None)
 
     @property
+    def num_active_streams(self) -> int:
+        """Streams in which any attention worker is at work: with one, all of them wait for this side's answer."""
+        return sum(1 for stream in self._streams.values() if stream.active)
+
+    @property
     def has_pending(self) -> bool:
         return any(stream.pending for stream in self._streams.values())
 

@@ -26,6 +26,7 @@ from afd.model.cuda import CudaDevice
 from afd.model.device import check_device
 from afd.model.loading import ModelFolder, load_ffn_half, resolve_model
 from afd.model.sharding import ShardSpec
+from afd.model.threads import ThreadShare
 from afd.seat import IDLE_S, TURN_S, Seat, take_seat
 from stepmesh.types import Role
 
@@ -35,7 +36,6 @@ log = logging.getLogger(__name__)
 def run_ffn_worker(config: ClusterConfig, secret: bytes, join: Join, stop: threading.Event, announce: Announce) -> int:
     """Serve until `stop`. Returns the exit code; raises AfdError with one line for the user."""
     check_device(config.ffn.device, "ffn.device")
-    torch.set_num_threads(config.ffn.threads or 1)
     folder = resolve_model(config.model.name)
     worker = _Worker(config, folder, stop)
     try:
@@ -55,6 +55,7 @@ class _Worker:
         self._folder = folder
         self._stop = stop
         self._progress = 0
+        self._threads = ThreadShare(config.ffn.threads or 1, config.ffn.threads_alone)
         self._trace = TracePage("ffn", os.getpid())
         self._seat: Seat | None = None
         self._metrics: FFNMetrics | None = None
@@ -104,7 +105,7 @@ class _Worker:
             self._device = CudaDevice()
             self._engine = GpuFFNEngine(half, seat.mesh, gangs, self._device, layout=layout)
         else:
-            self._engine = FFNEngine(half, seat.mesh, gangs, layout=layout)
+            self._engine = FFNEngine(half, seat.mesh, gangs, layout=layout, threads=self._threads)
         self._trace.attach(seat.rank, self._engine.ring)
         self._metrics = FFNMetrics(registry, self._engine, seat.mesh)
         seat.membership.set_ready(True)
@@ -120,6 +121,7 @@ class _Worker:
         """The loop: new views, dispatches, answers."""
         gc.collect()
         gc.freeze()  # what is loaded stays: no collection need look at it again
+        self._threads.start()
         pin_this_thread(self._config.ffn.cores)
         assert self._seat is not None and self._seat.mesh is not None and self._engine is not None
         mesh = self._seat.mesh

@@ -46,6 +46,7 @@ __all__ = [
     "rope_write_kv",
     "select_kernels",
     "silu_mul",
+    "start_threads",
     "unpack_rows",
     "write_kv",
 ]
@@ -88,6 +89,16 @@ def native_kernels() -> NativeKernels | None:
     """The native kernels if they are in use and vectorised for this processor: what `afd.kernels.fused` needs."""
     kernels = _kernels()
     return kernels if isinstance(kernels, NativeKernels) and kernels.name != "portable" else None
+
+
+def start_threads(num_threads: int) -> None:
+    """Starts the worker threads that num_threads need, to run on the cores that the calling thread may use now.
+
+    Without this the first call with num_threads > 1 does it.
+    """
+    kernels = _kernels()
+    if isinstance(kernels, NativeKernels):
+        kernels.start_threads(num_threads)
 
 
 def close() -> None:

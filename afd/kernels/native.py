@@ -206,6 +206,10 @@ class NativeKernels:
         """Worker threads that are up; one pool serves the process."""
         return int(self.library.afd_num_workers())
 
+    def start_threads(self, num_threads: int) -> None:
+        """Starts the worker threads that num_threads need, to run on the cores that the calling thread may use now."""
+        self.library.afd_start_workers(num_threads)
+
     def close(self) -> None:
         """Ends the worker threads; a later call with num_threads > 1 starts new ones."""
         self.library.afd_stop_workers()
@@ -253,6 +257,7 @@ def _declare(library: ctypes.CDLL) -> None:
         "afd_experts": (i32, [i32] * 2 + [pointer] * 4 + [i32] * 2 + [pointer] * 3),
         "afd_attention_layer": (i32, [i32] * 2 + [pointer] * 4 + [i32] * 2 + [pointer] * 2 + [i32] * 2 + [pointer] * 2),
         "afd_read_memory": (f32, [i32] * 2 + [pointer, i64]),
+        "afd_start_workers": (None, [i32]),
         "afd_stop_workers": (None, []),
         "afd_num_workers": (i32, []),
     }

@@ -140,19 +140,34 @@ class Curve:
                     self._covariance[j][i] *= shrink
 
 
-class LatencyModel:
-    """Curves of one attention worker and of the FFN side as seen from it. Main thread only.
+class _Costs:
+    """The three curves of one way to run.
 
-    overlap: the FFN computes beside this worker (False in one process: topology mono).
     The priors are those of a slow machine: a worker that has measured nothing takes few requests, and has measured
     after the first one.
     """
 
-    def __init__(self, *, overlap: bool = True):
-        self._overlap = overlap
+    def __init__(self) -> None:
         self.attention = Curve(4e-3, 2e-4, 2e-7)
         self.head = Curve(1e-3, 1e-4)
         self.ffn = Curve(4e-3, 2e-4)
+
+    @property
+    def num_samples(self) -> int:
+        return self.attention.num_samples
+
+
+class LatencyModel:
+    """Curves of one attention worker and of the FFN side as seen from it. Main thread only.
+
+    overlap: the FFN computes beside this worker (False in one process: topology mono).
+    faster_alone: a single stream runs on more cores (`threads_alone`), so that its steps tell nothing of the others'.
+    """
+
+    def __init__(self, *, overlap: bool = True, faster_alone: bool = False):
+        self._overlap = overlap
+        self._shared = _Costs()
+        self._alone = _Costs() if faster_alone else self._shared
         self.transfer_s = 2e-3 if overlap else 0.0
         self._num_cold = 0
         self._others = 0.0  # rows of other attention workers in our gangs
@@ -165,11 +180,12 @@ class LatencyModel:
             self._num_cold += 1
             return
         load = sample.load
-        self.attention.add(sample.attention_s, 1.0, load.num_tokens, load.context_tokens)
+        costs = self._alone if len(sample.in_flight) <= 1 else self._shared
+        costs.attention.add(sample.attention_s, 1.0, load.num_tokens, load.context_tokens)
         if load.num_samples:
-            self.head.add(sample.head_s, 1.0, load.num_samples)
+            costs.head.add(sample.head_s, 1.0, load.num_samples)
         if sample.gang_tokens:
-            self.ffn.add(sample.ffn_s, 1.0, sample.gang_tokens)
+            costs.ffn.add(sample.ffn_s, 1.0, sample.gang_tokens)
             self._others += 0.1 * (max(0.0, sample.gang_tokens - load.num_tokens) - self._others)
             self._observe_transfer(max(0.0, sample.exchange_s - sample.ffn_s), alone=len(sample.in_flight) <= 1)
         self._loads = {s: kept for s, kept in self._loads.items() if s in sample.in_flight}
@@ -179,16 +195,39 @@ class LatencyModel:
     @property
     def num_steps(self) -> int:
         """Steps observed."""
-        return self.attention.num_samples
+        if self._alone is self._shared:
+            return self._shared.num_samples
+        return self._shared.num_samples + self._alone.num_samples
 
-    def step_s(self, load: StepLoad) -> tuple[float, float]:
-        """(attention worker's time, FFN's time) of one stream's step."""
-        own = self.attention(1.0, load.num_tokens, load.context_tokens)
+    @property
+    def attention(self) -> Curve:
+        """Of several streams, as `head` and `ffn`; of a single one until those were seen."""
+        return self._costs(2).attention
+
+    @property
+    def head(self) -> Curve:
+        return self._costs(2).head
+
+    @property
+    def ffn(self) -> Curve:
+        return self._costs(2).ffn
+
+    def _costs(self, num_streams: int) -> _Costs:
+        """What is known of so many streams, or else of other numbers."""
+        own, other = (self._alone, self._shared) if num_streams == 1 else (self._shared, self._alone)
+        return own if own.num_samples >= TRUSTED or other.num_samples < TRUSTED else other
+
+    def step_s(self, load: StepLoad, num_streams: int = 1) -> tuple[float, float]:
+        """(attention worker's time, FFN's time) of one stream's step, one of num_streams in flight."""
+        return self._step_s(load, self._costs(num_streams))
+
+    def _step_s(self, load: StepLoad, costs: _Costs) -> tuple[float, float]:
+        own = costs.attention(1.0, load.num_tokens, load.context_tokens)
         if load.num_samples:
-            own += self.head(1.0, load.num_samples)
-        if self.num_steps and not self.ffn.num_samples:
+            own += costs.head(1.0, load.num_samples)
+        if costs.num_samples and not costs.ffn.num_samples:
             return own, 0.0  # an engine without FFN
-        return own, self.ffn(1.0, load.num_tokens + self._others)
+        return own, costs.ffn(1.0, load.num_tokens + self._others)
 
     def cycle_s(self, loads: Iterable[StepLoad]) -> float:
         """Seconds in which each of these streams makes one step; 0 for none.
@@ -205,17 +244,26 @@ class LatencyModel:
         nearest = min(self._corrections, key=lambda measured: (abs(measured - num_streams), measured))
         return self._corrections[nearest]
 
-    @property
-    def corrections(self) -> dict[int, float]:
-        """All that were measured, by number of streams."""
-        return dict(self._corrections)
+    def corrections(self, load: StepLoad) -> dict[int, float]:
+        """All that were measured, by number of streams, for readers who know the curves of several streams only.
+
+        load: one step of all sequences, at which a single stream's own curves are compared with those.
+        """
+        plain = self._costs(2)
+        found = {}
+        for m, correction in self._corrections.items():
+            loads = [load.split(m)] * m
+            ideal_s = self._ideal_cycle_s(loads, plain)
+            found[m] = correction * self._ideal_cycle_s(loads) / ideal_s if ideal_s > 0.0 else correction
+        return found
 
     def forget_correction(self, num_streams: int) -> None:
         """Measure that number of streams anew."""
         self._corrections.pop(num_streams, None)
 
-    def _ideal_cycle_s(self, loads: Sequence[StepLoad]) -> float:
-        steps = [self.step_s(load) for load in loads]
+    def _ideal_cycle_s(self, loads: Sequence[StepLoad], costs: _Costs | None = None) -> float:
+        costs = costs or self._costs(len(loads))
+        steps = [self._step_s(load, costs) for load in loads]
         sum_a, sum_f = sum(a for a, _ in steps), sum(f for _, f in steps)
         if not self._overlap:
             return sum_a + sum_f

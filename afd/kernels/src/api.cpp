@@ -184,6 +184,8 @@ float afd_read_memory(int32_t isa, int32_t num_threads, const void* memory, int6
     return total;
 }
 
+void afd_start_workers(int32_t num_threads) { start_workers(num_threads); }
+
 void afd_stop_workers() { stop_workers(); }
 
 int32_t afd_num_workers() { return num_workers(); }

@@ -108,6 +108,7 @@ AFD_API int32_t afd_attention_layer(int32_t isa, int32_t num_threads, const AfdA
 // Sum of `num_bytes` bytes read as floats by num_threads threads: the read bandwidth the kernels are measured against.
 AFD_API float afd_read_memory(int32_t isa, int32_t num_threads, const void* memory, int64_t num_bytes);
 
+AFD_API void afd_start_workers(int32_t num_threads);
 AFD_API void afd_stop_workers();
 AFD_API int32_t afd_num_workers();
 }

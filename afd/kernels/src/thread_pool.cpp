@@ -171,6 +171,8 @@ void run_parallel(int num_items, int num_threads, void (*body)(void*, int), void
     pool()->run(num_items, num_threads, body, context);
 }
 
+void start_workers(int num_threads) { run_parallel(num_threads, num_threads, [](void*, int) {}, nullptr); }
+
 void stop_workers() { pool()->stop(); }
 
 int num_workers() { return pool()->size(); }

@@ -16,6 +16,9 @@ constexpr int64_t kSpinNs = 50'000;
 // returns when all are done. The body must not throw. If no thread can be started, the caller does all the work.
 void run_parallel(int num_items, int num_threads, void (*body)(void* context, int item), void* context);
 
+// Starts workers, so that up to num_threads threads can work on the next job; they run where the caller may run now.
+void start_workers(int num_threads);
+
 // Ends and joins the workers. A later job starts new ones.
 void stop_workers();
 

@@ -196,7 +196,24 @@ def test_threads_are_a_fair_share(topology: str, cores: int, share: int) -> None
     assert (config.attention.threads, config.ffn.threads) == (share, share)
 
 
+@pytest.mark.parametrize(
+    ("topology", "cores", "attention", "ffn"),
+    [("1A1F", 2, 2, 2), ("2A1F", 2, 1, 2), ("2A3F", 16, 8, 5), ("4A4F", 2, 1, 1), ("mono", 6, 6, 6)],
+)
+def test_workers_of_a_role_share_all_cores_while_the_other_role_waits(
+    topology: str, cores: int, attention: int, ffn: int
+) -> None:
+    config = resolve.share_threads(resolve_config(None, {"cluster.topology": topology}), cores)
+    assert (config.attention.threads_alone, config.ffn.threads_alone) == (attention, ffn)
+    assert resolve.most_threads(config, "attention") == max(config.attention.threads, attention)
+    assert resolve.most_threads(config, "ffn") == max(config.ffn.threads, ffn)
+    assert resolve.most_threads(config, "gateway") == 1
+
+
 def test_threads_that_were_given_stay() -> None:
+    alone = resolve_config(None, {"attention.threads_alone": 1, "ffn.threads": 5})
+    assert resolve.share_threads(alone, 4).attention.threads_alone == 1
+    assert resolve.share_threads(alone, 4).ffn.threads_alone == 5
     config = resolve_config(None, {"attention.threads": 3})
     assert resolve.share_threads(config, 8).attention.threads == 3
     whole = resolve.whole_host_threads(config, 8)

@@ -27,6 +27,24 @@ def test_a_single_attention_worker_never_waits():
     assert gangs.deadline() is None
 
 
+def test_streams_are_active_from_the_first_dispatch_until_all_are_idle_or_lost():
+    gangs = table()
+    assert gangs.num_active_streams == 0
+    gangs.arrive(arrival(0, stream=0))
+    gangs.arrive(arrival(1, stream=0))
+    gangs.arrive(arrival(0, stream=2))
+    assert gangs.num_active_streams == 2
+    while gangs.next_batch(1.0) is not None:
+        pass
+    assert gangs.num_active_streams == 2, "answered is not idle: the next layer is on its way"
+    gangs.idle(0, 2)
+    assert gangs.num_active_streams == 1
+    gangs.idle(0, 0)
+    assert gangs.num_active_streams == 1, "the other worker is still at work there"
+    gangs.lost(1)
+    assert gangs.num_active_streams == 0
+
+
 def test_a_newcomer_is_parked_until_the_gangs_next_layer_zero_and_joins_there():
     gangs = table()
     gangs.arrive(arrival(0))

@@ -101,16 +101,20 @@ class Pipeline:
 
     A, H, F, C = (2e-3, 1e-4), (1e-3, 5e-5), (3e-3, 2e-4), 1.5e-3
 
-    def __init__(self, *, overlap=True, slowness=1.0):
-        self.model = LatencyModel(overlap=overlap)
-        self.overlap, self.slowness = overlap, slowness
+    def __init__(self, *, overlap=True, slowness=1.0, alone=1.0):
+        self.model = LatencyModel(overlap=overlap, faster_alone=alone < 1.0)
+        self.overlap, self.slowness, self.alone = overlap, slowness, alone
 
-    def parts(self, num_tokens):
+    def speed(self, num_streams):
+        """Time of computing relative to that beside another stream."""
+        return self.alone if num_streams == 1 else 1.0
+
+    def parts(self, num_tokens, num_streams=2):
         a = self.A[0] + self.A[1] * num_tokens + self.H[0] + self.H[1] * num_tokens
-        return a, self.F[0] + self.F[1] * num_tokens
+        return self.speed(num_streams) * a, self.speed(num_streams) * (self.F[0] + self.F[1] * num_tokens)
 
     def cycle(self, tokens_by_stream):
-        steps = [self.parts(tokens) for tokens in tokens_by_stream]
+        steps = [self.parts(tokens, len(tokens_by_stream)) for tokens in tokens_by_stream]
         sum_a, sum_f = sum(a for a, _ in steps), sum(f for _, f in steps)
         if not self.overlap:
             return self.slowness * (sum_a + sum_f)
@@ -118,15 +122,16 @@ class Pipeline:
 
     def run(self, tokens_by_stream, rounds=60):
         took = self.cycle(tokens_by_stream)
+        speed = self.speed(len(tokens_by_stream))
         for _ in range(rounds):
             for stream, tokens in enumerate(tokens_by_stream):
-                _, f = self.parts(tokens)
+                _, f = self.parts(tokens, len(tokens_by_stream))
                 self.model.observe(
                     StepSample(
                         stream=stream,
                         load=StepLoad(tokens, 100 * tokens, tokens),
-                        attention_s=self.A[0] + self.A[1] * tokens,
-                        head_s=self.H[0] + self.H[1] * tokens,
+                        attention_s=speed * (self.A[0] + self.A[1] * tokens),
+                        head_s=speed * (self.H[0] + self.H[1] * tokens),
                         ffn_s=f,
                         exchange_s=f + (self.C if self.overlap else 0.0),
                         gang_tokens=tokens,
@@ -160,6 +165,18 @@ def test_a_number_of_streams_that_behaves_otherwise_is_corrected_by_itself():
     pipeline.slowness = 1.0
     assert pipeline.predicted([32]) == pytest.approx(pipeline.cycle([32]), rel=0.1)
     assert pipeline.model.correction(3) == pytest.approx(1.5, rel=0.1)  # the nearest that is known
+
+
+def test_a_single_stream_that_has_all_cores_is_learnt_apart():
+    pipeline = Pipeline(alone=0.55)
+    pipeline.run([16])
+    pipeline.run([64])
+    assert pipeline.predicted([40]) == pytest.approx(pipeline.cycle([40]), rel=0.1)
+    for tokens in (8, 32, 20):
+        pipeline.run([tokens, tokens])
+    for wanted in ([40], [16], [20, 20], [30, 30], [20, 20, 20]):
+        assert pipeline.predicted(wanted) == pytest.approx(pipeline.cycle(wanted), rel=0.1), wanted
+    assert pipeline.model.num_steps > 400
 
 
 def test_rows_of_other_attention_workers_count_for_the_ffn():

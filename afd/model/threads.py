@@ -1,0 +1,48 @@
+"""How many threads compute: a worker's share while the other side works beside it, all cores while that waits for it.
+
+With one stream in flight the halves take turns: whoever computes has the machine to itself. On a shared host the other
+side's cores are then free, and half of every GEMM can run there. The kernels' results do not depend on the number of
+threads.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from afd import kernels
+
+_TORCH_GRAIN = 1 << 15  # elements below which torch does not split a row-wise operation over threads
+
+
+class ThreadShare:
+    """Thread counts of one worker's process. Main thread only.
+
+    shared: threads while the other side computes, too.  alone: threads while it waits for us, at least as many.
+    """
+
+    def __init__(self, shared: int, alone: int):
+        self._counts = (shared, max(shared, alone))
+        self._current = shared
+        torch.set_num_threads(shared)
+
+    @property
+    def faster_alone(self) -> bool:
+        """Whether a step alone runs on more cores than one beside others."""
+        return self._counts[1] > self._counts[0]
+
+    def start(self) -> None:
+        """Start the threads. To be called before the main thread is pinned: they may run where it may then."""
+        shared, alone = self._counts
+        if alone == 1:
+            return
+        kernels.start_threads(alone)
+        torch.set_num_threads(alone)
+        torch.zeros(alone * _TORCH_GRAIN).add_(1.0)  # torch starts its own with its first large operation
+        torch.set_num_threads(shared)
+
+    def use(self, alone: bool) -> None:
+        """Compute with that many threads from now on."""
+        wanted = self._counts[alone]
+        if wanted != self._current:
+            torch.set_num_threads(wanted)
+            self._current = wanted
