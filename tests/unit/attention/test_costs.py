@@ -37,7 +37,8 @@ def test_curves_and_load_are_the_models_and_the_schedulers():
     assert (costs.attention, costs.head, costs.ffn) == tuple(
         curve.coefficients for curve in (model.attention, model.head, model.ffn)
     )
-    assert costs.num_steps == model.num_steps and costs.corrections == model.corrections != {}
+    assert costs.num_steps == model.num_steps
+    assert costs.corrections == model.corrections(scheduler.full_step()) != {}
     assert (costs.tokens, costs.context, costs.rows, costs.num_streams) == (4, 4 * 11, 4, 2)
     sent = SyncRequest("attention", "a", 1, costs=costs)
     assert sync_request_decoder.decode(encode(sent)) == sent
