@@ -6,7 +6,6 @@ mesh's main thread, but for `beat`. A FrameError out of `poll`, or any failure t
 
 from __future__ import annotations
 
-import struct
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -34,9 +33,7 @@ from stepmesh.window import CombineWindow, DispatchWindow, Exchange
 from stepmesh.wire import (
     CHECKSUM_CRC32,
     CHECKSUM_NONE,
-    DATA_MAGIC,
-    HEADER,
-    PROTOCOL_VERSION,
+    FIELD_ERRORS,
     ControlFrame,
     HeaderRules,
     Heartbeat,
@@ -44,10 +41,11 @@ from stepmesh.wire import (
     check_header,
     encode_close,
     encode_heartbeat,
+    read_good_frame,
     read_header,
     seal_checksum,
+    write_frame,
     write_generation,
-    write_trailer,
 )
 
 _LOW64 = (1 << 64) - 1
@@ -93,6 +91,7 @@ class Pair(ABC):
         self._layout = config.layout
         self._rules = HeaderRules.of(self.receives, config.layout, config.num_streams, identity.generation)
         self._trace = env.trace
+        self._now = env.fabric.now
         self._checksum_kind = CHECKSUM_CRC32 if config.checksum else CHECKSUM_NONE
         places = [(stream, parity) for stream in range(config.num_streams) for parity in range(NUM_PARITIES)]
         self._tx = [Slot(channel.outgoing(*place), config.layout) for place in places]
@@ -142,15 +141,14 @@ class Pair(ABC):
         self.link.close()
         self.channel.close()
 
-    def _read_header(self, posted: Posted) -> tuple[Slot, Header]:
+    def _read_header(self, slot: Slot, posted: Posted) -> Header:
         """The header in a slot of ours, checked against the pair and the slot. Raises FrameError."""
         stream, parity, seq = posted
-        slot = self._rx[NUM_PARITIES * stream + parity]
         header = read_header(slot.memory)
         check_header(header, self._rules)
         if header.seq != seq or header.stream != stream or seq & 1 != parity:
             raise FrameError(f"frame says stream {header.stream} seq {header.seq}, its slot stream {stream} seq {seq}")
-        return slot, header
+        return header
 
     def _publish(self, slot: Slot, stream: int, seq: int, payload_bytes: int) -> None:
         """Hand a frame that is whole, but for its checksum, to the channel."""
@@ -188,11 +186,8 @@ class AttentionPair(Pair):
         """
         slot = self.tx_slot(meta.stream, seq)
         try:
-            HEADER.pack_into(
+            write_frame(
                 slot.memory,
-                0,
-                DATA_MAGIC,
-                PROTOCOL_VERSION,
                 _DISPATCH if batch_tokens is None else _SPARSE_DISPATCH,
                 meta.flags,
                 meta.epoch,
@@ -206,16 +201,14 @@ class AttentionPair(Pair):
                 num_tokens,
                 batch_tokens or 0,
                 payload_bytes,
-                0,
                 meta.stream,
                 meta.layer,
                 top_k,
                 self._dtype,
                 self._checksum_kind,
             )
-        except struct.error as error:
+        except FIELD_ERRORS as error:
             raise ConfigError(f"{meta} does not fit the header: {error}") from None
-        write_trailer(slot.memory, payload_bytes, seq)
         return slot
 
     def copy_dispatch(self, written: Slot, stream: int, seq: int, payload_bytes: int) -> Slot:
@@ -234,12 +227,15 @@ class AttentionPair(Pair):
 
     def take(self, posts: Sequence[Posted]) -> list[CombineArrived]:
         arrived = []
-        now = self.env.fabric.now()
+        now = self._now()
         stats = self.stats
         for posted in posts:
-            slot, header = self._read_header(posted)
+            slot = self._rx[NUM_PARITIES * posted.stream + posted.parity]
+            good = read_good_frame(slot.memory, self._rules, posted, Header)
+            header = self._read_header(slot, posted) if good is None else good
             view = slot.combine(header.num_tokens)
-            check_frame(slot.memory, header, view.payload_bytes)
+            if good is None or header.payload_bytes != view.payload_bytes:
+                check_frame(slot.memory, header, view.payload_bytes)
             exchange = self.window.accept(header)
             if exchange is None:
                 stats.superseded += 1
@@ -303,11 +299,8 @@ class FfnPair(Pair):
         copy_section(view.rows, rows, "rows")
         copy_section(view.scales, scales, "scales")
         try:
-            HEADER.pack_into(
+            write_frame(
                 slot.memory,
-                0,
-                DATA_MAGIC,
-                PROTOCOL_VERSION,
                 _COMBINE,
                 meta.flags,
                 header.epoch,
@@ -321,28 +314,29 @@ class FfnPair(Pair):
                 header.num_tokens,
                 meta.gang_tokens,
                 view.payload_bytes,
-                0,
                 stream,
                 header.layer,
                 header.top_k,
                 self._dtype,
                 self._checksum_kind,
             )
-        except struct.error as error:
+        except FIELD_ERRORS as error:
             raise ConfigError(f"{meta} does not fit the header: {error}") from None
-        write_trailer(slot.memory, view.payload_bytes, seq)
         self._publish(slot, stream, seq, view.payload_bytes)
         self.window.answered(header)
-        self._trace.record(self.env.fabric.now(), _COMBINE_POSTED, self.peer, stream, header.layer, seq)
+        self._trace.record(self._now(), _COMBINE_POSTED, self.peer, stream, header.layer, seq)
 
     def take(self, posts: Sequence[Posted]) -> list[DispatchArrived]:
         arrived = []
         membership, stats = self._membership, self.stats
-        now = self.env.fabric.now()
+        now = self._now()
         for posted in posts:
-            slot, header = self._read_header(posted)
+            slot = self._rx[NUM_PARITIES * posted.stream + posted.parity]
+            good = read_good_frame(slot.memory, self._rules, posted, Header)
+            header = self._read_header(slot, posted) if good is None else good
             view = slot.dispatch(header.num_tokens, header.top_k, header.kind == _SPARSE_DISPATCH)
-            check_frame(slot.memory, header, view.payload_bytes)
+            if good is None or header.payload_bytes != view.payload_bytes:
+                check_frame(slot.memory, header, view.payload_bytes)
             row_idx = view.parts.row_idx
             if row_idx is not None and not rises_below(row_idx, header.gang_tokens):
                 raise FrameError(f"row_idx does not rise strictly within a batch of {header.gang_tokens} rows")

@@ -227,7 +227,7 @@ class World:
     def freeze(self, rank_id: RankId) -> None:
         """The process stops without a sign: no progress, no heartbeats, sockets open."""
         self.frozen.add(rank_id)
-        self.meshes[rank_id]._live = ()
+        self.meshes[rank_id]._roster.live = ()
 
     def stop(self, rank_id: RankId) -> None:
         """The process ends in good order."""
