@@ -367,7 +367,7 @@ static int spin(Board *const *boards, Py_ssize_t num_boards, struct pollfd *fds,
             return 1;
         if (now_ns() >= until_ns)
             return 0;
-        sched_yield(); /* whoever else wants this core gets it */
+        sched_yield(); /* as the twin does */
     }
 }
 

@@ -155,17 +155,18 @@ class Mesh:
         stream, num_tokens = meta.stream, len(parts.rows)
         top_k = 0 if parts.expert_ids is None else parts.expert_ids.shape[1]
         first = pairs[0]
-        view, payload_bytes = first.tx_slot(stream, seq).dispatch(num_tokens, top_k)
-        if parts is not view:
-            copy_parts(view, parts)
-        written = slot = first.write_dispatch(seq, meta, num_tokens, top_k, payload_bytes, None)
+        written = slot = first.tx_slot(stream, seq)
+        view = slot.dispatch(num_tokens, top_k)
+        if parts is not view.parts:
+            copy_parts(view.parts, parts)
+        first.write_dispatch(slot, seq, meta, num_tokens, top_k, view.payload_bytes, None)
         self._seq[stream] = seq
         self._active[stream] = True
         exchange = Exchange(seq, meta.epoch, num_tokens, self._now())
         for pair in pairs:
             if pair is not first:
-                slot = pair.copy_dispatch(written, stream, seq, payload_bytes)
-            pair.post_dispatch(slot, stream, meta.layer, exchange, payload_bytes)
+                slot = pair.copy_dispatch(written, stream, seq, view.frame_bytes)
+            pair.post_dispatch(slot, stream, meta.layer, exchange, view)
         return seq
 
     def dispatch_sparse(
@@ -187,16 +188,17 @@ class Mesh:
         for pair, row_idx in zip(pairs, rows_of_peer, strict=True):
             if not rises_below(row_idx, batch_tokens):
                 raise ConfigError(f"row indices for {pair.peer} do not rise strictly within {batch_tokens} rows")
-            view, payload_bytes = pair.tx_slot(stream, seq).dispatch(row_idx.size, top_k, True)
-            take_parts(view, parts, row_idx)
-            slot = pair.write_dispatch(seq, meta, row_idx.size, top_k, payload_bytes, batch_tokens)
-            written.append((pair, slot, row_idx, payload_bytes))
+            slot = pair.tx_slot(stream, seq)
+            view = slot.dispatch(row_idx.size, top_k, True)
+            take_parts(view.parts, parts, row_idx)
+            pair.write_dispatch(slot, seq, meta, row_idx.size, top_k, view.payload_bytes, batch_tokens)
+            written.append((pair, slot, row_idx, view))
         self._seq[stream] = seq
         self._active[stream] = True
         now = self._now()
-        for pair, slot, row_idx, payload_bytes in written:
+        for pair, slot, row_idx, view in written:
             exchange = Exchange(seq, meta.epoch, row_idx.size, now, row_idx)
-            pair.post_dispatch(slot, stream, meta.layer, exchange, payload_bytes)
+            pair.post_dispatch(slot, stream, meta.layer, exchange, view)
         return seq
 
     def dispatch_view(self, peer: RankId, stream: int, num_tokens: int, top_k: int) -> DispatchParts:

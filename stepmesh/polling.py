@@ -28,11 +28,14 @@ class Spinner:
 
     def spin(self, until: float, poll: Callable[[], object]) -> bool:
         """Poll until `poll` brings something; False when nothing came in time."""
+        # Whoever else wants this core gets it between two looks (`await_any` does the same): with a core for every rank
+        # that costs nothing that could be measured, and where ranks share cores the answer comes sooner.
         while (left_s := until - self._now()) > 0.0:
-            if self._signs and not native.await_any(self._signs, left_s):
+            if not self._signs:
+                os.sched_yield()
+            elif not native.await_any(self._signs, left_s):
                 return False
             if poll():
                 self._hit()
                 return True
-            os.sched_yield()  # whoever else wants this core gets it
         return False

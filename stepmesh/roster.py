@@ -203,7 +203,7 @@ class Roster:
         stats = pair.stats
         stats.up, stats.generation, stats.connects = True, generation, stats.connects + 1
         stats.transport, stats.transport_reason = pair.channel.kind, pair.identity.transport_reason
-        self._env.trace.record(now, Stage.PEER_UP, peer, 0, 0, generation)
+        self._env.trace.record((now, Stage.PEER_UP, peer, 0, 0, generation))
         log.info(
             "%s: %s up over %s (%s), generation %d", self._id, peer, stats.transport, stats.transport_reason, generation
         )
@@ -234,7 +234,7 @@ class Roster:
         log.warning(
             "%s: %s down (%s): %s", self._id, down.peer, "retryable" if down.retryable else "final", down.reason
         )
-        self._env.trace.record(self._fabric.now(), Stage.PEER_DOWN, down.peer, 0, 0, 0)
+        self._env.trace.record((self._fabric.now(), Stage.PEER_DOWN, down.peer, 0, 0, 0))
         self._stats.peer(str(down.peer)).last_down_reason = down.reason
         self.events.append(down)
 

@@ -24,6 +24,7 @@ HELLO_MAGIC = b"SMSH"
 ATTACH_MAGIC = b"SMDA"  # opens a tcp data connection
 
 HEADER = struct.Struct("<4sHBBIIQQQQQQIIIIHHHBB8x")
+PLACE = struct.Struct("<4s12xQ48xI4xH")  # of a header: magic, seq, payload_bytes, stream
 SEQ = struct.Struct("<Q")
 CHECKSUM_NONE = 0
 CHECKSUM_CRC32 = 1

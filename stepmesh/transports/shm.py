@@ -21,7 +21,7 @@ import mmap
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from stepmesh.errors import ProtocolError, TransportError
@@ -127,6 +127,7 @@ class ShmChannel(Channel):
         self._rx = _Region(self._memfd, spec.num_streams, spec.rx_slot_bytes)
         self._rx_board = self._rx.board
         self._tx: _Region | None = None
+        self._publish: Callable[[int, int, int], int] | None = None
         self._peer_bell_fd = -1
         self._failure: Failure | None = None
 
@@ -143,6 +144,7 @@ class ShmChannel(Channel):
             _check_bell(self._peer_bell_fd)
             self._check_region(descriptor, memfd)
             self._tx = _Region(memfd, self._spec.num_streams, self._spec.tx_slot_bytes)
+            self._publish = self._tx.board.post
         finally:
             os.close(memfd)
             self._close_memfd()
@@ -159,9 +161,10 @@ class ShmChannel(Channel):
         return self._rx.slots[NUM_PARITIES * stream + parity]
 
     def post(self, stream: int, parity: int, seq: int, frame_bytes: int) -> None:
-        if self._tx is None:
+        publish = self._publish
+        if publish is None:
             return
-        code = self._tx.board.post(NUM_PARITIES * stream + parity, seq, self._peer_bell_fd)
+        code = publish(NUM_PARITIES * stream + parity, seq, self._peer_bell_fd)
         if code:
             self._failure = Failure(f"doorbell: {os.strerror(code)}", False)
 
@@ -184,7 +187,7 @@ class ShmChannel(Channel):
 
     def close(self) -> None:
         # Mappings go with their last view: dropping ours is all that is needed, and safe while others hold one.
-        self._tx = None
+        self._tx = self._publish = None
         self._close_memfd()
         if self._peer_bell_fd >= 0:
             os.close(self._peer_bell_fd)

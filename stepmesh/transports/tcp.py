@@ -27,7 +27,7 @@ from typing import Any
 from stepmesh.errors import FrameError
 from stepmesh.layout import HEADER_BYTES, NUM_PARITIES, frame_bytes
 from stepmesh.transports.base import Channel, ChannelSpec, Failure, Offer, Posted, close_fds
-from stepmesh.wire import DATA_MAGIC, read_header
+from stepmesh.wire import DATA_MAGIC, PLACE
 
 _STAGE_BYTES = 16 * 1024  # a small frame comes with one call; of a large one this much is copied once more
 _ROUND_BYTES = 8 << 20  # what one connection may read before the others get their turn
@@ -346,17 +346,17 @@ class TcpChannel(Channel):
 
     def _slot_of(self, memory: memoryview) -> tuple[Posted, memoryview]:
         """Which slot a header is for, and the part of the slot that its frame fills. Raises FrameError."""
-        header = read_header(memory)
-        size = frame_bytes(header.payload_bytes)
-        if header.magic != DATA_MAGIC or header.stream >= self._spec.num_streams or size > self._spec.rx_slot_bytes:
-            raise FrameError(f"unusable header on the data connection: {size} bytes for stream {header.stream}")
-        last_seq = self._rx_last_seq[header.stream]
-        if header.seq <= last_seq:
+        magic, seq, payload_bytes, stream = PLACE.unpack_from(memory)
+        size = frame_bytes(payload_bytes)
+        if magic != DATA_MAGIC or stream >= self._spec.num_streams or size > self._spec.rx_slot_bytes:
+            raise FrameError(f"unusable header on the data connection: {size} bytes for stream {stream}")
+        last_seq = self._rx_last_seq[stream]
+        if seq <= last_seq:
             # Receiving it would overwrite a slot that may be in use.
-            raise FrameError(f"seq {header.seq} of stream {header.stream} is not above {last_seq}")
-        self._rx_last_seq[header.stream] = header.seq
-        parity = header.seq & 1
-        return Posted(header.stream, parity, header.seq), self.incoming(header.stream, parity)[:size]
+            raise FrameError(f"seq {seq} of stream {stream} is not above {last_seq}")
+        self._rx_last_seq[stream] = seq
+        parity = seq & 1
+        return Posted(stream, parity, seq), self._rx_slots[NUM_PARITIES * stream + parity][:size]
 
     def _fail(self, failure: Failure) -> None:
         """Stop polling the socket; the mesh finds `failure` at its next look."""

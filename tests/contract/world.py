@@ -244,7 +244,7 @@ class World:
         trailer, corrupt = changes.pop("trailer", seq), changes.pop("corrupt", False)
         header_seq = changes.pop("header_seq", seq)
         slot = pair.tx_slot(stream, seq)
-        view, payload_bytes = slot.dispatch(num_tokens, 0)
+        view, payload_bytes, _ = slot.dispatch(num_tokens, 0)
         copy_section(view.rows, parts.rows, "rows")
         header = Header(
             magic=DATA_MAGIC,
