@@ -109,7 +109,7 @@ def test_the_trace_keeps_the_newest() -> None:
         "seq": 1,
     }
     off = Trace(0)
-    off.record(0.0, Stage.PEER_UP, RankId(Role.FFN, 1), 0, 0, 0)
+    off.record((0.0, Stage.PEER_UP, RankId(Role.FFN, 1), 0, 0, 0))
     assert off.dump() == []
 
 
