@@ -1,4 +1,4 @@
-"""The compiled half of the hot path, or None: stepmesh works without it, at about twice the interpreter's time.
+"""The compiled half of the hot path, or None: stepmesh works without it, more slowly.
 
 What it holds is in `_native.pyi`. Nothing is decided there: every function has a twin in Python beside its use.
 """
