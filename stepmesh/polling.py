@@ -28,7 +28,7 @@ class Spinner:
 
     def spin(self, until: float, poll: Callable[[], object]) -> bool:
         """Poll until `poll` brings something; False when nothing came in time."""
-        # Whoever else wants this core gets it between two looks (`await_any` does the same): where ranks share cores the
+        # Whoever else wants this core gets it between two looks (as in `await_any`): where ranks share cores the
         # answer came sooner so, and with a core for every rank no difference was seen (docs/stepmesh.md, Numbers).
         while (left_s := until - self._now()) > 0.0:
             if not self._signs:
