@@ -1,8 +1,8 @@
-"""The native part of the build; everything else about the package is in pyproject.toml.
+"""The native parts of the build; everything else about the package is in pyproject.toml.
 
 `afd/kernels/_native.so` is a plain shared library, loaded with ctypes: no Python symbols in it. Each instruction set is
-one source file with its own flags; which of them runs is decided at run time. Without a working C++ compiler the
-package installs without it, and says so.
+one source file with its own flags; which of them runs is decided at run time. `stepmesh/_native.so` is an extension
+module of Python's limited API. Without a working compiler the package installs without them, and says so.
 """
 
 from __future__ import annotations
@@ -67,7 +67,14 @@ setup(
             extra_link_args=["-pthread"],
             language="c++",
             optional=True,
-        )
+        ),
+        Extension(
+            "stepmesh._native",
+            sources=["stepmesh/_native.c"],
+            extra_compile_args=["-std=c11", "-D_GNU_SOURCE", "-O2", "-fvisibility=hidden", "-Wall", "-Wextra", "-g0"],
+            py_limited_api=True,
+            optional=True,
+        ),
     ],
     cmdclass={"build_ext": BuildKernels},
 )

@@ -180,6 +180,12 @@ class GpuFabric(Fabric):
     def open_channel(self, transport: str, spec: ChannelSpec, link: Link) -> Channel:
         return GpuChannel(self, self._inner.open_channel(transport, spec, link), spec.num_streams)
 
+    def collect(self) -> None:
+        self._inner.collect()
+
+    def leave(self) -> None:
+        self._inner.leave()
+
     def wait(self, timeout_s: float) -> Wakeups:
         self._visit_graves()
         if self.num_deferred and timeout_s > 0.0:

@@ -6,16 +6,15 @@ mesh's main thread, but for `beat`. A FrameError out of `poll`, or any failure t
 
 from __future__ import annotations
 
-import struct
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from stepmesh.config import MeshConfig
 from stepmesh.errors import ConfigError, FrameError
-from stepmesh.layout import NUM_PARITIES, frame_bytes
+from stepmesh.layout import NUM_PARITIES
 from stepmesh.session import Notice, Session
-from stepmesh.slots import CombineView, Slot, copy_section, rises_below
+from stepmesh.slots import CombineView, DispatchView, Slot, copy_section, rises_below
 from stepmesh.stats import PeerStats
 from stepmesh.topology import Membership
 from stepmesh.trace import Stage, Trace
@@ -34,9 +33,7 @@ from stepmesh.window import CombineWindow, DispatchWindow, Exchange
 from stepmesh.wire import (
     CHECKSUM_CRC32,
     CHECKSUM_NONE,
-    DATA_MAGIC,
-    HEADER,
-    PROTOCOL_VERSION,
+    FIELD_ERRORS,
     ControlFrame,
     HeaderRules,
     Heartbeat,
@@ -44,10 +41,11 @@ from stepmesh.wire import (
     check_header,
     encode_close,
     encode_heartbeat,
+    read_good_frame,
     read_header,
     seal_checksum,
+    write_frame,
     write_generation,
-    write_trailer,
 )
 
 _LOW64 = (1 << 64) - 1
@@ -55,6 +53,8 @@ _LOW64 = (1 << 64) - 1
 _DISPATCH, _COMBINE, _SPARSE_DISPATCH = int(FrameKind.DISPATCH), int(FrameKind.COMBINE), int(FrameKind.SPARSE_DISPATCH)
 _DISPATCH_POSTED, _DISPATCH_ARRIVED = Stage.DISPATCH_POSTED, Stage.DISPATCH_ARRIVED
 _COMBINE_POSTED, _COMBINE_ARRIVED = Stage.COMBINE_POSTED, Stage.COMBINE_ARRIVED
+
+_new = tuple.__new__  # a NamedTuple without the Python call that its own constructor is
 
 
 class Environment(NamedTuple):
@@ -92,7 +92,8 @@ class Pair(ABC):
         self.leftover: list[ControlFrame] = []  # frames that came right behind the handshake
         self._layout = config.layout
         self._rules = HeaderRules.of(self.receives, config.layout, config.num_streams, identity.generation)
-        self._trace = env.trace
+        self._record = env.trace.record
+        self._now = env.fabric.now
         self._checksum_kind = CHECKSUM_CRC32 if config.checksum else CHECKSUM_NONE
         places = [(stream, parity) for stream in range(config.num_streams) for parity in range(NUM_PARITIES)]
         self._tx = [Slot(channel.outgoing(*place), config.layout) for place in places]
@@ -142,21 +143,20 @@ class Pair(ABC):
         self.link.close()
         self.channel.close()
 
-    def _read_header(self, posted: Posted) -> tuple[Slot, Header]:
+    def _read_header(self, slot: Slot, posted: Posted) -> Header:
         """The header in a slot of ours, checked against the pair and the slot. Raises FrameError."""
         stream, parity, seq = posted
-        slot = self._rx[NUM_PARITIES * stream + parity]
         header = read_header(slot.memory)
         check_header(header, self._rules)
         if header.seq != seq or header.stream != stream or seq & 1 != parity:
             raise FrameError(f"frame says stream {header.stream} seq {header.seq}, its slot stream {stream} seq {seq}")
-        return slot, header
+        return header
 
-    def _publish(self, slot: Slot, stream: int, seq: int, payload_bytes: int) -> None:
+    def _publish(self, slot: Slot, stream: int, seq: int, payload_bytes: int, frame_bytes: int) -> None:
         """Hand a frame that is whole, but for its checksum, to the channel."""
         if self._checksum_kind is CHECKSUM_CRC32:
             seal_checksum(slot.memory, payload_bytes)
-        self.channel.post(stream, seq & 1, seq, frame_bytes(payload_bytes))
+        self.channel.post(stream, seq & 1, seq, frame_bytes)
         stats = self.stats
         stats.sent_messages += 1
         stats.sent_bytes += payload_bytes
@@ -180,19 +180,22 @@ class AttentionPair(Pair):
         return self.window.oldest_sent_at()
 
     def write_dispatch(
-        self, seq: int, meta: DispatchMeta, num_tokens: int, top_k: int, payload_bytes: int, batch_tokens: int | None
-    ) -> Slot:
+        self,
+        slot: Slot,
+        seq: int,
+        meta: DispatchMeta,
+        num_tokens: int,
+        top_k: int,
+        payload_bytes: int,
+        batch_tokens: int | None,
+    ) -> None:
         """Put header and trailer around the payload in the slot of `seq`; of a batch of `batch_tokens` if sparse.
 
         Nothing is sent yet. Raises ConfigError for a `meta` out of range.
         """
-        slot = self.tx_slot(meta.stream, seq)
         try:
-            HEADER.pack_into(
+            write_frame(
                 slot.memory,
-                0,
-                DATA_MAGIC,
-                PROTOCOL_VERSION,
                 _DISPATCH if batch_tokens is None else _SPARSE_DISPATCH,
                 meta.flags,
                 meta.epoch,
@@ -206,40 +209,40 @@ class AttentionPair(Pair):
                 num_tokens,
                 batch_tokens or 0,
                 payload_bytes,
-                0,
                 meta.stream,
                 meta.layer,
                 top_k,
                 self._dtype,
                 self._checksum_kind,
             )
-        except struct.error as error:
+        except FIELD_ERRORS as error:
             raise ConfigError(f"{meta} does not fit the header: {error}") from None
-        write_trailer(slot.memory, payload_bytes, seq)
-        return slot
 
-    def copy_dispatch(self, written: Slot, stream: int, seq: int, payload_bytes: int) -> Slot:
+    def copy_dispatch(self, written: Slot, stream: int, seq: int, frame_bytes: int) -> Slot:
         """The same dispatch as `written` for another peer: one copy of the whole frame, but for the generation."""
-        slot, end = self.tx_slot(stream, seq), frame_bytes(payload_bytes)
-        slot.memory[:end] = written.memory[:end]
+        slot = self.tx_slot(stream, seq)
+        slot.memory[:frame_bytes] = written.memory[:frame_bytes]
         write_generation(slot.memory, self.generation)
         return slot
 
-    def post_dispatch(self, slot: Slot, stream: int, layer: int, exchange: Exchange, payload_bytes: int) -> None:
+    def post_dispatch(self, slot: Slot, stream: int, layer: int, exchange: Exchange, view: DispatchView) -> None:
         """Publish a dispatch that is written."""
         # Posted first, booked afterwards: the peer is at work meanwhile, and this thread alone takes its answer.
-        self._publish(slot, stream, exchange.seq, payload_bytes)
+        self._publish(slot, stream, exchange.seq, view.payload_bytes, view.frame_bytes)
         self.window.sent(stream, exchange)
-        self._trace.record(exchange.sent_at, _DISPATCH_POSTED, self.peer, stream, layer, exchange.seq)
+        self._record((exchange.sent_at, _DISPATCH_POSTED, self.peer, stream, layer, exchange.seq))
 
     def take(self, posts: Sequence[Posted]) -> list[CombineArrived]:
         arrived = []
-        now = self.env.fabric.now()
+        now = self._now()
         stats = self.stats
         for posted in posts:
-            slot, header = self._read_header(posted)
+            slot = self._rx[NUM_PARITIES * posted[0] + posted[1]]
+            good = read_good_frame(slot.memory, self._rules, posted, Header)
+            header = self._read_header(slot, posted) if good is None else good
             view = slot.combine(header.num_tokens)
-            check_frame(slot.memory, header, view.payload_bytes)
+            if good is None or header.payload_bytes != view.payload_bytes:
+                check_frame(slot.memory, header, view.payload_bytes)
             exchange = self.window.accept(header)
             if exchange is None:
                 stats.superseded += 1
@@ -247,8 +250,8 @@ class AttentionPair(Pair):
             stats.received_messages += 1
             stats.received_bytes += view.payload_bytes
             stats.answers_waited_ns += int((now - exchange.sent_at) * 1e9)
-            self._trace.record(now, _COMBINE_ARRIVED, self.peer, header.stream, header.layer, header.seq)
-            arrived.append(CombineArrived(self.peer, header, view.rows, view.scales, exchange.row_idx))
+            self._record((now, _COMBINE_ARRIVED, self.peer, header.stream, header.layer, header.seq))
+            arrived.append(_new(CombineArrived, (self.peer, header, view.rows, view.scales, exchange.row_idx)))
         return arrived
 
 
@@ -303,11 +306,8 @@ class FfnPair(Pair):
         copy_section(view.rows, rows, "rows")
         copy_section(view.scales, scales, "scales")
         try:
-            HEADER.pack_into(
+            write_frame(
                 slot.memory,
-                0,
-                DATA_MAGIC,
-                PROTOCOL_VERSION,
                 _COMBINE,
                 meta.flags,
                 header.epoch,
@@ -321,28 +321,29 @@ class FfnPair(Pair):
                 header.num_tokens,
                 meta.gang_tokens,
                 view.payload_bytes,
-                0,
                 stream,
                 header.layer,
                 header.top_k,
                 self._dtype,
                 self._checksum_kind,
             )
-        except struct.error as error:
+        except FIELD_ERRORS as error:
             raise ConfigError(f"{meta} does not fit the header: {error}") from None
-        write_trailer(slot.memory, view.payload_bytes, seq)
-        self._publish(slot, stream, seq, view.payload_bytes)
+        self._publish(slot, stream, seq, view.payload_bytes, view.frame_bytes)
         self.window.answered(header)
-        self._trace.record(self.env.fabric.now(), _COMBINE_POSTED, self.peer, stream, header.layer, seq)
+        self._record((self._now(), _COMBINE_POSTED, self.peer, stream, header.layer, seq))
 
     def take(self, posts: Sequence[Posted]) -> list[DispatchArrived]:
         arrived = []
         membership, stats = self._membership, self.stats
-        now = self.env.fabric.now()
+        now = self._now()
         for posted in posts:
-            slot, header = self._read_header(posted)
+            slot = self._rx[NUM_PARITIES * posted[0] + posted[1]]
+            good = read_good_frame(slot.memory, self._rules, posted, Header)
+            header = self._read_header(slot, posted) if good is None else good
             view = slot.dispatch(header.num_tokens, header.top_k, header.kind == _SPARSE_DISPATCH)
-            check_frame(slot.memory, header, view.payload_bytes)
+            if good is None or header.payload_bytes != view.payload_bytes:
+                check_frame(slot.memory, header, view.payload_bytes)
             row_idx = view.parts.row_idx
             if row_idx is not None and not rises_below(row_idx, header.gang_tokens):
                 raise FrameError(f"row_idx does not rise strictly within a batch of {header.gang_tokens} rows")
@@ -353,8 +354,8 @@ class FfnPair(Pair):
                 continue
             stats.received_messages += 1
             stats.received_bytes += view.payload_bytes
-            self._trace.record(now, _DISPATCH_ARRIVED, self.peer, header.stream, header.layer, header.seq)
-            arrived.append(DispatchArrived(self.peer, header, view.parts))
+            self._record((now, _DISPATCH_ARRIVED, self.peer, header.stream, header.layer, header.seq))
+            arrived.append(_new(DispatchArrived, (self.peer, header, view.parts)))
         return arrived
 
     def _check_not_parked(self, posted: Posted) -> None:

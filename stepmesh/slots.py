@@ -8,25 +8,27 @@ import numpy as np
 import numpy.typing as npt
 
 from stepmesh.errors import ConfigError
-from stepmesh.layout import HEADER_BYTES, PayloadLayout
+from stepmesh.layout import HEADER_BYTES, PayloadLayout, frame_bytes
 from stepmesh.types import DispatchParts, RowIdx, Rows, WireDtype
 
 _MAX_CACHED_SHAPES = 64  # a decoding stream changes its shape slowly, a prefill a few times, sparse ones all the time
 
 
 class DispatchView(NamedTuple):
-    """Sections of a dispatch in a slot, and the payload's size."""
+    """Sections of a dispatch in a slot, and the sizes of payload and frame."""
 
     parts: DispatchParts
     payload_bytes: int
+    frame_bytes: int
 
 
 class CombineView(NamedTuple):
-    """Sections of a combine in a slot, and the payload's size."""
+    """Sections of a combine in a slot, and the sizes of payload and frame."""
 
     rows: Rows  # [num_tokens, hidden]
     scales: npt.NDArray[np.float32] | None  # [num_tokens, ceil(hidden / 128)], FP8 only
     payload_bytes: int
+    frame_bytes: int
 
 
 class Slot:
@@ -77,7 +79,9 @@ class Slot:
         if sparse:
             row_idx = np.frombuffer(self.payload, dtype=np.int32, count=num_tokens, offset=at.row_idx)
         rows = self._array(at.rows, layout.dispatch_dtype.numpy, num_tokens, layout.hidden)
-        return DispatchView(DispatchParts(rows, scales, expert_ids, expert_weights, row_idx), at.total)
+        return DispatchView(
+            DispatchParts(rows, scales, expert_ids, expert_weights, row_idx), at.total, frame_bytes(at.total)
+        )
 
     def _map_combine(self, num_tokens: int) -> CombineView:
         layout = self._layout
@@ -88,7 +92,7 @@ class Slot:
         if layout.combine_dtype is WireDtype.FP8_E4M3:
             scales = self._array(at.scales, np.float32, num_tokens, layout.num_scale_groups)
         rows = self._array(at.rows, layout.combine_dtype.numpy, num_tokens, layout.hidden)
-        return CombineView(rows, scales, at.total)
+        return CombineView(rows, scales, at.total, frame_bytes(at.total))
 
     def _array(self, offset: int, dtype: npt.DTypeLike, rows: int, columns: int) -> npt.NDArray[Any]:
         flat = np.frombuffer(self.payload, dtype=dtype, count=rows * columns, offset=offset)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from enum import IntEnum
 
 from stepmesh.types import RankId
@@ -19,16 +20,17 @@ class Stage(IntEnum):
     PEER_DOWN = 6
 
 
+# When (seconds of the rank's monotonic clock), stage, peer, stream, layer, seq.
+Record = tuple[float, Stage, RankId, int, int, int]
+
+
 class Trace:
     """Bounded: the oldest events fall out. size 0 switches it off."""
 
     def __init__(self, size: int) -> None:
         # Plain tuples: the cheapest to make, and few are ever looked at.
-        self._ring: deque[tuple[float, Stage, RankId, int, int, int]] = deque(maxlen=size)
-
-    def record(self, now: float, stage: Stage, peer: RankId, stream: int, layer: int, seq: int) -> None:
-        """`now`: seconds of the rank's monotonic clock."""
-        self._ring.append((now, stage, peer, stream, layer, seq))
+        self._ring: deque[Record] = deque(maxlen=size)
+        self.record: Callable[[Record], None] = self._ring.append
 
     def dump(self) -> list[dict[str, object]]:
         """Plain values, oldest first: one JSON line each."""

@@ -98,6 +98,12 @@ class Channel(ABC):
         """Slots filled since the last call, in the order of their posts. Called in a tight loop: a look, no more."""
 
     @property
+    def sign(self) -> object | None:
+        """What `native.await_any` may look at in place of polling: the channel's board, or a descriptor that is
+        readable when something came. None: only `poll` tells."""
+        return None
+
+    @property
     @abstractmethod
     def failure(self) -> Failure | None:
         """Set once the channel is broken."""
@@ -178,6 +184,14 @@ class Fabric(ABC):
     @abstractmethod
     def open_channel(self, transport: str, spec: ChannelSpec, link: Link) -> Channel:
         """Make this rank's half of a channel. Raises TransportError."""
+
+    @abstractmethod
+    def collect(self) -> None:
+        """Receive for channels that share a descriptor; called before the channels are polled."""
+
+    @abstractmethod
+    def leave(self) -> None:
+        """The main thread turns to other work, until the next `collect`."""
 
     @abstractmethod
     def wait(self, timeout_s: float) -> Wakeups:

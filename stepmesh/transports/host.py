@@ -111,6 +111,14 @@ class HostFabric(Fabric):
         self._awaiting_data = [*(other for other in self._awaiting_data if other.expected), channel]
         return channel
 
+    def collect(self) -> None:
+        if self._io is not None:
+            self._io.collect()
+
+    def leave(self) -> None:
+        if self._io is not None:
+            self._io.leave()
+
     def wait(self, timeout_s: float) -> Wakeups:
         wakeups = Wakeups()
         self._resume_accepting()
@@ -124,8 +132,8 @@ class HostFabric(Fabric):
                 if mask & select.EPOLLOUT:
                     link.flush()
                 wakeups.readable.append(link)
-            elif self._io is not None and (channel := self._io.receiving(fd)) is not None:
-                channel.receive()
+            elif self._io is not None and fd == self._io.data_fd:
+                self._io.collect(patiently=True)
             elif self._rdma is not None and fd == self._rdma.event_fd:
                 self._rdma.ring()
             elif fd in self._watched:

@@ -321,6 +321,12 @@ class InprocFabric(Fabric):
             raise TransportError(f"transport {transport!r} does not exist here")
         return InprocChannel(self._network, spec, link.pair)
 
+    def collect(self) -> None:
+        pass  # a channel has what was sent to it
+
+    def leave(self) -> None:
+        pass
+
     def wait(self, timeout_s: float) -> Wakeups:
         self.links = [link for link in self.links if link.alive]
         wakeups = Wakeups(self._accepted, [link for link in self.links if link.readable], self._woken)

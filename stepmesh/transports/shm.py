@@ -15,16 +15,18 @@ memfd has no name: nothing is left behind when a process dies.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import mmap
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from stepmesh.errors import ProtocolError, TransportError
 from stepmesh.layout import NUM_PARITIES, PAGE_BYTES, align
+from stepmesh.native import native
 from stepmesh.transports.base import Channel, ChannelSpec, Failure, Offer, Posted, close_fds
 
 _LINE_BYTES = 64
@@ -50,6 +52,53 @@ def _board_bytes(num_streams: int) -> int:
     return align(_LINE_BYTES * (1 + num_streams * NUM_PARITIES), PAGE_BYTES)
 
 
+class Board:
+    """The bell and the posts of a region, for the end that posts or the one that reads. Has a twin in `_native.c`."""
+
+    def __init__(self, memory: memoryview, num_slots: int, posted_type: type[Posted]) -> None:
+        self._words = memory.cast("Q")
+        self._num_slots = num_slots
+        self._posted_type = posted_type
+        self._seen = 0  # posts made or read
+
+    def post(self, slot: int, seq: int, bell_fd: int) -> int:
+        """Write the next post and ring: 0, or errno of the bell."""
+        words = self._words
+        at = _LINE_WORDS * (1 + self._seen % self._num_slots)
+        words[at] = slot
+        words[at + 1] = seq
+        self._seen += 1
+        words[0] = self._seen
+        try:
+            os.eventfd_write(bell_fd, 1)
+        except BlockingIOError:
+            return 0  # the counter is full: the peer is being woken anyway
+        except OSError as error:
+            return error.errno or errno.EIO
+        return 0
+
+    def poll(self) -> Sequence[Posted]:
+        """What was posted since the last call. Raises ValueError for what no honest peer writes."""
+        words, seen, num_slots = self._words, self._seen, self._num_slots
+        posts = words[0]
+        if posts == seen:
+            return _NOTHING
+        if not seen < posts <= seen + num_slots:
+            raise ValueError(f"bell of {posts} posts, {seen} were seen, {num_slots} slots")
+        found = []
+        for post in range(seen, posts):
+            at = _LINE_WORDS * (1 + post % num_slots)
+            slot = words[at]
+            if slot >= num_slots:
+                raise ValueError(f"post into slot {slot} of {num_slots}")
+            found.append(self._posted_type(slot // NUM_PARITIES, slot % NUM_PARITIES, words[at + 1]))
+        self._seen = posts
+        return found
+
+
+_board_type = Board if native is None else native.Board
+
+
 class _Region:
     """A mapping and its views. Freed with the last view, so a view that the engine still holds stays readable."""
 
@@ -61,7 +110,8 @@ class _Region:
             raise TransportError(f"cannot map {size} bytes of shared memory: {error}") from error
         memory = memoryview(mapping)
         start = _board_bytes(num_streams)
-        self.words = memory[:start].cast("Q")
+        self.board_memory = memory[:start]
+        self.board = _board_type(self.board_memory, num_streams * NUM_PARITIES, Posted)
         self.slots = [memory[offset : offset + slot_bytes] for offset in range(start, size, slot_bytes)]
 
 
@@ -73,14 +123,12 @@ class ShmChannel(Channel):
     def __init__(self, spec: ChannelSpec, bell_fd: int) -> None:
         self._spec = spec
         self._bell_fd = bell_fd  # the fabric's; passed to the peer, not owned
-        self._num_slots = spec.num_streams * NUM_PARITIES
         self._memfd = _sealed_memfd(region_bytes(spec.num_streams, spec.rx_slot_bytes))
         self._rx = _Region(self._memfd, spec.num_streams, spec.rx_slot_bytes)
-        self._rx_words = self._rx.words
+        self._rx_board = self._rx.board
         self._tx: _Region | None = None
+        self._publish: Callable[[int, int, int], int] | None = None
         self._peer_bell_fd = -1
-        self._posts = 0
-        self._seen_posts = 0
         self._failure: Failure | None = None
 
     def offer(self) -> Offer:
@@ -96,6 +144,7 @@ class ShmChannel(Channel):
             _check_bell(self._peer_bell_fd)
             self._check_region(descriptor, memfd)
             self._tx = _Region(memfd, self._spec.num_streams, self._spec.tx_slot_bytes)
+            self._publish = self._tx.board.post
         finally:
             os.close(memfd)
             self._close_memfd()
@@ -112,39 +161,25 @@ class ShmChannel(Channel):
         return self._rx.slots[NUM_PARITIES * stream + parity]
 
     def post(self, stream: int, parity: int, seq: int, frame_bytes: int) -> None:
-        if self._tx is None:
+        publish = self._publish
+        if publish is None:
             return
-        words = self._tx.words
-        at = _LINE_WORDS * (1 + self._posts % self._num_slots)
-        words[at] = NUM_PARITIES * stream + parity
-        words[at + 1] = seq
-        self._posts += 1
-        words[0] = self._posts
-        try:
-            os.eventfd_write(self._peer_bell_fd, 1)
-        except BlockingIOError:
-            pass  # the counter is full: the peer is being woken anyway
-        except OSError as error:
-            self._failure = Failure(f"doorbell: {error.strerror}", False)
+        code = publish(NUM_PARITIES * stream + parity, seq, self._peer_bell_fd)
+        if code:
+            self._failure = Failure(f"doorbell: {os.strerror(code)}", False)
 
     def poll(self) -> Sequence[Posted]:
-        words = self._rx_words
-        posts, seen, num_slots = words[0], self._seen_posts, self._num_slots
-        if posts == seen or self._failure is not None:
+        if self._failure is not None:
             return _NOTHING
-        found = []
-        if not seen < posts <= seen + num_slots:
-            self._failure = Failure(f"bell of {posts} posts, {seen} were seen, {num_slots} slots", True)
+        try:
+            return self._rx_board.poll()
+        except ValueError as error:
+            self._failure = Failure(str(error), True)
             return _NOTHING
-        for post in range(seen, posts):
-            at = _LINE_WORDS * (1 + post % num_slots)
-            slot = words[at]
-            if slot >= num_slots:
-                self._failure = Failure(f"post into slot {slot} of {num_slots}", True)
-                break
-            found.append(Posted(slot // NUM_PARITIES, slot % NUM_PARITIES, words[at + 1]))
-        self._seen_posts = posts
-        return found
+
+    @property
+    def sign(self) -> object:
+        return self._rx_board
 
     @property
     def failure(self) -> Failure | None:
@@ -152,7 +187,7 @@ class ShmChannel(Channel):
 
     def close(self) -> None:
         # Mappings go with their last view: dropping ours is all that is needed, and safe while others hold one.
-        self._tx = None
+        self._tx = self._publish = None
         self._close_memfd()
         if self._peer_bell_fd >= 0:
             os.close(self._peer_bell_fd)

@@ -6,10 +6,10 @@ slot: header, payload, trailer. They are sent straight from the outgoing slot. W
 through a stage of a few KiB, so that a small frame costs one call; the rest of a large one goes straight into its slot.
 Both calls release the interpreter lock.
 
-Two threads share the work. Whoever is free receives: the main thread when it polls or waits in `progress` (no thread
-switch), the I/O thread when the main thread computes. For that a data socket is registered with EPOLLEXCLUSIVE in the
-main thread's epoll first, then in the I/O thread's. Small frames are sent by the main thread itself, large ones and
-whatever the socket did not take by the I/O thread.
+Two threads share the work. The main thread sends what the socket takes at once and receives while it is in `progress`:
+no thread switch. The I/O thread sends the rest, and receives while the main thread computes, so that a transfer goes
+on meanwhile. All data sockets are in one epoll of their own, which the main thread's and the I/O thread's epoll
+contain: one call keeps the I/O thread asleep while the main thread looks itself.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import os
 import select
 import socket
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,11 +27,12 @@ from typing import Any
 from stepmesh.errors import FrameError
 from stepmesh.layout import HEADER_BYTES, NUM_PARITIES, frame_bytes
 from stepmesh.transports.base import Channel, ChannelSpec, Failure, Offer, Posted, close_fds
-from stepmesh.wire import DATA_MAGIC, read_header
+from stepmesh.wire import DATA_MAGIC, PLACE
 
-_INLINE_BYTES = 64 * 1024  # a frame up to this size is sent by the main thread: cheaper than waking another one
 _STAGE_BYTES = 16 * 1024  # a small frame comes with one call; of a large one this much is copied once more
 _ROUND_BYTES = 8 << 20  # what one connection may read before the others get their turn
+_LONG_ABSENCE_S = 200e-6  # the I/O thread is worth waking for a main thread that stays away longer than this
+_PATROL_S = 0.02  # the I/O thread looks this often whether it is needed
 _NOTHING: tuple[Posted, ...] = ()
 
 
@@ -39,36 +41,55 @@ class TcpIo:
 
     def __init__(self, name: str, main_epoll: select.epoll, ring: Callable[[], None]) -> None:
         self.ring = ring  # wakes the main thread
+        self._data = select.epoll()  # all data sockets
+        self.data_fd = self._data.fileno()
+        main_epoll.register(self.data_fd, select.EPOLLIN)
         self._main_epoll = main_epoll
-        self._epoll = select.epoll()
+        self._epoll = select.epoll()  # the I/O thread's
+        self._epoll.register(self.data_fd, 0)
         self._channels: dict[int, TcpChannel] = {}
+        self._writing: set[int] = set()
+        self._left_at = 0.0  # when the main thread turned to other work; 0.0: it is here
+        self._stays_away = False  # its last absence was a long one, so the next one will be
+        self._guarded = False  # the I/O thread receives
         self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._epoll.register(self._stop_fd, select.EPOLLIN)
         self._thread = threading.Thread(target=self._run, name=f"stepmesh-tcp {name}", daemon=True)
         self._thread.start()
 
-    def receiving(self, fd: int) -> TcpChannel | None:
-        """The channel that receives from `fd`."""
-        return self._channels.get(fd)
+    def add(self, channel: TcpChannel, fd: int) -> None:
+        """Start receiving."""
+        self._channels[fd] = channel
+        self._data.register(fd, select.EPOLLIN)
 
-    def add(self, channel: TcpChannel, rx_fd: int, tx_fd: int) -> None:
-        """Start receiving from rx_fd; tx_fd (the same socket) is for `want_write`."""
-        self._channels[rx_fd] = channel
-        self._channels[tx_fd] = channel
-        self._epoll.register(tx_fd, 0)
-        # The main thread's first: an exclusive wake-up goes to the first one that waits.
-        self._main_epoll.register(rx_fd, select.EPOLLIN | select.EPOLLEXCLUSIVE)
-        self._epoll.register(rx_fd, select.EPOLLIN | select.EPOLLEXCLUSIVE)
+    def remove(self, fd: int) -> None:
+        """Neither receive nor send any more."""
+        self.want_write(fd, False)
+        self._channels.pop(fd, None)
+        self._data.unregister(fd)
 
-    def remove(self, rx_fd: int, tx_fd: int) -> None:
-        for fd in (rx_fd, tx_fd):
-            self._channels.pop(fd, None)
-            self._epoll.unregister(fd)
-        self._main_epoll.unregister(rx_fd)
-
-    def want_write(self, tx_fd: int, wanted: bool) -> None:
+    def want_write(self, fd: int, wanted: bool) -> None:
         """Let the I/O thread send when the socket can take more."""
-        self._epoll.modify(tx_fd, select.EPOLLOUT if wanted else 0)
+        if wanted:
+            self._writing.add(fd)
+            self._epoll.register(fd, select.EPOLLOUT)
+        elif fd in self._writing:
+            self._writing.discard(fd)
+            self._epoll.unregister(fd)
+
+    def collect(self, *, patiently: bool = False) -> None:
+        """Receive what has come. Main thread; `patiently`: also where the I/O thread is at it."""
+        if self._left_at:
+            self._come_back()
+        for fd, _ in self._data.poll(0):
+            if (channel := self._channels.get(fd)) is not None:
+                channel.receive(patiently=patiently)
+
+    def leave(self) -> None:
+        """The main thread turns to other work: from now on the I/O thread receives, unless that is over at once."""
+        self._left_at = time.monotonic()
+        if self._stays_away:
+            self._guard()
 
     def close(self) -> None:
         """Stop and join. Idempotent. Channels are closed by their owners, before."""
@@ -76,21 +97,43 @@ class TcpIo:
             return
         os.eventfd_write(self._stop_fd, 1)
         self._thread.join()
+        self._main_epoll.unregister(self.data_fd)
         self._epoll.close()
+        self._data.close()
         os.close(self._stop_fd)
+
+    def _guard(self) -> None:
+        if not self._guarded:
+            self._guarded = True
+            self._epoll.modify(self.data_fd, select.EPOLLIN)
+
+    def _come_back(self) -> None:
+        self._stays_away = time.monotonic() - self._left_at > _LONG_ABSENCE_S
+        self._left_at = 0.0
+        if self._guarded:
+            self._guarded = False
+            self._epoll.modify(self.data_fd, 0)
 
     def _run(self) -> None:
         while True:
-            for fd, mask in self._epoll.poll():
+            if self._left_at and time.monotonic() - self._left_at > _PATROL_S:
+                self._guard()  # not foreseen by the main thread
+            for fd, _ in self._epoll.poll(_PATROL_S):
                 if fd == self._stop_fd:
                     return
-                channel = self._channels.get(fd)
-                if channel is None:
-                    continue
-                if mask & select.EPOLLOUT:
+                if fd == self.data_fd:
+                    self._receive()
+                elif (channel := self._channels.get(fd)) is not None:
                     channel.send_queued()
-                elif fd == channel.rx_fd and channel.receive():
-                    self.ring()
+
+    def _receive(self) -> None:
+        """For a main thread that is busy otherwise."""
+        news = False
+        for fd, _ in self._data.poll(0):
+            if (channel := self._channels.get(fd)) is not None:
+                news |= channel.receive()
+        if news:
+            self.ring()
 
 
 class TcpChannel(Channel):
@@ -107,8 +150,7 @@ class TcpChannel(Channel):
         self._rx_slots = _split(mmap.mmap(-1, num_slots * spec.rx_slot_bytes), spec.rx_slot_bytes)
         self._tx_slots = _split(mmap.mmap(-1, num_slots * spec.tx_slot_bytes), spec.tx_slot_bytes)
         self._sock: socket.socket | None = None
-        self.rx_fd = -1
-        self._tx_fd = -1  # the same socket under another number: an exclusive registration cannot be modified
+        self._fd = -1
         self._open = True
         self._failure: Failure | None = None
         self._attached = False
@@ -157,7 +199,7 @@ class TcpChannel(Channel):
 
     def post(self, stream: int, parity: int, seq: int, frame_bytes: int) -> None:
         frame = self._tx_slots[NUM_PARITIES * stream + parity][:frame_bytes]
-        if frame_bytes <= _INLINE_BYTES and not self._tx_queue and self._tx_lock.acquire(blocking=False):
+        if not self._tx_queue and self._tx_lock.acquire(blocking=False):
             # Nothing is queued and the I/O thread does not send: order is kept.
             try:
                 frame = frame[self._send_some(frame) :]
@@ -168,12 +210,18 @@ class TcpChannel(Channel):
         self._queue(frame)
 
     def poll(self) -> Sequence[Posted]:
-        if not self._arrived and not self.receive(patiently=False):
+        """Received are frames by `TcpIo.collect`, or by the I/O thread."""
+        arrived = self._arrived
+        if not arrived:
             return _NOTHING
         found = []
-        while self._arrived:
-            found.append(self._arrived.popleft())
+        while arrived:
+            found.append(arrived.popleft())
         return found
+
+    @property
+    def sign(self) -> object:
+        return self._io.data_fd
 
     @property
     def failure(self) -> Failure | None:
@@ -185,8 +233,7 @@ class TcpChannel(Channel):
             self._tx_queue.clear()
             if self._sock is not None:
                 if self._failure is None:
-                    self._io.remove(self.rx_fd, self._tx_fd)
-                os.close(self._tx_fd)
+                    self._io.remove(self._fd)
                 self._sock.close()
                 self._sock = None
 
@@ -204,7 +251,7 @@ class TcpChannel(Channel):
                         return
                     self._tx_queue.popleft()
                     if not self._tx_queue and self._failure is None:
-                        self._io.want_write(self._tx_fd, False)
+                        self._io.want_write(self._fd, False)
 
     def receive(self, *, patiently: bool = True) -> bool:
         """Receive until the socket is empty; True when there is news for `poll` or `failure`. Either thread.
@@ -228,8 +275,8 @@ class TcpChannel(Channel):
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._sock = sock
-        self.rx_fd, self._tx_fd = sock.fileno(), os.dup(sock.fileno())
-        self._io.add(self, self.rx_fd, self._tx_fd)
+        self._fd = sock.fileno()
+        self._io.add(self, self._fd)
         if first is not None:
             self._queue(first)  # once connected, the I/O thread can send
 
@@ -239,7 +286,7 @@ class TcpChannel(Channel):
                 return
             self._tx_queue.append(frame)
             if len(self._tx_queue) == 1:
-                self._io.want_write(self._tx_fd, True)
+                self._io.want_write(self._fd, True)
 
     def _send_some(self, frame: memoryview) -> int:
         """Number of bytes the socket took. A failure is recorded and takes none. Under _tx_lock."""
@@ -299,17 +346,17 @@ class TcpChannel(Channel):
 
     def _slot_of(self, memory: memoryview) -> tuple[Posted, memoryview]:
         """Which slot a header is for, and the part of the slot that its frame fills. Raises FrameError."""
-        header = read_header(memory)
-        size = frame_bytes(header.payload_bytes)
-        if header.magic != DATA_MAGIC or header.stream >= self._spec.num_streams or size > self._spec.rx_slot_bytes:
-            raise FrameError(f"unusable header on the data connection: {size} bytes for stream {header.stream}")
-        last_seq = self._rx_last_seq[header.stream]
-        if header.seq <= last_seq:
+        magic, seq, payload_bytes, stream = PLACE.unpack_from(memory)
+        size = frame_bytes(payload_bytes)
+        if magic != DATA_MAGIC or stream >= self._spec.num_streams or size > self._spec.rx_slot_bytes:
+            raise FrameError(f"unusable header on the data connection: {size} bytes for stream {stream}")
+        last_seq = self._rx_last_seq[stream]
+        if seq <= last_seq:
             # Receiving it would overwrite a slot that may be in use.
-            raise FrameError(f"seq {header.seq} of stream {header.stream} is not above {last_seq}")
-        self._rx_last_seq[header.stream] = header.seq
-        parity = header.seq & 1
-        return Posted(header.stream, parity, header.seq), self.incoming(header.stream, parity)[:size]
+            raise FrameError(f"seq {seq} of stream {stream} is not above {last_seq}")
+        self._rx_last_seq[stream] = seq
+        parity = seq & 1
+        return Posted(stream, parity, seq), self._rx_slots[NUM_PARITIES * stream + parity][:size]
 
     def _fail(self, failure: Failure) -> None:
         """Stop polling the socket; the mesh finds `failure` at its next look."""
@@ -317,7 +364,7 @@ class TcpChannel(Channel):
             if self._failure is None and self._sock is not None:
                 self._failure = failure
                 self._tx_queue.clear()
-                self._io.remove(self.rx_fd, self._tx_fd)
+                self._io.remove(self._fd)
                 self._io.ring()
 
 

@@ -194,7 +194,7 @@ def test_a_half_open_connection_is_superseded_by_its_successor(world: World) -> 
     mesh = world.meshes[A0]
     pair = world.pair(A0, F0)
     pair.close = lambda reason, retryable: None  # type: ignore[method-assign, misc]
-    mesh._drop(pair, "found broken", retryable=True)
+    mesh._roster.drop(pair, "found broken", retryable=True)
     (down,) = world.take(F0, PeerDown)
     assert "superseded by generation 2" in down.reason
     assert down.retryable

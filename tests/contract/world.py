@@ -227,7 +227,7 @@ class World:
     def freeze(self, rank_id: RankId) -> None:
         """The process stops without a sign: no progress, no heartbeats, sockets open."""
         self.frozen.add(rank_id)
-        self.meshes[rank_id]._live = ()
+        self.meshes[rank_id]._roster.live = ()
 
     def stop(self, rank_id: RankId) -> None:
         """The process ends in good order."""
@@ -244,7 +244,7 @@ class World:
         trailer, corrupt = changes.pop("trailer", seq), changes.pop("corrupt", False)
         header_seq = changes.pop("header_seq", seq)
         slot = pair.tx_slot(stream, seq)
-        view, payload_bytes = slot.dispatch(num_tokens, 0)
+        view, payload_bytes, _ = slot.dispatch(num_tokens, 0)
         copy_section(view.rows, parts.rows, "rows")
         header = Header(
             magic=DATA_MAGIC,

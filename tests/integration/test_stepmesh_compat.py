@@ -331,7 +331,7 @@ def test_a_lost_server_fails_what_needs_it_and_nothing_else() -> None:
         assert pushed.wait(LIMIT_S)
         if node.environment.node_rank == 1:
             (pair,) = node._mesh._pairs.values()
-            node._mesh._drop(pair, "the test breaks it", retryable=True)
+            node._mesh._roster.drop(pair, "the test breaks it", retryable=True)
             del pair
             broken.set()
         answered = 0

@@ -39,7 +39,7 @@ def ends() -> Iterator[Ends]:
 def write_words(writer: ShmChannel, words: dict[int, int]) -> None:
     assert writer._tx is not None
     for place, value in words.items():
-        writer._tx.words[place] = value
+        writer._tx.board_memory.cast("Q")[place] = value
 
 
 def test_posts_arrive_in_the_order_in_which_they_were_made(ends: Ends) -> None:
@@ -79,7 +79,7 @@ def test_a_bell_that_cannot_be_is_a_failure_and_brings_nothing(ends: Ends, bell:
 def test_a_post_into_no_slot_is_a_failure(ends: Ends) -> None:
     one, other = ends
     write_words(one, {8: NUM_SLOTS, 9: 1, 0: 1})
-    assert other.poll() == []
+    assert other.poll() == ()
     assert other.failure is not None and "slot 4 of 4" in other.failure.reason
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from stepmesh.errors import ConfigError
-from stepmesh.layout import PayloadLayout
+from stepmesh.layout import PayloadLayout, frame_bytes
 from stepmesh.slots import Slot, copy_section
 from stepmesh.types import WireDtype
 
@@ -19,9 +19,9 @@ def slot() -> Slot:
 
 def test_views_lie_where_the_layout_says() -> None:
     one = slot()
-    view, payload_bytes = one.dispatch(5, 3)
+    view, payload_bytes, whole = one.dispatch(5, 3)
     at = LAYOUT.dispatch(5, 3)
-    assert payload_bytes == at.total
+    assert (payload_bytes, whole) == (at.total, frame_bytes(at.total))
     assert view.rows.shape == (5, 200)
     assert view.scales is not None and view.scales.shape == (5, 2)
     assert view.expert_ids is not None and view.expert_weights is not None

@@ -98,7 +98,7 @@ def test_statistics_are_plain_values() -> None:
 def test_the_trace_keeps_the_newest() -> None:
     trace = Trace(2)
     for seq in range(3):
-        trace.record(1e-8 * seq, Stage.DISPATCH_POSTED, RankId(Role.FFN, 1), 0, 4, seq)
+        trace.record((1e-8 * seq, Stage.DISPATCH_POSTED, RankId(Role.FFN, 1), 0, 4, seq))
     assert [event["seq"] for event in trace.dump()] == [1, 2]
     assert trace.dump()[0] == {
         "time_ns": 10,
@@ -109,7 +109,7 @@ def test_the_trace_keeps_the_newest() -> None:
         "seq": 1,
     }
     off = Trace(0)
-    off.record(0.0, Stage.PEER_UP, RankId(Role.FFN, 1), 0, 0, 0)
+    off.record((0.0, Stage.PEER_UP, RankId(Role.FFN, 1), 0, 0, 0))
     assert off.dump() == []
 
 

@@ -15,6 +15,7 @@ from stepmesh.wire import (
     HEADER,
     HELLO,
     MAX_BODY_BYTES,
+    PLACE,
     PROTOCOL_VERSION,
     ControlKind,
     ControlParser,
@@ -271,3 +272,8 @@ def test_short_bodies_are_errors(decode: object) -> None:
 def test_json_that_is_none_is_an_error(body: bytes) -> None:
     with pytest.raises(ProtocolError):
         decode_json(body)
+
+
+def test_a_byte_stream_finds_the_slot_in_the_header() -> None:
+    packed = HEADER.pack(*good_header(seq=0x1122334455667788, stream=7, payload_bytes=0xAABBCCDD))
+    assert PLACE.unpack_from(packed) == (DATA_MAGIC, 0x1122334455667788, 0xAABBCCDD, 7)

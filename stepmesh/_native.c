@@ -1,0 +1,454 @@
+/* What every transfer does, without the interpreter: write a frame, read one, ring and read a bell, spin.
+
+   Optional. Each function has a twin in Python (stepmesh/wire.py, stepmesh/transports/shm.py, stepmesh/polling.py) that is
+   used where this is not built; tests hold the two against each other. A frame that does not pass is not judged here:
+   `read_frame` returns None, and the twin says what is wrong with it. Limited API: one file for every CPython from 3.11
+   on. All calls hold the interpreter's lock, but for the waiting in `await_any`. */
+
+#define Py_LIMITED_API 0x030B0000
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <errno.h>
+#include <poll.h>
+#include <sched.h>
+#include <stdint.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "frames are little-endian"
+#endif
+
+enum {
+    HEADER_BYTES = 128, /* in front of the payload */
+    TRAILER_BYTES = 8,
+    VERSION = 1,
+    SPARSE_DISPATCH = 3,
+    CHECKSUM_NONE = 0,
+    NUM_PARITIES = 2,
+    LINE_WORDS = 8, /* a cache line */
+    NUM_FIELDS = 21,
+    MAX_FDS = 4,
+    LOOKS_PER_CALL = 16, /* at the boards, between two system calls */
+};
+
+/* Field for field as on the wire (docs/protocol.md) and in stepmesh.types.Header. */
+typedef struct {
+    char magic[4];
+    uint16_t version;
+    uint8_t kind, flags;
+    uint32_t epoch, generation;
+    uint64_t seq, step, gang_id, compute_ns, member_mask_low, member_mask_high;
+    uint32_t num_tokens, gang_tokens, payload_bytes, checksum;
+    uint16_t stream, layer, top_k;
+    uint8_t wire_dtype, checksum_kind;
+    uint8_t reserved[8];
+} Header;
+
+_Static_assert(sizeof(Header) == 96, "the packed header");
+
+static const char MAGIC[4] = {'S', 'M', 'D', 'F'};
+static PyObject *magic_bytes;
+static PyTypeObject *board_type;
+
+static uint64_t trailer_offset(uint64_t payload_bytes)
+{
+    return HEADER_BYTES + ((payload_bytes + TRAILER_BYTES - 1) & ~(uint64_t)(TRAILER_BYTES - 1));
+}
+
+/* An integer of 0..limit; 0 with an exception set when it is none (so is a valid 0: ask PyErr_Occurred). */
+static uint64_t take(PyObject *number, uint64_t limit)
+{
+    uint64_t value;
+    if (PyLong_Check(number)) {
+        value = PyLong_AsUnsignedLongLong(number);
+    } else {
+        PyObject *index = PyNumber_Index(number);
+        if (index == NULL)
+            return 0;
+        value = PyLong_AsUnsignedLongLong(index);
+        Py_DECREF(index);
+    }
+    if (value > limit) {
+        if (!PyErr_Occurred())
+            PyErr_Format(PyExc_OverflowError, "%llu exceeds %llu", value, limit);
+        return 0;
+    }
+    if (value == UINT64_MAX && PyErr_Occurred())
+        return 0;
+    return value;
+}
+
+/* write_frame(memory, kind, flags, ... the header's fields but magic, version and checksum): header and trailer. */
+static PyObject *write_frame(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t num_args)
+{
+    if (num_args != 19) {
+        PyErr_Format(PyExc_TypeError, "write_frame takes 19 arguments, not %zd", num_args);
+        return NULL;
+    }
+    Header header = {.version = VERSION};
+    memcpy(header.magic, MAGIC, sizeof MAGIC);
+    header.kind = take(args[1], UINT8_MAX);
+    header.flags = take(args[2], UINT8_MAX);
+    header.epoch = take(args[3], UINT32_MAX);
+    header.generation = take(args[4], UINT32_MAX);
+    header.seq = take(args[5], UINT64_MAX);
+    header.step = take(args[6], UINT64_MAX);
+    header.gang_id = take(args[7], UINT64_MAX);
+    header.compute_ns = take(args[8], UINT64_MAX);
+    header.member_mask_low = take(args[9], UINT64_MAX);
+    header.member_mask_high = take(args[10], UINT64_MAX);
+    header.num_tokens = take(args[11], UINT32_MAX);
+    header.gang_tokens = take(args[12], UINT32_MAX);
+    header.payload_bytes = take(args[13], UINT32_MAX);
+    header.stream = take(args[14], UINT16_MAX);
+    header.layer = take(args[15], UINT16_MAX);
+    header.top_k = take(args[16], UINT16_MAX);
+    header.wire_dtype = take(args[17], UINT8_MAX);
+    header.checksum_kind = take(args[18], UINT8_MAX);
+    if (PyErr_Occurred())
+        return NULL;
+    Py_buffer memory;
+    if (PyObject_GetBuffer(args[0], &memory, PyBUF_WRITABLE) < 0)
+        return NULL;
+    uint64_t trailer = trailer_offset(header.payload_bytes);
+    if (trailer + TRAILER_BYTES > (uint64_t)memory.len) {
+        PyBuffer_Release(&memory);
+        PyErr_Format(PyExc_OverflowError, "a payload of %u bytes exceeds the slot", header.payload_bytes);
+        return NULL;
+    }
+    memcpy(memory.buf, &header, sizeof header);
+    memcpy((char *)memory.buf + trailer, &header.seq, TRAILER_BYTES);
+    PyBuffer_Release(&memory);
+    Py_RETURN_NONE;
+}
+
+/* What HeaderRules holds, in its order. */
+typedef struct {
+    uint64_t kind, other_kind, generation, num_streams, max_tokens, max_top_k, wire_dtype;
+} Rules;
+
+static int take_numbers(PyObject *tuple, uint64_t *numbers, int count)
+{
+    for (int i = 0; i < count; i++) {
+        PyObject *number = PyTuple_GetItem(tuple, i);
+        if (number == NULL)
+            return 0;
+        numbers[i] = take(number, UINT64_MAX);
+    }
+    return !PyErr_Occurred();
+}
+
+static int is_whole(const Py_buffer *memory, const Header *header)
+{
+    uint64_t trailer = trailer_offset(header->payload_bytes), seq;
+    if (trailer + TRAILER_BYTES > (uint64_t)memory->len)
+        return 0;
+    memcpy(&seq, (const char *)memory->buf + trailer, TRAILER_BYTES);
+    return seq == header->seq;
+}
+
+static int passes(const Header *header, const Rules *rules, const uint64_t *posted)
+{
+    return memcmp(header->magic, MAGIC, sizeof MAGIC) == 0 && header->version == VERSION &&
+           (header->kind == rules->kind || header->kind == rules->other_kind) &&
+           header->generation == rules->generation && header->stream < rules->num_streams &&
+           header->num_tokens <= rules->max_tokens && header->top_k <= rules->max_top_k &&
+           (header->kind != SPARSE_DISPATCH || header->gang_tokens <= rules->max_tokens) &&
+           header->wire_dtype == rules->wire_dtype && header->checksum_kind == CHECKSUM_NONE &&
+           header->stream == posted[0] && (header->seq & 1) == posted[1] && header->seq == posted[2];
+}
+
+/* An instance of a NamedTuple; steals the items. NULL with an exception when one of them is. */
+static PyObject *named_tuple(PyObject *type, PyObject **items, Py_ssize_t count)
+{
+    PyObject *tuple = PyType_GenericAlloc((PyTypeObject *)type, count);
+    int failed = tuple == NULL;
+    for (Py_ssize_t i = 0; i < count; i++) {
+        failed |= items[i] == NULL;
+        if (tuple == NULL)
+            Py_XDECREF(items[i]);
+        else if (items[i] != NULL)
+            PyTuple_SetItem(tuple, i, items[i]);
+    }
+    if (failed)
+        Py_CLEAR(tuple);
+    return tuple;
+}
+
+static PyObject *header_tuple(const Header *header, PyObject *type)
+{
+    Py_INCREF(magic_bytes);
+    PyObject *items[NUM_FIELDS] = {
+        magic_bytes,
+        PyLong_FromLong(header->version),
+        PyLong_FromLong(header->kind),
+        PyLong_FromLong(header->flags),
+        PyLong_FromUnsignedLong(header->epoch),
+        PyLong_FromUnsignedLong(header->generation),
+        PyLong_FromUnsignedLongLong(header->seq),
+        PyLong_FromUnsignedLongLong(header->step),
+        PyLong_FromUnsignedLongLong(header->gang_id),
+        PyLong_FromUnsignedLongLong(header->compute_ns),
+        PyLong_FromUnsignedLongLong(header->member_mask_low),
+        PyLong_FromUnsignedLongLong(header->member_mask_high),
+        PyLong_FromUnsignedLong(header->num_tokens),
+        PyLong_FromUnsignedLong(header->gang_tokens),
+        PyLong_FromUnsignedLong(header->payload_bytes),
+        PyLong_FromUnsignedLong(header->checksum),
+        PyLong_FromLong(header->stream),
+        PyLong_FromLong(header->layer),
+        PyLong_FromLong(header->top_k),
+        PyLong_FromLong(header->wire_dtype),
+        PyLong_FromLong(header->checksum_kind),
+    };
+    return named_tuple(type, items, NUM_FIELDS);
+}
+
+/* read_frame(memory, rules, posted, header_type): the header, or None for a frame that the twin has to judge. */
+static PyObject *read_frame(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t num_args)
+{
+    if (num_args != 4) {
+        PyErr_Format(PyExc_TypeError, "read_frame takes 4 arguments, not %zd", num_args);
+        return NULL;
+    }
+    Rules rules;
+    uint64_t posted[3];
+    if (!take_numbers(args[1], (uint64_t *)&rules, sizeof rules / sizeof(uint64_t)) ||
+        !take_numbers(args[2], posted, 3))
+        return NULL;
+    Py_buffer memory;
+    if (PyObject_GetBuffer(args[0], &memory, PyBUF_SIMPLE) < 0)
+        return NULL;
+    Header header;
+    int good = (size_t)memory.len >= HEADER_BYTES;
+    if (good) {
+        memcpy(&header, memory.buf, sizeof header); /* judged as it is now: a peer may write it again */
+        good = passes(&header, &rules, posted) && is_whole(&memory, &header);
+    }
+    PyBuffer_Release(&memory);
+    if (!good)
+        Py_RETURN_NONE;
+    return header_tuple(&header, args[3]);
+}
+
+/* Twin of stepmesh.transports.shm.Board. */
+typedef struct {
+    PyObject_HEAD
+    Py_buffer memory;
+    volatile uint64_t *words;
+    uint64_t num_slots;
+    uint64_t seen;
+    PyObject *posted_type;
+} Board;
+
+static PyObject *board_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
+{
+    PyObject *memory, *posted_type;
+    unsigned long long num_slots;
+    static char *names[] = {"memory", "num_slots", "posted_type", NULL};
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OKO", names, &memory, &num_slots, &posted_type))
+        return NULL;
+    Board *board = (Board *)PyType_GenericAlloc(type, 0);
+    if (board == NULL)
+        return NULL;
+    if (PyObject_GetBuffer(memory, &board->memory, PyBUF_WRITABLE) < 0) {
+        Py_DECREF(board);
+        return NULL;
+    }
+    if (num_slots == 0 || num_slots > (uint64_t)board->memory.len / (8 * LINE_WORDS) - 1) {
+        PyErr_Format(PyExc_ValueError, "%llu slots do not fit %zd bytes", num_slots, board->memory.len);
+        Py_DECREF(board);
+        return NULL;
+    }
+    board->words = board->memory.buf;
+    board->num_slots = num_slots;
+    Py_INCREF(posted_type);
+    board->posted_type = posted_type;
+    return (PyObject *)board;
+}
+
+static void board_dealloc(Board *board)
+{
+    PyTypeObject *type = Py_TYPE((PyObject *)board);
+    if (board->memory.obj != NULL)
+        PyBuffer_Release(&board->memory);
+    Py_XDECREF(board->posted_type);
+    PyObject_Free(board);
+    Py_DECREF(type);
+}
+
+/* post(slot, seq, bell_fd): errno of the bell, 0 when it rang. */
+static PyObject *board_post(Board *board, PyObject *const *args, Py_ssize_t num_args)
+{
+    if (num_args != 3) {
+        PyErr_Format(PyExc_TypeError, "post takes 3 arguments, not %zd", num_args);
+        return NULL;
+    }
+    uint64_t slot = take(args[0], board->num_slots - 1), seq = take(args[1], UINT64_MAX), one = 1;
+    int fd = (int)take(args[2], INT32_MAX);
+    if (PyErr_Occurred())
+        return NULL;
+    volatile uint64_t *place = board->words + LINE_WORDS * (1 + board->seen % board->num_slots);
+    place[0] = slot;
+    place[1] = seq;
+    __atomic_store_n(board->words, ++board->seen, __ATOMIC_RELEASE);
+    if (write(fd, &one, sizeof one) < 0 && errno != EAGAIN) /* full: the peer is being woken anyway */
+        return PyLong_FromLong(errno);
+    return PyLong_FromLong(0);
+}
+
+static PyObject *posted_tuple(const Board *board, uint64_t slot, uint64_t seq)
+{
+    PyObject *items[3] = {
+        PyLong_FromUnsignedLongLong(slot / NUM_PARITIES),
+        PyLong_FromUnsignedLongLong(slot % NUM_PARITIES),
+        PyLong_FromUnsignedLongLong(seq),
+    };
+    return named_tuple(board->posted_type, items, 3);
+}
+
+/* poll(): () or a list of what was posted since the last call. Raises ValueError for what no honest peer writes. */
+static PyObject *board_poll(Board *board, PyObject *Py_UNUSED(unused))
+{
+    uint64_t posts = __atomic_load_n(board->words, __ATOMIC_ACQUIRE), seen = board->seen;
+    if (posts == seen)
+        return PyTuple_New(0);
+    if (posts - seen > board->num_slots)
+        return PyErr_Format(PyExc_ValueError, "bell of %llu posts, %llu were seen, %llu slots", posts, seen,
+                            board->num_slots);
+    PyObject *found = PyList_New(0);
+    for (; found != NULL && seen != posts; seen++) {
+        volatile uint64_t *place = board->words + LINE_WORDS * (1 + seen % board->num_slots);
+        uint64_t slot = place[0];
+        PyObject *item = NULL;
+        if (slot < board->num_slots)
+            item = posted_tuple(board, slot, place[1]);
+        else
+            PyErr_Format(PyExc_ValueError, "post into slot %llu of %llu", slot, board->num_slots);
+        if (item == NULL || PyList_Append(found, item) < 0)
+            Py_CLEAR(found);
+        Py_XDECREF(item);
+    }
+    board->seen = posts;
+    return found;
+}
+
+static int64_t now_ns(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
+}
+
+static void pause_core(void)
+{
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+/* Rings of the boards are looked at all the time, descriptors (a system call) and the clock once in a while. */
+static int spin(Board *const *boards, Py_ssize_t num_boards, struct pollfd *fds, nfds_t num_fds, int64_t until_ns)
+{
+    for (;;) {
+        for (int round = 0; round < LOOKS_PER_CALL; round++) {
+            for (Py_ssize_t i = 0; i < num_boards; i++)
+                if (__atomic_load_n(boards[i]->words, __ATOMIC_ACQUIRE) != boards[i]->seen)
+                    return 1;
+            if (num_boards != 0)
+                pause_core();
+        }
+        if (num_fds != 0 && poll(fds, num_fds, 0) > 0)
+            return 1;
+        if (now_ns() >= until_ns)
+            return 0;
+        sched_yield(); /* as the twin does */
+    }
+}
+
+/* await_any(signs, seconds): whether a board (Board) or descriptor (int) of `signs` had news within that time. */
+static PyObject *await_any(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t num_args)
+{
+    if (num_args != 2) {
+        PyErr_Format(PyExc_TypeError, "await_any takes 2 arguments, not %zd", num_args);
+        return NULL;
+    }
+    double seconds = PyFloat_AsDouble(args[1]);
+    Py_ssize_t num_signs = PyTuple_Size(args[0]), num_boards = 0;
+    if (num_signs < 0 || PyErr_Occurred())
+        return NULL;
+    struct pollfd fds[MAX_FDS];
+    nfds_t num_fds = 0;
+    Board **boards = PyMem_Malloc((num_signs ? num_signs : 1) * sizeof *boards);
+    if (boards == NULL)
+        return PyErr_NoMemory();
+    for (Py_ssize_t i = 0; i < num_signs; i++) {
+        PyObject *sign = PyTuple_GetItem(args[0], i);
+        if (PyObject_TypeCheck(sign, board_type))
+            boards[num_boards++] = (Board *)sign;
+        else if (num_fds < MAX_FDS)
+            fds[num_fds++] = (struct pollfd){.fd = (int)take(sign, INT32_MAX), .events = POLLIN};
+        else
+            PyErr_Format(PyExc_ValueError, "more than %d descriptors", MAX_FDS);
+    }
+    int found = 0;
+    if (!PyErr_Occurred()) {
+        int64_t until_ns = now_ns() + (int64_t)(seconds * 1e9);
+        Py_BEGIN_ALLOW_THREADS;
+        found = spin(boards, num_boards, fds, num_fds, until_ns);
+        Py_END_ALLOW_THREADS;
+    }
+    PyMem_Free(boards);
+    return PyErr_Occurred() ? NULL : PyBool_FromLong(found);
+}
+
+static PyMethodDef board_methods[] = {
+    {"post", (PyCFunction)(void (*)(void))board_post, METH_FASTCALL, "post(slot, seq, bell_fd) -> errno of the bell"},
+    {"poll", (PyCFunction)board_poll, METH_NOARGS, "poll() -> what was posted since the last call"},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyType_Slot board_slots[] = {
+    {Py_tp_new, board_new},
+    {Py_tp_dealloc, board_dealloc},
+    {Py_tp_methods, board_methods},
+    {0, NULL},
+};
+
+static PyType_Spec board_spec = {
+    .name = "stepmesh._native.Board",
+    .basicsize = sizeof(Board),
+    .flags = Py_TPFLAGS_DEFAULT,
+    .slots = board_slots,
+};
+
+static PyMethodDef functions[] = {
+    {"write_frame", (PyCFunction)(void (*)(void))write_frame, METH_FASTCALL, "header and trailer of a frame"},
+    {"read_frame", (PyCFunction)(void (*)(void))read_frame, METH_FASTCALL, "the header of a good frame, or None"},
+    {"await_any", (PyCFunction)(void (*)(void))await_any, METH_FASTCALL, "spin until there is news"},
+    {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT, .m_name = "stepmesh._native", .m_size = -1, .m_methods = functions};
+
+PyMODINIT_FUNC PyInit__native(void)
+{
+    PyObject *module = PyModule_Create(&definition);
+    if (module == NULL)
+        return NULL;
+    PyObject *type = PyType_FromSpec(&board_spec);
+    magic_bytes = PyBytes_FromStringAndSize(MAGIC, sizeof MAGIC);
+    if (type == NULL || magic_bytes == NULL || PyModule_AddObjectRef(module, "Board", type) < 0) {
+        Py_XDECREF(type);
+        Py_DECREF(module);
+        return NULL;
+    }
+    board_type = (PyTypeObject *)type;
+    return module;
+}
