@@ -79,7 +79,7 @@ class FFNEngine:
         self._threads = threads
         self._clock = clock
         self.totals = FFNTotals()
-        self.lateness = Lateness(half.spec.num_layers)
+        self.lateness = Lateness(len(half.spec.layers))
         self.ring = TraceRing()
 
     def expert_loads(self) -> dict[int, ExpertLoad]:

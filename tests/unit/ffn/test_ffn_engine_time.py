@@ -1,4 +1,4 @@
-"""An FFN worker's turn, where its time goes, what it exports: a scripted mesh, a clock that only the script moves."""
+"""Where an FFN worker's time goes, what it exports: a scripted mesh, a clock that only the script moves."""
 
 from __future__ import annotations
 
@@ -64,16 +64,6 @@ def dispatch(rank: int, layer: int = 0, *, gang: int = 0, mask: int = 0) -> Disp
     header = Header(b"", 1, 1, 0, 1, 1, 1, 1, gang, 0, mask, 0, 2, 0, 0, 0, 0, layer, 0, 0, 0)
     rows = np.zeros((2, HIDDEN), np.float32)
     return DispatchArrived(RankId(Role.ATTENTION, rank), header, DispatchParts(rows))
-
-
-def test_a_turn_ends_after_one_batch_however_many_are_complete() -> None:
-    """Between turns the worker ticks, adopts views and counts its progress: without them it was declared stalled."""
-    scene = Scene()
-    scene.script = [(0.0, [dispatch(0)]) for _ in range(5)]
-    scene.progress = lambda timeout_s: scene.script.pop(0)[1] if scene.script else []
-    for num_batches in range(1, 6):
-        scene.engine.run_once(0.0)
-        assert scene.engine.totals.num_batches == num_batches
 
 
 def test_waiting_counts_while_a_step_is_under_way_and_not_before_or_after() -> None:
