@@ -25,7 +25,8 @@ class Stage(msgspec.Struct, frozen=True, gc=False):
     name, attention worker: "embed" or "combine" (add the partials), "attention", "dispatch" (rows into the transfer
     slots), "exchange" (rows are away; overlaps the others), "head_slice" and at last "head", "wait" (work in flight,
     nothing ready), and in topology mono "ffn".
-    name, FFN worker: "gang_wait" (first arrival until computed), "ffn", "combine" (answer every member).
+    name, FFN worker: "gang_wait" (first arrival until computed), "ffn", "combine" (answer every member), "wait" (a step
+    is under way somewhere, nothing is complete).
     layer, stream: -1 where a stage is not tied to one.  gang_id: 0 where it is not known.  gang_size: attention workers
     whose rows were computed together.  epoch: 0 where it is not known.
 

@@ -25,7 +25,7 @@ from afd.model.inventory import Half, inventory
 from afd.model.loading import resolve_model
 from afd.model.primitives import linear, prepared
 from afd.model.spec import ModelSpec
-from bench.local import BenchCluster, flags_of, run_round
+from bench.local import BenchCluster, check_equal_tokens, flags_of, run_round
 from bench.stage_table import HEADER, StageSums, stage_row
 
 CONFIGS = "mono,1A1F:0,2A1F:0"
@@ -119,14 +119,7 @@ def main() -> None:
     with ExitStack() as stack:
         flags = {config: flags_of(config, args.model, args.dtype, args.transport) for config in configs}
         clusters = {config: stack.enter_context(BenchCluster(*flags[config])) for config in configs}
-        gate = {c: run_round(cluster, prompts[:4], 8) for c, cluster in clusters.items()}
-        wanted = [t.ids for t in gate[configs[0]].timelines]
-        for config, result in gate.items():
-            same = sum(
-                a == b for x, t in zip(wanted, result.timelines, strict=True) for a, b in zip(x, t.ids, strict=True)
-            )
-            print(f"gate {config}: {same}/{8 * len(wanted)} greedy tokens equal {configs[0]}'s")
-            assert same >= 4 * len(wanted), "outputs differ beyond rounding"
+        check_equal_tokens(clusters, prompts[:4])
         stages: dict[tuple[str, int], dict[str, float]] = {}
         for batch in batches:
             before = {config: StageSums.of(cluster) for config, cluster in clusters.items()}

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -136,6 +136,18 @@ class Round:
         return sum(tpots) / max(1, len(tpots))
 
 
+def check_equal_tokens(clusters: Mapping[str, BenchCluster], prompts: Sequence[Sequence[int]], length: int = 8) -> None:
+    """The correctness gate: every cluster gives the first one's greedy tokens, or half of them where rounding parts
+    them; how many is printed."""
+    found = {name: [t.ids for t in run_round(cluster, prompts, length).timelines] for name, cluster in clusters.items()}
+    first, wanted = next(iter(found.items()))
+    for name, ids in found.items():
+        pairs = [pair for ours, theirs in zip(wanted, ids, strict=True) for pair in zip(ours, theirs, strict=True)]
+        same = sum(a == b for a, b in pairs)
+        print(f"gate {name}: {same}/{len(pairs)} greedy tokens equal {first}'s", flush=True)
+        assert 2 * same >= len(pairs), "outputs differ beyond rounding"
+
+
 def run_round(
     cluster: BenchCluster, prompts: Sequence[Sequence[int]], output_len: int, timeout_s: float = 300
 ) -> Round:
@@ -171,7 +183,8 @@ def run_round(
                     timeline.ids += chunk.ids
                     timeline.token_s += [now] * len(chunk.ids)
                     if chunk.finish is FinishReason.ERROR:
-                        raise RuntimeError(f"request failed: {chunk.error}")
+                        log = "\n".join(cluster.lines[-20:])
+                        raise RuntimeError(f"request failed: {chunk.error}; the cluster's log ends with\n{log}")
                     if chunk.finish is not None:
                         live.discard(chunk.req_id)
     finally:

@@ -2,7 +2,8 @@
 
 A: combine, attention and dispatch of one layer.  F: the FFN's computing.  transfer: the rest of an exchange, from
 dispatch to combine: rows on their way, waiting for the gang, for another stream at the FFN worker, and for the
-attention worker to look.  idle: the attention worker had nothing else to do.  head: head and sampling, once a step.
+attention worker to look.  idle: the attention worker had nothing else to do; exposed: of it, while no FFN computed its
+rows.  other: between its stages.  head: head and sampling, once a step.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ from dataclasses import dataclass
 
 from bench.local import BenchCluster
 
-STAGES = ("attention", "exchange", "ffn", "head", "wait")
-COUNTS = ("afd_exchanges_total", "afd_steps_total", "afd_step_tokens_total")
-HEADER = f"{'seqs':>5} {'config':>8} {'rows':>6} {'A us':>8} {'F us':>8} {'transfer':>8} {'idle':>8} {'head us':>8}"
+STAGES = ("attention", "exchange", "ffn", "head", "wait", "other")
+COUNTS = ("afd_exposed_transfer_seconds_total", "afd_exchanges_total", "afd_steps_total", "afd_step_tokens_total")
+HEADER = f"{'seqs':>5} {'config':>8} {'rows':>6} " + " ".join(
+    f"{title:>8}" for title in ("A us", "F us", "transfer", "idle", "exposed", "other", "head us")
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +25,7 @@ class StageSums:
     """Seconds by stage and counts since start, summed over the attention workers of a cluster."""
 
     seconds: dict[str, float]
+    exposed_s: float
     num_exchanges: float
     num_steps: float
     num_tokens: float
@@ -41,6 +45,7 @@ class StageSums:
     def since(self, before: StageSums) -> StageSums:
         return StageSums(
             {stage: self.seconds[stage] - before.seconds[stage] for stage in STAGES},
+            self.exposed_s - before.exposed_s,
             self.num_exchanges - before.num_exchanges,
             self.num_steps - before.num_steps,
             self.num_tokens - before.num_tokens,
@@ -57,6 +62,8 @@ class StageSums:
             "f_us": self.seconds["ffn"] * layer,
             "transfer_us": transfer_s * layer,
             "idle_us": self.seconds["wait"] * layer,
+            "exposed_us": self.exposed_s * layer,
+            "other_us": self.seconds["other"] * layer,
             "head_us": self.seconds["head"] * 1e6 / max(1.0, self.num_steps),
         }
 

@@ -242,7 +242,8 @@ class AttentionEngine:
         stream = self._streams.pop(idx)
         sampled, failed = self._sample(head)
         progress = self.scheduler.commit(stream.micro_batch, {req_id: token for req_id, (token, _) in sampled.items()})
-        self.stages.finish(idx, stream.micro_batch, begun_s, started_s=stream.started_s)
+        more = not self.scheduler.idle
+        self.stages.finish(idx, stream.micro_batch, begun_s, started_s=stream.started_s, more=more)
         return [Output(p, sampled[p.seq.req_id][1]) for p in progress] + failed
 
     def _indices(self, values: list[int]) -> Tensor:

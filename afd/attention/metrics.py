@@ -9,6 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from afd.attention.engine import Engine
+from afd.attention.pipeline import RecentAttention
 from afd.data_plane import mesh_metrics
 from afd.sched.latency import LatencyModel
 from afd.sched.policy import Admission
@@ -25,11 +26,13 @@ class AttentionMetrics(Collector):
         mesh: Mesh | None,
         admission: Admission,
         latency: LatencyModel,
+        recent: RecentAttention,
     ):
         self._engine = engine
         self._mesh = mesh
         self._admission = admission
         self._latency = latency
+        self._recent = recent
         registry.register(self)
 
     def collect(self) -> Iterable[Metric]:
@@ -41,6 +44,7 @@ class AttentionMetrics(Collector):
             ("exchange", totals.exchange_s),
             ("ffn", totals.ffn_s),
             ("wait", totals.wait_s),
+            ("other", totals.other_s),
         ):
             stage.add_metric(["attention", name], value)
         yield stage
@@ -67,9 +71,29 @@ class AttentionMetrics(Collector):
         }
         for name, (text, value) in counters.items():
             yield CounterMetricFamily(name, text, value=value)
+        yield from self._pipeline_metrics()
         yield from self._sla_metrics()
         if self._mesh is not None:
             yield from mesh_metrics(self._mesh)
+
+    def _pipeline_metrics(self) -> Iterable[Metric]:
+        recent = self._recent.look()
+        bubble = GaugeMetricFamily(
+            "afd_bubble_ratio", "Share of the last 10 s spent waiting with work in flight", labels=["role"]
+        )
+        bubble.add_metric(["attention"], recent.bubble)
+        yield bubble
+        yield CounterMetricFamily(
+            "afd_exposed_transfer_seconds",
+            "Waited with work in flight while no FFN worker computed this worker's rows",
+            value=self._engine.stages.totals.exposed_s,
+        )
+        yield GaugeMetricFamily(
+            "afd_exposed_transfer_ratio", "Share of a step that is exposed transfer, last 10 s", recent.exposed
+        )
+        size = GaugeMetricFamily("afd_gang_size", "Attention workers a batch, mean of the last 10 s", labels=["role"])
+        size.add_metric(["attention"], recent.gang_size)
+        yield size
 
     def _sla_metrics(self) -> Iterable[Metric]:
         admission, latency = self._admission, self._latency

@@ -139,7 +139,8 @@ class ModelledEngine:
             if item.samples and item.seq.doomed is None
         }
         progress = self.scheduler.commit(batch, sampled)
-        self.stages.finish(batch.stream, batch, computed_s, started_s=flight.started_s)
+        more = not self.scheduler.idle
+        self.stages.finish(batch.stream, batch, computed_s, started_s=flight.started_s, more=more)
         return [Output(p, self._logprobs(p.seq, p.ids[0])) for p in progress]
 
     def _logprobs(self, seq: Sequence, token: int) -> TokenLogprobs | None:

@@ -17,13 +17,22 @@ EMA = 0.2  # weight of the newest step in moving averages
 
 @dataclass(slots=True)
 class StageTotals:
-    """Seconds and counts since start. wait_s: waiting with work in flight (the bubble)."""
+    """Seconds and counts since start. wait_s: waiting with work in flight (the bubble).
+
+    exposed_s: of wait_s, what no FFN computed for this worker.  other_s: between stages while there is work:
+    scheduling, publishing, events, and whatever the operating system does with the core.
+    step_s, step_exposed_s: steps' durations, and what was exposed within them, summed over all streams' steps.
+    """
 
     attention_s: float = 0.0
     exchange_s: float = 0.0
     ffn_s: float = 0.0
     head_s: float = 0.0
     wait_s: float = 0.0
+    exposed_s: float = 0.0
+    other_s: float = 0.0
+    step_s: float = 0.0
+    step_exposed_s: float = 0.0
     num_steps: int = 0
     num_tokens: int = 0
     num_exchanges: int = 0
@@ -39,6 +48,7 @@ class _StepSums:
     exchange_s: float = 0.0
     ffn_s: float = 0.0
     gang_tokens: int = 0
+    exposed_before_s: float = 0.0  # StageTotals.exposed_s when it began
 
 
 class StageClock:
@@ -55,15 +65,17 @@ class StageClock:
         self.totals = StageTotals()
         self.ring = TraceRing()
         self.step_s = 0.0  # moving average of one stream's step
+        self._ended_s: float | None = None  # of the last stage or wait, while there is work
+        self._unanswered_s = 0.0  # waited since the last answer
 
     def attention(
         self, stream: int, layer: int, batch: MicroBatch, begun_s: float, entered_s: float, computed_s: float
     ) -> float:
         """One layer and its dispatch; until entered_s, combine (layer 0: embedding), if that is a call of its own."""
-        now = self._clock()
+        now = self._span(begun_s)
         self.totals.attention_s += now - begun_s
         if layer == 0:
-            self._steps[stream] = _StepSums()
+            self._steps[stream] = _StepSums(exposed_before_s=self.totals.exposed_s)
         self._steps[stream].attention_s += now - begun_s
         num_tokens, step, add = batch.num_tokens, batch.step, self.ring.add
         add(Stage("combine" if layer else "embed", begun_s, entered_s, stream, layer - 1, num_tokens, step))
@@ -79,6 +91,8 @@ class StageClock:
         totals.ffn_s += combined.compute_s
         totals.num_exchanges += 1
         totals.num_gang_members += combined.gang_size
+        if self._unanswered_s:  # it came while another stage ran: what was waited before may have been for it
+            self._answered(combined.compute_s)
         sums = self._steps[combined.stream]
         sums.exchange_s += now - sent_s
         sums.ffn_s += combined.compute_s
@@ -90,12 +104,17 @@ class StageClock:
 
     def wait(self, begun_s: float, arrived: Sequence[Combined]) -> None:
         """Nothing was ready although work is in flight. What was computed here meanwhile is no waiting."""
-        until_s = self._clock() - sum(combined.compute_s for combined in arrived if combined.local)
+        local_s = sum(combined.compute_s for combined in arrived if combined.local)
+        until_s = self._span(begun_s) - local_s
         self.totals.wait_s += until_s - begun_s
+        self._unanswered_s += until_s - begun_s
+        if arrived:
+            self._answered(sum(combined.compute_s for combined in arrived))
         self.ring.add(Stage("wait", begun_s, until_s))
 
     def combined(self, stream: int, batch: MicroBatch, layer: int, begun_s: float, combined_s: float) -> None:
         """The combine of the last layer, before the head."""
+        self._span(begun_s, combined_s)
         self._steps[stream].head_s += combined_s - begun_s
         self.totals.head_s += combined_s - begun_s
         self.ring.add(Stage("combine", begun_s, combined_s, stream, layer, batch.num_tokens, batch.step))
@@ -104,15 +123,20 @@ class StageClock:
         """A part of the head that others follow."""
         self._head("head_slice", stream, batch, begun_s)
 
-    def finish(self, stream: int, batch: MicroBatch, begun_s: float, started_s: float) -> None:
-        """The rest of the head, sampling and commit; ends a step."""
+    def finish(self, stream: int, batch: MicroBatch, begun_s: float, started_s: float, *, more: bool) -> None:
+        """The rest of the head, sampling and commit; ends a step. more: work is left, in flight or to schedule."""
         now = self._head("head", stream, batch, begun_s)
-        self.totals.num_steps += 1
-        self.totals.num_tokens += batch.num_tokens
+        if not more:
+            self._ended_s = None
+        totals = self.totals
+        totals.num_steps += 1
+        totals.num_tokens += batch.num_tokens
         took_s = now - started_s
         self.step_s = took_s if self.step_s == 0.0 else (1 - EMA) * self.step_s + EMA * took_s
         in_flight = tuple(self._steps)
         sums = self._steps.pop(stream)
+        totals.step_s += took_s
+        totals.step_exposed_s += totals.exposed_s - sums.exposed_before_s
         self._samples.append(
             StepSample(
                 stream=stream,
@@ -135,7 +159,7 @@ class StageClock:
                 self.observer(sample)
 
     def _head(self, name: str, stream: int, batch: MicroBatch, begun_s: float) -> float:
-        now = self._clock()
+        now = self._span(begun_s)
         self._steps[stream].head_s += now - begun_s
         self.totals.head_s += now - begun_s
         self.ring.add(Stage(name, begun_s, now, stream, -1, batch.num_tokens, batch.step))
@@ -144,3 +168,17 @@ class StageClock:
     def reset(self) -> None:
         """The steps in flight were lost."""
         self._steps.clear()
+        self._ended_s = None
+        self._unanswered_s = 0.0
+
+    def _span(self, begun_s: float, ended_s: float | None = None) -> float:
+        """A stage or wait that began then has ended (None: now): when. What lies before it was something else."""
+        if self._ended_s is not None:
+            self.totals.other_s += begun_s - self._ended_s
+        self._ended_s = self._clock() if ended_s is None else ended_s
+        return self._ended_s
+
+    def _answered(self, compute_s: float) -> None:
+        """Of the waiting since the last answer, the FFN computed this one's rows during the last `compute_s`."""
+        self.totals.exposed_s += max(0.0, self._unanswered_s - compute_s)
+        self._unanswered_s = 0.0

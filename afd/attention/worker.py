@@ -20,6 +20,7 @@ from afd.attention.gpu_exchange import GpuExchange, GpuLocalExchange
 from afd.attention.mesh_exchange import MeshExchange
 from afd.attention.metrics import AttentionMetrics
 from afd.attention.modelled import ModelledEngine, StepFormula
+from afd.attention.pipeline import RecentAttention
 from afd.attention.requests import RequestBook
 from afd.attention.row_selection import RowSelection
 from afd.config import ClusterConfig
@@ -84,6 +85,7 @@ class _Worker:
         self._seat: Seat | None = None
         self._exchange: Exchange | None = None
         self._engine: Engine | None = None
+        self._recent: RecentAttention | None = None
         self._device: CudaDevice | None = None
         section = config.attention
         on_cpu = section.device == "cpu"
@@ -133,6 +135,7 @@ class _Worker:
         self._seat = seat
         self._why_not = "loading the model"
         self._engine = self._load(seat, announce)
+        self._recent = RecentAttention(self._engine.stages.totals)
         self._trace.attach(seat.rank, self._engine.stages.ring)
         self._engine.stages.observer = self._latency.observe
         self._reporter = CostReporter(self._latency, self._engine.scheduler)
@@ -148,7 +151,7 @@ class _Worker:
             vocab_size=spec.vocab_size,
             max_waiting=section.max_waiting,
         )
-        AttentionMetrics(registry, self._engine, seat.mesh, self._admission, self._latency)
+        AttentionMetrics(registry, self._engine, seat.mesh, self._admission, self._latency, self._recent)
         if seat.mesh is not None:
             seat.mesh.watch_fd(self._frontend.fd)
         self._why_not = "waiting for the FFN workers"
@@ -386,10 +389,10 @@ class _Worker:
                 self._costs = self._reporter.report(self._engine.stages.totals, now)
 
     def _fields(self) -> SyncFields:  # side thread
-        engine = self._engine
-        if engine is None:
+        engine, recent = self._engine, self._recent
+        if engine is None or recent is None:
             return SyncFields()
-        totals, scheduler = engine.stages.totals, engine.scheduler
+        totals, scheduler, pipeline = engine.stages.totals, engine.scheduler, recent.look()
         return SyncFields(
             progress=self._progress,
             pending=engine.in_flight,
@@ -403,7 +406,9 @@ class _Worker:
                 "cycle_ms": self._admission.cycle_s * 1e3,
                 "streams": float(scheduler.num_streams),
                 "refused": float(self._admission.num_refused),
-                "gang_size": totals.num_gang_members / max(1, totals.num_exchanges),
+                "gang_size": pipeline.gang_size,
+                "bubble": pipeline.bubble,
+                "exposed": pipeline.exposed,
             },
             costs=self._costs,
         )

@@ -13,6 +13,13 @@ from afd.errors import CoordinatorError
 from afd.messages.membership import ControlRequest, Forecast, MemberStatus, StatusReply
 
 NUM_EVENTS = 8
+_PIPELINE = {
+    "bubble": ("BUBBLE", ".1%"),
+    "exposed": ("EXPOSED TRANSFER", ".1%"),
+    "gang_size": ("GANG", ".2f"),
+    "straggler": ("WORST STRAGGLER", ".1%"),
+}
+"""Stats of the pipeline's table: title and format. docs/pipeline.md says what they mean."""
 
 
 def add_parsers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -63,6 +70,7 @@ def status_text(reply: StatusReply, *, url: str = "") -> str:
     rows: list[tuple[str, ...]] = [("MEMBER", "STATE", "SEEN", "PROCESS", "METRICS", "LOAD")]
     rows += [_row(status) for status in reply.members]
     lines += _table(rows)
+    lines += _pipeline(reply.members)
     lines += _silent_experts(reply.members)
     if reply.events:
         lines += ["", *reply.events[-NUM_EVENTS:]]
@@ -87,7 +95,7 @@ def _row(status: MemberStatus) -> tuple[str, ...]:
         state = "ready"
     else:
         state = f"loading {status.loading:.0%}" if status.loading < 1.0 else "connecting"
-    load = "  ".join(f"{key} {value:.4g}" for key, value in sorted(status.stats.items()))
+    load = "  ".join(f"{key} {value:.4g}" for key, value in sorted(status.stats.items()) if key not in _PIPELINE)
     return (
         f"{member.info.role}/{member.rank}",
         state,
@@ -96,6 +104,20 @@ def _row(status: MemberStatus) -> tuple[str, ...]:
         member.info.metrics or "-",
         load or "-",
     )
+
+
+def _pipeline(members: Sequence[MemberStatus]) -> list[str]:
+    """A row for each worker that says how its side of the pipeline has run of late."""
+    rows: list[tuple[str, ...]] = [("PIPELINE (last 10 s)", *(title for title, _ in _PIPELINE.values()))]
+    for status in members:
+        if "bubble" in status.stats:
+            cells = (_cell(status.stats.get(key), pattern) for key, (_, pattern) in _PIPELINE.items())
+            rows.append((f"{status.member.info.role}/{status.member.rank}", *cells))
+    return ["", *_table(rows)] if len(rows) > 1 else []
+
+
+def _cell(value: float | None, pattern: str) -> str:
+    return "-" if value is None else format(value, pattern)
 
 
 def _silent_experts(members: Sequence[MemberStatus]) -> list[str]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from afd.events import Stage, TraceRing
 from afd.ffn.dispatch_check import DispatchCheck
 from afd.ffn.gang import Arrival, GangBatch, GangTable
+from afd.ffn.lateness import Lateness
 from afd.model.expert_load import ExpertLoad
 from afd.model.halves import Dispatch, FFNHalf
 from afd.model.threads import ThreadShare
@@ -37,10 +38,17 @@ MAX_WAIT_S = 0.1  # longest block on file descriptors
 
 @dataclass(slots=True)
 class FFNTotals:
-    """Sums since start. busy_s: computing; wait_s: blocked while a dispatch was pending (waiting for a gang)."""
+    """Sums since start. busy_s: computing.  answer_s: writing answers.  other_s: events, gangs, merging: neither.
+
+    wait_s: blocked while a step was under way somewhere (the bubble); of it, gang_wait_s with rows here whose gang was
+    not complete.
+    """
 
     busy_s: float = 0.0
+    answer_s: float = 0.0
+    other_s: float = 0.0
     wait_s: float = 0.0
+    gang_wait_s: float = 0.0
     num_batches: int = 0
     num_tokens: int = 0
     num_members: int = 0  # / num_batches = mean gang size
@@ -71,6 +79,7 @@ class FFNEngine:
         self._threads = threads
         self._clock = clock
         self.totals = FFNTotals()
+        self.lateness = Lateness(len(half.spec.layers))
         self.ring = TraceRing()
 
     def expert_loads(self) -> dict[int, ExpertLoad]:
@@ -82,34 +91,52 @@ class FFNEngine:
 
         One at a time: a rank that always has work must come back to its caller, too, whose loop shows that it lives.
         """
-        now = self._clock()
+        now, totals = self._clock(), self.totals
+        counted_s, blocked_s = totals.busy_s + totals.answer_s, 0.0
         batch = self.gangs.next_batch(now)
         if batch is None:
-            deadline_s = self.gangs.deadline()
-            if deadline_s is not None:
-                timeout_s = min(timeout_s, max(0.0, deadline_s - now))
-            waiting = self._waits_for_gang
-            self._take_events(min(timeout_s, MAX_WAIT_S))
-            if waiting:
-                self.totals.wait_s += self._clock() - now
+            blocked_s = self._wait(timeout_s)
             batch = self.gangs.next_batch(self._clock())
         if batch is not None:
             self._compute(batch)
-            self._take_events(0.0)
+            blocked_s += self._take_events(0.0)
+        if batch is not None or self.gangs.under_way:
+            counted_s = totals.busy_s + totals.answer_s - counted_s
+            totals.other_s += max(0.0, self._clock() - now - blocked_s - counted_s)  # below 0: a GPU computed meanwhile
 
     @property
-    def _waits_for_gang(self) -> bool:
-        """Nothing is computed although a dispatch is here."""
-        return self.gangs.has_pending
+    def _computing(self) -> bool:
+        """A batch is being computed while the loop goes on."""
+        return False
 
-    def _take_events(self, timeout_s: float) -> None:
-        for event in self._mesh.progress(timeout_s):
+    def _wait(self, timeout_s: float) -> float:
+        """Until something happens, a gang's patience ends, or the time is over; seconds blocked."""
+        begun_s = self._clock()
+        deadline_s = self.gangs.deadline()
+        if deadline_s is not None:
+            timeout_s = min(timeout_s, max(0.0, deadline_s - begun_s))
+        waiting = self.gangs.under_way and not self._computing
+        gathering = waiting and self.gangs.has_pending
+        blocked_s = self._take_events(min(timeout_s, MAX_WAIT_S))
+        if waiting:
+            self.totals.wait_s += blocked_s
+            self.totals.gang_wait_s += blocked_s if gathering else 0.0
+            self.ring.add(Stage("wait", begun_s, begun_s + blocked_s))
+        return blocked_s
+
+    def _take_events(self, timeout_s: float) -> float:
+        """Whatever happens first, at most `timeout_s` from now; seconds blocked before it."""
+        begun_s = self._clock()
+        events = self._mesh.progress(timeout_s)
+        blocked_s = self._clock() - begun_s
+        for event in events:
             if isinstance(event, DispatchArrived):
                 self._arrived(event)
             elif isinstance(event, IdleNotice):
                 self.gangs.idle(event.peer.rank, event.stream)
             elif isinstance(event, PeerDown):
                 self.gangs.lost(event.peer.rank)
+        return blocked_s
 
     def _arrived(self, event: DispatchArrived) -> None:
         """To the gangs; or, when it names what does not exist, the end of this connection with the peer."""
@@ -181,6 +208,7 @@ class FFNEngine:
     def _account(self, batch: GangBatch, begun_s: float, done_s: float, answered_s: float) -> None:
         totals = self.totals
         totals.busy_s += done_s - begun_s
+        totals.answer_s += answered_s - done_s
         totals.num_batches += 1
         totals.num_tokens += batch.num_tokens
         totals.num_members += len(batch.arrivals)
@@ -190,6 +218,7 @@ class FFNEngine:
         self.ring.add(Stage("gang_wait", batch.first_s, begun_s, *where))
         self.ring.add(Stage("ffn", begun_s, done_s, *where))
         self.ring.add(Stage("combine", done_s, answered_s, *where))
+        self.lateness.add(batch.arrivals, self.gangs.step_s(batch.stream))
 
 
 def _own_places(parts: Sequence[DispatchParts]) -> Tensor | None:

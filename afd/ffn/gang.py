@@ -161,6 +161,15 @@ class GangTable:
     def has_pending(self) -> bool:
         return any(stream.pending for stream in self._streams.values())
 
+    @property
+    def under_way(self) -> bool:
+        """An attention worker is in the middle of a step, here or at its own side: rows are here, or will come."""
+        return any(stream.active for stream in self._streams.values())
+
+    def step_s(self, stream_idx: int) -> float:
+        """Moving average of that stream's step; 0 where another rank forms its gangs, or too early to tell."""
+        return self._stream(stream_idx).step_s
+
     # -- details ------------------------------------------------------------------------------------------
 
     def _stream(self, idx: int) -> _Stream:

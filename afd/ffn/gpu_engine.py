@@ -45,13 +45,14 @@ class GpuFFNEngine(FFNEngine):
         self._booked_until_s = 0.0
 
     @property
-    def _waits_for_gang(self) -> bool:
-        return not self._running and super()._waits_for_gang
+    def _computing(self) -> bool:
+        return bool(self._running)
 
-    def _take_events(self, timeout_s: float) -> None:
-        super()._take_events(min(timeout_s, LOOK_S) if self._running else timeout_s)
+    def _take_events(self, timeout_s: float) -> float:
+        blocked_s = super()._take_events(min(timeout_s, LOOK_S) if self._running else timeout_s)
         for download in [download for download in self._running if download.done()]:
             self._answer_finished(self._running.pop(download), download)
+        return blocked_s
 
     def _compute(self, batch: GangBatch) -> None:
         with self._device.stage(batch.stream):

@@ -10,22 +10,30 @@ from prometheus_client.registry import Collector
 
 from afd.data_plane import mesh_metrics
 from afd.ffn.engine import FFNEngine
+from afd.ffn.pipeline import RecentFFN
 from stepmesh.mesh import Mesh
 
 
 class FFNMetrics(Collector):
     """Collects at scrape, in the metrics thread; reads plain numbers only."""
 
-    def __init__(self, registry: CollectorRegistry, engine: FFNEngine, mesh: Mesh):
+    def __init__(self, registry: CollectorRegistry, engine: FFNEngine, mesh: Mesh, recent: RecentFFN):
         self._engine = engine
         self._mesh = mesh
+        self._recent = recent
         registry.register(self)
 
     def collect(self) -> Iterable[Metric]:
         totals = self._engine.totals
         stage = CounterMetricFamily("afd_stage_seconds", "Seconds spent per stage", labels=["role", "stage"])
-        stage.add_metric(["ffn", "ffn"], totals.busy_s)
-        stage.add_metric(["ffn", "wait"], totals.wait_s)
+        for name, value in (
+            ("ffn", totals.busy_s),
+            ("combine", totals.answer_s),
+            ("other", totals.other_s),
+            ("wait", totals.wait_s),
+            ("gang_wait", totals.gang_wait_s),
+        ):
+            stage.add_metric(["ffn", name], value)
         yield stage
         yield CounterMetricFamily("afd_ffn_batches", "Merged batches computed", value=totals.num_batches)
         yield CounterMetricFamily("afd_ffn_tokens", "Rows computed, all layers", value=totals.num_tokens)
@@ -41,8 +49,29 @@ class FFNMetrics(Collector):
         for rank, count in dict(self._engine.gangs.num_stragglers).items():
             stragglers.add_metric([f"attention/{rank}"], count)
         yield stragglers
+        yield from self._pipeline_metrics()
         yield from self._experts()
         yield from mesh_metrics(self._mesh)
+
+    def _pipeline_metrics(self) -> Iterable[Metric]:
+        recent = self._recent.look()
+        bubble = GaugeMetricFamily(
+            "afd_bubble_ratio", "Share of the last 10 s spent waiting while a step was under way", labels=["role"]
+        )
+        bubble.add_metric(["ffn"], recent.bubble)
+        size = GaugeMetricFamily("afd_gang_size", "Attention workers a batch, mean of the last 10 s", labels=["role"])
+        size.add_metric(["ffn"], recent.gang_size)
+        late = CounterMetricFamily(
+            "afd_gang_lateness_seconds", "Time after its gangs' first members, summed over batches", labels=["peer"]
+        )
+        for rank, seconds in dict(self._engine.lateness.late_s).items():
+            late.add_metric([f"attention/{rank}"], seconds)
+        score = GaugeMetricFamily(
+            "afd_gang_straggler_score", "Share of a step that its gangs waited for it, last 10 s", labels=["peer"]
+        )
+        for rank, value in recent.stragglers.items():
+            score.add_metric([f"attention/{rank}"], value)
+        yield from (bubble, size, late, score)
 
     def _experts(self) -> Iterable[Metric]:
         tokens = CounterMetricFamily(

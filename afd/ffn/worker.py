@@ -19,6 +19,7 @@ from afd.ffn.expert_watch import ExpertWatch
 from afd.ffn.gang import GangTable
 from afd.ffn.gpu_engine import GpuFFNEngine
 from afd.ffn.metrics import FFNMetrics
+from afd.ffn.pipeline import RecentFFN
 from afd.messages.membership import ClusterView, WorkerInfo
 from afd.messages.membership_port import Announce, Join, SyncFields
 from afd.metrics import MetricsServer, process_registry
@@ -62,6 +63,7 @@ class _Worker:
         self._server: MetricsServer | None = None
         self._engine: FFNEngine | None = None
         self._device: CudaDevice | None = None
+        self._recent: RecentFFN | None = None
         self._epoch = 0
         self._watch = ExpertWatch()
         self._is_ready = False
@@ -107,7 +109,8 @@ class _Worker:
         else:
             self._engine = FFNEngine(half, seat.mesh, gangs, layout=layout, threads=self._threads)
         self._trace.attach(seat.rank, self._engine.ring)
-        self._metrics = FFNMetrics(registry, self._engine, seat.mesh)
+        self._recent = RecentFFN(self._engine)
+        self._metrics = FFNMetrics(registry, self._engine, seat.mesh, self._recent)
         seat.membership.set_ready(True)
         self._is_ready = True
         announce({"ready": True})
@@ -160,10 +163,10 @@ class _Worker:
             )
 
     def _fields(self) -> SyncFields:  # side thread
-        engine = self._engine
-        if engine is None:
+        engine, recent = self._engine, self._recent
+        if engine is None or recent is None:
             return SyncFields()
-        totals = engine.totals
+        totals, pipeline = engine.totals, recent.look()
         return SyncFields(
             progress=self._progress,
             pending=engine.gangs.has_pending,
@@ -172,7 +175,9 @@ class _Worker:
                 "wait_s": totals.wait_s,
                 "batches": float(totals.num_batches),
                 "tokens": float(totals.num_tokens),
-                "gang_size": totals.num_members / max(1, totals.num_batches),
+                "gang_size": pipeline.gang_size,
+                "bubble": pipeline.bubble,
+                "straggler": max(pipeline.stragglers.values(), default=0.0),
             },
             silent_experts=self._watch.found,
         )

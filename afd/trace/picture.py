@@ -20,6 +20,7 @@ from matplotlib.patches import Patch, Rectangle
 
 from afd.events import Stage
 from afd.trace.errors import TraceError
+from afd.trace.pipeline import exposed_spans
 from afd.trace.summary import stage_shares
 from afd.trace.timeline import ATTENTION, COMPUTING, FFN, Timeline, Worker, gang_members, hops
 
@@ -28,7 +29,7 @@ STREAM_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7")
 """Distinguishable with colour-blind eyes (Okabe and Ito)."""
 TEXT_COLOURS = ("white", "black", "white", "black")
 
-WAIT_COLOUR, INK = "#ececec", "#222222"
+WAIT_COLOUR, EXPOSED_COLOUR, INK = "#ececec", "#f2b8b5", "#222222"
 MAIN, THIN, GAP, SIDES_GAP = 1.0, 0.26, 0.55, 0.75  # heights and distances of lanes
 THIN_ALPHA = 0.32
 GANG_LINE = 0.27  # streams' gangs are named on lines of their own
@@ -113,12 +114,13 @@ class _Picture:
             until_s = min(self._end_s, self._timeline.seconds)
             idle = self._bar(Stage("wait", max(self._start_s, 0.0), until_s), lanes.main, MAIN)
             bars[WAIT_COLOUR, "", 1.0] = [idle]
+        exposed = [Stage("exposed", *span) for span in exposed_spans(self._timeline, lanes.worker)]
         last_gang: dict[int, int] = {}
-        for stage in self._inside(lanes.worker.stages):
+        for stage in self._inside([*lanes.worker.stages, *exposed]):
             colour, hatch, alpha = _style(stage)
             if stage.name in ("exchange", "gang_wait") and stage.stream >= 0:
                 bar = self._bar(stage, lanes.thin[stage.stream] + 0.03, THIN - 0.06)
-            elif stage.name in COMPUTING or stage.name == "wait":
+            elif stage.name in COMPUTING or stage.name in ("wait", "exposed"):
                 bar = self._bar(stage, lanes.main, MAIN)
                 self._label(stage, lanes, last_gang)
             else:
@@ -205,8 +207,8 @@ def _dark(colour: str) -> str:
 
 def _style(stage: Stage) -> tuple[str, str, float]:
     """(colour, hatch, alpha)."""
-    if stage.name == "wait":
-        return WAIT_COLOUR, "", 1.0
+    if stage.name in ("wait", "exposed"):
+        return WAIT_COLOUR if stage.name == "wait" else EXPOSED_COLOUR, "", 1.0
     colour = _colour(stage.stream)
     if stage.name in ("exchange", "gang_wait"):
         return colour, "", THIN_ALPHA
@@ -234,8 +236,9 @@ def _legend(figure: Figure, timeline: Timeline) -> None:
         Patch(facecolor=grey, label="attention (A), ffn (F), layer inside"),
         Patch(facecolor=_dark(grey), label="embed, dispatch, combine"),
         Patch(facecolor=grey, hatch="////", edgecolor="white", linewidth=0, label="head and sampling"),
-        Patch(facecolor=thin, alpha=THIN_ALPHA, label="thin: rows away (A), rows waiting for their turn (F)"),
+        Patch(facecolor=thin, alpha=THIN_ALPHA, label="thin: rows away (A), waiting (F)"),
         Patch(facecolor=WAIT_COLOUR, label="nothing ready"),
+        Patch(facecolor=EXPOSED_COLOUR, label="exposed transfer"),
     ]
     figure.legend(handles=handles, loc="outside lower left", ncols=len(handles), fontsize=8, frameon=False)
     busy = ", ".join(f"{w.name} {stage_shares(w, timeline.seconds)['busy']:.0%}" for w in timeline.workers)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from afd.trace.clocks import Offset
-from afd.trace.timeline import COMPUTING, FFN, Timeline, Worker
+from afd.trace.pipeline import exposed_spans, pipeline_of, total
+from afd.trace.timeline import ATTENTION, COMPUTING, FFN, Timeline, Worker
 
 COLUMNS = ("attention", "dispatch", "combine", "head", "ffn")
 _COUNTED_AS = {"embed": "attention", "head_slice": "head"}
@@ -38,15 +39,17 @@ def mean_round_trip_s(worker: Worker) -> float:
 
 def summary_text(timeline: Timeline, offsets: Mapping[str, Offset] | None = None) -> str:
     """A table of shares, then clocks, then what is missing."""
-    header = ("WORKER", "BUSY", *(name.upper() for name in COLUMNS), "WAIT", "ROUND TRIP", "GANG", "STAGES")
+    header = ("WORKER", "BUSY", *(name.upper() for name in COLUMNS), "WAIT", "EXPOSED", "ROUND TRIP", "GANG", "STAGES")
     rows = [header]
     for worker in timeline.workers:
         shares = stage_shares(worker, timeline.seconds)
+        exposed = total(exposed_spans(timeline, worker), timeline.seconds) / timeline.seconds
         trip_s, gang = mean_round_trip_s(worker), mean_gang(worker)
         rows.append(
             (
                 worker.name,
                 *(f"{shares[name]:.1%}" if shares[name] else "-" for name in ("busy", *COLUMNS, "wait")),
+                f"{exposed:.1%}" if worker.role == ATTENTION else "-",
                 f"{trip_s * 1e3:.2f} ms" if trip_s else "-",
                 f"{gang:.2f}" if gang else "-",
                 str(len(worker.stages)),
@@ -54,6 +57,7 @@ def summary_text(timeline: Timeline, offsets: Mapping[str, Offset] | None = None
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
     lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines += _cycle_lines(timeline)
     lines += _clock_lines(offsets or {})
     for worker in timeline.workers:
         if worker.complete_from_s > 0.0:
@@ -63,6 +67,19 @@ def summary_text(timeline: Timeline, offsets: Mapping[str, Offset] | None = None
             )
     lines += [f"missing: {reason}" for reason in timeline.missing]
     return "\n".join(lines)
+
+
+def _cycle_lines(timeline: Timeline) -> list[str]:
+    """What bounds a step, where the trace holds one."""
+    found = pipeline_of(timeline)
+    if found is None:
+        return []
+    terms = ", ".join(f"{name} {seconds * 1e3:.1f}" for name, seconds in found.terms.items())
+    return [
+        f"{found.num_streams} streams make a step each in {found.cycle_s * 1e3:.1f} ms; "
+        f"closed form: {found.closed_form_s * 1e3:.1f} ms, the largest of {terms} ms; "
+        f"with heads together {found.predicted_s * 1e3:.1f} ms"
+    ]
 
 
 def _clock_lines(offsets: Mapping[str, Offset]) -> list[str]:

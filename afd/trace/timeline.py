@@ -128,6 +128,7 @@ def gang_of_name(name: str) -> int:
 class Hop:
     """One attention worker's part in one batch. dispatch, combine: of the attention worker; None = outside the trace.
 
+    exchange: from its dispatch until it noticed the last FFN worker's answer.
     ffn, answer: the FFN worker's computing and sending.
     """
 
@@ -137,6 +138,7 @@ class Hop:
     ffn: Stage
     answer: Stage | None
     combine: Stage | None
+    exchange: Stage
 
 
 def hops(timeline: Timeline) -> Iterator[Hop]:
@@ -162,7 +164,7 @@ def hops(timeline: Timeline) -> Iterator[Hop]:
             answer = answers.get((ffn.stream, ffn.layer, ffn.gang_id))
             for worker, exchange in exchanges[ffn.stream, ffn.layer, ffn.gang_id]:
                 where = (worker.name, exchange.stream, exchange.layer, exchange.step)
-                yield Hop(worker, ffn_worker, dispatches.get(where), ffn, answer, combines.get(where))
+                yield Hop(worker, ffn_worker, dispatches.get(where), ffn, answer, combines.get(where), exchange)
 
 
 def gang_members(timeline: Timeline) -> dict[int, str]:

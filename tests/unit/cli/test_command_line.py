@@ -172,3 +172,19 @@ def test_status_names_silent_experts_by_layer() -> None:
         "layer 3: 2, 11",
     ]
     assert "silent" not in status_text(StatusReply(view, members[2:], []))
+
+
+def test_status_shows_how_the_pipeline_runs() -> None:
+    infos = [WorkerInfo(role, role, "10.0.0.1", 11, "h") for role in ("attention", "ffn")]
+    view = ClusterView("c" * 32, 7, 1, 1, 1, "smol", "h", "hybrid", Plan(), [])
+    stats = [
+        {"running": 3.0, "bubble": 0.0625, "exposed": 0.012, "gang_size": 1.75},
+        {"bubble": 0.3, "gang_size": 1.75, "straggler": 0.02},
+    ]
+    members = [MemberStatus(Member(info, 0), 0.1, 1.0, own) for info, own in zip(infos, stats, strict=True)]
+    text = status_text(StatusReply(view, members, []))
+    rows = [" ".join(line.split()) for line in text.splitlines()]
+    begin = rows.index("PIPELINE (last 10 s) BUBBLE EXPOSED TRANSFER GANG WORST STRAGGLER")
+    assert rows[begin + 1 : begin + 3] == ["attention/0 6.2% 1.2% 1.75 -", "ffn/0 30.0% - 1.75 2.0%"]
+    assert rows[4].endswith("running 3"), "what the table shows is not shown twice"
+    assert "PIPELINE" not in status_text(StatusReply(view, [MemberStatus(Member(infos[0], 0), 0.1, 1.0, {})], []))

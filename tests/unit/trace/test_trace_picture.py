@@ -14,7 +14,9 @@ from tests.fakes.trace import two_to_one
 
 pytest.importorskip("matplotlib")
 
-from afd.trace.picture import draw, pipeline_figure
+from matplotlib.colors import to_hex
+
+from afd.trace.picture import EXPOSED_COLOUR, draw, pipeline_figure
 
 
 def test_equal_timelines_give_equal_pictures(tmp_path):
@@ -48,3 +50,13 @@ def test_odd_timelines_can_be_drawn(tmp_path):
 def test_a_place_that_cannot_be_written_is_named(tmp_path):
     with pytest.raises(TraceError, match=r"--png .*nowhere/x\.png: No such file"):
         draw(two_to_one(), 0.0, 0.05, str(tmp_path / "nowhere" / "x.png"))
+
+
+def test_exposed_waiting_has_its_own_colour_and_only_attention_workers_have_it():
+    rows = (0, 0, 8, 0, 1 << 48 | 1, 1, 1)
+    attention = Worker("attention", 0, 1, (Stage("wait", 0.001, 0.009), Stage("exchange", 0.001, 0.009, *rows)))
+    ffn = Worker("ffn", 0, 2, (Stage("wait", 0.0, 0.003), Stage("ffn", 0.003, 0.008, *rows)))
+    axes = pipeline_figure(Timeline((attention, ffn), 0.01), 0.0, 0.01).axes[0]
+    red = [c for c in axes.collections if len(c.get_facecolor()) and to_hex(c.get_facecolor()[0]) == EXPOSED_COLOUR]
+    spans = [tuple(path.get_extents().intervalx) for c in red for path in c.get_paths()]
+    assert sorted(spans) == [pytest.approx((1.0, 3.0)), pytest.approx((8.0, 9.0))]

@@ -1,0 +1,140 @@
+"""Where a step's time goes: every moment is counted once, and exposed is what nobody computed."""
+
+from __future__ import annotations
+
+import pytest
+
+from afd.attention.exchange import Combined
+from afd.attention.pipeline import RecentAttention
+from afd.attention.stages import StageClock
+from afd.sched.sequence import MicroBatch
+
+STEP = MicroBatch(stream=0, step=1, items=[])
+OTHER_STREAM = MicroBatch(stream=1, step=1, items=[])
+
+
+class Scene:
+    """A stage clock whose time moves only when the test says so."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.stages = StageClock(lambda: self.now)
+
+    @property
+    def totals(self):
+        return self.stages.totals
+
+    def idle(self, seconds: float) -> None:
+        """Time that is no stage's."""
+        self.now += seconds
+
+    def attention(self, batch: MicroBatch, layer: int, seconds: float) -> float:
+        begun_s = self.now
+        self.now += seconds
+        return self.stages.attention(batch.stream, layer, batch, begun_s, begun_s, self.now)
+
+    def wait(self, seconds: float, *arrived: Combined) -> None:
+        begun_s = self.now
+        self.now += seconds
+        self.stages.wait(begun_s, arrived)
+        for combined in arrived:
+            self.stages.exchange(begun_s, combined, 0, 1)
+
+    def head(self, batch: MicroBatch, seconds: float, *, started_s: float, more: bool) -> None:
+        begun_s = self.now
+        self.now += seconds
+        self.stages.finish(batch.stream, batch, begun_s, started_s, more=more)
+
+
+def answer(stream: int, compute_s: float, *, local: bool = False) -> Combined:
+    return Combined(stream, (), gang_size=2, compute_s=compute_s, local=local)
+
+
+def test_waiting_beyond_the_ffns_computing_is_exposed():
+    scene = Scene()
+    scene.attention(STEP, 0, 1.0)
+    scene.wait(5.0, answer(0, 3.0))
+    assert scene.totals.wait_s == 5.0 and scene.totals.exposed_s == 2.0
+
+
+def test_an_ffn_that_computed_all_along_leaves_nothing_exposed():
+    scene = Scene()
+    scene.attention(STEP, 0, 1.0)
+    scene.wait(2.0, answer(0, 3.0))
+    assert scene.totals.exposed_s == 0.0
+
+
+def test_waits_that_bring_no_answer_belong_to_the_next_answer():
+    scene = Scene()
+    scene.attention(STEP, 0, 1.0)
+    for _ in range(3):
+        scene.wait(1.0)  # woken by something else
+    scene.wait(1.0, answer(0, 3.0))
+    assert scene.totals.wait_s == 4.0 and scene.totals.exposed_s == 1.0
+
+
+def test_an_answer_noticed_while_another_stage_ran_covers_what_was_waited_before():
+    scene = Scene()
+    scene.attention(STEP, 0, 1.0)
+    scene.wait(4.0)
+    scene.attention(OTHER_STREAM, 0, 1.0)
+    scene.stages.exchange(1.0, answer(0, 3.0), 0, 1)
+    assert scene.totals.exposed_s == 1.0
+
+
+def test_two_answers_of_one_wait_were_computed_one_after_the_other():
+    scene = Scene()
+    for batch in (STEP, OTHER_STREAM):
+        scene.attention(batch, 0, 1.0)
+    scene.wait(5.0, answer(0, 2.0), answer(1, 2.0))
+    assert scene.totals.exposed_s == 1.0
+
+
+def test_computing_in_this_process_is_neither_waiting_nor_exposed():
+    scene = Scene()
+    scene.attention(STEP, 0, 1.0)
+    scene.wait(3.0, answer(0, 3.0, local=True))
+    assert scene.totals.wait_s == 0.0 and scene.totals.exposed_s == 0.0
+
+
+def test_what_lies_between_stages_is_other_but_not_what_lies_between_jobs():
+    scene = Scene()
+    scene.idle(100.0)
+    scene.attention(STEP, 0, 1.0)
+    scene.idle(0.25)
+    scene.wait(2.0, answer(0, 1.0))
+    scene.idle(0.5)
+    scene.head(STEP, 1.0, started_s=100.0, more=True)
+    scene.idle(0.25)
+    scene.attention(STEP, 0, 1.0)
+    scene.head(STEP, 1.0, started_s=104.75, more=False)
+    assert scene.totals.other_s == 1.0
+    scene.idle(100.0)
+    scene.attention(STEP, 0, 1.0)
+    assert scene.totals.other_s == 1.0
+    totals = scene.totals
+    counted_s = totals.attention_s + totals.head_s + totals.wait_s + totals.other_s
+    assert counted_s == pytest.approx(scene.now - 200.0)
+
+
+def test_a_lost_step_takes_its_times_with_it():
+    scene = Scene()
+    scene.attention(STEP, 0, 1.0)
+    scene.wait(3.0)
+    scene.stages.reset()
+    scene.idle(50.0)
+    scene.attention(STEP, 0, 1.0)
+    scene.wait(1.0, answer(0, 1.0))
+    assert scene.totals.exposed_s == 0.0 and scene.totals.other_s == 0.0
+
+
+def test_recent_shares_are_of_the_wall_clock_and_of_the_step():
+    scene = Scene()
+    recent = RecentAttention(scene.totals, lambda: scene.now)
+    assert (recent.look().bubble, recent.look().exposed, recent.look().gang_size) == (0.0, 0.0, 0.0)
+    scene.attention(STEP, 0, 1.0)
+    scene.wait(4.0, answer(0, 3.0))
+    scene.head(STEP, 5.0, started_s=0.0, more=False)
+    scene.idle(10.0)
+    found = recent.look()
+    assert found.bubble == pytest.approx(0.2) and found.exposed == pytest.approx(0.1) and found.gang_size == 2.0
