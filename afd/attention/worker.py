@@ -156,7 +156,8 @@ class _Worker:
             seat.membership.set_loading(done / total)
             announce({"loading": done / total})
 
-        half = load_attention_half(self._folder, config.model.dtype, section.device, loaded)
+        weights = config.model.weights
+        half = load_attention_half(self._folder, config.model.dtype, section.device, loaded, weights)
         scheduler = self._make_scheduler(half.dtype)
         windowed = None if scheduler.windowed is None else scheduler.windowed.pool.num_blocks
         cache = KVCache(
@@ -164,7 +165,7 @@ class _Worker:
         )
         if seat.mesh is None:
             shard = ShardSpec(0, 1, config.cluster.ffn_parallel)
-            ffn = load_ffn_half(self._folder, shard, config.model.dtype, section.device, weights=config.model.weights)
+            ffn = load_ffn_half(self._folder, shard, config.model.dtype, section.device, weights=weights)
             self._exchange = LocalExchange([ffn])
         else:
             selection = None
