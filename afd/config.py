@@ -48,7 +48,7 @@ class ModelConfig(Section, frozen=True):
     """name: "smollm2-135m-instruct", a Hugging Face folder, or "dummy:<preset>".
 
     max_context: 0 = the model's own.  served_name: what clients call it; "" = derived from `name`.
-    weights: auto = in dtype, int8 = those of the FFN rounded to 8 bits when loaded, with a scale for each output channel,
+    weights: auto = in dtype, int8 = those of the FFN rounded to 8 bits when loaded, a scale for each output channel,
     int8-all = attention projections (but MLA's) and the LM head too.
     """
 
