@@ -17,7 +17,7 @@ import json
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
@@ -65,15 +65,22 @@ GEMM_SHAPES = {
 
 def median_s(run: Callable[[], object], budget_s: float) -> float:
     """Median time of one call, after a warm-up of two."""
-    run()
-    run()
-    times: list[float] = []
-    end = time.perf_counter() + budget_s
-    while len(times) < 5 or time.perf_counter() < end:
-        start = time.perf_counter()
+    return medians_s([run], budget_s)[0]
+
+
+def medians_s(runs: Sequence[Callable[[], object]], budget_s: float) -> list[float]:
+    """As `median_s`, of several that are called in turns: what disturbs one disturbs all. budget_s: for each."""
+    for run in runs:
         run()
-        times.append(time.perf_counter() - start)
-    return float(np.median(times))
+        run()
+    times: list[list[float]] = [[] for _ in runs]
+    end = time.perf_counter() + budget_s * len(runs)
+    while len(times[0]) < 5 or time.perf_counter() < end:
+        for run, taken in zip(runs, times, strict=True):
+            start = time.perf_counter()
+            run()
+            taken.append(time.perf_counter() - start)
+    return [float(np.median(taken)) for taken in times]
 
 
 def zeros_bf16(*shape: int) -> Tensor:
@@ -189,10 +196,8 @@ def bench_gemm(
             x = torch.randn(m, k, generator=torch.Generator().manual_seed(1)).bfloat16()
             out = torch.empty(m, n, dtype=torch.bfloat16)
             _check_gemm(kernels, x, packed[0], weights[0], narrow[0], num_threads)
-            bf16_s, int8_s = (
-                median_s(partial(_gemm_once, kernels, turn, x, out, num_threads), budget_s) for turn in turns[:2]
-            )
-            torch_s = median_s(partial(_linear_once, turns[2], x), budget_s)
+            gemms = [partial(_gemm_once, kernels, turn, x, out, num_threads) for turn in turns[:2]]
+            bf16_s, int8_s, torch_s = medians_s([*gemms, partial(_linear_once, turns[2], x)], budget_s)
             row = {
                 "weight": name,
                 "m": m,
