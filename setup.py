@@ -26,6 +26,7 @@ ISA_FLAGS = {
         "-mavx512vl",
         "-mavx512dq",
         "-mavx512bf16",
+        "-mavx512vnni",
         "-mfma",
         "-Wno-uninitialized",
         "-Wno-maybe-uninitialized",

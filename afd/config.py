@@ -48,13 +48,14 @@ class ModelConfig(Section, frozen=True):
     """name: "smollm2-135m-instruct", a Hugging Face folder, or "dummy:<preset>".
 
     max_context: 0 = the model's own.  served_name: what clients call it; "" = derived from `name`.
-    weights: of the FFN; auto = in dtype, int8 = rounded to 8 bits with a scale for each output channel when loaded.
+    weights: auto = in dtype, int8 = those of the FFN rounded to 8 bits when loaded, a scale for each output channel,
+    int8-all = attention projections (but MLA's) and the LM head too.
     """
 
     name: str = "smollm2-135m-instruct"
     served_name: str = ""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    weights: Literal["auto", "int8"] = "auto"
+    weights: Literal["auto", "int8", "int8-all"] = "auto"
     max_context: NonNegativeInt = 0
 
 

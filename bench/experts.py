@@ -23,7 +23,7 @@ from afd.model.ffn import Dispatch, MoeFfn
 from afd.model.loading import load_ffn_half, resolve_model
 from afd.model.primitives import linear
 from afd.model.sharding import ShardSpec
-from afd.model.spec import FfnKind
+from afd.model.spec import WEIGHT_TYPES, FfnKind
 
 TOKENS = (1, 4, 16, 64, 128, 256)
 
@@ -81,7 +81,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="dummy:step3-mini")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--weights", choices=("auto", "int8"), default="auto")
+    parser.add_argument("--weights", choices=WEIGHT_TYPES, default="auto")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--skew", action="store_true", help="all tokens to the same experts")
     args = parser.parse_args()
@@ -111,7 +111,7 @@ def main() -> None:
         assert dispatch.expert_ids is not None
         active = dispatch.expert_ids.unique().numel()
         layer_s, floor_s = medians([lambda d=dispatch: layer(d), floor(layer, dispatch)], args.rounds)
-        read = active * 3 * spec.hidden * ffn.intermediate * (1 if args.weights == "int8" else dtype.itemsize)
+        read = active * 3 * spec.hidden * ffn.intermediate * (dtype.itemsize if args.weights == "auto" else 1)
         results.append({"tokens": num_tokens, "experts": active, "layer_s": layer_s, "floor_s": floor_s})
         print(
             f"{num_tokens:>6} {active:>8} {layer_s * 1e3:>10.3f} {floor_s * 1e3:>10.3f} {layer_s / floor_s:>7.2f} "

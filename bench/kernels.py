@@ -1,6 +1,6 @@
-"""Kernel figures beside their ceilings: paged decode attention, the small GEMM, the row-wise kernels.
+"""Kernel figures beside their ceilings: paged decode attention, the small GEMMs, the row-wise kernels.
 
-    python bench/kernels.py [--quick] [--threads 1 2] [--isa avx512]
+    python bench/kernels.py [--quick] [--threads 1 2] [--isa avx512] [--tables gemm]
 
 Decode attention is measured over a KV pool larger than the caches, at random blocks, as the layers of a model follow
 one another. Its ceilings are the memory bandwidth of a plain read (measured first, same threads) and the kernel's own
@@ -17,7 +17,7 @@ import json
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
@@ -29,12 +29,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from afd.kernels import PackedMatrix, select_kernels
+from afd.kernels import Packed, PackedInt8, PackedMatrix, select_kernels
 from afd.kernels.base import Kernels
 from afd.kernels.native import NativeKernels
 from afd.kernels.reference import ReferenceKernels
+from afd.model.int8 import int8_copy
 
 BLOCK_SIZE = 16
+TABLES = ("attention", "gemm", "rowwise")
 POOL_BYTES = 256 << 20
 """K and V of one run come from a pool of at least this size, so that no run finds its KV in a cache."""
 
@@ -63,15 +65,22 @@ GEMM_SHAPES = {
 
 def median_s(run: Callable[[], object], budget_s: float) -> float:
     """Median time of one call, after a warm-up of two."""
-    run()
-    run()
-    times: list[float] = []
-    end = time.perf_counter() + budget_s
-    while len(times) < 5 or time.perf_counter() < end:
-        start = time.perf_counter()
+    return medians_s([run], budget_s)[0]
+
+
+def medians_s(runs: Sequence[Callable[[], object]], budget_s: float) -> list[float]:
+    """As `median_s`, of several that are called in turns: what disturbs one disturbs all. budget_s: for each."""
+    for run in runs:
         run()
-        times.append(time.perf_counter() - start)
-    return float(np.median(times))
+        run()
+    times: list[list[float]] = [[] for _ in runs]
+    end = time.perf_counter() + budget_s * len(runs)
+    while len(times[0]) < 5 or time.perf_counter() < end:
+        for run, taken in zip(runs, times, strict=True):
+            start = time.perf_counter()
+            run()
+            taken.append(time.perf_counter() - start)
+    return [float(np.median(taken)) for taken in times]
 
 
 def zeros_bf16(*shape: int) -> Tensor:
@@ -170,43 +179,70 @@ def bench_attention(
 def bench_gemm(
     kernels: NativeKernels, num_threads: int, bandwidth: float, quick: bool, budget_s: float
 ) -> list[dict[str, Any]]:
-    print(f"\nbf16 GEMM over packed weights, {num_threads} thread(s), weights from memory")
-    print("weight        n     k   m        us   GB/s of memory  GF/s x torch")
+    print(f"\nGEMM over packed weights, {num_threads} thread(s), weights from memory")
+    print("weight        n     k   m  bf16 us   GB/s of memory  GF/s x torch  int8 us   GB/s of memory GOP/s x bf16")
     rows = []
     for name, (n, k) in list(GEMM_SHAPES.items())[: 2 if quick else None]:
         num_copies = max(1, POOL_BYTES // (2 * n * k))
         weights = zeros_bf16(num_copies, n, k)
         weights.copy_(torch.randn(n, k, generator=torch.Generator().manual_seed(0)))
+        rounded = int8_copy(weights[0], n * k)
         packed = [PackedMatrix(w.clone()) for w in weights]
         for matrix in packed:
             kernels.pack(matrix.data)
-        turns = cycle(packed), cycle(weights)
+        narrow = [PackedInt8.pack(rounded.values.clone(), rounded.scales.clone()) for _ in weights]
+        turns = cycle(packed), cycle(narrow), cycle(weights)
         for m in (1, 16) if quick else (1, 8, 16, 32, 64, 256):
             x = torch.randn(m, k, generator=torch.Generator().manual_seed(1)).bfloat16()
             out = torch.empty(m, n, dtype=torch.bfloat16)
-            kernels.gemm(x, packed[0], out, num_threads)
-            torch.testing.assert_close(out, F.linear(x, weights[0]), rtol=2**-6, atol=2**-4)
-            ours_s = median_s(partial(_gemm_once, kernels, turns[0], x, out, num_threads), budget_s)
-            theirs_s = median_s(partial(_linear_once, turns[1], x), budget_s)
+            _check_gemm(kernels, x, packed[0], weights[0], narrow[0], num_threads)
+            gemms = [partial(_gemm_once, kernels, turn, x, out, num_threads) for turn in turns[:2]]
+            bf16_s, int8_s, torch_s = medians_s([*gemms, partial(_linear_once, turns[2], x)], budget_s)
             row = {
                 "weight": name,
                 "m": m,
                 "num_threads": num_threads,
-                "us": round(ours_s * 1e6, 1),
-                "gb_per_s": round(2 * n * k / ours_s / 1e9, 2),
-                "of_memory": round(2 * n * k / ours_s / bandwidth, 3),
-                "gflops": round(2 * m * n * k / ours_s / 1e9),
-                "times_torch": round(theirs_s / ours_s, 2),
+                "bf16": _gemm_figures(bf16_s, m, n, k, 2, bandwidth),
+                "int8": _gemm_figures(int8_s, m, n, k, 1, bandwidth),
+                "bf16_times_torch": round(torch_s / bf16_s, 2),
+                "int8_times_bf16": round(bf16_s / int8_s, 2),
             }
             rows.append(row)
+            wide, short = (
+                f"{figures['us']:8} {figures['gb_per_s']:6} {figures['of_memory']:9.0%} {figures['gop_per_s']:5}"
+                for figures in (row["bf16"], row["int8"])
+            )
             print(
-                f"{name:8} {n:6} {k:5} {m:3} {row['us']:9} {row['gb_per_s']:6} {row['of_memory']:9.0%} "
-                f"{row['gflops']:5} {row['times_torch']:7}"
+                f"{name:8} {n:6} {k:5} {m:3} {wide} {row['bf16_times_torch']:7} {short} {row['int8_times_bf16']:6}",
+                flush=True,
             )
     return rows
 
 
-def _gemm_once(kernels: Kernels, weights: Iterator[PackedMatrix], x: Tensor, out: Tensor, num_threads: int) -> None:
+def _check_gemm(
+    kernels: NativeKernels, x: Tensor, packed: PackedMatrix, weights: Tensor, narrow: PackedInt8, num_threads: int
+) -> None:
+    """Raises AssertionError if a product comes out wrong."""
+    x = x[:8]
+    out, want = torch.empty(2, x.shape[0], weights.shape[0], dtype=torch.bfloat16)
+    kernels.gemm(x, packed, out, num_threads)
+    torch.testing.assert_close(out, F.linear(x, weights), rtol=2**-6, atol=2**-4)
+    kernels.gemm(x, narrow, out, num_threads)
+    ReferenceKernels().gemm(x, narrow, want, 1)
+    assert torch.equal(out, want), "the int8 GEMM is exact"
+
+
+def _gemm_figures(seconds: float, m: int, n: int, k: int, weight_bytes: int, bandwidth: float) -> dict[str, float]:
+    read = weight_bytes * n * k
+    return {
+        "us": round(seconds * 1e6, 1),
+        "gb_per_s": round(read / seconds / 1e9, 2),
+        "of_memory": round(read / seconds / bandwidth, 3),
+        "gop_per_s": round(2 * m * n * k / seconds / 1e9),
+    }
+
+
+def _gemm_once(kernels: Kernels, weights: Iterator[Packed], x: Tensor, out: Tensor, num_threads: int) -> None:
     kernels.gemm(x, next(weights), out, num_threads)
 
 
@@ -268,6 +304,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a few points of each table, in under a minute")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--isa", help="portable, avx2 or avx512; default: the best there is")
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=TABLES)
     options = parser.parse_args()
     kernels = select_kernels(options.isa)
     if not isinstance(kernels, NativeKernels):
@@ -280,10 +317,12 @@ def main() -> None:
         torch.set_num_threads(num_threads)
         bandwidth = read_bandwidth(kernels, num_threads, budget_s)
         report["bandwidth_gb_per_s"][num_threads] = round(bandwidth / 1e9, 1)
-        report["attention"] += bench_attention(kernels, num_threads, bandwidth, options.quick, budget_s)
-        report["gemm"] += bench_gemm(kernels, num_threads, bandwidth, options.quick, budget_s)
+        for table, bench in (("attention", bench_attention), ("gemm", bench_gemm)):
+            if table in options.tables:
+                report[table] += bench(kernels, num_threads, bandwidth, options.quick, budget_s)
     torch.set_num_threads(1)
-    report["rowwise"] = bench_rowwise(kernels, options.quick, budget_s)
+    if "rowwise" in options.tables:
+        report["rowwise"] = bench_rowwise(kernels, options.quick, budget_s)
     kernels.close()
     print(json.dumps(report))
 

@@ -47,7 +47,7 @@ FP8_BLOCK = 128
 
 @dataclass(frozen=True)
 class Variant:
-    """name: as in the table.  wire: of the rows to the FFN, None = as they are."""
+    """name: as in the table.  weights: `model.weights`.  wire: of the rows to the FFN, None = as they are."""
 
     name: str
     dtype: str = "float32"
@@ -60,12 +60,15 @@ VARIANTS = (
     Variant("float32", "float32"),
     Variant("wire bf16", wire=WireDtype.BF16),
     Variant("wire fp8", wire=WireDtype.FP8_E4M3),
-    Variant("FFN weights int8", weights="int8"),
+    Variant("weights int8 (FFN)", weights="int8"),
+    Variant("weights int8-all (FFN, attention, head)", weights="int8-all"),
     Variant("block-fp8 checkpoint", fp8_checkpoint=True),
     Variant("bfloat16 (compute, KV cache, wire)", "bfloat16"),
     Variant("bfloat16, wire fp8", "bfloat16", wire=WireDtype.FP8_E4M3),
-    Variant("bfloat16, FFN weights int8", "bfloat16", weights="int8"),
-    Variant("bfloat16, wire fp8, FFN weights int8", "bfloat16", "int8", WireDtype.FP8_E4M3),
+    Variant("bfloat16, weights int8", "bfloat16", weights="int8"),
+    Variant("bfloat16, weights int8-all", "bfloat16", weights="int8-all"),
+    Variant("bfloat16, wire fp8, weights int8", "bfloat16", "int8", WireDtype.FP8_E4M3),
+    Variant("bfloat16, wire fp8, weights int8-all", "bfloat16", "int8-all", WireDtype.FP8_E4M3),
 )
 
 
@@ -109,7 +112,7 @@ def run(folder: ModelFolder, variant: Variant, texts: list[Tensor]) -> Tensor:
     if variant.fp8_checkpoint:
         old = folder.checkpoint
         folder = replace(folder, checkpoint=Fp8Checkpoint(old.spec, old.source, old.naming, old.where))
-    attention = load_attention_half(folder, variant.dtype)
+    attention = load_attention_half(folder, variant.dtype, weights=variant.weights)
     ffn = load_ffn_half(folder, ShardSpec(), variant.dtype, weights=variant.weights)
     return torch.cat([logits_of(attention, ffn, ids, variant.wire) for ids in texts])
 

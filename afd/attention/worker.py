@@ -169,7 +169,8 @@ class _Worker:
             seat.membership.set_loading(done / total)
             announce({"loading": done / total})
 
-        half = load_attention_half(self._folder, config.model.dtype, section.device, loaded)
+        weights = config.model.weights
+        half = load_attention_half(self._folder, config.model.dtype, section.device, loaded, weights)
         scheduler = self._make_scheduler(half.dtype, seat.rank)
         windowed = None if scheduler.windowed is None else scheduler.windowed.pool.num_blocks
         cache = KVCache(
@@ -178,9 +179,7 @@ class _Worker:
         layout, ffns = payload_layout(config, spec.hidden, spec.max_top_k), []
         if seat.mesh is None:
             shard = ShardSpec(0, 1, config.cluster.ffn_parallel)
-            ffns = [
-                load_ffn_half(self._folder, shard, config.model.dtype, section.device, weights=config.model.weights)
-            ]
+            ffns = [load_ffn_half(self._folder, shard, config.model.dtype, section.device, weights=weights)]
         device = self._device = CudaDevice() if section.device == "cuda" else None
         if seat.mesh is None:
             self._exchange = LocalExchange(ffns) if device is None else GpuLocalExchange(ffns, device)

@@ -11,6 +11,7 @@ from statistics import median
 from afd.model.expert_health import DEAD_SHARE, ExpertHealth, expert_health
 from afd.model.inspect import LayerGroup, ModelReport, describe
 from afd.model.loading import DEFAULT_MODEL, ModelFolder, resolve_model
+from afd.model.spec import WEIGHT_TYPES
 from afd.types import FfnParallel, Topology
 
 MAX_RANGES_SHOWN = 5
@@ -29,7 +30,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--ffn-parallel", choices=[str(p) for p in FfnParallel], default=str(FfnParallel.HYBRID), help="cut of the FFN"
     )
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--weights", choices=("auto", "int8"), default="auto", help="of the FFN")
+    parser.add_argument("--weights", choices=WEIGHT_TYPES, default="auto", help="as model.weights")
     parser.add_argument("--no-experts", action="store_true", help="do not read the experts' weights")
     parser.add_argument("--json", action="store_true", help="one JSON object")
     parser.set_defaults(func=_run)
@@ -67,7 +68,7 @@ def _text(report: ModelReport) -> str:
     ]
     if report.windowed_kv_bytes:
         lines.append(f"              {report.windowed_kv_bytes:,} B of them ({report.dtype}) in sliding-window layers")
-    suffix = f", FFN weights {report.weights}" if report.weights != "auto" else ""
+    suffix = f", model.weights {report.weights}" if report.weights != "auto" else ""
     lines.append(f"weights in {report.topology} ({report.dtype}{suffix}):")
     lines += [f"  {role.role:<12}  {role.weight_bytes / 2**30:.3f} GiB" for role in report.roles]
     return "\n".join(lines)

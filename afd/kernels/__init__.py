@@ -27,20 +27,24 @@ from torch import Tensor
 from afd.kernels import arguments
 from afd.kernels.base import MAX_PARTIALS, Kernels
 from afd.kernels.native import ISAS, KernelsUnavailableError, NativeKernels, available_isas, load_library
-from afd.kernels.packed import PackedMatrix
+from afd.kernels.packed import Packed, PackedInt8, PackedMatrix
 from afd.kernels.reference import ReferenceKernels
 
 __all__ = [
     "MAX_PARTIALS",
     "KernelsUnavailableError",
+    "Packed",
+    "PackedInt8",
     "PackedMatrix",
     "active_isa",
     "add_rms_norm",
     "can_pack",
+    "can_pack_int8",
     "close",
     "gemm",
     "native_kernels",
     "pack",
+    "pack_int8",
     "paged_attention",
     "rms_norm",
     "rope_write_kv",
@@ -218,6 +222,20 @@ def pack(w: Tensor) -> PackedMatrix:
     return PackedMatrix(w)
 
 
+def can_pack_int8(values: Tensor) -> bool:
+    """True where `gemm` over int8 values `[n, k]` can run: on a processor with AVX2 or AVX-512."""
+    return values.dim() == 2 and values.is_cpu and native_kernels() is not None
+
+
+def pack_int8(values: Tensor, scales: Tensor) -> PackedInt8:
+    """Bring int8 values `[n, k]` and their rows' scales `[n]` float32 into the order that `gemm` reads.
+
+    values are -127 to 127. Their memory belongs to the result from then on.
+    """
+    arguments.check_pack_int8(values, scales)
+    return PackedInt8.pack(values, scales)
+
+
 def unpack_rows(w: PackedMatrix, idx: Tensor) -> Tensor:
     """Rows idx `[m]` int64 of w `[n, k]` as they were: `[m, k]`. IndexError for a row that is not there."""
     arguments.check_unpack_rows(w, idx)
@@ -229,8 +247,12 @@ def unpack_rows(w: PackedMatrix, idx: Tensor) -> Tensor:
     return out
 
 
-def gemm(x: Tensor, w: PackedMatrix, out: Tensor | None = None, num_threads: int = 1) -> Tensor:
-    """x `[m, k]` times the transpose of w `[n, k]`, bfloat16: `[m, n]`. `out` may be float32."""
+def gemm(x: Tensor, w: Packed, out: Tensor | None = None, num_threads: int = 1) -> Tensor:
+    """x `[m, k]` times the transpose of w `[n, k]`, bfloat16: `[m, n]`. `out` may be float32.
+
+    With int8 weights each row of x is rounded to integers of 9 to 15 bits beside its largest element
+    (`reference.round_rows`); their products are summed exactly.
+    """
     out = x.new_empty(x.shape[0], w.shape[0]) if out is None else out
     arguments.check_gemm(x, w, out, num_threads)
     _kernels().gemm(x, w, out, num_threads)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from afd.kernels.base import KEY_GROUP, MAX_HEAD_DIM, MAX_PARTIALS
-from afd.kernels.packed import PackedMatrix
+from afd.kernels.packed import Packed, PackedMatrix
 
 _STORAGE = (torch.float32, torch.bfloat16)
 
@@ -111,13 +111,19 @@ def check_pack(w: Tensor) -> None:
         raise ValueError(f"w must be a contiguous bfloat16 matrix with an even number of columns; it is {_describe(w)}")
 
 
+def check_pack_int8(values: Tensor, scales: Tensor) -> None:
+    if values.dim() != 2 or values.dtype != torch.int8 or not (values.is_cpu and values.is_contiguous()):
+        raise ValueError(f"values must be a contiguous int8 matrix on the CPU; it is {_describe(values)}")
+    _check_index("scales", scales, torch.float32, (values.shape[0],))
+
+
 def check_unpack_rows(w: PackedMatrix, idx: Tensor) -> None:
     _check_index("idx", idx, torch.int64, (idx.shape[0],))
     if idx.shape[0] and not (int(idx.min()) >= 0 and int(idx.max()) < w.shape[0]):
         raise IndexError(f"rows {int(idx.min())} to {int(idx.max())} of a matrix with {w.shape[0]} rows")
 
 
-def check_gemm(x: Tensor, w: PackedMatrix, out: Tensor, num_threads: int) -> None:
+def check_gemm(x: Tensor, w: Packed, out: Tensor, num_threads: int) -> None:
     _check_storage("x", x)
     if x.dim() != 2 or x.dtype != torch.bfloat16 or not _unit_stride(x):
         raise ValueError(f"x must be a bfloat16 matrix with unit stride in its rows; it is {_describe(x)}")

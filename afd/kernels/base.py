@@ -11,7 +11,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from afd.kernels.packed import PackedMatrix
+from afd.kernels.packed import Packed
 
 KEY_GROUP = 8
 """Block sizes and head dimensions are multiples of this."""
@@ -59,4 +59,4 @@ class Kernels(Protocol):
 
     def silu_mul(self, gate_up: Tensor, limit: float, out: Tensor) -> None: ...
 
-    def gemm(self, x: Tensor, w: PackedMatrix, out: Tensor, num_threads: int) -> None: ...
+    def gemm(self, x: Tensor, w: Packed, out: Tensor, num_threads: int) -> None: ...

@@ -1,8 +1,8 @@
 """A layer's half in one native call: what lies between two exchanges, without Python in between.
 
-bfloat16 activations, packed weights, a bfloat16 KV cache; float32 residual. Each class is built once per layer, keeps
-its weights alive, and is called from one thread at a time. Without the native kernels there is nothing here to call
-(`afd.kernels.native_kernels`); the same composed from single kernels is what it is tested against.
+bfloat16 activations, packed weights of either kind, a bfloat16 KV cache; float32 residual. Each class is built once
+per layer, keeps its weights alive, and is called from one thread at a time. Without the native kernels there is nothing
+here to call (`afd.kernels.native_kernels`); the same composed from single kernels is what it is tested against.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ import torch
 from torch import Tensor
 
 from afd.kernels.base import MAX_PARTIALS
-from afd.kernels.native import DTYPE_CODES, NativeKernels, error_of
-from afd.kernels.packed import PackedMatrix
+from afd.kernels.native import DTYPE_CODES, Matrix, NativeKernels, error_of
+from afd.kernels.packed import Packed
 
 
 class _SwiGlu(ctypes.Structure):
     """AfdSwiGlu of src/api.h."""
 
     _fields_ = (
-        ("gate_up", c_void_p),
-        ("down", c_void_p),
+        ("gate_up", Matrix),
+        ("down", Matrix),
         ("hidden", c_int32),
         ("width", c_int32),
         ("limit", c_float),
@@ -36,8 +36,8 @@ class _Experts(ctypes.Structure):
     """AfdExperts of src/api.h."""
 
     _fields_ = (
-        ("gate_up", POINTER(c_void_p)),
-        ("down", POINTER(c_void_p)),
+        ("gate_up", POINTER(Matrix)),
+        ("down", POINTER(Matrix)),
         ("first", c_int32),
         ("num_local", c_int32),
         ("hidden", c_int32),
@@ -50,8 +50,16 @@ class _Layer(ctypes.Structure):
     """AfdAttentionLayer of src/api.h."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("attn_norm", "ffn_norm", "qkv", "qkv_bias", "q_norm", "q_up")),
-        *((name, c_void_p) for name in ("q_head_norm", "k_head_norm", "o", "o_bias")),
+        ("attn_norm", c_void_p),
+        ("ffn_norm", c_void_p),
+        ("qkv", Matrix),
+        ("qkv_bias", c_void_p),
+        ("q_norm", c_void_p),
+        ("q_up", Matrix),
+        ("q_head_norm", c_void_p),
+        ("k_head_norm", c_void_p),
+        ("o", Matrix),
+        ("o_bias", c_void_p),
         *((name, c_int32) for name in ("hidden", "q_rank", "num_heads", "num_kv_heads", "head_dim", "v_dim")),
         *((name, c_int32) for name in ("head_gate", "half", "interleaved", "window")),
         ("scale", c_float),
@@ -73,14 +81,14 @@ class _Batch(ctypes.Structure):
 class SwiGluCall:
     """down(silu(gate(x)) * up(x)); gate_up [2 * width, hidden], down [hidden, width]; limit: of the clamped form."""
 
-    def __init__(self, kernels: NativeKernels, gate_up: PackedMatrix, down: PackedMatrix, limit: float):
+    def __init__(self, kernels: NativeKernels, gate_up: Packed, down: Packed, limit: float):
         hidden, width = down.shape
         if gate_up.shape != (2 * width, hidden):
             raise ValueError(f"gate_up is {tuple(gate_up.shape)}, expected {(2 * width, hidden)}")
         self._kernels = kernels
         self._hidden = hidden
         self._weights = (gate_up, down)
-        self._args = _SwiGlu(gate_up.data.data_ptr(), down.data.data_ptr(), hidden, width, limit)
+        self._args = _SwiGlu(Matrix.of(gate_up), Matrix.of(down), hidden, width, limit)
 
     def __call__(self, rows: Tensor) -> Tensor:
         """rows bfloat16 [n, hidden], which may be apart in memory -> bfloat16 [n, hidden]."""
@@ -106,8 +114,8 @@ class ExpertsCall:
     def __init__(
         self,
         kernels: NativeKernels,
-        gate_up: Sequence[PackedMatrix],
-        down: Sequence[PackedMatrix],
+        gate_up: Sequence[Packed],
+        down: Sequence[Packed],
         first_expert: int,
         limit: float,
     ):
@@ -119,8 +127,8 @@ class ExpertsCall:
         self._hidden = hidden
         self._num_local = len(down)
         self._weights = (list(gate_up), list(down))
-        pointers = [(c_void_p * len(down))(*[m.data.data_ptr() for m in matrices]) for matrices in self._weights]
-        self._args = _Experts(*pointers, first_expert, len(down), hidden, width, limit)
+        tables = [(Matrix * len(down))(*[Matrix.of(m) for m in matrices]) for matrices in self._weights]
+        self._args = _Experts(*tables, first_expert, len(down), hidden, width, limit)
 
     def add_to(
         self, out: Tensor, rows: Tensor, expert_ids: Tensor, expert_weights: Tensor, measured: bool
@@ -159,11 +167,11 @@ class LayerWeights:
 
     attn_norm: Tensor
     ffn_norm: Tensor
-    qkv: PackedMatrix
-    o: PackedMatrix
+    qkv: Packed
+    o: Packed
     qkv_bias: Tensor | None = None
     q_norm: Tensor | None = None
-    q_up: PackedMatrix | None = None
+    q_up: Packed | None = None
     q_head_norm: Tensor | None = None
     k_head_norm: Tensor | None = None
     o_bias: Tensor | None = None
@@ -235,13 +243,13 @@ class AttentionLayerCall:
         self._args = _Layer(
             _pointer(weights.attn_norm),
             _pointer(weights.ffn_norm),
-            _pointer(weights.qkv),
+            Matrix.of(weights.qkv),
             _pointer(weights.qkv_bias),
             _pointer(weights.q_norm),
-            _pointer(weights.q_up),
+            Matrix.of(weights.q_up),
             _pointer(weights.q_head_norm),
             _pointer(weights.k_head_norm),
-            _pointer(weights.o),
+            Matrix.of(weights.o),
             _pointer(weights.o_bias),
             hidden,
             shape.q_rank,
@@ -298,15 +306,13 @@ class AttentionLayerCall:
         return rows
 
 
-def _pointer(weight: Tensor | PackedMatrix | None) -> int | None:
-    if weight is None:
-        return None
-    return (weight.data if isinstance(weight, PackedMatrix) else weight).data_ptr()
+def _pointer(weight: Tensor | None) -> int | None:
+    return None if weight is None else weight.data_ptr()
 
 
 def _expect(
     name: str,
-    weight: Tensor | PackedMatrix | None,
+    weight: Tensor | Packed | None,
     shape: tuple[int, ...],
     dtype: torch.dtype | None = None,
     *,

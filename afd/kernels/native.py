@@ -11,13 +11,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from afd.kernels.packed import PackedMatrix
+from afd.kernels.packed import Packed, PackedInt8, PackedMatrix
 
-_ABI_VERSION = 2
+_ABI_VERSION = 3
 ISAS = ("portable", "avx2", "avx512")
 """Instruction sets, slowest first; the position is the number the library knows them by."""
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
+
+
+class Matrix(ctypes.Structure):
+    """AfdMatrix of src/api.h. It does not keep the matrix alive."""
+
+    _fields_ = (("data", c_void_p), ("scales", c_void_p))
+
+    @classmethod
+    def of(cls, matrix: Packed | None) -> Matrix:
+        """Null pointers for None."""
+        if matrix is None:
+            return cls(None, None)
+        return cls(matrix.data.data_ptr(), matrix.scales.data_ptr() if isinstance(matrix, PackedInt8) else None)
 
 
 class KernelsUnavailableError(RuntimeError):
@@ -182,13 +195,13 @@ class NativeKernels:
         rows, columns = w.shape
         self.library.afd_unpack_rows(w.data.data_ptr(), rows, columns, idx.data_ptr(), idx.shape[0], out.data_ptr())
 
-    def gemm(self, x: Tensor, w: PackedMatrix, out: Tensor, num_threads: int) -> None:
+    def gemm(self, x: Tensor, w: Packed, out: Tensor, num_threads: int) -> None:
         rows, columns = w.shape
-        self.library.afd_gemm(
+        status = self.library.afd_gemm(
             self.isa,
             num_threads,
             x.data_ptr(),
-            w.data.data_ptr(),
+            ctypes.byref(Matrix.of(w)),
             out.data_ptr(),
             DTYPE_CODES[out.dtype],
             x.stride(0),
@@ -197,6 +210,8 @@ class NativeKernels:
             rows,
             columns,
         )
+        if status:
+            raise error_of(status, 0, 0)
 
     def read_memory(self, memory: Tensor, num_threads: int) -> float:
         """Sum of a contiguous float32 tensor of whole MiB: the plainest read, for measuring bandwidth."""
@@ -270,7 +285,7 @@ def _declare(library: ctypes.CDLL) -> None:
 def error_of(status: int, where: int, value: int) -> Exception:
     """What a status other than 0 says, with the call's error_detail."""
     if status == 20:
-        return MemoryError("no memory for the attention kernel's scratch")
+        return MemoryError("no memory for the scratch of a native kernel")
     reasons = {
         1: f"query_start must begin at 0, not fall, and end within q: sequence {where} has {value}",
         2: f"sequence {where} has seq_len {value}, less than its number of query tokens",

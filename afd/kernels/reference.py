@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from afd.kernels.packed import PackedMatrix
+from afd.kernels.packed import Packed, PackedInt8
 
 
 class ReferenceKernels:
@@ -90,8 +90,28 @@ class ReferenceKernels:
             gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
         out.copy_(gate * up)
 
-    def gemm(self, x: Tensor, w: PackedMatrix, out: Tensor, num_threads: int) -> None:
-        out.copy_(x.float() @ w.unpacked().float().T)
+    def gemm(self, x: Tensor, w: Packed, out: Tensor, num_threads: int) -> None:
+        if isinstance(w, PackedInt8):
+            integers, scales = round_rows(x)
+            sums = integers.double() @ w.unpacked().double().T  # exact: they fit 32 bits
+            out.copy_(sums.float() * (scales[:, None] * w.scales[: w.shape[0]]))
+        else:
+            out.copy_(x.float() @ w.unpacked().float().T)
+
+
+def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [m, k] bfloat16 as the int8 GEMM takes it (src/gemm_int8.h) -> integers [m, k] int16, scales [m] float32.
+
+    The integers are so large that no sum of k products with weights of -127 to 127 can leave an int32. A row with an
+    infinity or a NaN becomes zeros with a scale of NaN.
+    """
+    most = torch.tensor(float(min((2**31 - 1) // (127 * max(x.shape[1], 1)), 2**15 - 1)))
+    wide = x.float()
+    largest = torch.cat([wide.abs(), wide.new_zeros(x.shape[0], 1)], dim=1).amax(dim=1)
+    finite = largest.isfinite()
+    largest = largest.clamp(min=2.0**-100)
+    integers = torch.where(finite[:, None], wide * torch.div(most, largest)[:, None], 0.0).round().to(torch.int16)
+    return integers, torch.div(largest, most).where(finite, torch.nan)
 
 
 def _check_batch(

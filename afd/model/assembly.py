@@ -13,14 +13,14 @@ from afd.kernels import PackedMatrix
 from afd.model.attention_kinds import Attention, AttentionWeights, GqaAttention, MfaAttention, projection_parts
 from afd.model.ffn import DenseFfn, Ffn, MoeFfn, SharedExpert, SwiGlu
 from afd.model.halves import AttentionHalf, AttentionLayer, FFNHalf
-from afd.model.int8 import Int8Weight, empty_int8
+from afd.model.int8 import Int8Weight, empty_int8, int8_copy
 from afd.model.inventory import Half, TensorSpec, inventory
 from afd.model.latent_attention import LatentWeights, MlaAttention
 from afd.model.loading import Progress
-from afd.model.primitives import prepared
+from afd.model.primitives import Weight, prepared, prepared_for
 from afd.model.router import Router
 from afd.model.sharding import ShardSpec
-from afd.model.spec import AttentionKind, AttentionSpec, FfnKind, FfnSpec
+from afd.model.spec import WEIGHT_TYPES, AttentionKind, AttentionSpec, FfnKind, FfnSpec
 from afd.model.weights.checkpoint import Checkpoint
 from afd.model.weights.source import RawTensor, Slices
 
@@ -31,11 +31,16 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def assemble_attention_half(
-    checkpoint: Checkpoint, dtype: str | torch.dtype, device: str, progress: Progress | None
+    checkpoint: Checkpoint,
+    dtype: str | torch.dtype,
+    device: str,
+    progress: Progress | None,
+    weights: str = "auto",
 ) -> AttentionHalf:
     spec = checkpoint.spec
-    reader = _Reader(checkpoint, Half.ATTENTION, _compute_dtype(dtype), device, progress)
-    embedding = reader.matrix(("embed",), -1)
+    int8 = _known(weights) == "int8-all"
+    reader = _Reader(checkpoint, Half.ATTENTION, _compute_dtype(dtype), device, progress, int8)
+    embedding, head = _embedding_and_head(reader, tied=spec.tie_embeddings)
     layers = []
     for idx, layer in enumerate(spec.layers):
         attn_norm = reader.norm("attn_norm", idx)
@@ -43,9 +48,7 @@ def assemble_attention_half(
         ffn_norm = reader.norm("ffn_norm", idx)
         fused = attention.fused(attn_norm, ffn_norm)
         layers.append(AttentionLayer(attn_norm, attention, ffn_norm, _router(reader, layer.ffn, idx), fused))
-    final_norm = reader.norm("final_norm")
-    head = embedding if spec.tie_embeddings else reader.matrix(("head",), -1)
-    return AttentionHalf(spec, embedding, layers, final_norm, head)
+    return AttentionHalf(spec, embedding, layers, reader.norm("final_norm"), head)
 
 
 def assemble_ffn_half(
@@ -56,18 +59,33 @@ def assemble_ffn_half(
     progress: Progress | None,
     weights: str = "auto",
 ) -> FFNHalf:
-    if weights not in ("auto", "int8"):
-        raise ModelError(f"weights {weights!r} are not supported (known: auto, int8)")
     compute_dtype = _compute_dtype(dtype)
-    reader = _Reader(checkpoint, Half.FFN, compute_dtype, device, progress, int8=weights == "int8")
+    reader = _Reader(checkpoint, Half.FFN, compute_dtype, device, progress, _known(weights) != "auto")
     layers = [_ffn(reader, layer.ffn, shard, idx) for idx, layer in enumerate(checkpoint.spec.layers)]
     return FFNHalf(checkpoint.spec, layers, compute_dtype)
+
+
+def _known(weights: str) -> str:
+    if weights not in WEIGHT_TYPES:
+        raise ModelError(f"weights {weights!r} are not supported (known: {', '.join(WEIGHT_TYPES)})")
+    return weights
+
+
+def _embedding_and_head(reader: _Reader, tied: bool) -> tuple[Tensor | PackedMatrix, Weight]:
+    """One matrix for both if tied, unless the head is to be int8: rows of the embedding are never rounded."""
+    if not tied:
+        return reader.matrix(("embed",), -1), reader.projection(("head",), -1)
+    if not reader.int8:
+        embedding = reader.matrix(("embed",), -1)
+        return embedding, embedding
+    table = reader.stack(("embed",), -1)
+    return table, prepared_for(table.dtype, int8_copy(table, PIECE_ELEMENTS))
 
 
 def _attention(reader: _Reader, spec: AttentionSpec, idx: int) -> Attention:
     if spec.kind is AttentionKind.MLA:
         return _latent_attention(reader, spec, idx)
-    weights = AttentionWeights(reader.matrix(projection_parts(spec), idx), reader.matrix(("o",), idx))
+    weights = AttentionWeights(reader.projection(projection_parts(spec), idx), reader.projection(("o",), idx))
     if spec.qkv_bias:
         weights.qkv_bias = reader.stack(("q_bias", "k_bias", "v_bias"), idx)
     if spec.o_bias:
@@ -76,7 +94,7 @@ def _attention(reader: _Reader, spec: AttentionSpec, idx: int) -> Attention:
         weights.q_head_norm, weights.k_head_norm = (reader.norm(f"{part}_head_norm", idx) for part in ("q", "k"))
     if spec.kind is AttentionKind.GQA:
         return GqaAttention(spec, weights, reader.rms_eps)
-    weights.q_norm, weights.q_up = reader.norm("q_norm", idx), reader.matrix(("q_up",), idx)
+    weights.q_norm, weights.q_up = reader.norm("q_norm", idx), reader.projection(("q_up",), idx)
     return MfaAttention(spec, weights, reader.rms_eps)
 
 
@@ -109,7 +127,10 @@ def _ffn(reader: _Reader, ffn: FfnSpec, shard: ShardSpec, idx: int) -> Ffn:
     which, inner = _slice(experts), _slice(width)
     gate_up = reader.weight(("expert_gate", "expert_up"), idx, (which, inner), dim=1)
     down = reader.weight(("expert_down",), idx, (which, slice(None), inner))
-    swiglus = [SwiGlu(prepared(gate_up[e]), prepared(down[e]), ffn.limit) for e in range(len(experts))]
+    swiglus = [
+        SwiGlu(prepared_for(reader.dtype, gate_up[e]), prepared_for(reader.dtype, down[e]), ffn.limit)
+        for e in range(len(experts))
+    ]
     shared = None
     if ffn.shared_intermediate:
         columns = shard.shared_slice(ffn.shared_intermediate)
@@ -119,9 +140,9 @@ def _ffn(reader: _Reader, ffn: FfnSpec, shard: ShardSpec, idx: int) -> Ffn:
 
 
 def _swiglu(reader: _Reader, prefix: str, columns: range, idx: int, limit: float) -> SwiGlu:
-    gate_up = reader.weight((f"{prefix}gate", f"{prefix}up"), idx, (_slice(columns),))
-    down = reader.weight((f"{prefix}down",), idx, (slice(None), _slice(columns)))
-    return SwiGlu(prepared(gate_up), prepared(down), limit)
+    gate_up = reader.projection((f"{prefix}gate", f"{prefix}up"), idx, (_slice(columns),))
+    down = reader.projection((f"{prefix}down",), idx, (slice(None), _slice(columns)))
+    return SwiGlu(gate_up, down, limit)
 
 
 def _slice(part: range) -> slice:
@@ -136,7 +157,10 @@ def _compute_dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 
 class _Reader:
-    """Fills tensors of the compute dtype from one checkpoint and reports progress."""
+    """Fills tensors of the compute dtype from one checkpoint and reports progress.
+
+    int8: round the matrices that are read with `weight` and `projection`.
+    """
 
     def __init__(
         self,
@@ -149,10 +173,10 @@ class _Reader:
     ):
         self._checkpoint = checkpoint
         self._tensors = {(t.part, t.layer): t for t in inventory(checkpoint.spec) if t.half is half}
-        self._dtype = dtype
+        self.dtype = dtype
         self._device = device
         self._progress = progress
-        self._int8 = int8
+        self.int8 = int8
         self._num_done = 0
         self.rms_eps = checkpoint.spec.rms_eps
 
@@ -174,7 +198,7 @@ class _Reader:
         dtype: torch.dtype | None = None,
     ) -> Tensor:
         """The same slice of several parts, concatenated along `dim`, each read straight into its place."""
-        out = torch.empty(self._shape(parts, layer, slices, dim), dtype=dtype or self._dtype, device=self._device)
+        out = torch.empty(self._shape(parts, layer, slices, dim), dtype=dtype or self.dtype, device=self._device)
         self._fill(out, parts, layer, slices, dim)
         return out
 
@@ -182,9 +206,13 @@ class _Reader:
         """As `stack`, for a matrix that only `linear` and `embedding` use."""
         return prepared(self.stack(parts, layer))
 
+    def projection(self, parts: tuple[str, ...], layer: int, slices: Slices = ()) -> Weight:
+        """As `weight`, for one matrix that only `linear` uses."""
+        return prepared_for(self.dtype, self.weight(parts, layer, slices))
+
     def weight(self, parts: tuple[str, ...], layer: int, slices: Slices, dim: int = 0) -> Tensor | Int8Weight:
         """As `stack`, for matrices that may be rounded to 8 bits."""
-        if not self._int8:
+        if not self.int8:
             return self.stack(parts, layer, slices, dim)
         out = empty_int8(self._shape(parts, layer, slices, dim), self._device)
         self._fill(out, parts, layer, slices, dim)
@@ -221,9 +249,9 @@ class _Reader:
             else:
                 out[start:stop] = _to_torch(raw)
         if self._checkpoint.naming.interleaved_rope_rows and tensor.part in ("q", "k"):
-            assert isinstance(out, Tensor), "attention weights are never rounded"
             head_dim = self._checkpoint.spec.layers[tensor.layer].attention.head_dim
-            out.copy_(_half_split_rows(out, head_dim))
+            for rows in (out.values, out.scales[:, None]) if isinstance(out, Int8Weight) else (out,):
+                rows.copy_(_half_split_rows(rows, head_dim))
 
 
 def _sliced_shape(shape: tuple[int, ...], slices: Slices) -> tuple[int, ...]:

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from afd import kernels
-from afd.kernels import PackedMatrix
+from afd.kernels import Packed
 from afd.kernels.fused import AttentionLayerCall, LayerShape, LayerWeights
 from afd.kv.cache import KVCache
 from afd.model.attention_core import paged_attention, rope_write_kv, runs_natively
 from afd.model.batch import AttentionBatch
-from afd.model.primitives import linear, rms_norm
+from afd.model.primitives import Weight, device_of, linear, rms_norm
 from afd.model.rope import inverse_frequencies
 from afd.model.spec import AttentionKind, AttentionSpec
 
@@ -40,10 +40,10 @@ class AttentionWeights:
     q_head_norm, k_head_norm [head_dim].  qkv_bias [q + k + v width], o_bias [hidden].  Norms are float32.
     """
 
-    qkv: Tensor | PackedMatrix
-    o: Tensor | PackedMatrix
+    qkv: Weight
+    o: Weight
     q_norm: Tensor | None = None
-    q_up: Tensor | PackedMatrix | None = None
+    q_up: Weight | None = None
     q_head_norm: Tensor | None = None
     k_head_norm: Tensor | None = None
     qkv_bias: Tensor | None = None
@@ -51,7 +51,7 @@ class AttentionWeights:
 
     @property
     def device(self) -> torch.device:
-        return (self.o.data if isinstance(self.o, PackedMatrix) else self.o).device
+        return device_of(self.o)
 
 
 class FusedAttention:
@@ -119,9 +119,9 @@ class _RotaryAttention:
     def fused(self, attn_norm: Tensor, ffn_norm: Tensor) -> FusedAttention | None:
         """The whole layer as one native call, where weights, shape and processor are made for it."""
         native, w, spec = kernels.native_kernels(), self._w, self._spec
-        if native is None or not isinstance(w.qkv, PackedMatrix) or not isinstance(w.o, PackedMatrix):
+        if native is None or not isinstance(w.qkv, Packed) or not isinstance(w.o, Packed):
             return None
-        if w.q_up is not None and not isinstance(w.q_up, PackedMatrix):
+        if w.q_up is not None and not isinstance(w.q_up, Packed):
             return None
         weights = LayerWeights(
             attn_norm,

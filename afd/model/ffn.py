@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from afd import kernels
-from afd.kernels import PackedMatrix
+from afd.kernels import Packed
 from afd.kernels.fused import ExpertsCall, SwiGluCall
 from afd.model.device import to_device
 from afd.model.expert_load import ExpertLoad
@@ -55,7 +55,7 @@ class SwiGlu:
         self.limit = limit
         self._call: SwiGluCall | None = None
         native = kernels.native_kernels()
-        if native is not None and isinstance(gate_up, PackedMatrix) and isinstance(down, PackedMatrix):
+        if native is not None and isinstance(gate_up, Packed) and isinstance(down, Packed):
             self._call = SwiGluCall(native, gate_up, down, limit)
 
     def __call__(self, rows: Tensor) -> Tensor:
@@ -151,8 +151,8 @@ class MoeFfn:
 def _experts_call(experts: Sequence[SwiGlu], first_expert: int) -> ExpertsCall | None:
     """All experts in one native call, where their weights are packed for it."""
     native = kernels.native_kernels()
-    gate_up = [e.gate_up for e in experts if isinstance(e.gate_up, PackedMatrix)]
-    down = [e.down for e in experts if isinstance(e.down, PackedMatrix)]
+    gate_up = [e.gate_up for e in experts if isinstance(e.gate_up, Packed)]
+    down = [e.down for e in experts if isinstance(e.down, Packed)]
     if native is None or not experts or len(gate_up) < len(experts) or len(down) < len(experts):
         return None
     return ExpertsCall(native, gate_up, down, first_expert, experts[0].limit)

@@ -18,7 +18,7 @@ from afd.model.attention_kinds import Attention, FusedAttention
 from afd.model.batch import AttentionBatch
 from afd.model.expert_load import ExpertLoad
 from afd.model.ffn import Dispatch, Ffn, MoeFfn
-from afd.model.primitives import embedding, linear_into, rms_norm, rows_of
+from afd.model.primitives import Weight, embedding, linear_into, rms_norm, rows_of
 from afd.model.router import Router
 from afd.model.spec import ModelSpec
 
@@ -48,7 +48,7 @@ class AttentionHalf:
         embedding: Tensor | PackedMatrix,
         layers: Sequence[AttentionLayer],
         final_norm: Tensor,
-        head: Tensor | PackedMatrix,
+        head: Weight,
     ):
         self.spec = spec
         table = embedding.data if isinstance(embedding, PackedMatrix) else embedding

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import prod
 
 from afd.model.inventory import Half, ParameterCounts, TensorSpec, count_parameters, inventory
 from afd.model.loading import ModelFolder
@@ -85,11 +86,7 @@ def role_memory(
     spec: ModelSpec, topology: Topology, parallel: FfnParallel, dtype: str, weights: str
 ) -> Iterable[RoleMemory]:
     """Weight bytes of each worker, in rank order, attention first."""
-    attention = sum(
-        t.num_elements * (4 if _is_float32(spec, t) else DTYPE_BYTES[dtype])
-        for t in inventory(spec)
-        if t.half is Half.ATTENTION
-    )
+    attention = attention_bytes(spec, dtype, weights)
     if topology.mono:
         yield RoleMemory("attention/0", attention + ffn_bytes(spec, ShardSpec(parallel=parallel), dtype, weights))
         return
@@ -98,6 +95,34 @@ def role_memory(
     for rank in range(topology.num_ffn):
         shard = ShardSpec(rank, topology.num_ffn, parallel)
         yield RoleMemory(f"ffn/{rank}", ffn_bytes(spec, shard, dtype, weights))
+
+
+def attention_bytes(spec: ModelSpec, dtype: str, weights: str) -> int:
+    """Weight bytes of the attention half."""
+    total = 0
+    for tensor in inventory(spec):
+        if tensor.half is not Half.ATTENTION:
+            continue
+        if weights == "int8-all" and _is_projection(spec, tensor):
+            total += _int8_bytes(tensor.shape)
+        else:
+            total += tensor.num_elements * (4 if _is_float32(spec, tensor) else DTYPE_BYTES[dtype])
+        if weights == "int8-all" and tensor.part == "embed" and spec.tie_embeddings:
+            total += _int8_bytes(tensor.shape)  # the head's copy
+    return total
+
+
+def _is_projection(spec: ModelSpec, tensor: TensorSpec) -> bool:
+    """True for matrices of the attention half that `int8-all` rounds."""
+    if tensor.part == "head":
+        return True
+    of_attention = tensor.part in ("q", "q_down", "q_up", "k", "v", "head_gate", "o")
+    return of_attention and spec.layers[tensor.layer].attention.kind is not AttentionKind.MLA
+
+
+def _int8_bytes(shape: tuple[int, ...]) -> int:
+    """Of matrices with a float32 scale for each row."""
+    return prod(shape[:-1]) * (shape[-1] + _INT8_SCALE_BYTES)
 
 
 def _is_float32(spec: ModelSpec, tensor: TensorSpec) -> bool:
@@ -114,11 +139,8 @@ def ffn_bytes(spec: ModelSpec, shard: ShardSpec, dtype: str, weights: str) -> in
     for tensor in inventory(spec):
         if tensor.half is not Half.FFN:
             continue
-        num_matrices, rows, columns = _local_shape(tensor, spec.layers[tensor.layer].ffn, shard)
-        if weights == "int8":
-            total += num_matrices * rows * (columns + _INT8_SCALE_BYTES)
-        else:
-            total += num_matrices * rows * columns * DTYPE_BYTES[dtype]
+        shape = _local_shape(tensor, spec.layers[tensor.layer].ffn, shard)
+        total += prod(shape) * DTYPE_BYTES[dtype] if weights == "auto" else _int8_bytes(shape)
     return total
 
 

@@ -1,7 +1,8 @@
 """Weights rounded to 8 bits, with one scale for each output channel: half the memory of bfloat16.
 
-The GEMM runs in the activations' type, since few processors have one for a mix of types; the scales are applied to
-its output. With tensor-parallel slices a channel's scale is that of the slice that a rank holds.
+The native kernels have a GEMM for them, once packed (`afd.kernels.PackedInt8`). Where those do not run, torch's GEMM
+does, in the activations' type, and the scales are applied to its output. With tensor-parallel slices a channel's scale
+is that of the slice that a rank holds.
 """
 
 from __future__ import annotations
@@ -44,10 +45,20 @@ class Int8Weight:
 
 
 def empty_int8(shape: list[int], device: str) -> Int8Weight:
-    """Room for a weight of `shape`."""
+    """Room for a weight of `shape`; nothing is stored in one without columns, so its scales are zeros."""
     return Int8Weight(
-        torch.empty(shape, dtype=torch.int8, device=device), torch.empty(shape[:-1], dtype=torch.float32, device=device)
+        torch.empty(shape, dtype=torch.int8, device=device), torch.zeros(shape[:-1], dtype=torch.float32, device=device)
     )
+
+
+def int8_copy(matrix: Tensor, piece_elements: int) -> Int8Weight:
+    """matrix [out, in] rounded; so many elements at a time are float32 meanwhile."""
+    out = empty_int8(list(matrix.shape), str(matrix.device))
+    step = max(piece_elements // matrix.shape[1], 1)
+    for start in range(0, matrix.shape[0], step):
+        stop = min(start + step, matrix.shape[0])
+        out.store(start, stop, matrix[start:stop])
+    return out
 
 
 def int8_linear(x: Tensor, weight: Int8Weight) -> Tensor:

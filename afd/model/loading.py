@@ -82,11 +82,15 @@ def load_attention_half(
     dtype: str | torch.dtype,
     device: str = "cpu",
     progress: Progress | None = None,
+    weights: str = "auto",
 ) -> AttentionHalf:
-    """Load embedding, attention, norms, routers and head; reads no FFN weight.  dtype: "float32" or "bfloat16"."""
+    """Load embedding, attention, norms, routers and head; reads no FFN weight.  dtype: "float32" or "bfloat16".
+
+    weights: "auto" and "int8" = in dtype, "int8-all" = projections (but MLA's) and head rounded to 8 bits.
+    """
     from afd.model.assembly import assemble_attention_half
 
-    return assemble_attention_half(folder.checkpoint, dtype, device, progress)
+    return assemble_attention_half(folder.checkpoint, dtype, device, progress, weights)
 
 
 def load_ffn_half(
@@ -99,7 +103,7 @@ def load_ffn_half(
 ) -> FFNHalf:
     """Load one FFN rank's shard; reads only the bytes of the shard where the format allows it.
 
-    weights: "auto" = in dtype, "int8" = rounded to 8 bits as they are read (see `afd.model.int8`).
+    weights: "auto" = in dtype, "int8" and "int8-all" = rounded to 8 bits as they are read (see `afd.model.int8`).
     """
     from afd.model.assembly import assemble_ffn_half
 

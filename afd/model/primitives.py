@@ -5,49 +5,58 @@ All compute in float32 inside and round once, to the dtype of their input.
 
 from __future__ import annotations
 
-from typing import overload
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from afd import kernels
-from afd.kernels import PackedMatrix
+from afd.kernels import Packed, PackedMatrix
 from afd.model.int8 import Int8Weight, int8_linear
 
-Weight = Tensor | PackedMatrix | Int8Weight
+Weight = Tensor | Packed | Int8Weight
 """A matrix [out, in], or a stack of them."""
 
 
-@overload
-def prepared(weight: Tensor) -> Tensor | PackedMatrix: ...
-@overload
-def prepared(weight: Int8Weight) -> Int8Weight: ...
-def prepared(weight: Tensor | Int8Weight) -> Weight:
+def prepared(weight: Tensor) -> Tensor | PackedMatrix:
     """The matrix as `linear` takes it fastest here. Its memory may be reordered: the caller drops `weight`."""
-    return kernels.pack(weight) if isinstance(weight, Tensor) and kernels.can_pack(weight) else weight
+    return kernels.pack(weight) if kernels.can_pack(weight) else weight
+
+
+def prepared_for(dtype: torch.dtype, weight: Tensor | Int8Weight) -> Weight:
+    """As `prepared`, of either kind, for activations of `dtype`."""
+    if isinstance(weight, Tensor):
+        return prepared(weight)
+    if dtype is torch.bfloat16 and kernels.can_pack_int8(weight.values):
+        return kernels.pack_int8(weight.values, weight.scales)
+    return weight
+
+
+def device_of(weight: Weight) -> torch.device:
+    if isinstance(weight, Int8Weight):
+        return weight.values.device
+    return weight.device if isinstance(weight, Tensor) else weight.data.device
 
 
 def linear(x: Tensor, weight: Weight) -> Tensor:
     """x [n, in] times the transpose of weight [out, in] -> [n, out]."""
-    if isinstance(weight, PackedMatrix):
+    if isinstance(weight, Packed):
         return kernels.gemm(x, weight, num_threads=torch.get_num_threads())
     if isinstance(weight, Int8Weight):
         return int8_linear(x, weight)
     return F.linear(x, weight)
 
 
-def linear_into(out: Tensor, x: Tensor, weight: Tensor | PackedMatrix) -> None:
+def linear_into(out: Tensor, x: Tensor, weight: Weight) -> None:
     """As `linear`, into a float32 `out` [n, out]; from packed weights, without rounding to bfloat16 on the way."""
-    if isinstance(weight, PackedMatrix):
+    if isinstance(weight, Packed):
         kernels.gemm(x, weight, out, num_threads=torch.get_num_threads())
     else:
-        out.copy_(F.linear(x, weight))
+        out.copy_(linear(x, weight))
 
 
-def rows_of(weight: Tensor | PackedMatrix, start: int, stop: int) -> Tensor | PackedMatrix:
+def rows_of(weight: Weight, start: int, stop: int) -> Weight:
     """A view of rows start..stop of a matrix, which are whole panels of a packed one."""
-    return weight.narrow_rows(start, stop) if isinstance(weight, PackedMatrix) else weight[start:stop]
+    return weight.narrow_rows(start, stop) if isinstance(weight, Packed) else weight.narrow(0, start, stop - start)
 
 
 def embedding(ids: Tensor, weight: Tensor | PackedMatrix) -> Tensor:

@@ -12,6 +12,9 @@ from typing import Literal
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
+WEIGHT_TYPES = ("auto", "int8", "int8-all")
+"""Of `model.weights`: all in the compute dtype; the FFN's in int8; attention projections and LM head too, but MLA's."""
+
 
 class AttentionKind(StrEnum):
     GQA = "gqa"  # q, k, v straight from the hidden state; num_kv_heads K/V heads

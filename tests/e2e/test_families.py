@@ -82,7 +82,9 @@ def test_equals_the_reference(preset, topology, parallel, dispatch, streams, tmp
                 reference.check(f"dummy:{preset}", prompt, output, length)
 
 
-@pytest.mark.parametrize(("wire", "weights"), [("fp8", "auto"), ("bf16", "auto"), ("auto", "int8")])
+@pytest.mark.parametrize(
+    ("wire", "weights"), [("fp8", "auto"), ("bf16", "auto"), ("auto", "int8"), ("auto", "int8-all")]
+)
 def test_quantised_clusters_stay_close(wire, weights, tmp_path, reference):
     """Rounding changes few tokens: most first ones are the reference's, and every answer is whole."""
     flags = ["--topology", "1A2F", "--dtype", "float32", "--model", "dummy:step3-tiny", "--set", f"cluster.wire={wire}"]

@@ -18,7 +18,7 @@ extern const KernelTable kernels_avx512;
 
 namespace {
 
-constexpr int32_t kAbiVersion = 2;
+constexpr int32_t kAbiVersion = 3;
 
 const KernelTable& table_of(int32_t isa) {
 #if defined(AFD_HAVE_X86)
@@ -27,6 +27,16 @@ const KernelTable& table_of(int32_t isa) {
 #endif
     static_cast<void>(isa);
     return kernels_portable;
+}
+
+// No exception leaves a C function.
+template <class Function>
+int32_t guarded(Function function) {
+    try {
+        return function();
+    } catch (const std::bad_alloc&) {
+        return kOutOfMemory;
+    }
 }
 
 }  // namespace
@@ -45,7 +55,7 @@ int32_t afd_isa_available(int32_t isa) {
     if (isa == kIsaAvx512)
         return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-               __builtin_cpu_supports("avx512bf16");
+               __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
 #endif
     return isa == kIsaPortable;
 }
@@ -60,11 +70,7 @@ int32_t afd_paged_attention(int32_t isa, int32_t num_threads, int32_t dtype, con
                              query_start, q_stride,  out_stride,   table_stride, dtype,       num_tokens,
                              num_seqs,    num_heads, num_kv_heads, head_dim,     v_dim,       num_blocks,
                              block_size,  window,    scale};
-    try {
-        return attend(table_of(isa), args, num_threads, error_detail);
-    } catch (const std::bad_alloc&) {
-        return kOutOfMemory;
-    }
+    return guarded([&] { return attend(table_of(isa), args, num_threads, error_detail); });
 }
 
 int32_t afd_write_kv(int32_t isa, int32_t dtype, const void* k, const void* v, void* k_cache, void* v_cache,
@@ -138,21 +144,24 @@ void afd_unpack_rows(const void* weights, int32_t n, int32_t k, const int64_t* i
     }
 }
 
-int32_t afd_gemm(int32_t isa, int32_t num_threads, const void* x, const void* w, void* out, int32_t mode,
+int32_t afd_gemm(int32_t isa, int32_t num_threads, const void* x, const AfdMatrix* w, void* out, int32_t mode,
                  int64_t x_stride, int64_t out_stride, int32_t m, int32_t n, int32_t k) {
-    run_gemm(table_of(isa), {x, w, out, x_stride, out_stride, mode, m, n, k}, num_threads);
-    return kOk;
+    return guarded([&] {
+        run_gemm(table_of(isa), {x, *w, out, x_stride, out_stride, mode, m, n, k}, num_threads);
+        return kOk;
+    });
 }
 
 int32_t afd_swiglu(int32_t isa, int32_t num_threads, const AfdSwiGlu* ffn, const void* x, int64_t x_stride,
                    int32_t num_rows, void* out) {
-    return swiglu(table_of(isa), *ffn, x, x_stride, num_rows, out, num_threads);
+    return guarded([&] { return swiglu(table_of(isa), *ffn, x, x_stride, num_rows, out, num_threads); });
 }
 
 int32_t afd_experts(int32_t isa, int32_t num_threads, const AfdExperts* experts, const void* x, const int32_t* ids,
                     const float* weights, int32_t num_rows, int32_t top_k, float* out, int32_t* counts,
                     double* squares) {
-    return run_experts(table_of(isa), *experts, {x, ids, weights, num_rows, top_k, out, counts, squares}, num_threads);
+    const Routed routed{x, ids, weights, num_rows, top_k, out, counts, squares};
+    return guarded([&] { return run_experts(table_of(isa), *experts, routed, num_threads); });
 }
 
 int32_t afd_attention_layer(int32_t isa, int32_t num_threads, const AfdAttentionLayer* layer, const AfdBatch* batch,
@@ -161,12 +170,10 @@ int32_t afd_attention_layer(int32_t isa, int32_t num_threads, const AfdAttention
                             int32_t* error_detail) {
     Residual residual{x, {}, num_partials, static_cast<DType>(partial_dtype)};
     for (int i = 0; i < num_partials; ++i) residual.partials[i] = partials[i];
-    try {
-        return attention_layer(table_of(isa), *layer, *batch, {k_cache, v_cache, num_blocks, block_size}, residual,
-                               rows, num_threads, error_detail);
-    } catch (const std::bad_alloc&) {
-        return kOutOfMemory;
-    }
+    const KvBlocks kv{k_cache, v_cache, num_blocks, block_size};
+    return guarded([&] {
+        return attention_layer(table_of(isa), *layer, *batch, kv, residual, rows, num_threads, error_detail);
+    });
 }
 
 float afd_read_memory(int32_t isa, int32_t num_threads, const void* memory, int64_t num_bytes) {

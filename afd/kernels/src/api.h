@@ -49,14 +49,20 @@ AFD_API void afd_unpack_rows(const void* weights, int32_t n, int32_t k, const in
 // bf16 weights [n, k] (k even) into the order of gemm.h and back, in their place.
 AFD_API void afd_pack(void* weights, int32_t n, int32_t k, int32_t unpack);
 
+// A packed matrix: bf16 in the order of gemm.h (scales null), or int8 in that of gemm_int8.h with a scale of each row.
+struct AfdMatrix {
+    const void* data;
+    const float* scales;
+};
+
 // mode: 0 = out is float32, 1 = out is bf16, 2 = added to a float32 out.
-AFD_API int32_t afd_gemm(int32_t isa, int32_t num_threads, const void* x, const void* w, void* out, int32_t mode,
+AFD_API int32_t afd_gemm(int32_t isa, int32_t num_threads, const void* x, const AfdMatrix* w, void* out, int32_t mode,
                          int64_t x_stride, int64_t out_stride, int32_t m, int32_t n, int32_t k);
 
-// down(silu(gate(x)) * up(x)) over packed weights.
+// down(silu(gate(x)) * up(x)).
 struct AfdSwiGlu {
-    const void* gate_up;  // [2 * width, hidden]
-    const void* down;     // [hidden, width]
+    AfdMatrix gate_up;  // [2 * width, hidden]
+    AfdMatrix down;     // [hidden, width]
     int32_t hidden, width;
     float limit;  // of the clamped form, 0 = none
 };
@@ -65,8 +71,8 @@ AFD_API int32_t afd_swiglu(int32_t isa, int32_t num_threads, const AfdSwiGlu* ff
 
 // The experts [first, first + num_local) of an MoE layer, all of one shape.
 struct AfdExperts {
-    const void* const* gate_up;  // [num_local]
-    const void* const* down;
+    const AfdMatrix* gate_up;  // [num_local]
+    const AfdMatrix* down;
     int32_t first, num_local, hidden, width;
     float limit;
 };
@@ -76,15 +82,16 @@ AFD_API int32_t afd_experts(int32_t isa, int32_t num_threads, const AfdExperts* 
                             const int32_t* ids, const float* weights, int32_t num_rows, int32_t top_k, float* out,
                             int32_t* counts, double* squares);
 
-// Attention of one layer with rotary positions: GQA, or MFA where q_rank > 0. bf16 weights and KV; null = not there.
+// Attention of one layer with rotary positions: GQA, or MFA where q_rank > 0. bf16 biases and KV; null = not there.
 struct AfdAttentionLayer {
     const float *attn_norm, *ffn_norm;          // [hidden]
-    const void* qkv;                            // packed [(q_rank or q width) + k width + v width (+ num_heads)]
+    AfdMatrix qkv;                              // [(q_rank or q width) + k width + v width (+ num_heads), hidden]
     const void* qkv_bias;                       // [q + k + v width]
     const float* q_norm;                        // [q_rank]
-    const void* q_up;                           // packed [q width, q_rank]
+    AfdMatrix q_up;                             // [q width, q_rank]
     const float *q_head_norm, *k_head_norm;     // [head_dim]
-    const void *o, *o_bias;                     // packed [hidden, num_heads * v_dim]; [hidden]
+    AfdMatrix o;                                // [hidden, num_heads * v_dim]
+    const void* o_bias;                         // [hidden]
     int32_t hidden, q_rank, num_heads, num_kv_heads, head_dim, v_dim, head_gate, half, interleaved, window;
     float scale, eps;
 };

@@ -1,4 +1,5 @@
-// Several kernels in one call: what a layer's half does between two exchanges. bf16 activations, packed weights.
+// Several kernels in one call: what a layer's half does between two exchanges. bf16 activations, packed weights (of
+// either kind).  Each throws std::bad_alloc.
 #pragma once
 
 #include "api.h"

@@ -167,7 +167,7 @@ void gemm(const afd::GemmArgs& a, int n_begin, int n_end) {
     typename Put::Out* const out = static_cast<typename Put::Out*>(a.out);
     const int groups = (a.m + kTileRows - 1) / kTileRows;
     for (int n = n_begin; n < n_end; n += kPanel) {
-        const bf16* const panel = static_cast<const bf16*>(a.w) + static_cast<int64_t>(n) * a.k;
+        const bf16* const panel = static_cast<const bf16*>(a.w.data) + static_cast<int64_t>(n) * a.k;
         const int width = a.n - n < kPanel ? a.n - n : kPanel;
         for (int group = 0, row = 0; group < groups; ++group) {
             const int count = (a.m - row + groups - group - 1) / (groups - group);

@@ -4,6 +4,7 @@
 #include "attention.h"
 #include "elementwise.h"
 #include "gemm.h"
+#include "gemm_int8.h"
 
 namespace AFD_ISA {
 namespace {
@@ -81,6 +82,15 @@ void gemm_any(const afd::GemmArgs& a, int n_begin, int n_end) {
         gemm<AddToFloat>(a, n_begin, n_end);
 }
 
+void gemm_int8_any(const afd::GemmArgs& a, afd::RoundedRows rows, int n_begin, int n_end) {
+    if (a.mode == afd::kToBfloat16)
+        gemm_int8<ToBf16>(a, rows, n_begin, n_end);
+    else if (a.mode == afd::kToFloat32)
+        gemm_int8<ToFloat>(a, rows, n_begin, n_end);
+    else
+        gemm_int8<AddToFloat>(a, rows, n_begin, n_end);
+}
+
 float read_memory(const char* memory, int64_t num_bytes) {
     Chunk sums[2] = {};
     const float* p = reinterpret_cast<const float*>(memory);
@@ -94,7 +104,8 @@ float read_memory(const char* memory, int64_t num_bytes) {
 constexpr afd::KernelTable make_table(const char* name) {
     return {name,         state_floats,      scratch_bytes,    state_at,     attention_chunks, merge_states,
             finish,       write_kv_any,      rope_write_kv_any, add_rms_norm_any, silu_mul_any, add_bias,
-            gate_heads,   add_scaled_rows,   gemm_any,         read_memory};
+            gate_heads,   add_scaled_rows,   gemm_any,         round_rows,
+            gemm_int8_any, read_memory};
 }
 
 }  // namespace

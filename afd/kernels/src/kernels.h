@@ -5,6 +5,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "api.h"
+
 namespace afd {
 
 enum DType : int32_t { kFloat32 = 0, kBfloat16 = 1 };
@@ -13,7 +15,8 @@ constexpr int kKeyGroup = 8;     // keys that are certain to lie side by side in
 constexpr int kChunkKeys = 512;  // keys summed up before a merge; fixed, so that no result depends on the work split
 constexpr int kMaxRows = 64;     // query rows of a tile
 constexpr int kMaxPartials = 16;
-constexpr int kPanel = 64;  // rows of a weight matrix that are packed together (gemm.h)
+constexpr int kPanel = 64;      // rows of a bf16 weight matrix that are packed together (gemm.h)
+constexpr int kInt8Panel = 32;  // of an int8 one (gemm_int8.h); divides kPanel
 
 struct AttentionArgs {
     const void* q;               // [num_tokens, num_heads, head_dim], tokens q_stride apart
@@ -105,10 +108,16 @@ enum GemmOut : int32_t { kToFloat32 = 0, kToBfloat16 = 1, kAddToFloat32 = 2 };
 
 struct GemmArgs {
     const void* x;  // bf16 [m, k], rows x_stride apart
-    const void* w;  // bf16 [n, k], packed
+    AfdMatrix w;    // [n, k]
     void* out;      // [m, n], rows out_stride apart
     int64_t x_stride, out_stride;
-    int32_t mode, m, n, k;  // mode: a GemmOut; k even
+    int32_t mode, m, n, k;  // mode: a GemmOut; k even if w is bf16
+};
+
+// Rows of x rounded to integers, in the order of gemm_int8.h, each with its scale: what the int8 GEMM multiplies.
+struct RoundedRows {
+    int32_t* pairs;  // [m * (k + 1) / 2] pairs of int16
+    float* scales;   // [m]
 };
 
 // Functions without state; each may run on any thread.
@@ -132,7 +141,9 @@ struct KernelTable {
     // out[row] += scale[row] * x[row] for float32 rows of `width`; out row r is out + index[r] * width.
     void (*add_scaled_rows)(const float* x, const float* scale, const int32_t* index, int num_rows, int width,
                             float* out);
-    void (*gemm)(const GemmArgs&, int n_begin, int n_end);
+    void (*gemm)(const GemmArgs&, int n_begin, int n_end);  // bf16 weights
+    void (*round_rows)(const GemmArgs&, RoundedRows rows);  // writes `rows`, of a's x
+    void (*gemm_int8)(const GemmArgs&, RoundedRows rows, int n_begin, int n_end);
     // Sum of a multiple of 1 KiB of floats: the plainest way to read memory.
     float (*read)(const char* memory, int64_t num_bytes);
 };

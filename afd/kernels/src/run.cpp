@@ -2,6 +2,7 @@
 
 #include <atomic>
 #include <memory>
+#include <new>
 
 #include "attention_plan.h"
 
@@ -83,6 +84,25 @@ int32_t attend(const KernelTable& kernels, const AttentionArgs& args, int num_th
         static_cast<int>(plan.items.size()), plan.num_threads,
         [](void* context, int item) { static_cast<AttentionJob*>(context)->run(item); }, &job);
     return job.out_of_memory ? kOutOfMemory : kOk;
+}
+
+void run_gemm(const KernelTable& kernels, const GemmArgs& args, int num_threads) {
+    if (args.m == 0) return;
+    constexpr int64_t kBytesPerThread = 256 << 10;  // less is read in the time it takes to wake a thread
+    const bool int8 = args.w.scales != nullptr;
+    const int64_t bytes = static_cast<int64_t>(args.n) * args.k * (int8 ? 1 : 2) * (1 + args.m / 16);
+    const int busy = static_cast<int>(std::clamp<int64_t>(bytes / kBytesPerThread, 1, num_threads));
+    if (!int8) {
+        run_ranges(args.n, kPanel, busy, [&](int begin, int end) { kernels.gemm(args, begin, end); });
+        return;
+    }
+    thread_local Arena arena;
+    const size_t pairs_bytes = aligned64(sizeof(int32_t) * args.m * ((args.k + 1) / 2));
+    char* const memory = static_cast<char*>(arena.reserve(pairs_bytes + sizeof(float) * args.m));
+    if (memory == nullptr) throw std::bad_alloc();
+    const RoundedRows rows{reinterpret_cast<int32_t*>(memory), reinterpret_cast<float*>(memory + pairs_bytes)};
+    kernels.round_rows(args, rows);
+    run_ranges(args.n, kInt8Panel, busy, [&](int begin, int end) { kernels.gemm_int8(args, rows, begin, end); });
 }
 
 int32_t check_slots(const int64_t* slots, int num_tokens, int64_t num_slots, int32_t* error_detail) {

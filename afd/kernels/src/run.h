@@ -62,11 +62,7 @@ void run_ranges(int size, int grain, int num_threads, Function function) {
         &context);
 }
 
-inline void run_gemm(const KernelTable& kernels, const GemmArgs& args, int num_threads) {
-    constexpr int64_t kBytesPerThread = 256 << 10;  // less is read in the time it takes to wake a thread
-    const int64_t bytes = static_cast<int64_t>(args.n) * args.k * 2 * (1 + args.m / 16);
-    const int busy = static_cast<int>(std::clamp<int64_t>(bytes / kBytesPerThread, 1, num_threads));
-    run_ranges(args.n, kPanel, busy, [&](int begin, int end) { kernels.gemm(args, begin, end); });
-}
+// Throws std::bad_alloc if there is no memory for rounded rows (int8 weights).
+void run_gemm(const KernelTable& kernels, const GemmArgs& args, int num_threads);
 
 }  // namespace afd

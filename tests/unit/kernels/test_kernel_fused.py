@@ -12,7 +12,7 @@ from torch import Tensor
 
 from afd.kernels.fused import AttentionLayerCall, ExpertsCall, LayerBatch, LayerShape, LayerWeights, SwiGluCall
 from afd.kernels.native import NativeKernels
-from afd.kernels.packed import PackedMatrix
+from afd.kernels.packed import Packed, PackedInt8, PackedMatrix
 from afd.kernels.reference import ReferenceKernels
 
 REFERENCE = ReferenceKernels()
@@ -20,6 +20,7 @@ FAST = settings(
     max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 HIDDEN, BLOCK = 72, 8
+KINDS = ("bfloat16", "int8")
 
 
 def random(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
@@ -30,6 +31,15 @@ def packed(kernels: NativeKernels, w: Tensor) -> PackedMatrix:
     copy = w.clone()
     kernels.pack(copy)
     return PackedMatrix(copy)
+
+
+def packed_as(kind: str, kernels: NativeKernels, w: Tensor) -> tuple[Packed, Tensor]:
+    """w [n, k] packed, and the matrix [n, k] that it stands for."""
+    if kind == "bfloat16":
+        return packed(kernels, w), w
+    scales = w.float().norm(dim=1) / (127 if w.shape[1] else 1)  # no element is above its row's norm
+    values = (w.float() / scales.clamp(min=1e-30)[:, None]).round()
+    return PackedInt8.pack(values.to(torch.int8), scales.clone()), values * scales[:, None]
 
 
 def swiglu(x: Tensor, gate_up: Tensor, down: Tensor, limit: float) -> Tensor:
@@ -48,11 +58,13 @@ def relative_error(got: Tensor, want: Tensor) -> float:
     num_rows=st.sampled_from([0, 1, 7, 63, 64, 65, 300]),
     width=st.sampled_from([0, 2, 40, 96]),
     limit=st.sampled_from([0.0, 0.7]),
+    kind=st.sampled_from(KINDS),
 )
-def test_swiglu(kernels: NativeKernels, num_rows: int, width: int, limit: float) -> None:
+def test_swiglu(kernels: NativeKernels, num_rows: int, width: int, limit: float, kind: str) -> None:
     x = random(num_rows, HIDDEN + 8, seed=0)[:, :HIDDEN]
     gate_up, down = random(2 * width, HIDDEN, seed=1, scale=0.2), random(HIDDEN, width, seed=2, scale=0.2)
-    call = SwiGluCall(kernels, packed(kernels, gate_up), packed(kernels, down), limit)
+    (first, gate_up), (second, down) = (packed_as(kind, kernels, w) for w in (gate_up, down))
+    call = SwiGluCall(kernels, first, second, limit)
     got = call(x)
     assert got.dtype is torch.bfloat16 and got.shape == (num_rows, HIDDEN)
     assert relative_error(got, swiglu(x, gate_up, down, limit)) < 1e-2
@@ -68,9 +80,17 @@ def test_swiglu(kernels: NativeKernels, num_rows: int, width: int, limit: float)
     num_local=st.integers(1, 5),
     crowded=st.booleans(),
     measured=st.booleans(),
+    kind=st.sampled_from(KINDS),
 )
 def test_experts(
-    kernels: NativeKernels, num_rows: int, top_k: int, first: int, num_local: int, crowded: bool, measured: bool
+    kernels: NativeKernels,
+    num_rows: int,
+    top_k: int,
+    first: int,
+    num_local: int,
+    crowded: bool,
+    measured: bool,
+    kind: str,
 ) -> None:
     """Any routing, those to experts that live elsewhere and ids that no one has included."""
     num_experts, width = 6, 40
@@ -82,7 +102,9 @@ def test_experts(
     weights = torch.rand(num_rows, top_k, generator=generator)
     gate_up = random(num_local, 2 * width, HIDDEN, seed=1, scale=0.2)
     down = random(num_local, HIDDEN, width, seed=2, scale=0.2)
-    call = ExpertsCall(kernels, [packed(kernels, w) for w in gate_up], [packed(kernels, w) for w in down], first, 0.0)
+    pairs = [[packed_as(kind, kernels, w) for w in stack] for stack in (gate_up, down)]
+    (ups, gate_up), (downs, down) = ([list(part) for part in zip(*stack, strict=True)] for stack in pairs)
+    call = ExpertsCall(kernels, ups, downs, first, 0.0)
     out = random(num_rows, HIDDEN, seed=5).float()
     want = out.clone()
     counts, squares = call.add_to(out, x, ids, weights, measured)
@@ -204,13 +226,14 @@ def batch_tables(lengths: list[tuple[int, int]], shape: LayerShape, num_blocks: 
     )
 
 
-@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize(("num_threads", "weight_kind"), [(1, "bfloat16"), (2, "bfloat16"), (2, "int8")])
 @pytest.mark.parametrize("kind", SHAPES)
-def test_attention_layer(kernels: NativeKernels, kind: str, num_threads: int) -> None:
+def test_attention_layer(kernels: NativeKernels, kind: str, num_threads: int, weight_kind: str) -> None:
     shape = SHAPES[kind]
     plain = layer_weights(kind, shape)
-    matrices = ("qkv", "o", "q_up")
-    weights = LayerWeights(**{k: packed(kernels, w) if k in matrices else w for k, w in plain.items()})
+    matrices = {k: packed_as(weight_kind, kernels, plain[k]) for k in ("qkv", "o", "q_up") if k in plain}
+    weights = LayerWeights(**(plain | {k: matrix for k, (matrix, _) in matrices.items()}))
+    plain |= {k: meant for k, (_, meant) in matrices.items()}
     call = AttentionLayerCall(kernels, weights, shape)
     torch.set_num_threads(num_threads)
     try:

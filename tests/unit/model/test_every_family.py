@@ -27,7 +27,7 @@ def _logits(attention: AttentionHalf, ffns: list[FFNHalf], seqs: list[NewTokens]
 @pytest.mark.parametrize("preset", TINY)
 def test_a_batch_without_tokens_is_ordinary(preset: str) -> None:
     folder = resolve_model(f"dummy:{preset}")
-    attention = load_attention_half(folder, "bfloat16")
+    attention = load_attention_half(folder, "bfloat16", weights="int8-all")
     for parallel in FfnParallel:
         ffns = [load_ffn_half(folder, ShardSpec(rank, 3, parallel), "bfloat16", weights="int8") for rank in range(3)]
         assert _logits(attention, ffns, []).shape == (0, folder.spec.vocab_size)
@@ -44,6 +44,19 @@ def test_bfloat16_stays_close_to_float32(preset: str) -> None:
     }
     errors = (whole["bfloat16"] - whole["float32"]).norm(dim=1) / whole["float32"].norm(dim=1)
     assert errors.median() < 0.06
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("preset", TINY)
+def test_int8_stays_close_to_float32(preset: str, dtype: str) -> None:
+    """With all that can be int8 in int8: torch's path in float32, the native kernels (where they run) in bfloat16."""
+    folder = resolve_model(f"dummy:{preset}")
+    seqs: list[NewTokens] = [(0, 30, [3, 1]), (0, 4, [0])]
+    exact = _logits(load_attention_half(folder, "float32"), [load_ffn_half(folder, ShardSpec(), "float32")], seqs)
+    halves = [load_ffn_half(folder, ShardSpec(rank, 2), dtype, weights="int8-all") for rank in range(2)]
+    rounded = _logits(load_attention_half(folder, dtype, weights="int8-all"), halves, seqs)
+    errors = (rounded - exact).norm(dim=1) / exact.norm(dim=1)
+    assert 1e-4 < errors.median() < 0.08
 
 
 @pytest.mark.parametrize("preset", TINY)

@@ -11,14 +11,16 @@ import pytest
 import torch
 
 from afd.cli.main import main
-from afd.kernels import PackedMatrix
+from afd.kernels import PackedInt8, PackedMatrix
 from afd.model.expert_health import expert_health
 from afd.model.ffn import DenseFfn, MoeFfn, SwiGlu
-from afd.model.inspect import ffn_bytes
+from afd.model.halves import AttentionHalf
+from afd.model.inspect import attention_bytes, ffn_bytes
 from afd.model.int8 import Int8Weight
-from afd.model.loading import load_ffn_half, resolve_model
+from afd.model.loading import load_attention_half, load_ffn_half, resolve_model
 from afd.model.primitives import Weight
 from afd.model.sharding import ShardSpec
+from afd.model.spec import WEIGHT_TYPES
 from afd.types import FfnParallel
 
 
@@ -45,7 +47,7 @@ def test_the_json_form(capsys: pytest.CaptureFixture[str]) -> None:
     assert 191.3e9 < sum(ffn) < 193e9, "one byte a weight and few for scales"
 
 
-@pytest.mark.parametrize("weights", ["auto", "int8"])
+@pytest.mark.parametrize("weights", WEIGHT_TYPES)
 @pytest.mark.parametrize("parallel", FfnParallel)
 @pytest.mark.parametrize("model", ["dummy:step3-tiny", "dummy:qwen3-moe-tiny"])
 def test_the_memory_told_is_the_memory_taken(model: str, parallel: FfnParallel, weights: str) -> None:
@@ -55,6 +57,30 @@ def test_the_memory_told_is_the_memory_taken(model: str, parallel: FfnParallel, 
         half = load_ffn_half(folder, shard, "bfloat16", weights=weights)
         held = sum(_bytes_of(layer) for layer in half._layers)
         assert ffn_bytes(folder.spec, shard, "bfloat16", weights) == held
+
+
+@pytest.mark.parametrize("weights", WEIGHT_TYPES)
+@pytest.mark.parametrize("model", ["dummy:step3-tiny", "dummy:llama-tiny", "dummy:deepseek-v3-tiny"])
+def test_the_memory_told_of_attention_is_the_memory_taken(model: str, weights: str) -> None:
+    folder = resolve_model(model)
+    half = load_attention_half(folder, "bfloat16", weights=weights)
+    assert attention_bytes(folder.spec, "bfloat16", weights) == _attention_bytes(half)
+
+
+def _attention_bytes(half: AttentionHalf) -> int:
+    """All that a half holds, each piece of memory once."""
+    found: dict[int, int] = {}
+    for part in (half._embedding, half._final_norm, half._head):
+        found[id(part)] = _weight_bytes(part)
+    for layer in half._layers:
+        weights = layer.attention._w  # type: ignore[attr-defined]
+        router = layer.router
+        parts = [getattr(weights, name) for name in weights.__slots__] + [layer.attn_norm, layer.ffn_norm]
+        parts += [] if router is None else [router._weight, router._bias]
+        for part in parts:
+            if part is not None:
+                found[id(part)] = _weight_bytes(part)
+    return sum(found.values())
 
 
 def _bytes_of(layer: object) -> int:
@@ -72,6 +98,8 @@ def _swiglu_bytes(swiglu: SwiGlu) -> int:
 def _weight_bytes(weight: Weight) -> int:
     if isinstance(weight, Int8Weight):
         return weight.values.nbytes + weight.scales.nbytes
+    if isinstance(weight, PackedInt8):  # without what pads its last panel
+        return weight.shape[0] * (weight.shape[1] + 4)
     return (weight.data if isinstance(weight, PackedMatrix) else weight).nbytes
 
 

@@ -14,10 +14,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from afd.errors import ModelError
+from afd.kernels import Packed, PackedInt8, native_kernels
+from afd.model.attention_kinds import AttentionWeights
 from afd.model.ffn import Dispatch
-from afd.model.int8 import empty_int8, int8_linear
+from afd.model.halves import AttentionHalf
+from afd.model.int8 import Int8Weight, empty_int8, int8_copy, int8_linear
 from afd.model.inventory import inventory
-from afd.model.loading import load_ffn_half, resolve_model
+from afd.model.loading import DEFAULT_MODEL, load_attention_half, load_ffn_half, resolve_model
+from afd.model.primitives import linear, prepared_for
 from afd.model.sharding import ShardSpec
 from afd.model.weights.block_fp8 import E4M3_VALUES
 from afd.model.weights.checkpoint import as_float32
@@ -155,6 +159,59 @@ def test_int8_weights_are_the_rounded_matrix() -> None:
     assert int8_linear(x.bfloat16(), weight).dtype is torch.bfloat16
 
 
+def test_a_native_int8_product_is_torchs() -> None:
+    """Within a rounding to bfloat16: the native one multiplies with rows of 15 bits and rounds once."""
+    torch.manual_seed(2)
+    weight = int8_copy(torch.randn(100, 77), 1000)
+    x = torch.randn(9, 77).bfloat16()
+    matrix = prepared_for(torch.bfloat16, Int8Weight(weight.values.clone(), weight.scales.clone()))
+    assert isinstance(matrix, PackedInt8) == (native_kernels() is not None)
+    exact = int8_linear(x.float(), weight)
+    torch.testing.assert_close(linear(x, matrix).float(), exact, rtol=2**-6, atol=2**-6)
+    assert isinstance(prepared_for(torch.float32, weight), Int8Weight)
+
+
+def _attention_weights(half: AttentionHalf, layer: int) -> AttentionWeights:
+    weights = half._layers[layer].attention._w  # type: ignore[attr-defined]
+    assert isinstance(weights, AttentionWeights)
+    return weights
+
+
+@pytest.mark.parametrize("model", ["dummy:step3-tiny", DEFAULT_MODEL])
+def test_int8_all_rounds_projections_and_head_alone(model: str) -> None:
+    """A mirror of the float32 half; the default model's file has rows in llama.cpp's order and one matrix for both
+    embedding and head."""
+    folder = resolve_model(model)
+    plain, rounded = (load_attention_half(folder, "float32", weights=weights) for weights in ("int8", "int8-all"))
+    pairs = [(plain._head, rounded._head)]
+    for name in ("qkv", "o", "q_up"):
+        pairs.append(tuple(getattr(_attention_weights(half, 1), name) for half in (plain, rounded)))
+    for matrix, got in pairs:
+        if matrix is None:
+            assert got is None
+            continue
+        want = int8_copy(matrix, 1 << 20)
+        assert isinstance(got, Int8Weight)
+        assert torch.equal(got.values, want.values) and torch.equal(got.scales, want.scales)
+    assert torch.equal(rounded._embedding, plain._embedding)
+    assert torch.equal(rounded._layers[1].attn_norm, plain._layers[1].attn_norm)
+
+
+def test_int8_all_leaves_mla_as_it_is() -> None:
+    half = load_attention_half(resolve_model("dummy:deepseek-v3-tiny"), "bfloat16", weights="int8-all")
+    weights = half._layers[0].attention._w  # type: ignore[attr-defined]
+    assert not any(isinstance(w, Int8Weight | PackedInt8) for w in (weights.q_up, weights.kv_down, weights.o))
+    assert isinstance(half._head, Int8Weight | PackedInt8)
+
+
+def test_layers_with_int8_weights_are_fused_where_bfloat16_ones_are() -> None:
+    folder = resolve_model("dummy:step3-tiny")
+    halves = [load_attention_half(folder, "bfloat16", weights=weights) for weights in ("auto", "int8-all")]
+    fused = [[layer.fused is not None for layer in half._layers] for half in halves]
+    assert fused[0] == fused[1] == [native_kernels() is not None] * folder.spec.num_layers
+    assert isinstance(halves[1]._head, Packed) == fused[0][0]
+
+
 @pytest.mark.parametrize("model", ["dummy:step3-tiny", "dummy:llama-tiny"])
 @pytest.mark.parametrize("parallel", [FfnParallel.HYBRID, FfnParallel.TP])
 def test_int8_halves_stay_close(model: str, parallel: FfnParallel) -> None:
@@ -176,6 +233,16 @@ def test_int8_halves_stay_close(model: str, parallel: FfnParallel) -> None:
 def test_unknown_weights_are_refused() -> None:
     with pytest.raises(ModelError, match="weights 'int4' are not supported"):
         load_ffn_half(resolve_model("dummy:llama-tiny"), ShardSpec(), "float32", weights="int4")
+    with pytest.raises(ModelError, match="weights 'int4' are not supported"):
+        load_attention_half(resolve_model("dummy:llama-tiny"), "float32", weights="int4")
+
+
+def test_a_shard_without_columns_gives_zeros() -> None:
+    """Whatever lay in the memory of its scales."""
+    weight = empty_int8([6, 0], "cpu")
+    x = torch.empty(3, 0)
+    for matrix, rows in ((weight, x), (prepared_for(torch.bfloat16, weight), x.bfloat16())):
+        assert torch.equal(linear(rows, matrix).float(), torch.zeros(3, 6))
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
