@@ -22,10 +22,11 @@ from afd.messages.serving import (
     WorkerStats,
 )
 from afd.sched.latency import LatencyModel, StepLoad, StepSample
-from afd.sched.policy import Admission, Ask, Policy, PrefillBudget
+from afd.sched.policy import Admission, Policy, PrefillBudget
 from afd.sched.scheduler import Scheduler
 from afd.sched.sequence import MicroBatch, Progress, Sequence
 from afd.sched.streams import StreamChooser
+from afd.sched.submission import admit
 from afd.simulate.results import Results
 from afd.simulate.settings import Settings
 from afd.simulate.times import StepTimes
@@ -269,49 +270,26 @@ class AttentionWorker:
             if known.attempt >= message.attempt:
                 return
             self._drop(message.req_id)
-        refused = self._refusal(message, now)
-        if refused is not None:
-            self._say(refused)
+        reason, detail = self._fault(message)
+        if reason:
+            self._say(Refused(message.req_id, message.attempt, reason, detail))
             return
         self._num_arrivals += 1
+        answer = admit(message, self.admission, owner=b"", arrival=self._num_arrivals, now=now)
+        if isinstance(answer, Refused):
+            self._say(answer)
+            return
         self._sent[message.req_id] = -1
-        self.scheduler.add(
-            Sequence(
-                message.req_id,
-                message.attempt,
-                b"",
-                [*message.prompt_ids, *message.output_ids],
-                len(message.prompt_ids),
-                message.sampling,
-                message.priority,
-                self._num_arrivals,
-                arrival_s=now,
-                tpot_s=self.admission.target_of(message.tpot_s),
-            )
-        )
+        self.scheduler.add(answer)
 
-    def _refusal(self, message: Submit, now: float) -> Refused | None:
+    def _fault(self, message: Submit) -> tuple[str, str]:
+        """Why it is not taken, whatever admission says: (reason, detail), or ("", "")."""
         if not self.ready:
-            return Refused(message.req_id, message.attempt, "not_ready", "an FFN worker is lost")
+            return "not_ready", "an FFN worker is lost"
         if self.scheduler.num_waiting >= self._settings.max_waiting:
-            detail = f"{self._settings.max_waiting} requests wait already"
-            return Refused(message.req_id, message.attempt, "capacity", detail)
+            return "capacity", f"{self._settings.max_waiting} requests wait already"
         never = self.scheduler.refusal(len(message.prompt_ids), message.sampling.max_tokens)
-        if never is not None:
-            return Refused(message.req_id, message.attempt, "invalid", never)
-        ask = Ask(
-            message.req_id,
-            len(message.prompt_ids),
-            message.sampling,
-            num_output=len(message.output_ids),
-            tpot_s=message.tpot_s,
-            priority=message.priority,
-            resumed=message.attempt > 0,
-        )
-        refusal = self.admission.judge(ask, now)
-        if refusal is None:
-            return None
-        return Refused(message.req_id, message.attempt, "capacity", refusal.detail, refusal.retry_after_s)
+        return ("invalid", never) if never else ("", "")
 
     def _sampled(self, batch: MicroBatch) -> Mapping[str, int]:
         """The stop token where an answer is complete; length-limited ones end by themselves."""
