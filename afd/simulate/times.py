@@ -56,7 +56,7 @@ class StepTimes:
     """Seconds of one layer (head: of one step) for whole workers. Jitter is spread over all stages."""
 
     def __init__(self, stages: StageModel, deployment: Deployment):
-        self.num_layers = deployment.model.num_layers
+        self.num_layers, self.vocab = deployment.model.num_layers, deployment.model.vocab
         self._stages = stages
         self._deployment = deployment
         self._alone = deployment.replace(topology=Topology(1, deployment.topology.num_ffn))

@@ -53,7 +53,8 @@ class Step:
     """One micro-batch on its way. attention_s, to_ffn_s, to_attention_s: of one layer; head_s: of the step.
 
     layer: the one whose answer is awaited; -1 = none yet.  missing: FFN ranks that have not answered it.
-    exchange_s, ffn_s: summed over layers so far.  void: lost with a worker; nothing of it counts.
+    exchange_s, ffn_s: summed over layers so far.  head_rows: of the vocabulary, whose logits are there.
+    void: lost with a worker; nothing of it counts.
     """
 
     worker: AttentionWorker
@@ -72,6 +73,7 @@ class Step:
     sent_s: float = 0.0
     exchange_s: float = 0.0
     ffn_s: float = 0.0
+    head_rows: int = 0
     void: bool = False
     stream: int = field(init=False)
     num_tokens: int = field(init=False)
