@@ -26,6 +26,7 @@ class Stage(msgspec.Struct, frozen=True, gc=False):
     slots), "exchange" (rows are away; overlaps the others), "head_slice" and at last "head", "wait" (work in flight,
     nothing ready), and in topology mono "ffn".
     name, FFN worker: "gang_wait" (first arrival until computed), "ffn", "combine" (answer every member).
+    num_tokens: rows computed or moved; of a head those that are sampled.
     layer, stream: -1 where a stage is not tied to one.  gang_id: 0 where it is not known.  gang_size: attention workers
     whose rows were computed together.  epoch: 0 where it is not known.
 

@@ -138,7 +138,7 @@ class StageClock:
         now = self._clock()
         self._steps[stream].head_s += now - begun_s
         self.totals.head_s += now - begun_s
-        self.ring.add(Stage(name, begun_s, now, stream, -1, batch.num_tokens, batch.step))
+        self.ring.add(Stage(name, begun_s, now, stream, -1, batch.num_samples, batch.step))
         return now
 
     def reset(self) -> None:

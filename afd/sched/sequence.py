@@ -97,6 +97,11 @@ class MicroBatch:
     def num_tokens(self) -> int:
         return sum(item.num_new for item in self.items)
 
+    @property
+    def num_samples(self) -> int:
+        """Rows that go through the head."""
+        return sum(item.samples for item in self.items)
+
 
 @dataclass(frozen=True, slots=True)
 class Progress:
