@@ -2,17 +2,17 @@
 
     python -m bench.simulation            # five rounds, the default model, 1A1F
     python -m bench.simulation --quick    # one short round: does it run
+    python -m bench.simulation --rounds 2 --keep rounds.jsonl    # one more part of a longer run
     python -m bench.simulation --cost     # what a simulation costs, by requests and workers (no cluster)
 
-Each round: the cluster under load is traced for its stage times (partner, gateway and load generator running); the
-same load is measured with `afd bench`; the simulator runs it with those stage times. Requests of the two loads differ
-by their seed. Medians over the rounds; the last line of the output is one JSON object.
+Each round: a load is run and its stage times are traced (partner, gateway and load generator running); a second one,
+the same but for its seed, is measured with `afd bench`; the simulator runs that one with the first one's stage times.
+Medians over the rounds, those of earlier runs in --keep FILE included; the last line of the output is one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import platform
@@ -20,7 +20,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
+from typing import Any
 
 from bench.local import BenchCluster
 
@@ -28,7 +30,7 @@ METRICS = ("output_throughput", "median_tpot_ms")
 COST_CASES = [
     ("4A2F", 2000), ("64A8F", 2000), ("4A2F", 10000), ("16A4F", 10000), ("64A8F", 10000), ("64A8F", 100_000),
 ]  # fmt: skip
-FULL = 0.75  # of the clients' requests run when the trace begins
+SETTINGS = ("model", "topology", "streams", "requests", "concurrency", "input_len", "output_len", "range_ratio")
 
 
 def load_flags(args: argparse.Namespace) -> list[str]:
@@ -43,21 +45,12 @@ def bench_command(cluster: BenchCluster, args: argparse.Namespace, seed: int) ->
 
 
 def calibrate(cluster: BenchCluster, args: argparse.Namespace, file: Path, seed: int) -> None:
-    """Trace the cluster in the middle of a load."""
-    load = subprocess.Popen(bench_command(cluster, args, seed), stdout=subprocess.DEVNULL)
-    try:
-        while sum(stats["running"] for stats in cluster.stats("attention")) < FULL * args.concurrency:
-            if load.poll() is not None:
-                raise RuntimeError(f"the load was over (exit code {load.returncode}) before it was traced: --requests")
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            load.wait(args.trace_s)
-        command = [sys.executable, "-m", "afd", "trace", "--seconds", str(args.trace_s), "--calibrate", str(file)]
-        subprocess.run(command, env=cluster.env, check=True, stdout=subprocess.DEVNULL, timeout=60)
-        load.wait(600)
-    finally:
-        if load.poll() is None:
-            load.kill()
-            load.wait()
+    """Stage times of a load, taken when it is over: each worker keeps its last stages, so tracing disturbs nothing."""
+    begun_s = time.perf_counter()
+    measure(cluster, args, seed)
+    seconds = min(time.perf_counter() - begun_s, args.trace_s)
+    command = [sys.executable, "-m", "afd", "trace", "--seconds", f"{seconds:.1f}", "--calibrate", str(file)]
+    subprocess.run(command, env=cluster.env, check=True, stdout=subprocess.DEVNULL, timeout=60)
 
 
 def measure(cluster: BenchCluster, args: argparse.Namespace, seed: int) -> dict[str, float]:
@@ -104,13 +97,14 @@ def main() -> None:
     parser.add_argument("--plan-model", default="smollm2-135m-instruct", help="the same for `afd plan`")
     parser.add_argument("--topology", default="1A1F")
     parser.add_argument("--streams", type=int, default=2)
-    parser.add_argument("--requests", type=int, default=160)
+    parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--concurrency", type=int, default=16)
     parser.add_argument("--input-len", type=int, default=64)
     parser.add_argument("--output-len", type=int, default=64)
     parser.add_argument("--range-ratio", type=float, default=0.25)
-    parser.add_argument("--trace-s", type=float, default=8.0)
+    parser.add_argument("--trace-s", type=float, default=60.0, help="calibrate with so many last seconds at most")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--keep", type=Path, help="file of rounds with the same settings: read, and added to")
     parser.add_argument("--quick", action="store_true", help="one short round: does it run")
     parser.add_argument("--cost", action="store_true", help="time the simulator alone")
     args = parser.parse_args()
@@ -118,39 +112,60 @@ def main() -> None:
         cost(args)
         return
     if args.quick:
-        args.rounds, args.requests, args.concurrency, args.trace_s = 1, 64, 8, 5.0
+        args.rounds, args.requests, args.concurrency = 1, 24, 8
+    rounds = kept_rounds(args)
     flags = ["--topology", args.topology, "--model", args.model, "--streams", str(args.streams)]
-    rounds: list[dict[str, dict[str, float]]] = []
     with tempfile.TemporaryDirectory() as folder, BenchCluster(*flags, "--sla-policy", "off") as cluster:
-        measure(cluster, args, seed=99)  # warm
-        for idx in range(args.rounds):
+        measure(cluster, argparse.Namespace(**{**vars(args), "requests": args.concurrency, "output_len": 8}), seed=99)
+        for idx in range(len(rounds), len(rounds) + args.rounds):
             file = Path(folder) / f"round-{idx}.json"
             calibrate(cluster, args, file, seed=100 + idx)
             real = measure(cluster, args, seed=idx)
             simulated = simulate(args, file, seed=idx)
-            rounds.append({name: {"real": real[name], "simulated": simulated[name]} for name in METRICS})
+            found = {name: {"real": real[name], "simulated": simulated[name]} for name in METRICS}
+            found["stages"] = {name: json.loads(file.read_text())[name] for name in ("t_A", "t_F", "t_C", "t_head")}
+            rounds.append(found)
+            keep_round(args, found)
             shown = ", ".join(f"{name} {real[name]:.1f} real, {simulated[name]:.1f} simulated" for name in METRICS)
             print(f"round {idx}: {shown}", flush=True)
-            if idx == 0:
-                stages = json.loads(file.read_text())
-                print({name: stages[name] for name in ("t_A", "t_F", "t_C", "t_head")})
     report(args, rounds)
 
 
-def report(args: argparse.Namespace, rounds: list[dict[str, dict[str, float]]]) -> None:
-    medians = {
-        name: {side: statistics.median(found[name][side] for found in rounds) for side in ("real", "simulated")}
-        for name in METRICS
-    }
-    print(
-        f"\n{args.model} {args.topology}, {args.streams} streams, {args.concurrency} clients: medians of {args.rounds}"
-    )
-    for name, values in medians.items():
-        error = values["simulated"] / values["real"] - 1
-        values["error"] = error
-        print(f"{name:>18}  real {values['real']:9.2f}  simulated {values['simulated']:9.2f}  {error:+.1%}")
+def kept_rounds(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rounds of earlier runs; ValueError when one of them had other settings."""
+    if args.keep is None or not args.keep.exists():
+        return []
+    rounds = []
+    for line in args.keep.read_text().splitlines():
+        kept = json.loads(line)
+        if kept["settings"] != settings_of(args):
+            raise ValueError(f"{args.keep} has rounds with other settings: {kept['settings']}")
+        rounds.append(kept["round"])
+    return rounds
+
+
+def keep_round(args: argparse.Namespace, found: dict[str, Any]) -> None:
+    if args.keep is not None:
+        with args.keep.open("a") as file:
+            file.write(json.dumps({"settings": settings_of(args), "round": found}) + "\n")
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in SETTINGS}
+
+
+def report(args: argparse.Namespace, rounds: list[dict[str, Any]]) -> None:
+    """Medians over all rounds."""
+    print(f"\n{args.model} {args.topology}, {args.streams} streams, {args.concurrency} clients: {len(rounds)} rounds")
+    medians = {}
+    for name in METRICS:
+        values = {side: statistics.median(found[name][side] for found in rounds) for side in ("real", "simulated")}
+        values["error"] = values["simulated"] / values["real"] - 1
+        medians[name] = values
+        print(f"{name:>18}  real {values['real']:9.2f}  simulated {values['simulated']:9.2f}  {values['error']:+.1%}")
     machine = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-    print(json.dumps({"bench": "simulation", **machine, "arguments": vars(args), "medians": medians, "rounds": rounds}))
+    result = {"bench": "simulation", **machine, "settings": settings_of(args), "medians": medians, "rounds": rounds}
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

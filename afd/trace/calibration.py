@@ -145,13 +145,13 @@ def _ffn_times(batches: Iterable[_Batch]) -> Iterator[Sample]:
 
 
 def _ways_there(batches: Iterable[_Batch]) -> Iterator[tuple[int, float, bool]]:
-    """(rows, seconds, was awaited): from the last rows' leaving, or a busy worker's being free, to the batch's begin."""
+    """(rows, seconds, was awaited): from when the last rows left, or a busy worker was free, to the batch's begin."""
     for batch in batches:
         yield batch.rows, batch.ffn.start_s - max(batch.sent_s, batch.free_s), batch.was_awaited
 
 
 def _ways_back(timeline: Timeline) -> Iterator[tuple[int, float, bool]]:
-    """(rows, seconds, was awaited): from an answer, or a busy worker's being free, to where the worker noticed it."""
+    """(rows, seconds, was awaited): from when it was answered, or a busy worker was free, to where it was noticed."""
     answered_s: dict[tuple[int, int, int], float] = {}
     for worker in timeline.of_role(FFN):
         for stage in worker.stages:
