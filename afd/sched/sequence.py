@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
+import msgspec
+
 from afd.types import FinishReason, SamplingParams
 
 
@@ -75,9 +77,11 @@ class Sequence:
         return self.tokens[self.num_prompt :]
 
 
-@dataclass(frozen=True, slots=True)
-class BatchItem:
-    """`num_new` tokens of one sequence from position `start`. samples: its last token's logits are wanted."""
+class BatchItem(msgspec.Struct, frozen=True):
+    """`num_new` tokens of one sequence from position `start`. samples: its last token's logits are wanted.
+
+    A struct, as Progress is: one of each is made for every token, at a tenth of what a frozen dataclass costs.
+    """
 
     seq: Sequence
     start: int
@@ -103,8 +107,7 @@ class MicroBatch:
         return sum(item.samples for item in self.items)
 
 
-@dataclass(frozen=True, slots=True)
-class Progress:
+class Progress(msgspec.Struct, frozen=True):
     """What a commit did to one sequence, for the client: token ids from output index first_idx; finish if over."""
 
     seq: Sequence

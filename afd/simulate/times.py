@@ -117,5 +117,7 @@ class StepTimes:
 def rounded(value: float) -> int:
     """To the nearest whole number of at most seven significant bits; at least 1 above 0."""
     number = max(1, int(value + 0.5)) if value > 0.0 else 0
+    if number < 1 << _BITS:
+        return number
     shift = number.bit_length() - _BITS
-    return number if shift <= 0 else ((number + (1 << (shift - 1))) >> shift) << shift
+    return ((number + (1 << (shift - 1))) >> shift) << shift

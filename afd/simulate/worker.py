@@ -83,7 +83,10 @@ class Step:
 
     def meet(self, gang_tokens: int, times: StepTimes) -> None:
         """It goes with a gang of so many rows: those of the stream's last one, until its own is known."""
-        self.gang_tokens = max(gang_tokens, self.num_tokens)
+        gang_tokens = max(gang_tokens, self.num_tokens)
+        if gang_tokens == self.gang_tokens:
+            return
+        self.gang_tokens = gang_tokens
         self.to_ffn_s, self.to_attention_s = times.transfer_s(self.num_tokens, self.gang_tokens)
 
 
