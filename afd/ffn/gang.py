@@ -190,7 +190,7 @@ class GangTable:
 
     def _parks(self, stream: _Stream) -> bool:
         """Arrivals at layer 0 are newcomers while a gang is under way: no member has come back to layer 0 yet."""
-        running = stream.members - stream.detached
+        running = stream.members - stream.detached if stream.detached else stream.members
         return bool(running) and not any(a.layer == 0 and a.rank in running for a in stream.pending.values())
 
     def _ready(self, idx: int, stream: _Stream, now: float) -> list[list[Arrival]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from afd.events import Stage
@@ -32,6 +32,7 @@ def calibration(timeline: Timeline, *, model: str, topology: str, context: int =
 
     TraceError when the trace lacks a kind of stage.
     """
+    timeline = _complete(timeline)
     attention: list[Sample] = []
     head: list[Sample] = []
     for worker in timeline.of_role(ATTENTION):
@@ -54,6 +55,16 @@ def calibration(timeline: Timeline, *, model: str, topology: str, context: int =
         "t_head": t_head,
         "machine": f"{sum(len(worker.stages) for worker in timeline.workers)} stages in {timeline.seconds:g} s",
     }
+
+
+def _complete(timeline: Timeline) -> Timeline:
+    """The part that every worker has all stages of: a machine's moods shall count alike for all of them."""
+    from_s = max((worker.complete_from_s for worker in timeline.workers), default=0.0)
+    workers = [
+        replace(worker, stages=tuple(stage for stage in worker.stages if stage.start_s >= from_s))
+        for worker in timeline.workers
+    ]
+    return replace(timeline, workers=tuple(workers))
 
 
 def points(samples: Iterable[Sample]) -> list[dict[str, float | int]]:
