@@ -19,7 +19,7 @@ EXIT_INTERRUPTED = 130
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = Parser(
+    parser: argparse.ArgumentParser = Parser(
         prog="afd", description="Serve a language model with attention and FFN in separate processes (AFD)."
     )
     parser.add_argument("--version", action="version", version=f"afd {__version__}")
