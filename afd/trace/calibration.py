@@ -96,6 +96,8 @@ def _own_times(worker: Worker) -> Iterator[tuple[Stage, float]]:
         if stage.name == "wait":
             previous_s = stage.end_s
             continue
+        if previous_s is None and stage.name not in ("embed", "combine"):
+            continue  # its begin is not known
         if previous_s is None or (not in_flight and stage.start_s - previous_s > MAX_GAP_S):
             previous_s = stage.start_s
         in_flight.add(stage.stream)

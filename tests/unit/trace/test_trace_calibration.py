@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
+import msgspec
 import pytest
 
 from afd.cli.main import main
@@ -76,6 +78,47 @@ def test_a_queue_at_the_ffn_is_neither_work_nor_wire():
     assert found["t_F"] == [{"tokens": 8, "seconds": pytest.approx(1.0 * MS)}]
     assert found["t_A"][0]["seconds"] == pytest.approx(0.45 * MS, rel=0.02)
     assert found["t_C"] == [{"tokens": 8, "seconds": pytest.approx(0.15 * MS)}]  # what is left of both ways
+
+
+def a_gang_of_two(num_layers: int = 40) -> Timeline:
+    """Two workers of 8 rows each; the second one's leave 0.3 ms after the first one's. 0.1 ms later the FFN worker
+    begins, for 1.0 ms; the answer is noticed after 0.05 ms and worked on for 0.5 or 0.8 ms."""
+    own: list[list[Stage]] = [[], []]
+    ffn = []
+    for layer in range(num_layers):
+        t = (layer + 1) * 1.95 * MS
+        for rank, late in enumerate((0.0, 0.3 * MS)):
+            own[rank].append(Stage("combine", t - 0.5 * MS, t - 0.5 * MS, 0, layer - 1, 8, 1))
+            own[rank].append(Stage("attention", t - 0.5 * MS, t + late - 0.05 * MS, 0, layer, 8, 1))
+            own[rank].append(Stage("dispatch", t + late - 0.05 * MS, t + late, 0, layer, 8, 1))
+            own[rank].append(Stage("wait", t + late, t + 1.45 * MS))
+            own[rank].append(Stage("exchange", t + late, t + 1.45 * MS, 0, layer, 16, 1, 7, 2, 1))
+        ffn.append(Stage("gang_wait", t + 0.02 * MS, t + 0.4 * MS, 0, layer, 16, 0, 7, 2, 1))
+        ffn.append(Stage("ffn", t + 0.4 * MS, t + 1.3 * MS, 0, layer, 16, 0, 7, 2, 1))
+        ffn.append(Stage("combine", t + 1.3 * MS, t + 1.4 * MS, 0, layer, 16, 0, 7, 2, 1))
+    end = (num_layers + 1) * 1.95 * MS
+    for stages in own:
+        stages.append(Stage("head", end, end + MS, 0, -1, 8, 1))
+    workers = [Worker(ATTENTION, rank, rank, tuple(stages)) for rank, stages in enumerate(own)]
+    return Timeline((*workers, Worker(FFN, 0, 3, tuple(ffn))), end)
+
+
+def test_the_last_member_of_a_gang_is_the_one_that_was_waited_for():
+    found = calibration(a_gang_of_two(), model="m", topology="2A1F")
+    assert found["t_F"] == [{"tokens": 16, "seconds": pytest.approx(1.0 * MS)}]
+    assert found["t_C"] == [{"tokens": 8, "seconds": pytest.approx(0.15 * MS)}]
+    assert found["t_A"][0]["seconds"] == pytest.approx(0.65 * MS, rel=0.01)  # of both workers
+
+
+def test_only_what_every_worker_has_kept_counts():
+    whole = a_gang_of_two()
+    slow = replace(whole.workers[2], complete_from_s=40 * MS)
+    longer = [  # less waiting, more work, where the FFN worker's stages are gone
+        msgspec.structs.replace(s, end_s=s.end_s - 0.4 * MS) if s.name == "wait" and s.end_s < 40 * MS else s
+        for s in whole.workers[0].stages
+    ]
+    cut = replace(whole, workers=(replace(whole.workers[0], stages=tuple(longer)), whole.workers[1], slow))
+    assert calibration(cut, model="m", topology="2A1F")["t_A"][0]["seconds"] == pytest.approx(0.65 * MS, rel=0.02)
 
 
 def test_gaps_while_a_step_is_in_flight_are_work_around_it():
