@@ -27,6 +27,7 @@ class Stage(msgspec.Struct, frozen=True, gc=False):
     nothing ready), and in topology mono "ffn".
     name, FFN worker: "gang_wait" (first arrival until computed), "ffn", "combine" (answer every member), "wait" (a step
     is under way somewhere, nothing is complete).
+    num_tokens: rows computed or moved; of a head those that are sampled.
     layer, stream: -1 where a stage is not tied to one.  gang_id: 0 where it is not known.  gang_size: attention workers
     whose rows were computed together.  epoch: 0 where it is not known.
 

@@ -24,12 +24,10 @@ from afd.model.device import to_device
 from afd.model.halves import AttentionBatch, AttentionHalf
 from afd.model.sampling import Sampler
 from afd.model.threads import ThreadShare
+from afd.sched.head_slices import HEAD_SLICE_ROWS, slice_end
 from afd.sched.scheduler import Scheduler
 from afd.sched.sequence import BatchItem, MicroBatch, Progress, Sequence
 from afd.types import FinishReason
-
-HEAD_SLICE_ROWS = 4096
-"""Vocabulary rows of one slice of the head while other streams are in flight: about as long as a layer's stage."""
 
 NOT_FINITE = "the model produced logits that are not finite: its weights are damaged or overflow in this dtype"
 
@@ -227,8 +225,7 @@ class AttentionEngine:
         head, vocab = stream.head, self._half.spec.vocab_size
         assert head is not None
         if head.seqs:
-            alone = len(self._streams) == 1
-            stop = vocab if alone else min(head.done + self._head_slice_rows, vocab)
+            stop = slice_end(head.done, vocab, rows=self._head_slice_rows, alone=len(self._streams) == 1)
             self._half.head_slice(head.rows, head.logits, head.done, stop)
             head.done = stop
             if stop < vocab:

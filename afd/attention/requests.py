@@ -5,9 +5,9 @@ from __future__ import annotations
 from afd.attention.engine import Output
 from afd.attention.frontend import Frontend
 from afd.messages.serving import Abort, GatewayMessage, Lease, Refused, Resend, Submit, TokenChunk
-from afd.sched.policy import Admission, Ask
+from afd.sched.policy import Admission
 from afd.sched.scheduler import Scheduler
-from afd.sched.sequence import Sequence
+from afd.sched.submission import admit
 from afd.types import FinishReason
 
 MAX_TPOT_S = 1e4
@@ -105,48 +105,22 @@ class RequestBook:
             if known.attempt >= message.attempt:
                 return  # a duplicate
             self._drop(message.req_id)
-        refused = self._refusal(message, now)
-        if refused is not None:
-            self._frontend.refuse(gateway, refused)
-            return
-        self._arrivals += 1
-        tokens = [*message.prompt_ids, *message.output_ids]
-        seq = Sequence(
-            message.req_id,
-            message.attempt,
-            gateway,
-            tokens,
-            len(message.prompt_ids),
-            message.sampling,
-            message.priority,
-            self._arrivals,
-            arrival_s=now,
-            tpot_s=self._admission.target_of(message.tpot_s),
-        )
-        self._frontend.open(message.req_id, gateway, message.attempt, len(message.output_ids))
-        self._scheduler.add(seq)
-
-    def _refusal(self, message: Submit, now: float) -> Refused | None:
-        """Checks first, so that admission counts only what could run."""
         reason, detail = self._fault(message)
         if reason:
-            return Refused(message.req_id, message.attempt, reason, detail)
-        ask = Ask(
-            message.req_id,
-            len(message.prompt_ids),
-            message.sampling,
-            num_output=len(message.output_ids),
-            tpot_s=message.tpot_s,
-            priority=message.priority,
-            resumed=message.attempt > 0,
-        )
-        refusal = self._admission.judge(ask, now)
-        if refusal is None:
-            return None
-        return Refused(message.req_id, message.attempt, "capacity", refusal.detail, refusal.retry_after_s)
+            self._frontend.refuse(gateway, Refused(message.req_id, message.attempt, reason, detail))
+            return
+        self._arrivals += 1
+        answer = admit(message, self._admission, owner=gateway, arrival=self._arrivals, now=now)
+        if isinstance(answer, Refused):
+            self._frontend.refuse(gateway, answer)
+            return
+        self._frontend.open(message.req_id, gateway, message.attempt, len(message.output_ids))
+        self._scheduler.add(answer)
 
     def _fault(self, message: Submit) -> tuple[str, str]:
-        """Why the request cannot be taken, whatever the load: (reason, detail), or ("", "")."""
+        """Why the request cannot be taken, whatever admission says, which counts only what could run: (reason, detail),
+        or ("", "").
+        """
         if self.draining:
             return "draining", "the worker is shutting down"
         if self.not_accepting:

@@ -162,7 +162,7 @@ class StageClock:
         now = self._span(begun_s)
         self._steps[stream].head_s += now - begun_s
         self.totals.head_s += now - begun_s
-        self.ring.add(Stage(name, begun_s, now, stream, -1, batch.num_tokens, batch.step))
+        self.ring.add(Stage(name, begun_s, now, stream, -1, batch.num_samples, batch.step))
         return now
 
     def reset(self) -> None:

@@ -26,11 +26,11 @@ from afd.bench.report import (
     save_result,
 )
 from afd.bench.runner import BenchRun, BenchSettings, StoppedError, run_bench
+from afd.command_line import EXIT_USAGE, Parser, count, positive, positive_number, ratio
 from afd.errors import AfdError, ConfigError
 
 DEFAULT_CONCURRENCY = 16
 _EXIT_FAILURES = 1
-_EXIT_USAGE = 2
 _EXIT_INTERRUPTED = 130
 
 _DESCRIPTION = """\
@@ -64,34 +64,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--endpoint", choices=("completions", "chat"), default="completions", help="API (default: %(default)s)"
     )
     server.add_argument("--api-key", default=os.environ.get("AFD_API_KEY", ""), help="bearer token (or $AFD_API_KEY)")
-    server.add_argument("--timeout", type=_positive_float, default=600.0, help="s per request (default: %(default)g)")
-    server.add_argument("--num-workers", type=_positive_int, help="to divide by (default: from the server's topology)")
+    server.add_argument("--timeout", type=positive_number, default=600.0, help="s per request (default: %(default)g)")
+    server.add_argument("--num-workers", type=positive, help="to divide by (default: from the server's topology)")
 
     load = parser.add_argument_group("load")
     load.add_argument(
         "--concurrency",
-        type=_positive_int,
+        type=positive,
         help=f"running requests of a closed loop (default: {DEFAULT_CONCURRENCY}); with --rate, the most that may run",
     )
-    load.add_argument("--rate", type=_positive_float, help="requests/s of an open loop with Poisson arrivals")
+    load.add_argument("--rate", type=positive_number, help="requests/s of an open loop with Poisson arrivals")
     load.add_argument(
         "--burstiness",
-        type=_positive_float,
+        type=positive_number,
         default=1.0,
         help="of arrivals; < 1 burstier, > 1 more even (default: 1)",
     )
-    load.add_argument("--num-prompts", type=_positive_int, help="requests to measure (default: 100, or the dataset)")
-    load.add_argument("--num-warmups", type=_count, default=1, help="requests before the clock starts (default: 1)")
+    load.add_argument("--num-prompts", type=positive, help="requests to measure (default: 100, or the dataset)")
+    load.add_argument("--num-warmups", type=count, default=1, help="requests before the clock starts (default: 1)")
     load.add_argument("--seed", type=int, default=0, help="of prompts, lengths and arrivals (default: 0)")
 
     content = parser.add_argument_group("requests")
     content.add_argument(
         "--dataset", default="random", help="'random', or a JSON-lines file of prompts (default: %(default)s)"
     )
-    content.add_argument("--input-len", type=_positive_int, default=128, help="tokens of random prompts (default: 128)")
-    content.add_argument("--output-len", type=_positive_int, default=128, help="tokens to generate (default: 128)")
-    content.add_argument("--range-ratio", type=_ratio, default=0.0, help="lengths vary by +- this share (default: 0)")
-    content.add_argument("--vocab-size", type=_positive_int, help="for random prompts (default: the server's)")
+    content.add_argument("--input-len", type=positive, default=128, help="tokens of random prompts (default: 128)")
+    content.add_argument("--output-len", type=positive, default=128, help="tokens to generate (default: 128)")
+    content.add_argument("--range-ratio", type=ratio, default=0.0, help="lengths vary by +- this share (default: 0)")
+    content.add_argument("--vocab-size", type=positive, help="for random prompts (default: the server's)")
     content.add_argument("--temperature", type=float, default=0.0, help="(default: 0, greedy)")
     content.add_argument(
         "--ignore-eos",
@@ -207,7 +207,7 @@ async def _run_until_signal(settings: BenchSettings, progress: Progress) -> Benc
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m afd.bench`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="afd bench",
         description=_DESCRIPTION,
         epilog=_EPILOG,
@@ -218,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run(parser.parse_args(argv))
     except AfdError as error:
         print(f"afd: error: {error}", file=sys.stderr)
-        return _EXIT_USAGE
+        return EXIT_USAGE
 
 
 def _parse_metadata(pairs: Sequence[str]) -> dict[str, str]:
@@ -229,34 +229,6 @@ def _parse_metadata(pairs: Sequence[str]) -> dict[str, str]:
             raise ConfigError(f"--metadata {pair!r} is not KEY=VALUE")
         metadata[key.strip()] = value.strip()
     return metadata
-
-
-def _positive_int(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return value
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
-    return value
-
-
-def _positive_float(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
-
-
-def _ratio(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not in [0, 1)")
-    return value
 
 
 def _percentiles(text: str) -> tuple[float, ...]:

@@ -10,16 +10,16 @@ from collections.abc import Sequence
 from afd import __version__
 from afd.bench import cli as bench
 from afd.cli import autoscale, chat, inspect, k8s, roles, status, trace, up
+from afd.command_line import EXIT_USAGE, Parser
 from afd.errors import AfdError
 from afd.plan import cli as plan
 from afd.simulate import cli as simulate
 
-EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser: argparse.ArgumentParser = Parser(
         prog="afd", description="Serve a language model with attention and FFN in separate processes (AFD)."
     )
     parser.add_argument("--version", action="version", version=f"afd {__version__}")
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"afd: error: {error}", file=sys.stderr)
         from afd.cluster.role_process import exit_code_of
 
-        return exit_code_of(error) if hasattr(args, "role") else EXIT_USER_ERROR
+        return exit_code_of(error) if hasattr(args, "role") else EXIT_USAGE
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # `afd status | head`: stdout is closed, nothing more to say

@@ -199,7 +199,7 @@ class GangTable:
 
     def _parks(self, stream: _Stream) -> bool:
         """Arrivals at layer 0 are newcomers while a gang is under way: no member has come back to layer 0 yet."""
-        running = stream.members - stream.detached
+        running = stream.members - stream.detached if stream.detached else stream.members
         return bool(running) and not any(a.layer == 0 and a.rank in running for a in stream.pending.values())
 
     def _ready(self, idx: int, stream: _Stream, now: float) -> list[list[Arrival]]:
@@ -236,12 +236,18 @@ class GangTable:
         if self._parks(stream):
             waited_s = now - min(a.at_s for a in at_zero)
             return [at_zero] if waited_s >= self._patience_s(idx, stream) else []
-        expected = (stream.members & stream.active) - stream.detached
-        here = {a.rank for a in at_zero}
-        regulars = [a.at_s for a in at_zero if a.rank in stream.members] or [a.at_s for a in at_zero]
-        if expected <= here or now - min(regulars) >= self.window_s(idx):
+        if not self._awaits_members(stream):
             return [at_zero]
-        return []
+        regulars = [a.at_s for a in at_zero if a.rank in stream.members] or [a.at_s for a in at_zero]
+        return [at_zero] if now - min(regulars) >= self.window_s(idx) else []
+
+    def _awaits_members(self, stream: _Stream) -> bool:
+        """A member of the last gang has work in this stream and is not at layer 0 yet. Ends at the first such."""
+        pending, active, detached = stream.pending, stream.active, stream.detached
+        return any(
+            rank in active and rank not in detached and (rank not in pending or pending[rank].layer > 0)
+            for rank in stream.members
+        )
 
     def _take(self, idx: int, group: list[Arrival], first_s: float, now: float) -> GangBatch:
         stream = self._streams[idx]

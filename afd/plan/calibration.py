@@ -13,6 +13,7 @@ load running):
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,18 +115,52 @@ def _features(point: Point) -> tuple[float, float, float]:
 
 
 @dataclass(frozen=True, slots=True)
+class Curve:
+    """A fit that goes through what was measured: times the ratio of the two, linear between sizes, constant beyond.
+
+    sizes: rising.  ratios: measured over fitted at each, the mean of its contexts.
+    """
+
+    fit: Fit
+    sizes: tuple[int, ...]
+    ratios: tuple[float, ...]
+
+    @classmethod
+    def through(cls, points: Sequence[Point]) -> Curve:
+        fitted = fit(points)
+        ratios: dict[int, list[float]] = {}
+        for point in points:
+            ratios.setdefault(point.tokens, []).append(point.seconds / fitted(point.tokens, point.context))
+        sizes = tuple(sorted(ratios))
+        return cls(fitted, sizes, tuple(sum(ratios[size]) / len(ratios[size]) for size in sizes))
+
+    def __call__(self, num_tokens: float, context: float = 0.0) -> float:
+        return self.fit(num_tokens, context) * self._ratio(num_tokens)
+
+    def _ratio(self, num_tokens: float) -> float:
+        above = bisect_right(self.sizes, num_tokens)
+        if above == 0:
+            return self.ratios[0]
+        if above == len(self.sizes):
+            return self.ratios[-1]
+        low, high = self.sizes[above - 1], self.sizes[above]
+        share = (num_tokens - low) / (high - low)
+        return (1.0 - share) * self.ratios[above - 1] + share * self.ratios[above]
+
+
+@dataclass(frozen=True, slots=True)
 class CalibratedStages:
     """StageModel: the measured curve, scaled by what the roofline says of the difference to the measured topology.
 
-    At the measured topology it equals the fit. Chips and model must be those that were measured.
+    At the measured topology it equals the curve. Chips and model must be those that were measured.
     """
 
     base: StageModel
     measured: Deployment
-    attention: Fit
-    ffn: Fit
-    transfer: Fit
-    head: Fit | None
+    attention: Curve
+    ffn: Curve
+    transfer: Curve
+    head: Curve | None
     jitter: float
 
     @classmethod
@@ -146,10 +181,10 @@ class CalibratedStages:
                 weight_bytes=deployment.weight_bytes,
                 ranks_per_instance=calibration.ranks_per_instance,
             ),
-            attention=fit(calibration.t_A),
-            ffn=fit(calibration.t_F),
-            transfer=fit(calibration.t_C),
-            head=fit(calibration.t_head) if calibration.t_head else None,
+            attention=Curve.through(calibration.t_A),
+            ffn=Curve.through(calibration.t_F),
+            transfer=Curve.through(calibration.t_C),
+            head=Curve.through(calibration.t_head) if calibration.t_head else None,
             jitter=calibration.jitter,
         )
 

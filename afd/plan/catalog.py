@@ -21,7 +21,7 @@ Entry = TypeVar("Entry", Chip, ModelShape)
 
 def load_chips(hardware_files: Sequence[str] = (), prices: Sequence[str] = ()) -> dict[str, Chip]:
     """Chips by name: the shipped ones, then each file's, then `prices` ("h800=2.5", USD per hour)."""
-    chips = _load_entries(Chip, "hardware.toml", hardware_files)
+    chips = _load_entries(Chip, "hardware.toml", "--hardware-file", hardware_files)
     for text in prices:
         name, _, value = text.partition("=")
         chip = find(chips, name, "chip")
@@ -37,7 +37,7 @@ def load_chips(hardware_files: Sequence[str] = (), prices: Sequence[str] = ()) -
 
 def load_models(model_files: Sequence[str] = ()) -> dict[str, ModelShape]:
     """Models by name: the shipped ones, then each file's."""
-    return _load_entries(ModelShape, "models.toml", model_files)
+    return _load_entries(ModelShape, "models.toml", "--model-file", model_files)
 
 
 def find_model(models: dict[str, ModelShape], name: str) -> ModelShape:
@@ -71,17 +71,17 @@ def _read_hf_config(path: Path) -> ModelShape:
     return shape_from_hf_config(config, name=path.parent.name or path.stem, where=str(path))
 
 
-def _load_entries(cls: type[Entry], shipped: str, user_files: Sequence[str]) -> dict[str, Entry]:
+def _load_entries(cls: type[Entry], shipped: str, option: str, user_files: Sequence[str]) -> dict[str, Entry]:
     text = files("afd.plan").joinpath("data", shipped).read_text(encoding="utf-8")
     entries = _parse(cls, tomllib.loads(text), shipped)
     for name in user_files:
         try:
             table = tomllib.loads(Path(name).read_text(encoding="utf-8"))
         except OSError as error:
-            raise ConfigError(f"{name}: {error.strerror or error}") from None
+            raise ConfigError(f"{option} {name}: {error.strerror or error}") from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{name} is not TOML: {error}") from None
-        entries.update(_parse(cls, table, name))
+            raise ConfigError(f"{option} {name} is not TOML: {error}") from None
+        entries.update(_parse(cls, table, f"{option} {name}"))
     return entries
 
 

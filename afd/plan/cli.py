@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from afd.command_line import EXIT_USAGE, Parser, one_of, positive, positive_number
 from afd.errors import ConfigError
 from afd.plan import commands
 from afd.plan.deployment import Dispatch, KvDtype
@@ -14,7 +15,6 @@ from afd.plan.pipeline import PipelineKind
 
 Command = Callable[[argparse.Namespace], int]
 
-EXIT_BAD_INPUT = 2
 EXIT_BROKEN_PIPE = 141
 
 _DESCRIPTION = """\
@@ -36,7 +36,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """`python -m afd.plan`; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m afd.plan", description=_DESCRIPTION)
+    parser = Parser(prog="python -m afd.plan", description=_DESCRIPTION)
     _build(parser)
     namespace = parser.parse_args(arguments)
     run: Command = namespace.func
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return run(namespace)
     except ConfigError as error:
         print(f"afd plan: error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+        return EXIT_USAGE
     except BrokenPipeError:  # `| head`: nobody reads the rest; without this the flush at exit fails once more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
@@ -121,7 +121,11 @@ def _add_target(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--attention", type=_names, default=None, metavar="CHIP[,CHIP]", help="chips for A (h800)")
     parser.add_argument("--ffn", type=_names, default=None, metavar="CHIP[,CHIP]", help="chips for F (h800)")
     parser.add_argument(
-        "--attention-dtype", type=KvDtype, choices=list(KvDtype), default=KvDtype.AUTO, help="KV cache and core (auto)"
+        "--attention-dtype",
+        type=one_of(KvDtype),
+        choices=list(KvDtype),
+        default=KvDtype.AUTO,
+        help="KV cache and core (auto)",
     )
     parser.add_argument(
         "--weight-dtype", choices=("fp8", "int8", "bf16"), default="fp8", help="projections and experts (fp8)"
@@ -130,24 +134,12 @@ def _add_target(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ranks-per-instance", type=positive, default=0, metavar="N", help="chips of an instance (a server's)"
     )
-    parser.add_argument("--dispatch", type=Dispatch, choices=list(Dispatch), default=Dispatch.BROADCAST)
-    parser.add_argument("--pipeline", type=PipelineKind, choices=list(PipelineKind), default=PipelineKind.OPTIMISTIC)
+    parser.add_argument("--dispatch", type=one_of(Dispatch), choices=list(Dispatch), default=Dispatch.BROADCAST)
+    parser.add_argument(
+        "--pipeline", type=one_of(PipelineKind), choices=list(PipelineKind), default=PipelineKind.OPTIMISTIC
+    )
     parser.add_argument("--efficiency", action="append", default=[], metavar="KEY=VALUE", help="a factor (repeatable)")
     parser.add_argument("--calibrate", default=None, metavar="FILE", help="stage times measured on a cluster, JSON")
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be positive: {text}")
-    return value
-
-
-def positive_number(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be positive: {text}")
-    return value
 
 
 def _names(text: str) -> list[str]:

@@ -47,16 +47,16 @@ class Efficiency(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
 
     def with_overrides(self, texts: Sequence[str]) -> Efficiency:
         """A copy with "KEY=VALUE" texts applied; ConfigError on an unknown key or a value out of range."""
-        fields = msgspec.structs.asdict(self)
+        chosen = self
         for text in texts:
             key, _, value = text.partition("=")
+            fields = msgspec.structs.asdict(chosen)
             if key not in fields:
                 raise ConfigError(f"--efficiency {text!r}: unknown factor; known are {', '.join(fields)}")
             try:
-                fields[key] = float(value)
+                chosen = msgspec.convert({**fields, key: float(value)}, Efficiency)
+            except msgspec.ValidationError as error:
+                raise ConfigError(f"--efficiency {text!r}: {str(error).partition(' - at ')[0]}") from None
             except ValueError:
                 raise ConfigError(f"--efficiency {text!r}: expected KEY=NUMBER") from None
-        try:
-            return msgspec.convert(fields, Efficiency)
-        except msgspec.ValidationError as error:
-            raise ConfigError(f"--efficiency: {error}") from None
+        return chosen

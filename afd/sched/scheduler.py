@@ -192,7 +192,8 @@ class Scheduler:
                 self._leave(seq)
                 continue
             seq.num_computed += item.num_new
-            self._publish(seq)
+            if self.pool.prefix_cache:
+                self._publish(seq)
             if self.windowed is not None:
                 self.windowed.trim(seq.window_blocks, seq.num_computed)
             if item.samples:
@@ -331,7 +332,7 @@ class Scheduler:
 
     def _publish(self, seq: Sequence) -> None:
         size = self.pool.block_size
-        if len(seq.hashes) == seq.num_computed // size or not self.pool.prefix_cache:
+        if len(seq.hashes) == seq.num_computed // size:
             return
         parent = seq.hashes[-1] if seq.hashes else ROOT_HASH
         for idx in range(len(seq.hashes), seq.num_computed // size):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
+import msgspec
+
 from afd.types import FinishReason, SamplingParams
 
 
@@ -75,9 +77,11 @@ class Sequence:
         return self.tokens[self.num_prompt :]
 
 
-@dataclass(frozen=True, slots=True)
-class BatchItem:
-    """`num_new` tokens of one sequence from position `start`. samples: its last token's logits are wanted."""
+class BatchItem(msgspec.Struct, frozen=True):
+    """`num_new` tokens of one sequence from position `start`. samples: its last token's logits are wanted.
+
+    A struct, as Progress is: one of each is made for every token, at a tenth of what a frozen dataclass costs.
+    """
 
     seq: Sequence
     start: int
@@ -97,9 +101,13 @@ class MicroBatch:
     def num_tokens(self) -> int:
         return sum(item.num_new for item in self.items)
 
+    @property
+    def num_samples(self) -> int:
+        """Rows that go through the head."""
+        return sum(item.samples for item in self.items)
 
-@dataclass(frozen=True, slots=True)
-class Progress:
+
+class Progress(msgspec.Struct, frozen=True):
     """What a commit did to one sequence, for the client: token ids from output index first_idx; finish if over."""
 
     seq: Sequence

@@ -6,7 +6,7 @@ import argparse
 import json
 import time
 
-from afd.plan.cli import positive, positive_number
+from afd.command_line import not_negative, one_of, positive, positive_number, ratio
 from afd.plan.deployment import KvDtype
 
 _DESCRIPTION = """\
@@ -55,7 +55,7 @@ def _add_cluster(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--model", default="step3", metavar="NAME|PATH", help="a known model, or a config.json (step3)")
     group.add_argument("--attention", default="h800", metavar="CHIP", help="(h800)")
     group.add_argument("--ffn", default="h800", metavar="CHIP", help="(h800)")
-    group.add_argument("--attention-dtype", type=KvDtype, choices=list(KvDtype), default=KvDtype.AUTO)
+    group.add_argument("--attention-dtype", type=one_of(KvDtype), choices=list(KvDtype), default=KvDtype.AUTO)
     group.add_argument("--weight-dtype", choices=("fp8", "int8", "bf16"), default="fp8")
     group.add_argument(
         "--ranks-per-instance", type=positive, default=0, metavar="N", help="chips of an instance (a server's)"
@@ -137,17 +137,3 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         print(report_text(scenario, report, took_s))
     return 0
-
-
-def not_negative(text: str) -> float:
-    value = float(text)
-    if not 0.0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must not be negative: {text}")
-    return value
-
-
-def ratio(text: str) -> float:
-    value = float(text)
-    if not 0.0 <= value <= 1.0:
-        raise argparse.ArgumentTypeError(f"must be in 0..1: {text}")
-    return value

@@ -10,6 +10,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from afd.ffn.gang import Arrival, GangBatch, GangTable
+from afd.sched.head_slices import slice_end
 from afd.simulate.events import EventQueue
 from afd.simulate.results import Results
 from afd.simulate.settings import Settings
@@ -79,8 +80,7 @@ class LayerPath:
         step = device.ready.popleft()
         device.busy = True
         if step.layer + 1 == self._times.num_layers:
-            self._results.attention_busy(worker.rank, step.head_s)
-            self._events.after(step.head_s, self._finished, device, step)
+            self._run_head(device, step)
             return
         seconds = step.attention_s + (step.to_ffn_s if self._sender_waits else 0.0)
         self._results.attention_busy(worker.rank, seconds)
@@ -93,6 +93,22 @@ class LayerPath:
         step.layer += 1
         step.missing, step.sent_s = len(self._ranks), self._events.now
         self._events.at(self._over_link(device, step.to_ffn_s), self._arrived, step)
+        self._turn(device)
+
+    def _run_head(self, device: _Device, step: Step) -> None:
+        """The whole of it, or a slice where other streams are in flight; a step without samples has none."""
+        vocab = self._times.vocab
+        end = slice_end(step.head_rows, vocab, alone=len(device.worker.flying) == 1) if step.head_s else vocab
+        seconds = step.head_s * (end - step.head_rows) / vocab
+        step.head_rows = end
+        self._results.attention_busy(device.worker.rank, seconds)
+        self._events.after(seconds, self._finished if end == vocab else self._sliced, device, step)
+
+    def _sliced(self, device: _Device, step: Step) -> None:
+        if step.void:
+            return
+        device.busy = False
+        device.ready.append(step)
         self._turn(device)
 
     def _finished(self, device: _Device, step: Step) -> None:

@@ -104,23 +104,21 @@ class Results:
         self._max_queue = 0
         self._max_live = 0
         self.num_arrived = 0
+        self.num_news = 0  # arrivals and ends: whoever runs the simulation looks at it after every event
 
     @property
     def num_ended(self) -> int:
         return len(self._ttfts) + self._num_failed
 
-    @property
-    def num_news(self) -> int:
-        """Arrivals and ends."""
-        return self.num_arrived + self.num_ended
-
     # -- requests -----------------------------------------------------------------------------------------
 
     def arrived(self) -> None:
+        self.num_news += 1
         self.num_arrived += 1
         self._max_live = max(self._max_live, self.num_arrived - self.num_ended)
 
     def answered(self, now: float, ttft_s: float, decode_s: float, num_prompt: int, num_output: int) -> None:
+        self.num_news += 1
         self._ended_at = now
         self._ttfts.append(ttft_s)
         tpot_s = 0.0
@@ -132,10 +130,12 @@ class Results:
         self._output_tokens += num_output
 
     def refused(self, code: str) -> None:
+        self.num_news += 1
         self._num_failed += 1
         self._refused[code] += 1
 
     def lost(self, reason: str) -> None:
+        self.num_news += 1
         self._num_failed += 1
         self._lost[reason] += 1
 

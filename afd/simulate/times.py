@@ -56,7 +56,7 @@ class StepTimes:
     """Seconds of one layer (head: of one step) for whole workers. Jitter is spread over all stages."""
 
     def __init__(self, stages: StageModel, deployment: Deployment):
-        self.num_layers = deployment.model.num_layers
+        self.num_layers, self.vocab = deployment.model.num_layers, deployment.model.vocab
         self._stages = stages
         self._deployment = deployment
         self._alone = deployment.replace(topology=Topology(1, deployment.topology.num_ffn))
@@ -117,5 +117,7 @@ class StepTimes:
 def rounded(value: float) -> int:
     """To the nearest whole number of at most seven significant bits; at least 1 above 0."""
     number = max(1, int(value + 0.5)) if value > 0.0 else 0
+    if number < 1 << _BITS:
+        return number
     shift = number.bit_length() - _BITS
-    return number if shift <= 0 else ((number + (1 << (shift - 1))) >> shift) << shift
+    return ((number + (1 << (shift - 1))) >> shift) << shift

@@ -22,10 +22,11 @@ from afd.messages.serving import (
     WorkerStats,
 )
 from afd.sched.latency import LatencyModel, StepLoad, StepSample
-from afd.sched.policy import Admission, Ask, Policy, PrefillBudget
+from afd.sched.policy import Admission, Policy, PrefillBudget
 from afd.sched.scheduler import Scheduler
 from afd.sched.sequence import MicroBatch, Progress, Sequence
 from afd.sched.streams import StreamChooser
+from afd.sched.submission import admit
 from afd.simulate.results import Results
 from afd.simulate.settings import Settings
 from afd.simulate.times import StepTimes
@@ -52,7 +53,8 @@ class Step:
     """One micro-batch on its way. attention_s, to_ffn_s, to_attention_s: of one layer; head_s: of the step.
 
     layer: the one whose answer is awaited; -1 = none yet.  missing: FFN ranks that have not answered it.
-    exchange_s, ffn_s: summed over layers so far.  void: lost with a worker; nothing of it counts.
+    exchange_s, ffn_s: summed over layers so far.  head_rows: of the vocabulary, whose logits are there.
+    void: lost with a worker; nothing of it counts.
     """
 
     worker: AttentionWorker
@@ -71,6 +73,7 @@ class Step:
     sent_s: float = 0.0
     exchange_s: float = 0.0
     ffn_s: float = 0.0
+    head_rows: int = 0
     void: bool = False
     stream: int = field(init=False)
     num_tokens: int = field(init=False)
@@ -80,7 +83,10 @@ class Step:
 
     def meet(self, gang_tokens: int, times: StepTimes) -> None:
         """It goes with a gang of so many rows: those of the stream's last one, until its own is known."""
-        self.gang_tokens = max(gang_tokens, self.num_tokens)
+        gang_tokens = max(gang_tokens, self.num_tokens)
+        if gang_tokens == self.gang_tokens:
+            return
+        self.gang_tokens = gang_tokens
         self.to_ffn_s, self.to_attention_s = times.transfer_s(self.num_tokens, self.gang_tokens)
 
 
@@ -269,49 +275,26 @@ class AttentionWorker:
             if known.attempt >= message.attempt:
                 return
             self._drop(message.req_id)
-        refused = self._refusal(message, now)
-        if refused is not None:
-            self._say(refused)
+        reason, detail = self._fault(message)
+        if reason:
+            self._say(Refused(message.req_id, message.attempt, reason, detail))
             return
         self._num_arrivals += 1
+        answer = admit(message, self.admission, owner=b"", arrival=self._num_arrivals, now=now)
+        if isinstance(answer, Refused):
+            self._say(answer)
+            return
         self._sent[message.req_id] = -1
-        self.scheduler.add(
-            Sequence(
-                message.req_id,
-                message.attempt,
-                b"",
-                [*message.prompt_ids, *message.output_ids],
-                len(message.prompt_ids),
-                message.sampling,
-                message.priority,
-                self._num_arrivals,
-                arrival_s=now,
-                tpot_s=self.admission.target_of(message.tpot_s),
-            )
-        )
+        self.scheduler.add(answer)
 
-    def _refusal(self, message: Submit, now: float) -> Refused | None:
+    def _fault(self, message: Submit) -> tuple[str, str]:
+        """Why it is not taken, whatever admission says: (reason, detail), or ("", "")."""
         if not self.ready:
-            return Refused(message.req_id, message.attempt, "not_ready", "an FFN worker is lost")
+            return "not_ready", "an FFN worker is lost"
         if self.scheduler.num_waiting >= self._settings.max_waiting:
-            detail = f"{self._settings.max_waiting} requests wait already"
-            return Refused(message.req_id, message.attempt, "capacity", detail)
+            return "capacity", f"{self._settings.max_waiting} requests wait already"
         never = self.scheduler.refusal(len(message.prompt_ids), message.sampling.max_tokens)
-        if never is not None:
-            return Refused(message.req_id, message.attempt, "invalid", never)
-        ask = Ask(
-            message.req_id,
-            len(message.prompt_ids),
-            message.sampling,
-            num_output=len(message.output_ids),
-            tpot_s=message.tpot_s,
-            priority=message.priority,
-            resumed=message.attempt > 0,
-        )
-        refusal = self.admission.judge(ask, now)
-        if refusal is None:
-            return None
-        return Refused(message.req_id, message.attempt, "capacity", refusal.detail, refusal.retry_after_s)
+        return ("invalid", never) if never else ("", "")
 
     def _sampled(self, batch: MicroBatch) -> Mapping[str, int]:
         """The stop token where an answer is complete; length-limited ones end by themselves."""

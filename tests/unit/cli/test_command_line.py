@@ -188,3 +188,27 @@ def test_status_shows_how_the_pipeline_runs() -> None:
     assert rows[begin + 1 : begin + 3] == ["attention/0 6.2% 1.2% 1.75 -", "ffn/0 30.0% - 1.75 2.0%"]
     assert rows[4].endswith("running 3"), "what the table shows is not shown twice"
     assert "PIPELINE" not in status_text(StatusReply(view, [MemberStatus(Member(infos[0], 0), 0.1, 1.0, {})], []))
+
+
+@pytest.mark.parametrize(
+    ("argv", "complaint"),
+    [
+        (["bench", "--concurrency", "x"], "afd bench: error: argument --concurrency: 'x' is not a whole number"),
+        (["bench", "--num-warmups", "-1"], "-1 is negative"),
+        (["simulate", "--topology", "1A1F", "--requests", "1.5"], "'1.5' is not a whole number"),
+        (["simulate", "--topology", "1A1F", "--rate", "-1"], "-1 is not a positive number"),
+        (["simulate", "--topology", "1A1F", "--gang-window-ms", "inf"], "inf is not a number of at least 0"),
+        (["simulate", "--topology", "1A1F", "--range-ratio", "1"], "1 is not in [0, 1)"),
+        (["plan", "cost", "--context", "0"], "afd plan cost: error: argument --context: 0 is not at least 1"),
+        (["plan", "--sla-tpot-ms", "soon"], "'soon' is not a number"),
+        (["plan", "--attention-dtype", "fp9"], "'fp9' is not one of auto, fp8, int8, bf16"),
+        (["plan", "tgs"], "required: --topology (see afd plan tgs --help)"),
+        (["nonsense"], "invalid choice: 'nonsense'"),
+    ],
+)
+def test_a_flag_that_cannot_be_read_costs_one_line(argv, complaint, capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(argv)
+    captured = capsys.readouterr()
+    assert ended.value.code == 2 and captured.out == ""
+    assert complaint in captured.err and captured.err.count("\n") == 1

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from afd.errors import ConfigError
-from afd.plan.calibration import SCHEMA, CalibratedStages, Point, fit, load_calibration
+from afd.plan.calibration import SCHEMA, CalibratedStages, Curve, Point, fit, load_calibration
 from afd.plan.deployment import Deployment
 from afd.plan.efficiency import Efficiency
 from afd.plan.stages import RooflineStages
@@ -141,3 +141,20 @@ def test_missing_file_and_wrong_model(models, chips, write):
         calibrated(models, chips, write(model="step3"))
     with pytest.raises(ConfigError, match="xAyF"):
         calibrated(models, chips, write(topology="2x2"))
+
+
+def test_a_curve_goes_through_what_was_measured():
+    """A measured curve that no straight line fits: exact at its sizes, between them in between, beyond them alike."""
+    measured = [Point(8, 1e-3), Point(64, 2e-3), Point(72, 6e-3)]
+    curve = Curve.through(measured)
+    assert [curve(point.tokens) for point in measured] == pytest.approx([point.seconds for point in measured])
+    assert 2e-3 < curve(68) < 6e-3
+    assert curve(200) / curve.fit(200) == pytest.approx(curve.ratios[-1])
+    assert curve(1) / curve.fit(1) == pytest.approx(curve.ratios[0])
+
+
+def test_a_curve_of_two_contexts_keeps_their_difference():
+    points = [Point(n, (1.0 + 0.2 * (n == 32)) * (1e-4 + 1e-9 * n * c), c) for n in TOKENS for c in (256, 2048)]
+    curve = Curve.through(points)
+    for point in points:
+        assert curve(point.tokens, point.context) == pytest.approx(point.seconds, rel=0.05)

@@ -67,7 +67,7 @@ def test_inner_layers_in_closed_form_on_one_pair(streams, times):
 @pytest.mark.parametrize("times", [stage(250, 200, 30, 30), stage(200, 250, 30, 30, head=300)])
 @pytest.mark.parametrize("streams", [1, 3])
 def test_inner_layers_in_closed_form_on_4a2f(streams, times):
-    full, short = (run("4A2F", times, streams=streams, num_output=80, detail=detail) for detail in ("layers", "ends"))
+    full, short = (run("4A2F", times, streams=streams, num_output=200, detail=detail) for detail in ("layers", "ends"))
     assert short.tpot.mean_ms == pytest.approx(full.tpot.mean_ms, rel=0.03)
     assert short.gang_size == pytest.approx(full.gang_size, rel=0.05)
     assert short.output_throughput == pytest.approx(full.output_throughput, rel=0.03)
