@@ -24,7 +24,7 @@ from afd.model.device import to_device
 from afd.model.halves import AttentionBatch, AttentionHalf
 from afd.model.sampling import Sampler
 from afd.model.threads import ThreadShare
-from afd.sched.head_slices import HEAD_SLICE_ROWS, slice_end
+from afd.sched.head_slices import HEAD_SLICE_ROWS, NextStage, next_of, slice_end
 from afd.sched.scheduler import Scheduler
 from afd.sched.sequence import BatchItem, MicroBatch, Progress, Sequence
 from afd.types import FinishReason
@@ -132,8 +132,22 @@ class AttentionEngine:
             self._ready.append((combined.stream, combined))
         if not self._ready:
             return []
-        stream_idx, ready = self._ready.popleft()
-        return self._advance(stream_idx, ready)
+        return self._advance(*self._next_ready())
+
+    def _next_ready(self) -> tuple[int, Combined | None]:
+        """Take the stage to run next out of those that are ready."""
+        ready = self._ready
+        if len(ready) > 1 and (place := next_of([self._next_stage(idx) for idx, _ in ready])):
+            chosen = ready[place]
+            del ready[place]
+            return chosen
+        return ready.popleft()
+
+    def _next_stage(self, idx: int) -> NextStage:
+        stream = self._streams[idx]
+        if stream.head is not None:
+            return NextStage.HEAD_GOES_ON
+        return NextStage.HEAD_BEGINS if stream.layer + 1 == self._num_layers else NextStage.LAYER
 
     def fail(self) -> None:
         """The FFN side lost a rank: nothing in flight is booked; its sequences stay where they were."""

@@ -1,7 +1,8 @@
 """Every layer of every step: attention workers, links and FFN ranks as devices that do one thing at a time.
 
-The loop of an attention worker is `afd.attention.engine`'s: start every empty stream, then run the stage that has been
-ready longest. That of an FFN rank is `afd.ffn.engine`'s: whatever its gang table says is complete, oldest first.
+The loop of an attention worker is `afd.attention.engine`'s: start every empty stream, then run the stage that
+`afd.sched.head_slices` names among those that are ready. That of an FFN rank is `afd.ffn.engine`'s: whatever its gang
+table says is complete, oldest first.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from afd.ffn.gang import Arrival, GangBatch, GangTable
-from afd.sched.head_slices import slice_end
+from afd.sched.head_slices import NextStage, next_of, slice_end
 from afd.simulate.events import EventQueue
 from afd.simulate.results import Results
 from afd.simulate.settings import Settings
@@ -77,7 +78,9 @@ class LayerPath:
         device.ready.extend(worker.begin_steps(now, lambda stream: self._idle(worker.rank, stream)))
         if not device.ready:
             return
-        step = device.ready.popleft()
+        place = next_of([self._next_stage(step) for step in device.ready])
+        step = device.ready[place]
+        del device.ready[place]
         device.busy = True
         if step.layer + 1 == self._times.num_layers:
             self._run_head(device, step)
@@ -94,6 +97,11 @@ class LayerPath:
         step.missing, step.sent_s = len(self._ranks), self._events.now
         self._events.at(self._over_link(device, step.to_ffn_s), self._arrived, step)
         self._turn(device)
+
+    def _next_stage(self, step: Step) -> NextStage:
+        if step.head_rows:
+            return NextStage.HEAD_GOES_ON
+        return NextStage.HEAD_BEGINS if step.layer + 1 == self._times.num_layers else NextStage.LAYER
 
     def _run_head(self, device: _Device, step: Step) -> None:
         """The whole of it, or a slice where other streams are in flight; a step without samples has none."""

@@ -104,6 +104,22 @@ def test_sampling_is_independent_of_company_and_streams(halves):
         assert compare(alone, together[seq.req_id]).ok
 
 
+def test_one_head_at_a_time(halves):
+    attention, whole, _ = halves
+    engine = make_engine(attention, [whole], num_streams=3)
+    engine._head_slice_rows = attention.spec.vocab_size // 4 // 64 * 64
+    for idx in range(6):
+        engine.scheduler.add(request(idx, random.Random(idx), attention.spec.vocab_size, max_tokens=6))
+    run_all(engine)
+    under_way, num_slices = None, 0
+    for stage in engine.stages.ring.snapshot():
+        if stage.name in ("head", "head_slice"):
+            assert under_way in (None, stage.stream), "a head began while another one was not finished"
+            under_way = stage.stream if stage.name == "head_slice" else None
+            num_slices += stage.name == "head_slice"
+    assert num_slices > 20
+
+
 def test_logprobs_only_where_asked(halves):
     attention, whole, _ = halves
     engine = make_engine(attention, [whole], num_streams=1)
