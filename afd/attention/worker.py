@@ -52,7 +52,7 @@ from stepmesh.types import Role
 log = logging.getLogger(__name__)
 
 STATS_MIN_S, STATS_MAX_S = 0.1, 0.5
-FIRST_STREAMS = 2  # of --streams auto, until steps were measured
+FIRST_STREAMS = 2  # of --streams auto, until steps were measured: 1 where a single one runs on more cores
 
 
 def run_attention_worker(
@@ -93,7 +93,8 @@ class _Worker:
         self._latency = LatencyModel(overlap=not config.topology.mono, faster_alone=self._threads.faster_alone)
         self._chooser: StreamChooser | None = None
         self._costs: StepCosts | None = None
-        self._max_streams = config.attention.streams or FIRST_STREAMS
+        self._first_streams = section.streams or (1 if self._threads.faster_alone else FIRST_STREAMS)
+        self._max_streams = self._first_streams
         self._epoch = 0
         self._lost_since_s: float | None = None
         self._stats_sent: tuple[float, WorkerStats | None] = (0.0, None)
@@ -214,7 +215,7 @@ class _Worker:
                 min_chunk_tokens=section.min_chunk_tokens,
                 max_num_seqs=section.max_num_seqs,
                 max_context=min(config.model.max_context or spec.max_context, spec.max_context),
-                num_streams=section.streams or (1 if config.topology.mono else FIRST_STREAMS),
+                num_streams=section.streams or (1 if config.topology.mono else self._first_streams),
                 first_stream=rank,
             ),
             BlockPool(blocks.full, block_size, prefix_cache=prefix_cache),
