@@ -21,7 +21,7 @@ from stepmesh.types import Role
 POLL_S = 0.02
 IDLE_S = 0.1
 """Longest block of a worker's loop: bounds the reaction to stop and to a new view."""
-TURN_S = 5e-3
+TURN_S = 10e-3
 """Time between a worker's looks at everything but the data path, while work is in flight."""
 
 
