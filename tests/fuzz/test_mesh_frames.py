@@ -144,9 +144,10 @@ def genuine_combine(victim: Victim, rng: random.Random, checksum: bool) -> tuple
     seq, num_tokens = victim.seq[stream], rng.randrange(LAYOUT.max_tokens + 1)
     victim.pair.window.check_free(stream, seq)
     meta = DispatchMeta(stream, LIVE_EPOCHS[-1], rng.getrandbits(40), rng.randrange(60))
-    size = LAYOUT.dispatch(num_tokens, 0).total
-    slot = victim.pair.write_dispatch(seq, meta, num_tokens, 0, size, None)
-    victim.pair.post_dispatch(slot, stream, meta.layer, Exchange(seq, meta.epoch, num_tokens, 1.0), size)
+    slot = victim.pair.tx_slot(stream, seq)
+    view = slot.dispatch(num_tokens, 0)
+    victim.pair.write_dispatch(slot, seq, meta, num_tokens, 0, view.payload_bytes, None)
+    victim.pair.post_dispatch(slot, stream, meta.layer, Exchange(seq, meta.epoch, num_tokens, 1.0), view)
     size = LAYOUT.combine(num_tokens).total
     fields = [
         DATA_MAGIC, PROTOCOL_VERSION, FrameKind.COMBINE, 0, meta.epoch, victim.generation, seq, meta.step,

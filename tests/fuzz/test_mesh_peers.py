@@ -98,8 +98,9 @@ def shared_words(rng: random.Random, pair: Pair) -> None:
     region = getattr(pair.channel, "_tx", None)
     if region is None:
         return
+    words = region.board_memory.cast("Q")
     for _ in range(8):
-        region.words[8 * rng.randrange(len(region.words) // 8)] = rng.choice((0, 1, 2, 2**64 - 1, rng.getrandbits(64)))
+        words[8 * rng.randrange(len(words) // 8)] = rng.choice((0, 1, 2, 2**64 - 1, rng.getrandbits(64)))
     rng.choice(region.slots)[:64] = rng.randbytes(64)
     os.eventfd_write(pair.channel._peer_bell_fd, 1)  # type: ignore[attr-defined]
 
@@ -153,7 +154,7 @@ def attack(world: World, rng: random.Random, evil: RankId, victim: RankId) -> No
 def make_peace(world: World, evil: RankId, victim: RankId) -> None:
     """The peer starts afresh and behaves: it is let in again. What it wrote into its own memory is its own."""
     if (pair := world.meshes[evil]._pairs.get(victim)) is not None:
-        world.meshes[evil]._drop(pair, "behaves again", retryable=True)
+        world.meshes[evil]._roster.drop(pair, "behaves again", retryable=True)
     generation = world.meshes[evil].stats()["peers"][str(victim)]["generation"]
 
     def renewed() -> bool:
