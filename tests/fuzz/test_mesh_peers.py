@@ -158,6 +158,9 @@ def make_peace(world: World, evil: RankId, victim: RankId) -> None:
     generation = world.meshes[evil].stats()["peers"][str(victim)]["generation"]
 
     def renewed() -> bool:
+        dialler = world.meshes[A0]._roster._dialler
+        if dialler._targets[F0].refused:  # a random frame was a CLOSE for good: nobody dials again until told to
+            dialler.want(world.member(F0))
         ends = [world.meshes[one]._pairs.get(other) for one, other in ((evil, victim), (victim, evil))]
         return all(end is not None and end.generation > generation for end in ends)
 
