@@ -135,7 +135,7 @@ class GangTable:
         best: tuple[float, int, list[Arrival]] | None = None
         for idx, stream in self._streams.items():
             for group in self._ready(idx, stream, now):
-                first_s = min(a.at_s for a in group)
+                first_s = min([a.at_s for a in group])
                 if best is None or first_s < best[0]:
                     best = (first_s, idx, group)
         if best is None:
@@ -214,7 +214,7 @@ class GangTable:
             else:
                 later.setdefault((arrival.layer, arrival.epoch, arrival.gang_id), []).append(arrival)
         for group in later.values():
-            waited = now - min(a.at_s for a in group) >= self._straggler_s
+            waited = now - min([a.at_s for a in group]) >= self._straggler_s
             if waited or not self._missing(stream, group):
                 groups.append(group)
         if at_zero:
@@ -230,7 +230,7 @@ class GangTable:
     def _ready_at_zero(self, idx: int, stream: _Stream, at_zero: list[Arrival], now: float) -> list[list[Arrival]]:
         if not self._is_former(idx):
             return [at_zero]
-        oldest = min(a.epoch for a in at_zero)
+        oldest = min([a.epoch for a in at_zero])
         if oldest < stream.epoch:
             return [[a for a in at_zero if a.epoch == oldest]]
         if self._parks(stream):
