@@ -18,15 +18,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from math import inf
+
+import msgspec
 
 WINDOW_SHARE = 0.25
 """Of the measured step: how long members may wait for one that is late. Going without it costs the late one a whole
 step (it is parked until the next layer 0), so waiting pays for as long as less than half a step is to be expected."""
 
 
-@dataclass(frozen=True, slots=True)
-class Arrival:
-    """One dispatch as the gang logic sees it. token: the caller's handle, given back in the batch."""
+class Arrival(msgspec.Struct, frozen=True):
+    """One dispatch as the gang logic sees it. token: the caller's handle, given back in the batch.
+
+    A struct: one is made for every exchange, at a tenth of what a frozen dataclass costs.
+    """
 
     rank: int
     stream: int
@@ -56,19 +61,93 @@ class GangBatch:
 
 
 @dataclass(slots=True)
+class _Group:
+    """Arrivals that are computed together. ranks: mask of those that are here; mask: of those that ought to come.
+
+    alone: of one that is detached.  first_s: when the first came.  regular_s: likewise of members of the last gang.
+    """
+
+    layer: int
+    epoch: int
+    mask: int
+    alone: bool
+    arrivals: dict[int, Arrival] = field(default_factory=dict)  # by attention rank
+    ranks: int = 0
+    first_s: float = inf
+    regular_s: float = inf
+
+    def put(self, arrival: Arrival, members: int) -> None:
+        bit = 1 << arrival.rank
+        self.arrivals[arrival.rank] = arrival
+        self.ranks |= bit
+        self.first_s = min(self.first_s, arrival.at_s)
+        if members & bit:
+            self.regular_s = min(self.regular_s, arrival.at_s)
+
+
+_Key = tuple[int, int, int, int]  # layer, epoch, gang_id, attention rank of one that is detached or -1
+
+
+@dataclass(slots=True)
 class _Stream:
-    pending: dict[int, Arrival] = field(default_factory=dict)  # by attention rank: at most one exchange each
-    active: set[int] = field(default_factory=set)  # ranks that are not idle in this stream
-    members: set[int] = field(default_factory=set)  # of the gang that runs; shrinks as they come back to layer 0
-    detached: set[int] = field(default_factory=set)  # left out mid-step: served alone until their next layer 0
+    """Attention ranks are kept as masks: with 64 workers there are 64 arrivals a layer, each of which looks at all."""
+
+    pending: dict[int, _Key] = field(default_factory=dict)  # by attention rank: at most one exchange each
+    groups: dict[_Key, _Group] = field(default_factory=dict)
+    at_zero: int = 0  # pending at layer 0
+    active: int = 0  # not idle in this stream
+    members: int = 0  # of the gang that runs; shrinks as they come back to layer 0
+    detached: int = 0  # left out mid-step: served alone until their next layer 0
     epochs: dict[int, int] = field(default_factory=dict)  # by attention rank: of the newest step that it began
+    epoch: int = 0  # the newest of them
     step_s: float = 0.0  # moving average of the time between two formations
     formed_s: float | None = None  # last formation
 
     @property
-    def epoch(self) -> int:
-        """The newest that anyone began a step in."""
-        return max(self.epochs.values(), default=0)
+    def running(self) -> int:
+        """Members of the last gang that others may wait for."""
+        return self.members & ~self.detached
+
+    def put(self, arrival: Arrival) -> None:
+        rank, layer, epoch = arrival.rank, arrival.layer, arrival.epoch
+        alone = layer > 0 and bool(self.detached >> rank & 1)
+        key = (layer, epoch, arrival.gang_id if layer else 0, rank if alone else -1)
+        group = self.groups.get(key)
+        if group is None:
+            group = self.groups[key] = _Group(layer, epoch, arrival.mask, alone)
+        group.put(arrival, self.members)
+        self.pending[rank] = key
+        if layer == 0:
+            self.at_zero |= 1 << rank
+
+    def remove(self, rank: int) -> Arrival | None:
+        """Forget what is pending of an attention rank."""
+        key = self.pending.pop(rank, None)
+        if key is None:
+            return None
+        self.at_zero &= ~(1 << rank)
+        group = self.groups.pop(key)
+        arrival = group.arrivals.pop(rank)
+        for other in group.arrivals.values():
+            self.put(other)
+        return arrival
+
+    def take(self, key: _Key) -> list[Arrival]:
+        """Forget a group, whose arrivals are computed now."""
+        group = self.groups.pop(key)
+        for rank in group.arrivals:
+            del self.pending[rank]
+        self.at_zero &= ~group.ranks
+        return sorted(group.arrivals.values(), key=lambda a: a.rank)
+
+    def began(self, rank: int, epoch: int | None) -> None:
+        """The epoch of the rank's newest step; None = the rank is gone."""
+        if self.epochs.get(rank) != epoch:
+            if epoch is None:
+                del self.epochs[rank]
+            else:
+                self.epochs[rank] = epoch
+            self.epoch = max(self.epochs.values(), default=0)
 
 
 def mask_of(ranks: Iterable[int]) -> int:
@@ -77,6 +156,11 @@ def mask_of(ranks: Iterable[int]) -> int:
     for rank in ranks:
         mask |= 1 << rank
     return mask
+
+
+def ranks_of(mask: int) -> list[int]:
+    """Member mask -> attention ranks, ascending."""
+    return [rank for rank in range(mask.bit_length()) if mask >> rank & 1]
 
 
 class GangTable:
@@ -88,7 +172,7 @@ class GangTable:
         self._max_window_s = max_window_s
         self._straggler_s = straggler_s
         self._streams: dict[int, _Stream] = {}
-        self._present: set[int] = set()
+        self._present = 0  # mask of attention ranks
         self._counter = 0
         self.num_stragglers: dict[int, int] = {}
 
@@ -96,32 +180,34 @@ class GangTable:
 
     def arrive(self, arrival: Arrival) -> None:
         """A dispatch came in. A second one of the same (rank, stream) replaces the first (it was re-sent)."""
-        stream = self._stream(arrival.stream)
-        self._present.add(arrival.rank)
-        stream.pending[arrival.rank] = arrival
-        stream.active.add(arrival.rank)
+        stream, bit = self._stream(arrival.stream), 1 << arrival.rank
+        self._present |= bit
+        stream.remove(arrival.rank)
+        stream.active |= bit
         if arrival.layer == 0:
-            stream.detached.discard(arrival.rank)
-            stream.epochs[arrival.rank] = arrival.epoch
+            stream.detached &= ~bit
+            stream.began(arrival.rank, arrival.epoch)
+        stream.put(arrival)
 
     def idle(self, rank: int, stream_idx: int) -> None:
         """The attention rank has nothing to run in that stream: nobody waits for it."""
         stream = self._stream(stream_idx)
         if rank not in stream.pending:
-            stream.active.discard(rank)
-            stream.members.discard(rank)
+            stream.active &= ~(1 << rank)
+            stream.members &= ~(1 << rank)
 
     def lost(self, rank: int) -> list[Arrival]:
         """The attention rank is gone: its arrivals (returned, to be dropped) and memberships end."""
-        self._present.discard(rank)
+        others = ~(1 << rank)
+        self._present &= others
         dropped = []
         for stream in self._streams.values():
-            arrival = stream.pending.pop(rank, None)
-            if arrival is not None:
+            stream.active &= others
+            stream.members &= others
+            stream.detached &= others
+            stream.began(rank, None)
+            if (arrival := stream.remove(rank)) is not None:
                 dropped.append(arrival)
-            for group in (stream.active, stream.members, stream.detached):
-                group.discard(rank)
-            stream.epochs.pop(rank, None)
         return dropped
 
     def limit_window(self, max_window_s: float) -> None:
@@ -132,24 +218,20 @@ class GangTable:
 
     def next_batch(self, now: float) -> GangBatch | None:
         """The complete gang whose first arrival is oldest, or None. The caller computes and answers it."""
-        best: tuple[float, int, list[Arrival]] | None = None
+        best_s, best = inf, None
         for idx, stream in self._streams.items():
-            for group in self._ready(idx, stream, now):
-                first_s = min([a.at_s for a in group])
-                if best is None or first_s < best[0]:
-                    best = (first_s, idx, group)
-        if best is None:
-            return None
-        first_s, idx, group = best
-        return self._take(idx, group, first_s, now)
+            for key, group in stream.groups.items():
+                if group.first_s < best_s and self._goes_at(idx, stream, group) <= now:
+                    best_s, best = group.first_s, (idx, key)
+        return self._take(*best, now) if best is not None else None
 
     def deadline(self) -> float | None:
         """When `next_batch` may have something without a new arrival; None = only an arrival can help."""
-        times: list[float] = []
-        for idx, stream in self._streams.items():
-            if stream.pending:
-                wait_s = self._layer0_wait_s(idx, stream)
-                times += [a.at_s + (self._straggler_s if a.layer else wait_s) for a in stream.pending.values()]
+        times = [
+            self._goes_at(idx, stream, group)
+            for idx, stream in self._streams.items()
+            for group in stream.groups.values()
+        ]
         return min(times, default=None)
 
     @property
@@ -183,99 +265,66 @@ class GangTable:
 
     def window_s(self, stream_idx: int) -> float:
         """How long layer 0 may wait for the members of the last gang: 0 with one attention worker."""
-        if len(self._present) < 2:
+        if not self._present & (self._present - 1):
             return 0.0
         return min(self._max_window_s, WINDOW_SHARE * self._stream(stream_idx).step_s)
 
-    def _layer0_wait_s(self, idx: int, stream: _Stream) -> float:
-        """Longest wait of an arrival at layer 0."""
-        if not self._is_former(idx):
-            return 0.0
-        return self._patience_s(idx, stream) if self._parks(stream) else self.window_s(idx)
-
-    def _patience_s(self, idx: int, stream: _Stream) -> float:
-        """How long newcomers wait for a gang that is under way: a step and the window at its end."""
-        return max(stream.step_s + self.window_s(idx), self._max_window_s)
+    def _goes_at(self, idx: int, stream: _Stream, group: _Group) -> float:
+        """When a group is computed if nobody else arrives; when it began if it waits for nobody."""
+        if group.layer:
+            waits = not group.alone and self._missing(stream, group)
+            return group.first_s + self._straggler_s if waits else group.first_s
+        if not self._is_former(idx) or group.epoch < stream.epoch:
+            return group.first_s
+        if self._parks(stream):  # newcomers: a step, and the window at its end
+            return group.first_s + max(stream.step_s + self.window_s(idx), self._max_window_s)
+        if stream.running & stream.active & ~stream.at_zero:
+            began_s = group.regular_s if group.regular_s < inf else group.first_s
+            return began_s + self.window_s(idx)
+        return group.first_s
 
     def _parks(self, stream: _Stream) -> bool:
         """Arrivals at layer 0 are newcomers while a gang is under way: no member has come back to layer 0 yet."""
-        running = stream.members - stream.detached if stream.detached else stream.members
-        return bool(running) and not any(a.layer == 0 and a.rank in running for a in stream.pending.values())
+        running = stream.running
+        return bool(running) and not running & stream.at_zero
 
-    def _ready(self, idx: int, stream: _Stream, now: float) -> list[list[Arrival]]:
-        groups: list[list[Arrival]] = []
-        at_zero: list[Arrival] = []
-        later: dict[tuple[int, int, int], list[Arrival]] = {}
-        for arrival in stream.pending.values():
-            if arrival.layer == 0:
-                at_zero.append(arrival)
-            elif arrival.rank in stream.detached:
-                groups.append([arrival])
-            else:
-                later.setdefault((arrival.layer, arrival.epoch, arrival.gang_id), []).append(arrival)
-        for group in later.values():
-            waited = now - min([a.at_s for a in group]) >= self._straggler_s
-            if waited or not self._missing(stream, group):
-                groups.append(group)
-        if at_zero:
-            groups.extend(self._ready_at_zero(idx, stream, at_zero, now))
-        return groups
-
-    def _missing(self, stream: _Stream, group: list[Arrival]) -> set[int]:
+    def _missing(self, stream: _Stream, group: _Group) -> int:
         """Members of the group's gang that are alive, attached, not past its epoch (a restarted one) and not here."""
-        mask, epoch = group[0].mask, group[0].epoch
-        wanted = {r for r in self._present if mask >> r & 1 and stream.epochs.get(r, epoch) <= epoch}
-        return wanted - stream.detached - {a.rank for a in group}
+        missing = group.mask & self._present & ~stream.detached & ~group.ranks
+        if missing and stream.epoch > group.epoch:
+            missing = mask_of(r for r in ranks_of(missing) if stream.epochs.get(r, 0) <= group.epoch)
+        return missing
 
-    def _ready_at_zero(self, idx: int, stream: _Stream, at_zero: list[Arrival], now: float) -> list[list[Arrival]]:
-        if not self._is_former(idx):
-            return [at_zero]
-        oldest = min([a.epoch for a in at_zero])
-        if oldest < stream.epoch:
-            return [[a for a in at_zero if a.epoch == oldest]]
-        if self._parks(stream):
-            waited_s = now - min(a.at_s for a in at_zero)
-            return [at_zero] if waited_s >= self._patience_s(idx, stream) else []
-        if not self._awaits_members(stream):
-            return [at_zero]
-        regulars = [a.at_s for a in at_zero if a.rank in stream.members] or [a.at_s for a in at_zero]
-        return [at_zero] if now - min(regulars) >= self.window_s(idx) else []
-
-    def _awaits_members(self, stream: _Stream) -> bool:
-        """A member of the last gang has work in this stream and is not at layer 0 yet. Ends at the first such."""
-        pending, active, detached = stream.pending, stream.active, stream.detached
-        return any(
-            rank in active and rank not in detached and (rank not in pending or pending[rank].layer > 0)
-            for rank in stream.members
-        )
-
-    def _take(self, idx: int, group: list[Arrival], first_s: float, now: float) -> GangBatch:
+    def _take(self, idx: int, key: _Key, now: float) -> GangBatch:
         stream = self._streams[idx]
-        layer = group[0].layer
-        gang_id, mask = group[0].gang_id, group[0].mask
+        group = stream.groups[key]
+        layer, _, gang_id, _ = key
+        mask = group.mask
         if layer == 0:
             gang_id = mask = 0
             if self._is_former(idx):
                 gang_id, mask = self._form(stream, group, now)
-        else:
-            for rank in self._missing(stream, group) if group[0].rank not in stream.detached else ():
-                stream.detached.add(rank)
-                stream.members.discard(rank)
-                self.num_stragglers[rank] = self.num_stragglers.get(rank, 0) + 1
-        for arrival in group:
-            del stream.pending[arrival.rank]
-        group.sort(key=lambda a: a.rank)
-        return GangBatch(idx, layer, gang_id, mask, tuple(group), first_s)
+        arrivals = stream.take(key)
+        if layer and not group.alone:
+            for rank in ranks_of(self._missing(stream, group)):
+                self._detach(stream, rank)
+        return GangBatch(idx, layer, gang_id, mask, tuple(arrivals), group.first_s)
 
-    def _form(self, stream: _Stream, group: list[Arrival], now: float) -> tuple[int, int]:
-        ranks = {a.rank for a in group}
-        beside = self._parks(stream) or group[0].epoch < stream.epoch
+    def _detach(self, stream: _Stream, rank: int) -> None:
+        stream.detached |= 1 << rank
+        stream.members &= ~(1 << rank)
+        self.num_stragglers[rank] = self.num_stragglers.get(rank, 0) + 1
+        if (arrival := stream.remove(rank)) is not None:  # it is elsewhere in its step: alone from here on
+            stream.put(arrival)
+
+    def _form(self, stream: _Stream, group: _Group, now: float) -> tuple[int, int]:
+        beside = self._parks(stream) or group.epoch < stream.epoch
         if not beside:  # newcomers that lost patience, or an older epoch, do not replace the gang that runs
             if stream.formed_s is not None and stream.members:
                 took_s = now - stream.formed_s
                 stream.step_s = took_s if stream.step_s == 0.0 else 0.8 * stream.step_s + 0.2 * took_s
             stream.formed_s = now
-            stream.members = set(ranks)
+            stream.members = group.ranks
         self._counter += 1
-        gang_id = (group[0].epoch & 0xFFFF) << 48 | self._rank << 32 | (self._counter & 0xFFFFFFFF)
-        return gang_id, mask_of(ranks)
+        gang_id = (group.epoch & 0xFFFF) << 48 | self._rank << 32 | (self._counter & 0xFFFFFFFF)
+        return gang_id, group.ranks

@@ -12,6 +12,8 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from operator import mul
 
+import msgspec
+
 from afd.sched.sequence import MicroBatch
 
 PRIOR = 5.0  # standard deviation of a coefficient's first guess, relative to it
@@ -26,8 +28,7 @@ CORRECTION_LIMITS = (0.5, 4.0)
 TRANSFER_FALL, TRANSFER_RISE = 0.3, 0.1
 
 
-@dataclass(frozen=True, slots=True)
-class StepLoad:
+class StepLoad(msgspec.Struct, frozen=True):
     """Size of one stream's step; fractions stand for an even split over streams.
 
     num_tokens: rows computed.  context_tokens: KV entries read, one for each pair of a row and a position that it

@@ -147,20 +147,21 @@ class Scheduler:
     def schedule(self, stream: int) -> MicroBatch | None:
         """The next micro-batch of an idle stream, or None when it has nothing to do now."""
         self._admit()
-        members = sorted(self._running[stream], key=SERVICE_ORDER)
         items: list[BatchItem] = []
+        prefills: list[Sequence] = []
         budget = self.max_step_tokens
-        for seq in [s for s in members if len(s.tokens) - s.num_computed == 1]:
+        for seq in sorted(self._running[stream], key=SERVICE_ORDER):
             assert not seq.in_flight, f"stream {stream} has a micro-batch in flight"
-            if budget and seq.state is SequenceState.RUNNING and self._reserve(seq, len(seq.tokens)):
-                items.append(BatchItem(seq, seq.num_computed, 1, True))
+            num_tokens = len(seq.tokens)
+            if num_tokens - seq.num_computed != 1:
+                prefills.append(seq)
+            elif budget and seq.state is SequenceState.RUNNING and self._reserve(seq, num_tokens):
+                items.append(BatchItem(seq, num_tokens - 1, 1, True))
                 seq.in_flight = True
                 budget -= 1
-        prefills = [s for s in members if len(s.tokens) - s.num_computed != 1]
         if prefills and budget and self._pace is not None:
             budget = self._paced(self._pace, stream, items, prefills, budget)
         for idx, seq in enumerate(prefills):
-            assert not seq.in_flight, f"stream {stream} has a micro-batch in flight"
             if seq.state is not SequenceState.RUNNING:
                 continue  # became a victim above
             share = budget - self.config.min_chunk_tokens * (len(prefills) - idx - 1)
@@ -185,6 +186,7 @@ class Scheduler:
         """
         progress: list[Progress] = []
         self._flying.pop(batch.stream, None)
+        publishes, windowed = self.pool.prefix_cache, self.windowed
         for item in batch.items:
             seq = item.seq
             seq.in_flight = False
@@ -192,13 +194,13 @@ class Scheduler:
                 self._leave(seq)
                 continue
             seq.num_computed += item.num_new
-            if self.pool.prefix_cache:
+            if publishes:
                 self._publish(seq)
-            if self.windowed is not None:
-                self.windowed.trim(seq.window_blocks, seq.num_computed)
+            if windowed is not None:
+                windowed.trim(seq.window_blocks, seq.num_computed)
             if item.samples:
                 progress.append(self._append(seq, sampled[seq.req_id]))
-            if seq.state is SequenceState.RUNNING and seq.evicted:
+            if seq.evicted and seq.state is SequenceState.RUNNING:
                 self._preempt(seq)
         self._balance(batch.stream)
         return progress
@@ -343,12 +345,13 @@ class Scheduler:
             seq.hashes.append(parent)
 
     def _append(self, seq: Sequence, token: int) -> Progress:
-        first_idx, sampling = seq.num_output, seq.sampling
-        seq.tokens.append(token)
+        tokens, sampling = seq.tokens, seq.sampling
+        first_idx = len(tokens) - seq.num_prompt
+        tokens.append(token)
         finish: FinishReason | None = None
         if token in sampling.stop_token_ids and first_idx >= sampling.min_tokens:
             finish = FinishReason.STOP
-        elif first_idx + 1 >= sampling.max_tokens or len(seq.tokens) >= self.config.max_context:
+        elif first_idx + 1 >= sampling.max_tokens or len(tokens) >= self.config.max_context:
             finish = FinishReason.LENGTH
         if finish is not None:
             del self._by_id[seq.req_id]

@@ -28,10 +28,11 @@ DONE_S = 1e-12
 class _Gang:
     """Steps that move together. left_s: what they would still take alone, up to the last layer or through it.
 
-    stretch: how much longer it takes.  share: of the FFN's time while it is on its way.
+    stretch: how much longer it takes.  share: of the FFN's time while it is on its way.  loads: its workers'.
     """
 
     steps: list[Step]
+    loads: list[_Load]
     layer: int
     left_s: float
     share: float
@@ -165,7 +166,8 @@ class ClosedFormPath:
         left_s = back_s
         if batch.layer == 0 and self._layers > 1:
             left_s += (self._layers - 2) * layer_s + _out_s(steps)
-        return _Gang(steps, batch.layer, left_s, share, ffn_s)
+        loads = [self._loads[step.worker.rank] for step in steps]
+        return _Gang(steps, loads, batch.layer, left_s, share, ffn_s)
 
     def _weight(self, layer: int) -> int:
         """Layers that a gang seen at layer 0 or the last one stands for."""
@@ -187,9 +189,8 @@ class ClosedFormPath:
     def _plan(self, now: float) -> None:
         """Stretch every gang by what it shares now; the next one to be through is looked at then."""
         ffn = sum(gang.share for gang in self._gangs)
-        stretch = {rank: load.stretch for rank, load in self._loads.items()}
         for gang in self._gangs:
-            gang.stretch = max(ffn, *(stretch.get(step.worker.rank, 1.0) for step in gang.steps))
+            gang.stretch = max(ffn, max([load.stretch for load in gang.loads]))
         self._version += 1
         if self._gangs:
             next_s = min(gang.left_s * gang.stretch for gang in self._gangs)

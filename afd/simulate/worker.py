@@ -38,16 +38,6 @@ FLUSH_S = 2.0  # longest that tokens between the first and the last one are kept
 STEP_EMA = 0.2
 
 
-class _Words(dict[str, int]):
-    """What is sampled when nothing depends on it."""
-
-    def __missing__(self, req_id: str) -> int:
-        return WORD_TOKEN
-
-
-WORDS = _Words()
-
-
 @dataclass(slots=True, eq=False)
 class Step:
     """One micro-batch on its way. attention_s, to_ffn_s, to_attention_s: of one layer; head_s: of the step.
@@ -139,6 +129,7 @@ class AttentionWorker:
         self._say = say
         self._learns = policy == "enforce" or self._chooser is not None
         self._num_arrivals = 0
+        self._words: dict[str, int] = {}  # what live requests sample when nothing depends on it
         self._sent: dict[str, int] = {}  # output tokens that the gateway has, by request; -1 = none of this attempt
         self._gang_tokens: dict[int, int] = {}  # of each stream's last gang
         self._flushed_at = 0.0
@@ -200,7 +191,7 @@ class AttentionWorker:
         for seq in self.scheduler.sequences():
             chunks.append(self._chunk(seq, FinishReason.ERROR, error))
             self.scheduler.abort(seq.req_id, FinishReason.ERROR)
-            self._sent.pop(seq.req_id, None)
+            self._forget(seq.req_id)
         if chunks:
             self._say(Tokens(chunks))
 
@@ -285,6 +276,7 @@ class AttentionWorker:
             self._say(answer)
             return
         self._sent[message.req_id] = -1
+        self._words[message.req_id] = WORD_TOKEN
         self.scheduler.add(answer)
 
     def _fault(self, message: Submit) -> tuple[str, str]:
@@ -299,7 +291,7 @@ class AttentionWorker:
     def _sampled(self, batch: MicroBatch) -> Mapping[str, int]:
         """The stop token where an answer is complete; length-limited ones end by themselves."""
         if not self._settings.stops_early:
-            return WORDS
+            return self._words
         return {
             item.seq.req_id: STOP_TOKEN if item.seq.num_output + 1 >= self._targets[item.seq.req_id] else WORD_TOKEN
             for item in batch.items
@@ -313,7 +305,7 @@ class AttentionWorker:
             if item.finish is not None:
                 self.admission.finished(item.seq)
                 chunks.append(self._chunk(item.seq, item.finish))
-                del self._sent[item.seq.req_id]
+                self._forget(item.seq.req_id)
             elif self._sent[item.seq.req_id] < 0:
                 chunks.append(self._chunk(item.seq, None))
         if chunks:
@@ -341,7 +333,11 @@ class AttentionWorker:
 
     def _drop(self, req_id: str) -> None:
         self.scheduler.abort(req_id)
+        self._forget(req_id)
+
+    def _forget(self, req_id: str) -> None:
         self._sent.pop(req_id, None)
+        self._words.pop(req_id, None)
 
     def _choose_streams(self) -> None:
         chooser, scheduler = self._chooser, self.scheduler

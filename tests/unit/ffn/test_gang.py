@@ -222,11 +222,10 @@ def test_a_gang_is_of_one_epoch_and_nobody_waits_for_the_other_one():
     gangs.arrive(arrival(0, at=0.3, epoch=2))
     assert gangs.next_batch(0.3) is None, "within the window the other one may come"
     gangs.arrive(arrival(1, at=0.301, epoch=1))
+    new = gangs.next_batch(0.301)
+    assert ranks(new) == [0] and new.mask == 0b01 and new.gang_id >> 48 == 2, "everybody is here"
     old = gangs.next_batch(0.301)
     assert ranks(old) == [1] and old.mask == 0b10
-    assert gangs.next_batch(0.302) is None
-    new = gangs.next_batch(0.306)
-    assert ranks(new) == [0] and new.mask == 0b01 and new.gang_id >> 48 == 2
     for rank, gang, epoch in ((0, new, 2), (1, old, 1)):
         gangs.arrive(arrival(rank, 1, at=0.31, gang=gang.gang_id, mask=gang.mask, epoch=epoch))
         assert ranks(gangs.next_batch(0.31)) == [rank]
