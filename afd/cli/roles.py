@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
 
     from afd.cli.show import config_toml
     from afd.cluster.launch import RoleLaunch
-    from afd.cluster.launcher import role_environment
+    from afd.cluster.process import role_environment
     from afd.cluster.resolve import find_model, usable_cores, whole_host_threads
     from afd.cluster.secret_file import require_secret
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 from afd.cli.flags import UP, add_config_flags, config_from_args
 from afd.cli.show import config_toml, process_table
@@ -17,6 +18,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(args: argparse.Namespace) -> int:
+    from afd.cluster.fork_server import ForkServer
     from afd.cluster.resolve import check_ports, find_model, share_threads, usable_cores
     from afd.cluster.restart import RestartPolicy
     from afd.cluster.secret_file import new_secret, read_secret
@@ -37,4 +39,5 @@ def run(args: argparse.Namespace) -> int:
         check_device(config.ffn.device, "ffn.device")
     restart = None if args.no_restart else RestartPolicy
     has_tokenizer = folder.tokenizer_path is not None
-    return Supervisor(config, secret, has_tokenizer=has_tokenizer, restart=restart).run()
+    fork_server = ForkServer if sys.platform == "linux" else None
+    return Supervisor(config, secret, has_tokenizer=has_tokenizer, restart=restart, fork_server=fork_server).run()

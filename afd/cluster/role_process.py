@@ -7,11 +7,9 @@ whose supervisor dies; the coordinator is only asked to end, so that it can remo
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable
 from types import FrameType
@@ -25,6 +23,7 @@ from afd.cluster.launch import (
     read_launch,
     write_news,
 )
+from afd.cluster.process import die_with_parent
 from afd.cluster.roles import RoleContext, RoleEntry
 from afd.cluster.run_file import remove_run_file
 from afd.coordinator.membership import MembershipLostError
@@ -37,7 +36,6 @@ ORPHAN_LIMIT_S = 2.0
 STOP_MARGIN_S = 8.0
 FATAL_LIMIT_S = 5.0
 MAX_ERROR_CHARS = 1000
-_PR_SET_PDEATHSIG = 1
 _SUPERVISOR_FD = 0
 
 
@@ -46,7 +44,7 @@ def run_supervised(role: str, entry: RoleEntry, *, preload: Callable[[], None] |
 
     preload: imports what the role needs while the frame is on its way.
     """
-    _die_with_parent(signal.SIGTERM if role == "coordinator" else signal.SIGKILL)
+    die_with_parent(signal.SIGHUP if role == "coordinator" else signal.SIGKILL)
     if preload is not None:
         preload()
     launch = read_launch(_SUPERVISOR_FD)
@@ -78,6 +76,8 @@ def run_role(launch: RoleLaunch, entry: RoleEntry) -> int:
         return EXIT_FAILURE
     finally:
         process.ended.set()
+        if launch.supervisor_pid and os.getppid() != launch.supervisor_pid:  # SIGHUP may come before the pipe's end
+            process.clear_up()
     if process.fatal is not None:
         raise process.fatal
     return exit_code
@@ -115,7 +115,12 @@ class _Process:
         )
 
     def install_signals(self) -> None:
-        """SIGTERM and SIGINT ask for a graceful stop; a second one ends the process at once."""
+        """SIGTERM and SIGINT ask for a graceful stop; a second one ends the process at once.
+
+        SIGHUP, the kernel's word that the supervisor is gone, may come for each of the supervisor's threads.
+        """
+        if self._launch.supervisor_pid:
+            signal.signal(signal.SIGHUP, lambda signum, frame: self._stop.set())
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, self._on_signal)
 
@@ -124,6 +129,11 @@ class _Process:
         threading.Thread(target=self._enforce_stop, name="stop-deadline", daemon=True).start()
         if self._launch.supervisor_pid:
             threading.Thread(target=self._watch_supervisor, name="supervisor-watch", daemon=True).start()
+
+    def clear_up(self) -> None:
+        """In the place of a supervisor that is gone; by whichever thread hears of it first."""
+        if self._launch.run_file:
+            remove_run_file(self._launch.run_file)
 
     def _announce(self, news: dict[str, object]) -> None:
         if self._launch.announce_fd >= 0:
@@ -149,14 +159,7 @@ class _Process:
     def _watch_supervisor(self) -> None:
         while os.read(_SUPERVISOR_FD, 64):
             pass  # nothing but the end of file is expected
-        if self._launch.run_file:
-            remove_run_file(self._launch.run_file)
+        self.clear_up()
         self._stop.set()
         if not self.ended.wait(ORPHAN_LIMIT_S):
             os._exit(EXIT_FAILURE)
-
-
-def _die_with_parent(signum: signal.Signals) -> None:
-    """Linux: the kernel sends us `signum` when the supervisor dies, even if every thread of ours is stuck."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signum), 0, 0, 0)

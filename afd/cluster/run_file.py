@@ -30,6 +30,9 @@ class RunInfo(msgspec.Struct, frozen=True):
     ca_file: str = ""
 
 
+PARTIAL = ".partial"
+
+
 def run_directory() -> Path:
     """Where this user's run files lie (it exists only while there are any)."""
     base = os.environ.get("XDG_RUNTIME_DIR", "")
@@ -42,7 +45,7 @@ def write_run_file(info: RunInfo) -> Path:
     """Write `<pid>.json`, readable by this user only; returns its path."""
     directory = run_directory()
     path = directory / f"{info.pid}.json"
-    partial = path.with_suffix(".partial")
+    partial = path.with_suffix(PARTIAL)
     try:
         directory.mkdir(mode=0o700, exist_ok=True)
         _check_private(directory)
@@ -57,9 +60,10 @@ def write_run_file(info: RunInfo) -> Path:
 
 
 def remove_run_file(path: str | Path) -> None:
-    """Remove a run file, and the directory when it was the last one. Idempotent."""
+    """Remove a run file, also a half-written one, and the directory when it was the last. Idempotent."""
     path = Path(path)
-    path.unlink(missing_ok=True)
+    for name in (path.with_suffix(PARTIAL), path):
+        name.unlink(missing_ok=True)
     try:
         path.parent.rmdir()
     except OSError:

@@ -1,7 +1,8 @@
 """`afd up`: one cluster on this host, from the first process to the last.
 
-A single-threaded loop over the children's pipes, SIGCHLD and deadlines. Start: every child is spawned at once; the
-coordinator is told its configuration first, and the others when it has announced its address. Run: a child that dies
+A single-threaded loop over the children's pipes, SIGCHLD and deadlines. Start: gateway and coordinator are spawned,
+workers forked from a process that imports their libraries meanwhile; the coordinator is told its configuration first,
+and the others when it has announced its address. Run: a child that dies
 is reported with its last lines and started again. Stop: gateway, workers, coordinator, each within bounds.
 """
 
@@ -16,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -24,8 +26,10 @@ from urllib.parse import urlsplit
 import msgspec
 
 from afd.cluster.console import Console
+from afd.cluster.fork_server import FORKED_ROLES, ForkServer
 from afd.cluster.launch import EXIT_CONFIG, EXIT_FAILURE, EXIT_OK
-from afd.cluster.launcher import Child, Command, describe_exit, role_command
+from afd.cluster.launcher import Child, Start
+from afd.cluster.process import Command, Spawned, describe_exit, role_command
 from afd.cluster.progress import ChildProgress, progress_line, ready_text
 from afd.cluster.resolve import most_threads, with_cores, worker_cores
 from afd.cluster.restart import RestartPolicy, worth_restarting
@@ -42,6 +46,7 @@ class Supervisor:
 
     restart: makes each child's restart policy; None = the first death ends the cluster.
     command: how a role's process is started (tests put fakes there).
+    fork_server: starts one, from which workers come, for that many threads; None = they are spawned.
     """
 
     def __init__(
@@ -52,6 +57,7 @@ class Supervisor:
         has_tokenizer: bool = True,
         restart: Callable[[], RestartPolicy] | None = RestartPolicy,
         command: Command = role_command,
+        fork_server: Callable[[int], ForkServer] | None = None,
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
@@ -60,6 +66,9 @@ class Supervisor:
         self._has_tokenizer = has_tokenizer
         self._restart = restart
         self._command = command
+        self._make_fork_server = fork_server
+        self._fork_server: ForkServer | None = None
+        self._waiting: list[tuple[str, int]] = []  # for the fork server, which imports
         self._cores = worker_cores(config)
         self._console = console if console is not None else Console(sys.stdout, sys.stderr)
         self._clock = clock
@@ -81,14 +90,19 @@ class Supervisor:
         """Bring the cluster up, keep it up, take it down; the exit code of `afd up`."""
         try:
             with self._signals() as signals:
+                if self._make_fork_server is not None:
+                    self._start_fork_server(self._make_fork_server)
                 for role, rank in self._places():
-                    self._start(role, rank)
-                self._configure(self._children["coordinator"])
+                    if self._fork_server is not None and role in FORKED_ROLES:
+                        self._waiting.append((role, rank))
+                    else:
+                        self._start(role, rank)
                 while self._children or self._due:
                     self._turn(signals)
         finally:
             for child in self._children.values():
                 child.close()
+            self._close_fork_server()
             self._selector.close()
             if self._run_file is not None:
                 remove_run_file(self._run_file)
@@ -101,6 +115,8 @@ class Supervisor:
         for key, _ in self._selector.select(self._patience()):
             if key.fileobj is signals:
                 signals.recv(4096)
+            elif isinstance(key.data, ForkServer):
+                self._hear_fork_server(key.data)
             else:
                 self._hear(key.data)
         self._reap()
@@ -111,9 +127,7 @@ class Supervisor:
             return
         for name in [name for name, due in self._due.items() if due <= now]:
             del self._due[name]
-            role, rank = self._place_of(name)
-            self._start(role, rank)
-            self._configure(self._children[name])
+            self._start(*self._place_of(name))
         if not self._answers:
             self._console.progress(progress_line(self._config.model.served_name, self._progress, now - self._started))
             if self._url and answers(self._url):
@@ -164,14 +178,48 @@ class Supervisor:
         role, _, rank = name.partition("/")
         return role, int(rank) if rank else -1
 
+    def _start_fork_server(self, make: Callable[[int], ForkServer]) -> None:
+        self._fork_server = make(max(most_threads(self._config, role) for role in FORKED_ROLES))
+        self._selector.register(self._fork_server.fd, selectors.EVENT_READ, self._fork_server)
+
+    def _hear_fork_server(self, server: ForkServer) -> None:
+        """It is ready, or has died: either way its workers are started now."""
+        self._selector.unregister(server.fd)
+        if not server.is_ready():
+            self._close_fork_server()
+        waiting, self._waiting = self._waiting, []
+        for role, rank in waiting:
+            self._start(role, rank)
+
+    def _close_fork_server(self) -> None:
+        """Workers are spawned from now on."""
+        if self._fork_server is not None:
+            if self._fork_server.fd in self._selector.get_map():
+                self._selector.unregister(self._fork_server.fd)
+            self._fork_server.close()
+            self._fork_server = None
+
     def _start(self, role: str, rank: int) -> None:
-        child = Child(role, rank, self._command(role, rank), threads=most_threads(self._config, role))
+        """A child with its configuration, if there is one for it yet."""
+        spawn = partial(Spawned, self._command(role, rank), threads=most_threads(self._config, role))
+        if self._fork_server is not None and role in FORKED_ROLES:
+            try:
+                self._add(role, rank, partial(self._fork_server.fork, role, rank))
+                return
+            except OSError as error:
+                self._console.line(f"afd up: {role}/{rank} is spawned: {error}")
+                self._close_fork_server()
+        self._add(role, rank, spawn)
+
+    def _add(self, role: str, rank: int, start: Start) -> None:
+        child = Child(role, rank, start)
         self._children[child.name] = child
         self._progress[child.name] = ChildProgress()
         if self._restart is not None and child.name not in self._policies:
             self._policies[child.name] = self._restart()
         for lines in (child.output, child.news):
             self._selector.register(lines.fd, selectors.EVENT_READ, child)
+        self._configure(child)
 
     def _configure(self, child: Child) -> None:
         """The coordinator comes first, since the others need its address.
@@ -192,6 +240,9 @@ class Supervisor:
         child.configure(config, self._secret, run_file=str(run_file))
 
     def _reap(self) -> None:
+        if self._fork_server is not None and not self._waiting and not self._fork_server.alive:
+            self._console.line("afd up: the fork server has died; workers are spawned from now on")
+            self._close_fork_server()
         for child in list(self._children.values()):
             exit_code = child.poll()
             if exit_code is None:
@@ -265,6 +316,7 @@ class Supervisor:
             self._exit_code = exit_code
             self._stopping = StopSequence(stages(self._config.gateway.drain_s))
             self._due.clear()
+            self._waiting.clear()
 
     def _handle_interrupts(self) -> None:
         if self._num_interrupts and self._stopping is None:

@@ -106,7 +106,7 @@ class LocalCluster:
     def pid_of(self, role: str, rank: int | None = None) -> int:
         """Process id of the newest process of a role ("attention", 1)."""
         for process in reversed(self._all_processes()[1:]):
-            words = process.cmdline()
+            words = " ".join(process.cmdline()).split()  # a title that was set is one word
             if role in words and (rank is None or str(rank) in words):
                 return process.pid
         raise AssertionError(f"no {role} process: {[p.cmdline() for p in self._all_processes()]}")

@@ -24,7 +24,10 @@ POLL_S = 0.02
 
 
 def main() -> int:
-    role, behaviour = sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else "serve"
+    return run(sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else "serve")
+
+
+def run(role: str, behaviour: str) -> int:
     serve: dict[str, RoleEntry] = {
         "coordinator": run_coordinator_role,
         "attention": worker,

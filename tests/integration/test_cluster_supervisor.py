@@ -21,10 +21,13 @@ ROOT = Path(__file__).resolve().parents[2]
 WAIT_S = 20.0
 UP = """
 import sys
+from functools import partial
+from afd.cluster.fork_server import ForkServer
 from afd.cluster.restart import RestartPolicy
 from afd.cluster.supervisor import Supervisor
 from afd.config import resolve_config
-topology, restart, behaviours = sys.argv[1], sys.argv[2] == "restart", dict(word.split("=") for word in sys.argv[3:])
+topology, restart, forks = sys.argv[1], sys.argv[2] == "restart", sys.argv[3] == "forks"
+behaviours = dict(word.split("=") for word in sys.argv[4:])
 config = resolve_config(None, {
     "cluster.topology": topology, "gateway.port": 0, "gateway.drain_s": 0.2, "model.served_name": "fake",
     "coordinator.lost_after_s": 0.6, "coordinator.restart_grace_s": 1.0, "coordinator.heartbeat_s": 0.05,
@@ -34,20 +37,31 @@ def command(role, rank):
     return [sys.executable, "-m", "tests.fakes.role", role, behaviours.get(name, "serve"), name]
 def policy():
     return RestartPolicy((0.05, 0.1))
-sys.exit(Supervisor(config, b"s" * 32, restart=policy if restart else None, command=command).run())
+server = partial(ForkServer, command=[sys.executable, "-m", "tests.fakes.fork_server", *sys.argv[4:]])
+sys.exit(Supervisor(
+    config, b"s" * 32, restart=policy if restart else None, command=command, fork_server=server if forks else None
+).run())
 """
 
 
 class Up:
     """One `afd up`, its output as it comes, and the processes under it."""
 
-    def __init__(self, run_base: Path, topology: str, *behaviours: str, restart: bool = True):
+    def __init__(self, run_base: Path, topology: str, *behaviours: str, restart: bool = True, forks: bool = False):
         self.env = {**os.environ, "XDG_RUNTIME_DIR": str(run_base)}
         self.run_base = run_base
         self.lines: list[str] = []
         self._changed = threading.Condition()
         self.process = subprocess.Popen(
-            [sys.executable, "-c", UP, topology, "restart" if restart else "no", *behaviours],
+            [
+                sys.executable,
+                "-c",
+                UP,
+                topology,
+                "restart" if restart else "no",
+                "forks" if forks else "spawns",
+                *behaviours,
+            ],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -86,7 +100,7 @@ class Up:
         found = {}
         for child in psutil.Process(self.process.pid).children():
             try:
-                words = child.cmdline()
+                words = " ".join(child.cmdline()).split()  # a title that was set is one word
             except psutil.NoSuchProcess:
                 continue
             if len(words) > 4:
@@ -143,11 +157,13 @@ def up(tmp_path: Path) -> Iterator[Callable[..., Up]]:
         one.close()
 
 
-def test_a_cluster_comes_up_heals_and_stops_on_ctrl_c(up: Callable[..., Up]) -> None:
-    cluster = up("2A1F")
+@pytest.mark.parametrize("forks", [False, True], ids=["spawned", "forked"])
+def test_a_cluster_comes_up_heals_and_stops_on_ctrl_c(up: Callable[..., Up], forks: bool) -> None:
+    cluster = up("2A1F", forks=forks)
     ready = cluster.wait_line("AFD is ready: http://127.0.0.1:")
     cluster.wait_line("curl ")
-    assert set(cluster.children()) == {"coordinator", "attention/0", "attention/1", "ffn/0", "gateway/0"}
+    members = {"coordinator", "attention/0", "attention/1", "ffn/0", "gateway/0"}
+    assert set(cluster.children()) == members | ({"fork-server"} if forks else set())
     status = cluster.status()
     assert status["view"]["epoch"] == 1 and len(status["members"]) == 4  # type: ignore[index, arg-type]
     [run_file] = cluster.run_base.rglob("*.json")
@@ -179,6 +195,51 @@ def test_kill_9_of_the_supervisor_while_starting_leaves_nothing(up: Callable[...
     cluster.process.kill()
     cluster.process.wait(WAIT_S)
     cluster.assert_nothing_left()
+
+
+def test_kill_9_of_a_supervisor_with_a_fork_server_leaves_nothing(up: Callable[..., Up]) -> None:
+    cluster = up("1A1F", forks=True)
+    cluster.wait_line("AFD is ready")
+    assert len(cluster.children()) == 5
+    cluster.process.kill()
+    cluster.process.wait(WAIT_S)
+    cluster.assert_nothing_left()
+
+
+def test_workers_are_spawned_where_the_fork_server_has_died(up: Callable[..., Up]) -> None:
+    cluster = up("1A1F", forks=True)
+    cluster.wait_line("AFD is ready")
+    children = cluster.children()
+    children["fork-server"].kill()
+    cluster.wait_line("the fork server has died; workers are spawned from now on")
+    children["ffn/0"].kill()
+    cluster.wait_line("ffn/0 is ready again")
+    assert set(cluster.children()) == {"coordinator", "attention/0", "ffn/0", "gateway/0"}
+    cluster.process.send_signal(signal.SIGINT)
+    assert cluster.end() == 0
+
+
+def test_workers_are_spawned_where_the_fork_server_cannot_start(up: Callable[..., Up]) -> None:
+    cluster = up("1A1F", "fork-server=crash", forks=True)
+    cluster.wait_line("AFD is ready")
+    cluster.children()
+    cluster.process.send_signal(signal.SIGINT)
+    assert cluster.end() == 0
+
+
+def test_a_forked_worker_that_dies_is_told_with_its_exit_code_and_last_lines(up: Callable[..., Up]) -> None:
+    cluster = up("1A1F", "ffn/0=bad-config", forks=True)
+    cluster.wait_line(r"ffn/0 .* died: exit code 2")
+    cluster.wait_line(r"ffn/0 \| .*this worker cannot work with that")
+    assert cluster.end() == 2
+
+
+def test_ctrl_c_while_the_fork_server_imports(up: Callable[..., Up]) -> None:
+    cluster = up("1A1F", "fork-server=deaf", forks=True)
+    cluster.wait_line("the fork server imports for ever")
+    assert "fork-server" in cluster.children()
+    cluster.process.send_signal(signal.SIGINT)
+    assert cluster.end() == 0
 
 
 def test_a_second_ctrl_c_does_not_wait_for_the_deaf(up: Callable[..., Up]) -> None:

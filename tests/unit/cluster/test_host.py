@@ -13,9 +13,11 @@ import pytest
 from afd.cluster import resolve
 from afd.cluster.console import Console
 from afd.cluster.launch import RoleLaunch, parse_news, read_launch, write_launch, write_news
-from afd.cluster.launcher import MAX_LINE_BYTES, Lines, describe_exit, role_environment
+from afd.cluster.launcher import MAX_LINE_BYTES, Lines
+from afd.cluster.process import describe_exit, role_environment
 from afd.cluster.progress import ChildProgress, curl_line, progress_line
 from afd.cluster.run_file import (
+    PARTIAL,
     RunInfo,
     process_start_time,
     remove_run_file,
@@ -124,6 +126,7 @@ def test_a_run_file_is_private_found_and_gone(run_base: Path) -> None:
     assert stat.S_IMODE(path.stat().st_mode) == 0o600 and stat.S_IMODE(path.parent.stat().st_mode) == 0o700
     assert write_run_file(run_info()) == path, "written again with the URL"
     assert running_clusters() == [run_info()]
+    path.with_suffix(PARTIAL).touch()  # killed while it wrote the file again
     remove_run_file(path)
     remove_run_file(path)
     assert running_clusters() == [] and list(run_base.iterdir()) == []

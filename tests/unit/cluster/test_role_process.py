@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -28,15 +29,17 @@ config = resolve_config(None, {{"gateway.drain_s": 0.1}})
 def entry(context):
     print("running", flush=True)
 {body}
-sys.exit(role_process.run_role(RoleLaunch("ffn", 0, config, "ab" * 16), entry))
+launch = RoleLaunch("ffn", 0, config, "ab" * 16, supervisor_pid={supervisor_pid})
+sys.exit(role_process.run_role(launch, entry))
 """
 
 
-def start(body: str) -> subprocess.Popen[str]:
+def start(body: str, *, supervised: bool = False) -> subprocess.Popen[str]:
     indented = "\n".join("    " + line for line in body.splitlines())
     process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT.format(body=indented)],
+        [sys.executable, "-c", SCRIPT.format(body=indented, supervisor_pid=os.getpid() if supervised else 0)],
         cwd=ROOT,
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -69,6 +72,15 @@ def test_exit_codes_say_who_has_to_act(error: AfdError, code: int) -> None:
 def test_sigterm_asks_for_a_graceful_stop() -> None:
     process = start("context.stop.wait()\nprint('drained', flush=True)\nreturn 0")
     process.send_signal(signal.SIGTERM)
+    assert end(process)[0] == 0
+
+
+def test_the_kernel_may_say_more_than_once_that_the_supervisor_is_gone() -> None:
+    body = "context.stop.wait()\nprint('stopping', flush=True)\nsys.stdin.readline()\nreturn 0"
+    process = start(body, supervised=True)
+    process.send_signal(signal.SIGHUP)
+    assert process.stdout is not None and process.stdout.readline() == "stopping\n"
+    process.send_signal(signal.SIGHUP)
     assert end(process)[0] == 0
 
 
