@@ -80,9 +80,13 @@ class ForkServer:
         answer = msgspec.json.decode(data, type=_Answer)
         return _Forked(answer.pid, answer.announce_fd)
 
-    def close(self) -> None:
-        """End the server; its workers live on. Idempotent."""
+    def end(self) -> None:
+        """No more forks: the server ends meanwhile; its workers live on."""
         self._socket.close()
+
+    def close(self) -> None:
+        """End the server and wait for that. Idempotent."""
+        self.end()
         try:
             self._process.wait(STOP_S)
         except subprocess.TimeoutExpired:  # it still imports

@@ -191,11 +191,15 @@ class Supervisor:
         for role, rank in waiting:
             self._start(role, rank)
 
+    def _end_fork_server(self, server: ForkServer) -> None:
+        if server.fd in self._selector.get_map():
+            self._selector.unregister(server.fd)
+        server.end()
+
     def _close_fork_server(self) -> None:
         """Workers are spawned from now on."""
         if self._fork_server is not None:
-            if self._fork_server.fd in self._selector.get_map():
-                self._selector.unregister(self._fork_server.fd)
+            self._end_fork_server(self._fork_server)
             self._fork_server.close()
             self._fork_server = None
 
@@ -240,7 +244,8 @@ class Supervisor:
         child.configure(config, self._secret, run_file=str(run_file))
 
     def _reap(self) -> None:
-        if self._fork_server is not None and not self._waiting and not self._fork_server.alive:
+        running = self._stopping is None and not self._waiting
+        if self._fork_server is not None and running and not self._fork_server.alive:
             self._console.line("afd up: the fork server has died; workers are spawned from now on")
             self._close_fork_server()
         for child in list(self._children.values()):
@@ -317,6 +322,8 @@ class Supervisor:
             self._stopping = StopSequence(stages(self._config.gateway.drain_s))
             self._due.clear()
             self._waiting.clear()
+            if self._fork_server is not None:
+                self._end_fork_server(self._fork_server)
 
     def _handle_interrupts(self) -> None:
         if self._num_interrupts and self._stopping is None:

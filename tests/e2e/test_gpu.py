@@ -30,7 +30,7 @@ def test_equals_the_reference(tmp_path, reference, model, topology):
         kv_cache_gib = 0.25
     """
     attention, _ = reference.halves(model)
-    prompts, lengths = workload(attention.spec.vocab_size)
+    prompts, lengths = workload(attention.spec.vocab_size, large=True)
     arguments = ("--model", model, "--topology", topology, "--device", "cuda")
     with LocalCluster(tmp_path, *arguments, toml=toml) as cluster:
         outputs = cluster.greedy_ids_of_all(prompts, lengths)

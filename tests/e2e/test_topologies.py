@@ -38,13 +38,16 @@ def cases():
         )
 
 
-def workload(vocab_size: int) -> tuple[list[list[int]], list[int]]:
-    """Prompts of mixed lengths, some with a shared prefix, and how many tokens each wants."""
+def workload(vocab_size: int, *, large: bool) -> tuple[list[list[int]], list[int]]:
+    """Prompts of mixed lengths, some with a shared prefix of two blocks, and how many tokens each wants.
+
+    large: half as much would do for a model whose float32 weights are half a gigabyte, read in each step.
+    """
     rng = random.Random(7)
-    shared = [rng.randrange(10, vocab_size) for _ in range(40)]
-    prompts = [[rng.randrange(10, vocab_size) for _ in range(length)] for length in (1, 3, 17, 60)]
+    shared = [rng.randrange(10, vocab_size) for _ in range(40 if large else 33)]
+    prompts = [[rng.randrange(10, vocab_size) for _ in range(length)] for length in (1, 3, 17, 60 if large else 20)]
     prompts += [[*shared, *(rng.randrange(10, vocab_size) for _ in range(length))] for length in (1, 9)]
-    return prompts, [12, 20, 8, 16, 10, 5]
+    return prompts, [12, 20, 8, 16, 10, 5] if large else [6, 9, 4, 8, 5, 3]
 
 
 def test_the_cover_is_small_and_complete():
@@ -73,7 +76,7 @@ def test_equals_the_reference(case, tmp_path, reference):
         kv_cache_gib = 0.25
     """
     attention, _ = reference.halves(model)
-    prompts, lengths = workload(attention.spec.vocab_size)
+    prompts, lengths = workload(attention.spec.vocab_size, large=model == STEP3_TINY)
     with LocalCluster(tmp_path, toml=toml) as cluster:
         for _ in range(2):  # the second round meets the prefix cache and settled gangs
             outputs = cluster.greedy_ids_of_all(prompts, lengths)
