@@ -9,9 +9,9 @@ SERVE_ARGS ?=
 TEST_JOBS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder
 FUZZ_SEED ?= $(shell date +%s)
-# Decisions, protocols over the in-process transport, simulations: no worker processes, no real model.
-FAST := tests/sim tests/contract tests/unit --ignore=tests/unit/model --ignore=tests/unit/kernels \
-	-k "not (shm or tcp or verbs)"
+# Decisions, protocols over the in-process transport, simulations: no other processes, no real model, no pictures.
+FAST := tests/sim tests/contract tests/unit -k "not (shm or tcp or verbs)" $(addprefix --ignore=tests/unit/,model kernels \
+	stepmesh/cli stepmesh/test_native.py stepmesh/test_processes.py plan/test_plan_figures.py trace/test_trace_picture.py)
 # Long demonstrations of single subjects: a release in network namespaces, every family, overload, hostile input.
 LONG := tests/k8s tests/fuzz tests/e2e/test_families.py tests/integration/test_overload.py
 

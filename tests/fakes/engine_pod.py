@@ -134,6 +134,17 @@ class Pod:
         thread.start()
         self.ffns[rank:] = [(engine, stop, thread)]
 
+    def replace_last_ffn(self):
+        """It vanishes with whatever is under way; a successor of the same rank joins in the next epoch."""
+        rank = self.num_ffn - 1
+        _, stop, thread = self.ffns[rank]
+        stop.set()
+        thread.join(5)
+        self.ffn_meshes[rank].close()
+        self.ffn_meshes[rank] = self.mesh(Role.FFN, rank)
+        self.start_ffn(rank)
+        self.adopt(self.epoch + 1)
+
     def members(self, meshes):
         return [Member(m.id, m.config.incarnation, m.address) for m in meshes]
 

@@ -12,7 +12,7 @@ from afd.model.loading import load_attention_half, load_ffn_half, resolve_model
 from afd.model.reference import compare, reference_generate
 from afd.model.sharding import ShardSpec
 from afd.types import DispatchMode, FfnParallel
-from stepmesh.types import DispatchMeta, DispatchParts, PeerDown, Role
+from stepmesh.types import DispatchMeta, DispatchParts, PeerDown
 from tests.fakes.engine_pod import Pod, requests
 
 
@@ -99,13 +99,7 @@ def test_a_replaced_ffn_rank_interrupts_and_changes_nothing(make_pod, folder, ch
 
     def disturb(turn):
         if pod.epoch == 1 and any(seq.num_output == 2 for seq in load):
-            _, stop, thread = pod.ffns[1]
-            stop.set()
-            thread.join(5)
-            pod.ffn_meshes[1].close()
-            pod.ffn_meshes[1] = pod.mesh(Role.FFN, 1)
-            pod.start_ffn(1)
-            pod.adopt(2)
+            pod.replace_last_ffn()
 
     outputs, losses = pod.run(0, load, disturb)
     assert losses >= 1

@@ -17,7 +17,7 @@ from afd.model.loading import load_attention_half, load_ffn_half, resolve_model
 from afd.model.reference import compare, reference_generate
 from afd.model.sharding import ShardSpec
 from afd.types import DispatchMode, FfnParallel
-from stepmesh.types import Role, WireDtype
+from stepmesh.types import WireDtype
 from tests.fakes import cuda
 from tests.fakes.engine_pod import Pod, requests
 from tests.fakes.real_gpu import skip_without_gpu
@@ -145,13 +145,7 @@ def test_a_replaced_ffn_rank_interrupts_and_changes_nothing(make_pod):
 
     def disturb(turn):
         if pod.epoch == 1 and any(seq.num_output == 2 for seq in load):
-            _, stop, thread = pod.ffns[1]
-            stop.set()
-            thread.join(5)
-            pod.ffn_meshes[1].close()
-            pod.ffn_meshes[1] = pod.mesh(Role.FFN, 1)
-            pod.start_ffn(1)
-            pod.adopt(2)
+            pod.replace_last_ffn()
 
     outputs, losses = pod.run(0, load, disturb)
     assert losses >= 1
