@@ -95,6 +95,7 @@ class Supervisor:
                 for role, rank in self._places():
                     if self._fork_server is not None and role in FORKED_ROLES:
                         self._waiting.append((role, rank))
+                        self._progress[f"{role}/{rank}"] = ChildProgress()
                     else:
                         self._start(role, rank)
                 while self._children or self._due:
