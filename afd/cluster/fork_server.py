@@ -117,10 +117,9 @@ class _Forked:
             self._reap(0)
 
     def _reap(self, flags: int) -> None:
-        with contextlib.suppress(ChildProcessError):  # between its first parent's end and ours
-            pid, status = os.waitpid(self.pid, flags)
-            if pid:
-                self._exit_code = os.waitstatus_to_exitcode(status)
+        pid, status = os.waitpid(self.pid, flags)
+        if pid:
+            self._exit_code = os.waitstatus_to_exitcode(status)
 
 
 # -- the server's process -----------------------------------------------------------------------------------

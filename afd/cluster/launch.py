@@ -44,6 +44,11 @@ class RoleLaunch(msgspec.Struct, frozen=True):
     def name(self) -> str:
         return f"{self.role}/{self.rank}" if self.rank >= 0 else self.role
 
+    @property
+    def orphaned(self) -> bool:
+        """In the process that it is for: the supervisor is gone."""
+        return self.supervisor_pid != 0 and os.getppid() != self.supervisor_pid
+
 
 _decoder = msgspec.json.Decoder(RoleLaunch)
 

@@ -48,7 +48,7 @@ def run_supervised(role: str, entry: RoleEntry, *, preload: Callable[[], None] |
     if preload is not None:
         preload()
     launch = read_launch(_SUPERVISOR_FD)
-    if launch is None or (launch.supervisor_pid and os.getppid() != launch.supervisor_pid):
+    if launch is None or launch.orphaned:
         return EXIT_OK  # the supervisor was gone before we began
     if launch.role != role:
         raise ConfigError(f"a launch frame for {launch.role} was given to {role}")
@@ -76,7 +76,7 @@ def run_role(launch: RoleLaunch, entry: RoleEntry) -> int:
         return EXIT_FAILURE
     finally:
         process.ended.set()
-        if launch.supervisor_pid and os.getppid() != launch.supervisor_pid:  # SIGHUP may come before the pipe's end
+        if launch.orphaned:  # SIGHUP may come before the pipe's end
             process.clear_up()
     if process.fatal is not None:
         raise process.fatal

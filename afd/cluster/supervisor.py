@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from math import inf
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -68,7 +69,6 @@ class Supervisor:
         self._command = command
         self._make_fork_server = fork_server
         self._fork_server: ForkServer | None = None
-        self._waiting: list[tuple[str, int]] = []  # for the fork server, which imports
         self._cores = worker_cores(config)
         self._console = console if console is not None else Console(sys.stdout, sys.stderr)
         self._clock = clock
@@ -77,7 +77,7 @@ class Supervisor:
         self._children: dict[str, Child] = {}
         self._progress: dict[str, ChildProgress] = {}
         self._policies: dict[str, RestartPolicy] = {}
-        self._due: dict[str, float] = {}  # dead children by the time of their next start
+        self._due: dict[str, float] = {}  # children to start, by time; inf: when the fork server has imported
         self._coordinator = ""  # its address, once announced
         self._url = ""
         self._answers = False  # /readyz said 200 at least once
@@ -94,7 +94,7 @@ class Supervisor:
                     self._start_fork_server(self._make_fork_server)
                 for role, rank in self._places():
                     if self._fork_server is not None and role in FORKED_ROLES:
-                        self._waiting.append((role, rank))
+                        self._due[f"{role}/{rank}"] = inf
                         self._progress[f"{role}/{rank}"] = ChildProgress()
                     else:
                         self._start(role, rank)
@@ -135,7 +135,7 @@ class Supervisor:
                 self._announce_ready()
 
     def _patience(self) -> float:
-        soonest = min(self._due.values(), default=float("inf")) - self._clock()
+        soonest = min(self._due.values(), default=inf) - self._clock()
         return max(0.0, min(POLL_S, soonest))
 
     def _hear(self, child: Child) -> None:
@@ -184,13 +184,21 @@ class Supervisor:
         self._selector.register(self._fork_server.fd, selectors.EVENT_READ, self._fork_server)
 
     def _hear_fork_server(self, server: ForkServer) -> None:
-        """It is ready, or has died: either way its workers are started now."""
+        """It is ready, or has died."""
         self._selector.unregister(server.fd)
-        if not server.is_ready():
-            self._close_fork_server()
-        waiting, self._waiting = self._waiting, []
-        for role, rank in waiting:
-            self._start(role, rank)
+        if server.is_ready():
+            self._end_wait_for_fork_server()
+        else:
+            self._lose_fork_server("has died")
+
+    def _end_wait_for_fork_server(self) -> None:
+        now = self._clock()
+        self._due = {name: now if due == inf else due for name, due in self._due.items()}
+
+    def _lose_fork_server(self, why: str) -> None:
+        self._console.line(f"afd up: the fork server {why}; workers are spawned from now on")
+        self._close_fork_server()
+        self._end_wait_for_fork_server()
 
     def _end_fork_server(self, server: ForkServer) -> None:
         if server.fd in self._selector.get_map():
@@ -198,7 +206,6 @@ class Supervisor:
         server.end()
 
     def _close_fork_server(self) -> None:
-        """Workers are spawned from now on."""
         if self._fork_server is not None:
             self._end_fork_server(self._fork_server)
             self._fork_server.close()
@@ -212,8 +219,7 @@ class Supervisor:
                 self._add(role, rank, partial(self._fork_server.fork, role, rank))
                 return
             except OSError as error:
-                self._console.line(f"afd up: {role}/{rank} is spawned: {error}")
-                self._close_fork_server()
+                self._lose_fork_server(f"does not answer ({error})")
         self._add(role, rank, spawn)
 
     def _add(self, role: str, rank: int, start: Start) -> None:
@@ -245,10 +251,8 @@ class Supervisor:
         child.configure(config, self._secret, run_file=str(run_file))
 
     def _reap(self) -> None:
-        running = self._stopping is None and not self._waiting
-        if self._fork_server is not None and running and not self._fork_server.alive:
-            self._console.line("afd up: the fork server has died; workers are spawned from now on")
-            self._close_fork_server()
+        if self._fork_server is not None and self._stopping is None and not self._fork_server.alive:
+            self._lose_fork_server("has died")
         for child in list(self._children.values()):
             exit_code = child.poll()
             if exit_code is None:
@@ -322,7 +326,6 @@ class Supervisor:
             self._exit_code = exit_code
             self._stopping = StopSequence(stages(self._config.gateway.drain_s))
             self._due.clear()
-            self._waiting.clear()
             if self._fork_server is not None:
                 self._end_fork_server(self._fork_server)
 

@@ -188,19 +188,17 @@ def test_a_cluster_comes_up_heals_and_stops_on_ctrl_c(up: Callable[..., Up], for
     assert not any("killing" in line for line in cluster.lines)
 
 
-def test_kill_9_of_the_supervisor_while_starting_leaves_nothing(up: Callable[..., Up]) -> None:
-    cluster = up("1A1F", "ffn/0=deaf")
-    cluster.wait_line("coordinator listens")
-    assert len(cluster.children()) == 4
-    cluster.process.kill()
-    cluster.process.wait(WAIT_S)
-    cluster.assert_nothing_left()
-
-
-def test_kill_9_of_a_supervisor_with_a_fork_server_leaves_nothing(up: Callable[..., Up]) -> None:
-    cluster = up("1A1F", forks=True)
-    cluster.wait_line("AFD is ready")
-    assert len(cluster.children()) == 5
+@pytest.mark.parametrize(
+    ("behaviours", "forks", "line", "num_children"),
+    [(["ffn/0=deaf"], False, "coordinator listens", 4), ([], True, "AFD is ready", 5)],
+    ids=["while starting", "with a fork server"],
+)
+def test_kill_9_of_the_supervisor_leaves_nothing(
+    up: Callable[..., Up], behaviours: list[str], forks: bool, line: str, num_children: int
+) -> None:
+    cluster = up("1A1F", *behaviours, forks=forks)
+    cluster.wait_line(line)
+    assert len(cluster.children()) == num_children
     cluster.process.kill()
     cluster.process.wait(WAIT_S)
     cluster.assert_nothing_left()
@@ -221,6 +219,7 @@ def test_workers_are_spawned_where_the_fork_server_has_died(up: Callable[..., Up
 
 def test_workers_are_spawned_where_the_fork_server_cannot_start(up: Callable[..., Up]) -> None:
     cluster = up("1A1F", "fork-server=crash", forks=True)
+    cluster.wait_line("the fork server has died; workers are spawned from now on")
     cluster.wait_line("AFD is ready")
     cluster.children()
     cluster.process.send_signal(signal.SIGINT)
