@@ -30,7 +30,7 @@ topology, restart, forks = sys.argv[1], sys.argv[2] == "restart", sys.argv[3] ==
 behaviours = dict(word.split("=") for word in sys.argv[4:])
 config = resolve_config(None, {
     "cluster.topology": topology, "gateway.port": 0, "gateway.drain_s": 0.2, "model.served_name": "fake",
-    "coordinator.lost_after_s": 0.6, "coordinator.restart_grace_s": 1.0, "coordinator.heartbeat_s": 0.05,
+    "coordinator.lost_after_s": 2.0, "coordinator.restart_grace_s": 1.0, "coordinator.heartbeat_s": 0.05,
 })
 def command(role, rank):
     name = f"{role}/{rank}" if rank >= 0 else role
@@ -82,12 +82,12 @@ class Up:
         with self._changed:
             self._changed.notify_all()
 
-    def wait_line(self, pattern: str, *, count: int = 1) -> str:
-        """The `count`-th line that matches, waiting for it."""
+    def wait_line(self, pattern: str, *, count: int = 1, since: int = 0) -> str:
+        """The `count`-th line that matches, of those from line `since` on, waiting for it."""
         found: list[str] = []
 
         def there() -> bool:
-            found[:] = [line for line in self.lines if re.search(pattern, line)]
+            found[:] = [line for line in self.lines[since:] if re.search(pattern, line)]
             return len(found) >= count or not self._reader.is_alive()
 
         with self._changed:
@@ -170,10 +170,10 @@ def test_a_cluster_comes_up_heals_and_stops_on_ctrl_c(up: Callable[..., Up], for
     assert run_file.stat().st_mode & 0o777 == 0o600
 
     for name in ("ffn/0", "coordinator", "attention/1", "gateway/0"):
-        before = cluster.children()[name]
+        before, since = cluster.children()[name], len(cluster.lines)
         before.kill()
-        cluster.wait_line(rf"{name} \(pid {before.pid}\) died: killed by SIGKILL")
-        cluster.wait_line(f"{name} is ready again")
+        cluster.wait_line(rf"{name} \(pid {before.pid}\) died: killed by SIGKILL", since=since)
+        cluster.wait_line(f"{name} is ready again", since=since)
         assert cluster.children()[name].pid != before.pid
     status = cluster.wait_status(lambda s: s["view"]["epoch"] >= 3 and len(s["view"]["members"]) == 4)  # type: ignore[operator, arg-type]
     port = int(ready.rpartition(":")[2])
