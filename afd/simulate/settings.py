@@ -30,7 +30,7 @@ class Settings:
     times: StepTimes
     scheduler: SchedulerConfig
     num_blocks: int
-    block_size: int = 16
+    block_size: int = 32
     auto_streams: int = 0
     policy: Policy = "observe"
     tpot_s: float = 0.05

@@ -4,6 +4,8 @@
 //   pack        K transposed, so that one vector holds the same dimension(s) of kLanes keys: scores come out as
 //               vectors over keys, without horizontal sums
 //   score       rows x keys products, then scale, mask, maximum, 2^x
+//               With few query heads for a KV head and no bf16 dot product there is no transpose: it costs more than
+//               the sums it saves (`score_direct`).
 //   accumulate  acc += weight * V
 // Every row sees the same arithmetic in the same order wherever it stands in a tile and however the keys are split
 // among threads: keys are cut at multiples of Keys and kChunkKeys from position 0, and a tile in which the row sees
@@ -44,13 +46,16 @@ Scratch<T>::Scratch(const AttentionArgs& a, void* memory) {
     chunk = make_state(factors + kMaxRows);
 }
 
+// direct: for score_direct, in the lane order of a chunk of keys.
 template <class T>
-void load_queries(const AttentionArgs& a, const AttentionTile& t, typename Operand<T>::Word* q) {
+void load_queries(const AttentionArgs& a, const AttentionTile& t, bool direct, typename Operand<T>::Word* q) {
     const int dim = a.head_dim;
     for (int row = 0; row < t.num_rows(); ++row) {
         const T* from =
             static_cast<const T*>(a.q) + t.token_of(row) * a.q_stride + static_cast<int64_t>(t.head_of(row)) * dim;
-        if (Operand<T>::kPerWord == 2 || sizeof(T) == 4) {
+        if (direct) {
+            for (int i = 0; i < dim; i += kChunk) store(reinterpret_cast<float*>(q) + row * dim + i, load(from + i));
+        } else if (Operand<T>::kPerWord == 2 || sizeof(T) == 4) {
             std::memcpy(q + row * (dim / Operand<T>::kPerWord), from, static_cast<size_t>(dim) * sizeof(T));
         } else {
             for (int i = 0; i < dim; ++i) q[row * dim + i] = to_float(from[i]);
@@ -96,12 +101,14 @@ struct TileGroups {
     static constexpr int kGroups = Keys / kKeyGroup;
     const T *k[kGroups], *v[kGroups];
 
-    // Groups without a key in [begin, end) repeat a valid one: their block may be gone (behind a window) or not be
-    // there yet.
-    void find(const AttentionArgs& a, int seq, int kv_head, int tile_key, int begin, int end) {
-        const int first = (begin - tile_key) / kKeyGroup, last = (end - 1 - tile_key) / kKeyGroup;
+    // Of the h-th KV head of range.tile. Groups without a key in the range repeat a valid one: their block may be gone
+    // (behind a window) or not be there yet.
+    void find(const AttentionArgs& a, const afd::NextTile& range, int h, int tile_key) {
+        const int begin = range.begin > tile_key ? range.begin - tile_key : 0;
+        const int end = range.end < tile_key + Keys ? range.end - tile_key : Keys;
+        const int first = begin / kKeyGroup, last = (end - 1) / kKeyGroup, kv_head = range.tile->kv_head + h;
         const int key = tile_key + first * kKeyGroup;
-        const int32_t* block = a.block_table + seq * a.table_stride + key / a.block_size;
+        const int32_t* block = a.block_table + range.tile->seq * a.table_stride + key / a.block_size;
         int offset = key % a.block_size;
         for (int g = first; g <= last; ++g) {
             const int64_t row = (static_cast<int64_t>(*block) * a.num_kv_heads + kv_head) * a.block_size + offset;
@@ -139,18 +146,50 @@ struct TileGroups {
     }
 };
 
-// Steps of the inner loops for one KV head in one tile, over which the prefetches are spread.
+// Groups in a tile, and of each of them, K and V; or pieces of a block for every KV head, at both ends of a tile.
+template <int Keys>
+constexpr int kMaxRuns = 2 * (Keys / kKeyGroup + 2 * kMaxRows);
+
+// K and V of all KV heads of range.tile in one tile of keys, in the order of memory: of whole blocks the KV heads lie
+// side by side.
 template <class T, int Keys>
+int list_runs(const AttentionArgs& a, const afd::NextTile& range, int tile_key, Run* runs) {
+    const int begin = (range.begin > tile_key ? range.begin : tile_key) / kKeyGroup * kKeyGroup;
+    const int end = range.end < tile_key + Keys ? range.end : tile_key + Keys;
+    const int num_heads = range.tile->num_kv_heads;
+    int count = 0;
+    for (int values = 0; values < 2; ++values) {
+        const char* cache = static_cast<const char*>(values ? a.v_cache : a.k_cache);
+        const int64_t row_bytes = (values ? a.v_dim : a.head_dim) * static_cast<int64_t>(sizeof(T));
+        for (int key = begin, keys; key < end; key += keys) {
+            const int offset = key % a.block_size;
+            keys = a.block_size - offset < end - key ? a.block_size - offset : end - key;
+            const int32_t block = a.block_table[range.tile->seq * a.table_stride + key / a.block_size];
+            const int64_t row = (static_cast<int64_t>(block) * a.num_kv_heads + range.tile->kv_head) * a.block_size + offset;
+            if (keys == a.block_size) {
+                runs[count++] = {cache + row * row_bytes, num_heads * keys * row_bytes};
+            } else {
+                for (int h = 0; h < num_heads; ++h)
+                    runs[count++] = {cache + (row + h * a.block_size) * row_bytes, keys * row_bytes};
+            }
+        }
+    }
+    return count;
+}
+
+// Steps of the inner loops for one KV head in one tile, over which the prefetches are spread.
+template <class T, int Keys, bool Direct>
 int64_t inner_steps(const AttentionArgs& a, int rows) {
     const int words = a.head_dim / Operand<T>::kPerWord, row_groups = (rows + kRowTile - 1) / kRowTile;
-    const int columns = (a.v_dim + kChunkTile * kChunk - 1) / (kChunkTile * kChunk);
+    const int tile = (rows <= 3 ? kChunkTile<3> : kChunkTile<kRowTile>) * kChunk, columns = (a.v_dim + tile - 1) / tile;
     const int score = words * (Keys / kLanes) / kVectorTile<Keys>, accumulate = Keys / Operand<T>::kPerWord * columns;
+    if (Direct) return static_cast<int64_t>(row_groups) * (Keys * direct_steps<T>(a.head_dim) + accumulate);
     const int pack = a.head_dim * static_cast<int>(sizeof(T)) / 16 * (Keys / (AFD_LANES == 16 ? 16 : 4));
     return pack + static_cast<int64_t>(row_groups) * (score + accumulate);
 }
 
 // One KV head of the tile over the keys [lo, hi) after tile_key.
-template <class T, int Keys>
+template <class T, int Keys, bool Direct>
 AFD_INLINE void attend_tile(const AttentionArgs& a, const AttentionTile& t, int h, int tile_key, int lo, int hi,
                             const TileGroups<T, Keys>& groups, const Scratch<T>& s, Lookahead& ahead,
                             SoftmaxState state) {
@@ -159,23 +198,32 @@ AFD_INLINE void attend_tile(const AttentionArgs& a, const AttentionTile& t, int 
     const float scale = a.scale * kLog2e;
     const typename Operand<T>::Word* q = s.q + first_row * words;
     float* acc = state.acc + first_row * acc_stride;
-    for (int g = 0; g * kKeyGroup < hi; g += 2)
-        pack_keys<T, Keys>(groups.k[g], groups.k[g + 1], a.head_dim, ahead, s.keys + g * kKeyGroup);
-    for_row_groups(rows, [&](int row, int count) {
-#define AFD_SCORE(R) score_rows<T, Keys, R>(q + row * words, s.keys, words, ahead, s.scores + row * Keys)
-        AFD_BY_ROWS(count, AFD_SCORE)
+    if constexpr (Direct) {
+        for_row_groups(rows, [&](int row, int count) {
+#define AFD_SCORE(R) \
+    score_direct<T, Keys, R>(q + row * words, groups.k, hi, a.head_dim, ahead, s.scores + row * Keys)
+            AFD_BY_ROWS(count, AFD_SCORE)
 #undef AFD_SCORE
-    });
+        });
+    } else {
+        for (int g = 0; g * kKeyGroup < hi; g += 2)
+            pack_keys<T, Keys>(groups.k[g], groups.k[g + 1], a.head_dim, ahead, s.keys + g * kKeyGroup);
+        for_row_groups(rows, [&](int row, int count) {
+#define AFD_SCORE(R) score_rows<T, Keys, R>(q + row * words, s.keys, words, ahead, s.scores + row * Keys)
+            AFD_BY_ROWS(count, AFD_SCORE)
+#undef AFD_SCORE
+        });
+    }
     for (int r = 0; r < rows; ++r) {
         const int visible_end = t.first_position + r / t.num_heads + 1 - tile_key;
         const int visible_begin = a.window > 0 && visible_end - a.window > lo ? visible_end - a.window : lo;
         s.factors[r] = soften_row<T, Keys>(s.scores + r * Keys, visible_begin, visible_end < hi ? visible_end : hi,
                                            scale, state.max + first_row + r, state.sum + first_row + r);
     }
-    for (int column = 0; column < a.v_dim; column += kChunkTile * kChunk)
+    for (int strip = 0; strip < a.v_dim; strip += kStrip)
         for_row_groups(rows, [&](int row, int count) {
 #define AFD_ACCUMULATE_ROWS(R)                                                                                    \
-    accumulate_rows<T, Keys, R>(groups.v, lo, hi, a.v_dim, column, ahead, s.scores + row * Keys, s.factors + row, \
+    accumulate_rows<T, Keys, R>(groups.v, lo, hi, a.v_dim, strip, ahead, s.scores + row * Keys, s.factors + row, \
                                 acc + row * acc_stride, acc_stride)
             AFD_BY_ROWS(count, AFD_ACCUMULATE_ROWS)
 #undef AFD_ACCUMULATE_ROWS
@@ -183,7 +231,7 @@ AFD_INLINE void attend_tile(const AttentionArgs& a, const AttentionTile& t, int 
 }
 
 // The keys [begin, end), which lie in one chunk. Prefetches up to fetch_end, and then what `next` begins with.
-template <class T, int Keys>
+template <class T, int Keys, bool Direct>
 void attend_keys(const AttentionArgs& a, const AttentionTile& t, int begin, int end, int fetch_end,
                  const afd::NextTile& next, const Scratch<T>& s, SoftmaxState state) {
     const int rows = t.num_rows(), acc_stride = padded(a.v_dim);
@@ -193,34 +241,33 @@ void attend_keys(const AttentionArgs& a, const AttentionTile& t, int begin, int 
     }
     std::memset(state.acc, 0, static_cast<size_t>(rows) * acc_stride * sizeof(float));
 
-    // A step is one KV head in one tile of keys; what the next step reads is fetched during this one.
+    // A step is one KV head in one tile of keys. What the next step reads is fetched during this one; without a
+    // transpose, during all steps of a tile what the next tile reads, in the order of memory: there the work is so
+    // little that memory decides, which gives more in long runs.
+    const afd::NextTile here{&t, begin, fetch_end};
     TileGroups<T, Keys> groups[2];
-    Run runs[2 * TileGroups<T, Keys>::kGroups];
-    const int head_rows = t.rows_per_kv_head();
-    const int64_t num_steps = inner_steps<T, Keys>(a, head_rows);
-    const auto find = [&](int side, int h, int tile_key) {
-        const int first = begin > tile_key ? begin : tile_key;
-        const int last = fetch_end < tile_key + Keys ? fetch_end : tile_key + Keys;
-        groups[side].find(a, t.seq, t.kv_head + h, tile_key, first, last);
-    };
-    int side = 0, tile_key = begin / Keys * Keys;
-    find(side, 0, tile_key);
-    for (; tile_key < end; tile_key += Keys) {
+    Run runs[kMaxRuns<Keys>];
+    const int64_t num_steps = inner_steps<T, Keys, Direct>(a, t.rows_per_kv_head());
+    int side = 0;
+    groups[0].find(a, here, 0, begin / Keys * Keys);
+    for (int tile_key = begin / Keys * Keys; tile_key < end; tile_key += Keys) {
         const int next_key = tile_key + Keys;
         const int lo = begin > tile_key ? begin - tile_key : 0, hi = (end < next_key ? end : next_key) - tile_key;
+        const bool more = next_key < fetch_end;
+        const afd::NextTile& then = more ? here : next;
+        const int then_key = more ? next_key : next.begin / Keys * Keys;
+        Lookahead ahead;
+        if (Direct && then.tile != nullptr)
+            ahead = Lookahead(runs, list_runs<T, Keys>(a, then, then_key, runs), num_steps * t.num_kv_heads);
         for (int h = 0; h < t.num_kv_heads; ++h, side ^= 1) {
             const bool same_tile = h + 1 < t.num_kv_heads;
-            Lookahead ahead;
-            if (same_tile || next_key < fetch_end) {
-                find(side ^ 1, same_tile ? h + 1 : 0, same_tile ? tile_key : next_key);
+            if (same_tile)
+                groups[side ^ 1].find(a, here, h + 1, tile_key);
+            else if (then.tile != nullptr)
+                groups[side ^ 1].find(a, then, 0, then_key);
+            if (!Direct && (same_tile || then.tile != nullptr))
                 ahead = Lookahead(runs, groups[side ^ 1].list_runs(a, runs), num_steps);
-            } else if (next.tile != nullptr) {
-                const int first_tile = next.begin / Keys * Keys;
-                const int last = next.end < first_tile + Keys ? next.end : first_tile + Keys;
-                groups[side ^ 1].find(a, next.tile->seq, next.tile->kv_head, first_tile, next.begin, last);
-                ahead = Lookahead(runs, groups[side ^ 1].list_runs(a, runs), num_steps);
-            }
-            attend_tile<T, Keys>(a, t, h, tile_key, lo, hi, groups[side], s, ahead, state);
+            attend_tile<T, Keys, Direct>(a, t, h, tile_key, lo, hi, groups[side], s, ahead, state);
         }
     }
 }
@@ -241,16 +288,26 @@ inline void merge_states(const AttentionArgs& a, int num_rows, SoftmaxState into
     }
 }
 
+// By the model's shape alone, since it changes the rounding. Decode takes 0.6 to 0.9 of the time, a prefill 1.1 times.
+AFD_INLINE bool scores_directly(const AttentionArgs& a) {
+    constexpr int kDirectHeads = 8;  // for each KV head: with 12 both ways take as long
+    return AFD_LANES < 16 && a.head_dim % kChunk == 0 && a.num_heads / a.num_kv_heads <= kDirectHeads;
+}
+
 template <class T>
 void attend_chunks(const AttentionArgs& a, const AttentionTile& t, int begin, int end, const afd::NextTile& next,
                    SoftmaxState state, void* memory) {
     const Scratch<T> scratch(a, memory);
-    load_queries<T>(a, t, scratch.q);
+    const bool direct = scores_directly(a);
+    load_queries<T>(a, t, direct, scratch.q);
     // Two tiles of K and V and the packed K have to fit into the L1 cache, or the prefetched one falls out before it is
     // used. With many rows the arithmetic counts, not the memory, and a large tile has less overhead. A choice by the
     // model's shape alone: it changes the rounding.
     const bool large = a.head_dim <= 64 || a.num_heads / a.num_kv_heads >= 32;
-    const auto attend = large ? attend_keys<T, kMaxKeys> : attend_keys<T, kMaxKeys / 2>;
+    auto attend = large ? attend_keys<T, kMaxKeys, false> : attend_keys<T, kMaxKeys / 2, false>;
+#if AFD_LANES < 16
+    if (direct) attend = large ? attend_keys<T, kMaxKeys, true> : attend_keys<T, kMaxKeys / 2, true>;
+#endif
     const int item_end = end * kChunkKeys < t.key_end ? end * kChunkKeys : t.key_end;
     for (int chunk = begin; chunk < end; ++chunk) {
         const int first = chunk * kChunkKeys, last = first + kChunkKeys;

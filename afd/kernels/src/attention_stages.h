@@ -16,7 +16,10 @@ using afd::SoftmaxState;
 
 constexpr int kMaxKeys = 64;                         // keys scored at once: `Keys` below is this or half of it
 constexpr int kRowTile = 6;                          // rows held in registers,
-constexpr int kChunkTile = AFD_LANES == 16 ? 2 : 1;  // times this many chunks of values
+// times this many chunks of values,
+template <int R>
+constexpr int kChunkTile = AFD_LANES == 16 || R <= 3 ? 2 : 1;
+constexpr int kStrip = 2 * kChunk;                   // out of a strip of columns.
 // Vectors of keys held against kRowTile rows: all of a tile with AVX-512, two elsewhere.
 template <int Keys>
 constexpr int kVectorTile = AFD_LANES == 16 ? Keys / kLanes : 2;
@@ -185,6 +188,43 @@ void score_rows(const typename Operand<T>::Word* q, const typename Operand<T>::W
     lookahead = ahead;
 }
 
+// Prefetches for a key in score_direct: as many as it has lines.
+template <class T>
+AFD_INLINE int direct_steps(int head_dim) {
+    return (head_dim * static_cast<int>(sizeof(T)) + 63) / 64;
+}
+
+// The same without a transpose: a row and a key are multiplied as they lie, and the lanes of the product added up at the
+// end. q: in the lane order of a chunk of keys. Only the first num_keys are scored.
+template <class T, int Keys, int R>
+void score_direct(const float* q, const T* const* groups, int num_keys, int head_dim, Lookahead& lookahead,
+                  float* scores) {
+    const int steps = direct_steps<T>(head_dim);
+    Vf products[R][Keys];
+    Lookahead ahead = lookahead;
+    for (int key = 0; key < num_keys; key += 2) {
+        const T* k = groups[key / kKeyGroup] + (key % kKeyGroup) * head_dim;
+        for (int i = 0; i < 2 * steps; ++i) ahead.step();
+        Vf acc[R][2] = {};
+        for (int i = 0; i < head_dim; i += kChunk) {
+            const Chunk first = load(k + i), second = load(k + head_dim + i);
+            for (int r = 0; r < R; ++r) {
+                const Chunk loaded = load(q + r * head_dim + i), x = {load_once(loaded.a), load_once(loaded.b)};
+                acc[r][0] += x.a * first.a;
+                acc[r][1] += x.a * second.a;
+                acc[r][0] += x.b * first.b;
+                acc[r][1] += x.b * second.b;
+            }
+        }
+        for (int r = 0; r < R; ++r)
+            for (int j = 0; j < 2; ++j) products[r][key + j] = acc[r][j];
+    }
+    lookahead = ahead;
+    for (int r = 0; r < R; ++r)
+        for (int key = 0; key < num_keys; key += kLanes)
+            store_vector(scores + r * Keys + key, lane_sums(products[r] + key));
+}
+
 // Turns one row's scores into weights, in place, keys outside [begin, end) of the tile into zeros. Returns the factor
 // for what the row has accumulated so far.
 template <class T, int Keys>
@@ -243,14 +283,16 @@ void accumulate(const T* const* groups, int begin, int end, int v_dim, int colum
             // be unwritten memory, and 0 * NaN is NaN.
             const T* first = key < begin ? v + v_dim : v;
             const T* second = key + 1 < end ? v + v_dim : v;
-            typename Op::Values values[C];
-            for (int c = 0; c < C; ++c)
-                values[c] = Tail && c == C - 1 ? Op::load_values_part(first + c * kChunk, second + c * kChunk, tail)
-                                               : Op::load_values(first + c * kChunk, second + c * kChunk);
-            for (int r = 0; r < R; ++r) {
-                typename Op::Word weight;
-                __builtin_memcpy(&weight, weights + r * Keys + key / Op::kPerWord, sizeof weight);
-                for (int c = 0; c < C; ++c) sums[r][c] = Op::weigh(sums[r][c], weight, values[c]);
+            for (int c = 0; c < C; ++c) {
+                const float* w = read_again(weights);
+                const typename Op::Values values =
+                    Tail && c == C - 1 ? Op::load_values_part(first + c * kChunk, second + c * kChunk, tail)
+                                       : Op::load_values(first + c * kChunk, second + c * kChunk);
+                for (int r = 0; r < R; ++r) {
+                    typename Op::Word weight;
+                    __builtin_memcpy(&weight, w + r * Keys + key / Op::kPerWord, sizeof weight);
+                    sums[r][c] = Op::weigh(sums[r][c], weight, values);
+                }
             }
         }
     }
@@ -263,21 +305,26 @@ void accumulate(const T* const* groups, int begin, int end, int v_dim, int colum
     lookahead = ahead;
 }
 
+// One strip of columns.
 template <class T, int Keys, int R>
-void accumulate_rows(const T* const* groups, int begin, int end, int v_dim, int column, Lookahead& ahead,
+void accumulate_rows(const T* const* groups, int begin, int end, int v_dim, int strip, Lookahead& ahead,
                      const float* weights, const float* factors, float* acc, int acc_stride) {
-    const int columns = v_dim - column, tail = columns % kChunk;
+    constexpr int kTile = kChunkTile<R>;
+    const int strip_end = strip + kStrip < v_dim ? strip + kStrip : v_dim;
+    for (int column = strip; column < strip_end; column += kTile * kChunk) {
+        const int columns = v_dim - column, tail = columns % kChunk;
 #define AFD_ACCUMULATE(C, TAIL) \
     accumulate<T, Keys, R, C, TAIL>(groups, begin, end, v_dim, column, tail, ahead, weights, factors, acc, acc_stride)
-    if (columns >= kChunkTile * kChunk)
-        AFD_ACCUMULATE(kChunkTile, false);
-    else if (columns > kChunk)
-        AFD_ACCUMULATE(kChunkTile, true);
-    else if (columns == kChunk)
-        AFD_ACCUMULATE(1, false);
-    else
-        AFD_ACCUMULATE(1, true);
+        if (columns >= kTile * kChunk)
+            AFD_ACCUMULATE(kTile, false);
+        else if (columns > kChunk)
+            AFD_ACCUMULATE(kTile, true);
+        else if (columns == kChunk)
+            AFD_ACCUMULATE(1, false);
+        else
+            AFD_ACCUMULATE(1, true);
 #undef AFD_ACCUMULATE
+    }
 }
 
 }  // namespace AFD_ISA

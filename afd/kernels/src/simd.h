@@ -112,6 +112,10 @@ AFD_INLINE Vi load_words(const void* p, int n) {
 AFD_INLINE float sum_of(Vf v) {
 #if AFD_LANES == 16
     return _mm512_reduce_add_ps((__m512)v);
+#elif AFD_LANES == 8
+    const Vf halves = v + AFD_SHUFFLE(Vi, v, v, 4, 5, 6, 7, 0, 1, 2, 3);
+    const Vf quarters = halves + AFD_SHUFFLE(Vi, halves, halves, 2, 3, 0, 1, 6, 7, 4, 5);
+    return quarters[0] + quarters[1];
 #else
     float s = 0;
     for (int i = 0; i < kLanes; ++i) s += v[i];
@@ -122,6 +126,10 @@ AFD_INLINE float sum_of(Vf v) {
 AFD_INLINE float max_lane(Vf v) {
 #if AFD_LANES == 16
     return _mm512_reduce_max_ps((__m512)v);
+#elif AFD_LANES == 8
+    const Vf halves = max_of(v, AFD_SHUFFLE(Vi, v, v, 4, 5, 6, 7, 0, 1, 2, 3));
+    const Vf quarters = max_of(halves, AFD_SHUFFLE(Vi, halves, halves, 2, 3, 0, 1, 6, 7, 4, 5));
+    return quarters[0] > quarters[1] ? quarters[0] : quarters[1];
 #else
     float m = v[0];
     for (int i = 1; i < kLanes; ++i) m = v[i] > m ? v[i] : m;
@@ -147,6 +155,27 @@ AFD_INLINE Quad sums_of(Vf a, Vf b, Vf c, Vf d) {
     return Quad{sum_of(a), sum_of(b), sum_of(c), sum_of(d)};
 #endif
 }
+
+#if AFD_LANES < 16
+// The sums of kLanes vectors, as one vector.
+AFD_INLINE Vf lane_sums(const Vf* v) {
+#if AFD_LANES == 8
+    Vf pairs[4], quads[2];
+    for (int i = 0; i < 4; ++i)
+        pairs[i] = AFD_SHUFFLE(Vi, v[2 * i], v[2 * i + 1], 0, 8, 1, 9, 4, 12, 5, 13) +
+                   AFD_SHUFFLE(Vi, v[2 * i], v[2 * i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+    for (int i = 0; i < 2; ++i)
+        quads[i] = AFD_SHUFFLE(Vi, pairs[2 * i], pairs[2 * i + 1], 0, 1, 8, 9, 4, 5, 12, 13) +
+                   AFD_SHUFFLE(Vi, pairs[2 * i], pairs[2 * i + 1], 2, 3, 10, 11, 6, 7, 14, 15);
+    return AFD_SHUFFLE(Vi, quads[0], quads[1], 0, 1, 2, 3, 8, 9, 10, 11) +
+           AFD_SHUFFLE(Vi, quads[0], quads[1], 4, 5, 6, 7, 12, 13, 14, 15);
+#else
+    const Vf first = AFD_SHUFFLE(Vi, v[0], v[1], 0, 4, 1, 5) + AFD_SHUFFLE(Vi, v[0], v[1], 2, 6, 3, 7);
+    const Vf last = AFD_SHUFFLE(Vi, v[2], v[3], 0, 4, 1, 5) + AFD_SHUFFLE(Vi, v[2], v[3], 2, 6, 3, 7);
+    return AFD_SHUFFLE(Vi, first, last, 0, 1, 4, 5) + AFD_SHUFFLE(Vi, first, last, 2, 3, 6, 7);
+#endif
+}
+#endif
 
 // ---- bf16 <-> float ------------------------------------------------------------------------------------------
 
@@ -285,6 +314,25 @@ AFD_INLINE Vf dot_words(Vf a, Vi x, Vi y) {
     return a;
 #endif
 }
+
+#if AFD_LANES < 16
+// Sixteen registers are few: two hints where the compiler, left alone, spills a sum.
+// p, for the compiler another address than before: it will not keep in a register what was read there.
+AFD_INLINE const float* read_again(const float* p) {
+    __asm__ volatile("" : "+r"(p));
+    return p;
+}
+// x, which is to be loaded once, however often it is used.
+AFD_INLINE Vf load_once(Vf x) {
+#if defined(__x86_64__)
+    __asm__ volatile("" : "+x"(x));
+#endif
+    return x;
+}
+#else
+AFD_INLINE const float* read_again(const float* p) { return p; }
+AFD_INLINE Vf load_once(Vf x) { return x; }
+#endif
 
 AFD_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 
