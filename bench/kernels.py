@@ -179,7 +179,8 @@ def bench_attention(
                 rows.append(row)
                 print(
                     f"{shape.name:8} {batch:5} {context:7} {row['us']:9} {row['gb_per_s']:6} {row['gflop_per_s']:7} "
-                    f"{row['of_memory']:9.0%} {row['of_memory_in_order']:8.0%} {row['of_ceiling']:10.0%} {row['times_sdpa']:7}"
+                    f"{row['of_memory']:9.0%} {row['of_memory_in_order']:8.0%} {row['of_ceiling']:10.0%} "
+                    f"{row['times_sdpa']:7}"
                 )
     return rows
 
