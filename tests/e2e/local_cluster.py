@@ -16,6 +16,8 @@ from pathlib import Path
 import httpx
 import psutil
 
+from tests.e2e.warm_start import WarmUp
+
 START_S = 90.0
 STOP_S = 20.0
 
@@ -24,18 +26,20 @@ class LocalCluster:
     """`with LocalCluster(tmp_path, "--topology", "1A1F") as cluster: cluster.complete(...)`.
 
     Ends with Ctrl-C and checks that nothing is left: no process, no file in the run directory.
+    cold: by the command itself, as a user starts it (see warm_start.py).
     """
 
-    def __init__(self, tmp_path: Path, *args: str, toml: str = "", expect_exit: int | None = 0):
+    def __init__(self, tmp_path: Path, *args: str, toml: str = "", expect_exit: int | None = 0, cold: bool = False):
         self.run_dir = tmp_path / "run"
         self.run_dir.mkdir(mode=0o700, exist_ok=True)
         self.env = {**os.environ, "XDG_RUNTIME_DIR": str(self.run_dir), "PYTHONWARNINGS": ""}
-        command = [sys.executable, "-m", "afd", "up", "--port", "0", *args]
+        command = ["up", "--port", "0", *args]
         if toml:
             path = tmp_path / "cluster.toml"
             path.write_text(toml)
             command += ["--config", str(path)]
         self._command = command
+        self._cold = cold
         self._expect_exit = expect_exit
         self.lines: list[str] = []
         self.url = ""
@@ -44,9 +48,7 @@ class LocalCluster:
 
     def __enter__(self) -> LocalCluster:
         begun = time.monotonic()
-        self.process = subprocess.Popen(
-            self._command, env=self.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
+        self.process = self._start_cold() if self._cold else WarmUp(self._command, self.env)
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         if not self._ready.wait(START_S) or not self.url:
@@ -55,6 +57,10 @@ class LocalCluster:
         self.started_s = time.monotonic() - begun
         self.members = self._all_processes()
         return self
+
+    def _start_cold(self) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "afd", *self._command]
+        return subprocess.Popen(command, env=self.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
     def _read(self) -> None:
         assert self.process.stdout is not None
@@ -106,7 +112,8 @@ class LocalCluster:
     def pid_of(self, role: str, rank: int | None = None) -> int:
         """Process id of the newest process of a role ("attention", 1)."""
         for process in reversed(self._all_processes()[1:]):
-            words = " ".join(process.cmdline()).split()  # a title that was set is one word
+            # A title that was set is one word; a process of a warm start has a name, and the words of its origin.
+            words = " ".join([process.name()] if " " in process.name() else process.cmdline()).split()
             if role in words and (rank is None or str(rank) in words):
                 return process.pid
         raise AssertionError(f"no {role} process: {[p.cmdline() for p in self._all_processes()]}")

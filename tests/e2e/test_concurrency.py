@@ -17,7 +17,7 @@ def test_the_capital_of_france(tmp_path):
         "messages": [{"role": "user", "content": "What is the capital of France?"}],
         "temperature": 0,
     }
-    with LocalCluster(tmp_path) as cluster:
+    with LocalCluster(tmp_path, cold=True) as cluster:
         assert cluster.started_s < 60
         answer = httpx.post(f"{cluster.url}/v1/chat/completions", json=body, timeout=60).json()
         assert answer["choices"][0]["message"]["content"] == "The capital of France is Paris."

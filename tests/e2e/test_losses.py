@@ -124,7 +124,7 @@ def test_a_killed_coordinator_stops_no_stream_and_new_requests_get_503(tmp_path)
 
 @pytest.mark.parametrize("victim", ["gateway", "supervisor"])
 def test_a_killed_gateway_or_supervisor_closes_connections_and_leaves_nothing(victim, tmp_path):
-    cluster = LocalCluster(tmp_path, *MODEL, "--topology", "1A1F", "--no-restart", expect_exit=None)
+    cluster = LocalCluster(tmp_path, *MODEL, "--topology", "1A1F", "--no-restart", expect_exit=None, cold=True)
     with cluster:
         streams = start_streams(cluster, 2)
         os.kill(cluster.process.pid if victim == "supervisor" else cluster.pid_of("gateway"), signal.SIGKILL)

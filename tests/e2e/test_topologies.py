@@ -73,6 +73,7 @@ def test_equals_the_reference(case, tmp_path, reference):
         prefix_cache = {str(case["prefix_cache"]).lower()}
         max_step_tokens = {case["max_step_tokens"]}
         min_chunk_tokens = 4
+        block_size = 16
         kv_cache_gib = 0.25
     """
     attention, _ = reference.halves(model)
