@@ -4,9 +4,9 @@ Polling saves a sleep and a wake-up (tens of microseconds) when the answer comes
 costs the budget when it does not: on a host whose cores are all busy it even keeps the peer from its core. So a rank
 polls for as long as that pays:
 
-- A wait that ended soon after its polling did would have been worth a little more: the budget doubles, up to eight times
-  the limit. (Two ranks that both sleep answer each other in two wake-ups: with the first budget alone neither would
-  ever catch the other awake.)
+- A wait that ended soon after its polling did would have been worth a little more: the budget doubles, up to eight
+  times the limit. (Two ranks that both sleep answer each other in two wake-ups: with the first budget alone neither
+  would ever catch the other awake.)
 - After a wait that took much longer polling pauses for a while, after every further one twice as long.
 """
 
