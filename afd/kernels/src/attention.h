@@ -103,7 +103,7 @@ struct TileGroups {
 
     // Of the h-th KV head of range.tile. Groups without a key in the range repeat a valid one: their block may be gone
     // (behind a window) or not be there yet.
-    void find(const AttentionArgs& a, const afd::NextTile& range, int h, int tile_key) {
+    void find(const AttentionArgs& a, const afd::TileRange& range, int h, int tile_key) {
         const int begin = range.begin > tile_key ? range.begin - tile_key : 0;
         const int end = range.end < tile_key + Keys ? range.end - tile_key : Keys;
         const int first = begin / kKeyGroup, last = (end - 1) / kKeyGroup, kv_head = range.tile->kv_head + h;
@@ -146,14 +146,14 @@ struct TileGroups {
     }
 };
 
-// Groups in a tile, and of each of them, K and V; or pieces of a block for every KV head, at both ends of a tile.
+// K and V of the whole blocks in a tile of keys, and of the pieces of blocks at its two ends for every KV head.
 template <int Keys>
 constexpr int kMaxRuns = 2 * (Keys / kKeyGroup + 2 * kMaxRows);
 
 // K and V of all KV heads of range.tile in one tile of keys, in the order of memory: of whole blocks the KV heads lie
 // side by side.
 template <class T, int Keys>
-int list_runs(const AttentionArgs& a, const afd::NextTile& range, int tile_key, Run* runs) {
+int list_runs(const AttentionArgs& a, const afd::TileRange& range, int tile_key, Run* runs) {
     const int begin = (range.begin > tile_key ? range.begin : tile_key) / kKeyGroup * kKeyGroup;
     const int end = range.end < tile_key + Keys ? range.end : tile_key + Keys;
     const int num_heads = range.tile->num_kv_heads;
@@ -233,7 +233,7 @@ AFD_INLINE void attend_tile(const AttentionArgs& a, const AttentionTile& t, int 
 // The keys [begin, end), which lie in one chunk. Prefetches up to fetch_end, and then what `next` begins with.
 template <class T, int Keys, bool Direct>
 void attend_keys(const AttentionArgs& a, const AttentionTile& t, int begin, int end, int fetch_end,
-                 const afd::NextTile& next, const Scratch<T>& s, SoftmaxState state) {
+                 const afd::TileRange& next, const Scratch<T>& s, SoftmaxState state) {
     const int rows = t.num_rows(), acc_stride = padded(a.v_dim);
     for (int r = 0; r < rows; ++r) {
         state.max[r] = kMinusInfinity;
@@ -244,7 +244,7 @@ void attend_keys(const AttentionArgs& a, const AttentionTile& t, int begin, int 
     // A step is one KV head in one tile of keys. What the next step reads is fetched during this one; without a
     // transpose, during all steps of a tile what the next tile reads, in the order of memory: there the work is so
     // little that memory decides, which gives more in long runs.
-    const afd::NextTile here{&t, begin, fetch_end};
+    const afd::TileRange here{&t, begin, fetch_end};
     TileGroups<T, Keys> groups[2];
     Run runs[kMaxRuns<Keys>];
     const int64_t num_steps = inner_steps<T, Keys, Direct>(a, t.rows_per_kv_head());
@@ -254,7 +254,7 @@ void attend_keys(const AttentionArgs& a, const AttentionTile& t, int begin, int 
         const int next_key = tile_key + Keys;
         const int lo = begin > tile_key ? begin - tile_key : 0, hi = (end < next_key ? end : next_key) - tile_key;
         const bool more = next_key < fetch_end;
-        const afd::NextTile& then = more ? here : next;
+        const afd::TileRange& then = more ? here : next;
         const int then_key = more ? next_key : next.begin / Keys * Keys;
         Lookahead ahead;
         if (Direct && then.tile != nullptr)
@@ -295,7 +295,7 @@ AFD_INLINE bool scores_directly(const AttentionArgs& a) {
 }
 
 template <class T>
-void attend_chunks(const AttentionArgs& a, const AttentionTile& t, int begin, int end, const afd::NextTile& next,
+void attend_chunks(const AttentionArgs& a, const AttentionTile& t, int begin, int end, const afd::TileRange& next,
                    SoftmaxState state, void* memory) {
     const Scratch<T> scratch(a, memory);
     const bool direct = scores_directly(a);

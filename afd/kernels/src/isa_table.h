@@ -19,7 +19,7 @@ size_t scratch_bytes(const AttentionArgs& a) {
 
 SoftmaxState state_at(const AttentionArgs&, float* memory) { return make_state(memory); }
 
-void attention_chunks(const AttentionArgs& a, const AttentionTile& t, int begin, int end, const afd::NextTile& next,
+void attention_chunks(const AttentionArgs& a, const AttentionTile& t, int begin, int end, const afd::TileRange& next,
                       SoftmaxState state, void* scratch) {
     if (a.dtype == kBfloat16)
         attend_chunks<bf16>(a, t, begin, end, next, state, scratch);

@@ -46,8 +46,8 @@ struct AttentionTile {
     int num_chunks() const { return chunk_end - chunk_begin; }
 };
 
-// What a thread will probably read after the tile it works on: keys [begin, end) of `tile`, or nothing (null).
-struct NextTile {
+// Keys [begin, end) of a tile; without a tile (null), nothing. A kernel is told which it will probably read next.
+struct TileRange {
     const AttentionTile* tile;
     int32_t begin, end;
 };
@@ -128,7 +128,7 @@ struct KernelTable {
     size_t (*scratch_bytes)(const AttentionArgs&);
     SoftmaxState (*state_at)(const AttentionArgs&, float* memory);
     // Chunks [begin, end) of a tile, merged in order into `state`.
-    void (*attention_chunks)(const AttentionArgs&, const AttentionTile&, int begin, int end, const NextTile& next,
+    void (*attention_chunks)(const AttentionArgs&, const AttentionTile&, int begin, int end, const TileRange& next,
                              SoftmaxState state, void* scratch);
     void (*merge)(const AttentionArgs&, int num_rows, SoftmaxState into, SoftmaxState from);
     void (*finish)(const AttentionArgs&, const AttentionTile&, SoftmaxState state);

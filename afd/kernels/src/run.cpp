@@ -21,7 +21,7 @@ struct AttentionJob {
     SoftmaxState state(int index) const { return kernels.state_at(args, states + index * state_floats); }
 
     // Threads take items in order, so this one will get about the plan.num_threads-th from here.
-    NextTile next_of(int index) const {
+    TileRange next_of(int index) const {
         const size_t following = static_cast<size_t>(index) + plan.num_threads;
         if (following >= plan.items.size()) return {nullptr, 0, 0};
         const AttentionItem& item = plan.items[following];
@@ -39,7 +39,7 @@ struct AttentionJob {
             out_of_memory.store(true, std::memory_order_relaxed);
             return;
         }
-        const NextTile next = next_of(index);
+        const TileRange next = next_of(index);
         if (item.first_state < 0) {
             const SoftmaxState own = kernels.state_at(args, reinterpret_cast<float*>(memory + scratch_bytes));
             kernels.attention_chunks(args, tile, item.chunk_begin, item.chunk_end, next, own, memory);
