@@ -7,11 +7,15 @@ STAMP := $(VENV)/.installed
 SERVE_ARGS ?=
 # Test processes at a time, each with whole files, slow ones first; 0 = all in one process.
 TEST_JOBS ?= 2
+# Tests start processes by the dozen, which would compile every module anew.
+unexport PYTHONDONTWRITEBYTECODE
 PYTEST := $(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder
 FUZZ_SEED ?= $(shell date +%s)
-# Decisions, protocols over the in-process transport, simulations: no other processes, no real model, no pictures.
+# Decisions, protocols over the in-process transport, gangs: no other processes, no model, no simulated clusters,
+# searches or pictures.
 FAST := tests/sim tests/contract tests/unit -k "not (shm or tcp or verbs)" $(addprefix --ignore=tests/unit/,model kernels \
-	stepmesh/cli stepmesh/test_native.py stepmesh/test_processes.py plan/test_plan_figures.py trace/test_trace_picture.py)
+	simulate attention/test_engine.py attention/test_gpu_engine.py plan/test_plan_search.py stepmesh/cli stepmesh/test_native.py \
+	stepmesh/test_processes.py plan/test_plan_figures.py trace/test_trace_picture.py)
 # Long demonstrations of single subjects: a release in network namespaces, every family, overload, hostile input.
 LONG := tests/k8s tests/fuzz tests/e2e/test_families.py tests/integration/test_overload.py
 
