@@ -78,7 +78,7 @@ class ForkServer:
         if not data:
             raise ConnectionError("the fork server has died")
         answer = msgspec.json.decode(data, type=_Answer)
-        return _Forked(answer.pid, answer.announce_fd)
+        return Forked(answer.pid, answer.announce_fd)
 
     def end(self) -> None:
         """No more forks: the server ends meanwhile; its workers live on."""
@@ -94,7 +94,7 @@ class ForkServer:
             self._process.wait()
 
 
-class _Forked:
+class Forked:
     """A child of ours that we did not start ourselves."""
 
     def __init__(self, pid: int, announce_fd: int):

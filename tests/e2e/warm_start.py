@@ -17,6 +17,8 @@ import traceback
 from functools import partial
 from multiprocessing.reduction import DupFd
 
+from afd.cluster.fork_server import Forked
+
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
     [
@@ -27,7 +29,6 @@ _CONTEXT.set_forkserver_preload(
         "afd.coordinator.service",
         "afd.cli.main",
         "afd.cluster.supervisor",
-        "afd.cluster.fork_server",
         "afd.cluster.resolve",
         __name__,
     ]
@@ -65,33 +66,12 @@ class WarmUp:
         return self._process.exitcode
 
 
-class _Forked:
-    """`afd.cluster.process.Spawned` by fork from the supervisor, which has one thread."""
-
-    def __init__(self, command: list[str], stdin: int, output: int, news: int, *, threads: int):
-        self.announce_fd = news
-        self._exit_code: int | None = None
-        self.pid = os.fork()
-        if self.pid == 0:
-            _become(command, stdin, output, news)
-
-    def poll(self) -> int | None:
-        self._reap(os.WNOHANG)
-        return self._exit_code
-
-    def send_signal(self, signum: int) -> None:
-        if self.poll() is None:
-            os.kill(self.pid, signum)
-
-    def kill(self) -> None:
-        self.send_signal(signal.SIGKILL)
-        self._reap(0)
-
-    def _reap(self, flags: int) -> None:
-        if self._exit_code is None:
-            pid, status = os.waitpid(self.pid, flags)
-            if pid:
-                self._exit_code = os.waitstatus_to_exitcode(status)
+def _fork(command: list[str], stdin: int, output: int, news: int, *, threads: int) -> Forked:
+    """In the place of `afd.cluster.process.Spawned`: a role by fork from the supervisor, which has one thread."""
+    pid = os.fork()
+    if pid == 0:
+        _become(command, stdin, output, news)
+    return Forked(pid, news)
 
 
 def _up(arguments: list[str], env: dict[str, str], output: DupFd) -> None:
@@ -105,7 +85,7 @@ def _up(arguments: list[str], env: dict[str, str], output: DupFd) -> None:
     os.close(fd)
     os.environ.clear()
     os.environ.update(env)
-    supervisor.Spawned = _Forked
+    supervisor.Spawned = _fork
     fork_server.ForkServer = None
     sys.exit(main(arguments))
 
