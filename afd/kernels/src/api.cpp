@@ -108,7 +108,8 @@ int32_t afd_add_rms_norm(int32_t isa, int32_t dtype, int32_t out_dtype, int32_t 
 
 int32_t afd_silu_mul(int32_t isa, int32_t dtype, const void* gate_up, void* out, int64_t in_stride, int64_t out_stride,
                      int32_t num_rows, int32_t width, float limit) {
-    table_of(isa).silu_mul({gate_up, out, in_stride, out_stride, dtype, dtype, num_rows, width, limit}, 0, num_rows);
+    const void* const up = static_cast<const char*>(gate_up) + (dtype == kFloat32 ? 4 : 2) * static_cast<int64_t>(width);
+    table_of(isa).silu_mul({gate_up, up, out, in_stride, out_stride, dtype, dtype, num_rows, width, limit}, 0, num_rows);
     return kOk;
 }
 

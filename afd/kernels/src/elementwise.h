@@ -198,8 +198,8 @@ AFD_INLINE Vf gated(Vf gate, Vf up, float limit) {
 template <class T, class Out>
 void silu_mul(const afd::SiluMulArgs& a, int row_begin, int row_end) {
     for (int row = row_begin; row < row_end; ++row) {
-        const T* gate = static_cast<const T*>(a.gate_up) + row * a.in_stride;
-        const T* up = gate + a.width;
+        const T* gate = static_cast<const T*>(a.gate) + row * a.in_stride;
+        const T* up = static_cast<const T*>(a.up) + row * a.in_stride;
         Out* out = static_cast<Out*>(a.out) + row * a.out_stride;
         const float limit = a.limit;
         for_chunks(

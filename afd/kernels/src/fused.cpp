@@ -37,15 +37,53 @@ const void* offset(const void* rows, int64_t elements) {
     return static_cast<const char*>(rows) + elements * kBf16Bytes;
 }
 
-// gate_up float32 [rows, 2 * width] and active bf16 [rows, width] are scratch. Gate and up are not rounded before they
-// meet: in the few rows with huge activations their product is most of the output, and of the model's error.
-void swiglu_rows(const KernelTable& kernels, const AfdSwiGlu& f, const void* x, int64_t x_stride, int rows,
-                 void* gate_up, void* active, void* out, GemmOut mode, int num_threads) {
-    const int width = f.width;
-    run_gemm(kernels, {x, f.gate_up, gate_up, x_stride, 2 * width, kToFloat32, rows, 2 * width, f.hidden},
-             num_threads);
-    kernels.silu_mul({gate_up, active, 2 * width, width, kFloat32, kBfloat16, rows, width, f.limit}, 0, rows);
-    run_gemm(kernels, {active, f.down, out, width, f.hidden, mode, rows, f.hidden, width}, num_threads);
+// Scratch of swiglu_rows: gate and up, unless they are taken panel by panel, and their product.
+size_t gate_up_bytes(const AfdSwiGlu& f, int rows) {
+    return f.width % kPanel == 0 ? 0 : aligned64(sizeof(float) * 2 * f.width * rows);
+}
+size_t swiglu_bytes(const AfdSwiGlu& f, int rows) { return gate_up_bytes(f, rows) + kBf16Bytes * f.width * rows; }
+
+// silu(gate) * up of at most kSwiGluRows rows, panel by panel: gate and up stay in a cache near by.
+void gate_panels(const KernelTable& kernels, const GemmArgs& gate_up, const AfdSwiGlu& f, void* active, int num_threads) {
+    const GemmInput input(kernels, gate_up);
+    run_ranges(f.width, kPanel, gemm_threads(gate_up, num_threads), [&](int begin, int end) {
+        alignas(64) float sums[kSwiGluRows * 2 * kPanel];
+        GemmArgs part = gate_up;
+        part.out_stride = 2 * kPanel;
+        part.n = kPanel;
+        for (int column = begin; column < end; column += kPanel) {
+            const AfdMatrix gate = rows_from(f.gate_up, column, f.hidden);
+            const AfdMatrix up = rows_from(f.gate_up, f.width + column, f.hidden);
+            part.out = sums;
+            part.w = gate;
+            part.after = up.data;
+            input.multiply(part, 0, kPanel);
+            part.out = sums + kPanel;
+            part.w = up;
+            part.after = column + kPanel < end ? rows_from(f.gate_up, column + kPanel, f.hidden).data : f.down.data;
+            input.multiply(part, 0, kPanel);
+            kernels.silu_mul({sums, sums + kPanel, offset(active, column), 2 * kPanel, f.width, kFloat32, kBfloat16,
+                              part.m, kPanel, f.limit},
+                             0, part.m);
+        }
+    });
+}
+
+// down(silu(gate) * up) of at most kSwiGluRows rows. Gate and up are not rounded before they meet: in the few rows with
+// huge activations their product is most of the output, and of the model's error.
+void swiglu_rows(const KernelTable& kernels, const AfdSwiGlu& f, const void* x, int64_t x_stride, int rows, void* memory,
+                 void* out, GemmOut mode, int num_threads) {
+    float* const sums = static_cast<float*>(memory);
+    void* const active = static_cast<char*>(memory) + gate_up_bytes(f, rows);
+    const GemmArgs gate_up{x, f.gate_up, sums, x_stride, 2 * f.width, kToFloat32, rows, 2 * f.width, f.hidden};
+    if (f.width % kPanel == 0) {
+        gate_panels(kernels, gate_up, f, active, num_threads);
+    } else {  // up begins in the middle of a panel
+        run_gemm(kernels, gate_up, num_threads);
+        kernels.silu_mul(
+            {sums, sums + f.width, active, 2 * f.width, f.width, kFloat32, kBfloat16, rows, f.width, f.limit}, 0, rows);
+    }
+    run_gemm(kernels, {active, f.down, out, f.width, f.hidden, mode, rows, f.hidden, f.width}, num_threads);
 }
 
 // Rows of one norm, float32 or bf16 in, bf16 out.
@@ -77,14 +115,12 @@ struct LayerScratch {
 int32_t swiglu(const KernelTable& kernels, const AfdSwiGlu& ffn, const void* x, int64_t x_stride, int num_rows,
                void* out, int num_threads) {
     const int chunk = std::min(num_rows, kSwiGluRows);
-    const size_t gate_up_bytes = aligned64(sizeof(float) * 2 * ffn.width * chunk);
-    const size_t bytes = gate_up_bytes + kBf16Bytes * ffn.width * chunk;
-    char* const memory = static_cast<char*>(arena().reserve(bytes));
+    const size_t bytes = swiglu_bytes(ffn, chunk);
+    void* const memory = arena().reserve(bytes);
     if (memory == nullptr && bytes > 0) return kOutOfMemory;
     for (int begin = 0; begin < num_rows; begin += chunk)
         swiglu_rows(kernels, ffn, offset(x, begin * x_stride), x_stride, std::min(chunk, num_rows - begin), memory,
-                    memory + gate_up_bytes, offset(out, static_cast<int64_t>(begin) * ffn.hidden), kToBfloat16,
-                    num_threads);
+                    offset(out, static_cast<int64_t>(begin) * ffn.hidden), kToBfloat16, num_threads);
     return kOk;
 }
 
@@ -101,15 +137,14 @@ int32_t run_experts(const KernelTable& kernels, const AfdExperts& e, const Route
     const int chunk = std::min(most, kSwiGluRows);
 
     struct Scratch {
-        void *rows, *gate_up, *active, *answers, *starts, *tokens, *scales;
+        void *rows, *swiglu, *answers, *starts, *tokens, *scales;
         size_t bytes;
     };
     const auto lay_out = [&](void* memory) {
         Parts parts(memory);
         Scratch s;
         s.rows = parts.take(kBf16Bytes * chunk * e.hidden);
-        s.gate_up = parts.take(2 * sizeof(float) * chunk * e.width);
-        s.active = parts.take(kBf16Bytes * chunk * e.width);
+        s.swiglu = parts.take(swiglu_bytes({{}, {}, e.hidden, e.width, e.limit}, chunk));
         s.answers = parts.take(sizeof(float) * chunk * e.hidden);
         s.starts = parts.take(sizeof(int32_t) * (e.num_local + 1));
         s.tokens = parts.take(sizeof(int32_t) * num_pairs);
@@ -145,7 +180,7 @@ int32_t run_experts(const KernelTable& kernels, const AfdExperts& e, const Route
                 std::memcpy(offset(s.rows, static_cast<int64_t>(i) * e.hidden),
                             offset(r.x, static_cast<int64_t>(tokens[begin + i]) * e.hidden), kBf16Bytes * e.hidden);
             const AfdSwiGlu ffn{e.gate_up[local], e.down[local], e.hidden, e.width, e.limit};
-            swiglu_rows(kernels, ffn, s.rows, e.hidden, rows, s.gate_up, s.active, answers, kToFloat32, num_threads);
+            swiglu_rows(kernels, ffn, s.rows, e.hidden, rows, s.swiglu, answers, kToFloat32, num_threads);
             kernels.add_scaled_rows(answers, scales + begin, tokens + begin, rows, e.hidden, r.out);
             if (r.squares == nullptr) continue;
             double sum = 0;
@@ -191,7 +226,9 @@ int32_t attention_layer(const KernelTable& kernels, const AfdAttentionLayer& l, 
                    residual.num_partials, n, l.hidden, l.eps};
     std::copy(residual.partials, residual.partials + residual.num_partials, first.partials);
     kernels.add_rms_norm(first, 0, n);
-    run_gemm(kernels, {s.hidden, l.qkv, s.projected, l.hidden, width, kToBfloat16, n, width, l.hidden}, num_threads);
+    GemmArgs qkv{s.hidden, l.qkv, s.projected, l.hidden, width, kToBfloat16, n, width, l.hidden};
+    qkv.after = l.q_rank > 0 ? l.q_up.data : l.o.data;
+    run_gemm(kernels, qkv, num_threads);
     if (l.qkv_bias != nullptr) kernels.add_bias({s.projected, l.qkv_bias, width, n, gate_at});
     if (l.q_rank > 0) {
         norm(kernels, kBfloat16, s.projected, width, l.q_norm, l.eps, n, l.q_rank, s.projected, width);

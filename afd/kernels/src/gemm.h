@@ -3,7 +3,7 @@
 // Packed: each panel of kPanel rows of w (the last one perhaps narrower) is transposed in its place, two k together:
 // [k / 2][rows of the panel][2]. A vector then holds one pair of k for kLanes outputs and meets the same pair of x
 // broadcast, so sums need no horizontal step. A panel is read from memory once and stays in the L2 cache while all of x
-// passes. Each output is summed in the order of k, for any m and any split of the work.
+// passes; meanwhile the next one is fetched. Each output is summed in the order of k, for any m and any split of the work.
 #pragma once
 
 #include "kernels.h"
@@ -15,7 +15,24 @@ using afd::kPanel;
 
 // Rows of x against one pass over a panel. AVX2: six fit its registers too, but ran at half the speed on Zen 3.
 constexpr int kTileRows = AFD_LANES == 16 ? 6 : AFD_LANES == 8 ? 5 : 4;
-constexpr int kAheadBytes = 8192;  // weights come from memory in one sweep: fetched so far ahead of it
+constexpr int kAheadBytes = 8192;  // of a panel that is used once
+
+// What is fetched from memory while something else is computed: so many bytes at each step of the innermost loop.
+struct Fetch {
+    const char* at;
+    int bytes;
+
+    AFD_INLINE void step() {
+        if (bytes == 0) return;
+        prefetch(at);
+        if (bytes > 64) prefetch(at + 64);
+        if (bytes > 128) {
+            prefetch(at + 128);
+            prefetch(at + 192);
+        }
+        at += bytes;
+    }
+};
 
 // Vectors of outputs held in registers against R rows of x: enough sums at a time to hide an addition's latency.
 constexpr int tile_vectors(int R) {
@@ -118,26 +135,29 @@ struct AddToFloat {
 // `rows`. `panel` points at the first of these; its pairs of k are `width` columns apart. The last vector has `valid`
 // columns (whole vectors are loaded if Whole).
 template <int R, int V, bool Whole>
-AFD_INLINE void multiply_tile(const bf16* panel, int width, int column, int valid, bool from_memory,
-                              const Rows<R>& rows, int count, float (&sums)[R][kPanel]) {
+AFD_INLINE void multiply_tile(const bf16* panel, int width, int column, int valid, Fetch& fetch, const Rows<R>& rows,
+                              int count, float (&sums)[R][kPanel]) {
+    Fetch ahead = fetch;
     Vf acc[R][V];
     for (int r = 0; r < R; ++r)
         for (int v = 0; v < V; ++v) acc[r][v] = load_vector<Vf>(sums[r] + column + v * kLanes);
     for (int i = 0; i < count; i += 2) {
         const bf16* const from = panel + static_cast<int64_t>(i) * width + 2 * column;
-        if (from_memory)
-            for (int v = 0; v < V; ++v) prefetch(reinterpret_cast<const char*>(from + v * 2 * kLanes) + kAheadBytes);
+        ahead.step();
         multiply<R, V, Whole>(from, valid, rows, i, acc);
     }
     for (int r = 0; r < R; ++r)
         for (int v = 0; v < V; ++v) store_vector(sums[r] + column + v * kLanes, acc[r][v]);
+    fetch = ahead;
 }
 
-// R rows against one panel of `width` columns.
+// R rows against one panel of `width` columns. Fetches fetch_bytes from `next` on meanwhile.
 template <int R, class Put>
-void multiply_panel(const bf16* panel, int width, bool from_memory, const bf16* x, int64_t x_stride, int k,
-                    typename Put::Out* out, int64_t out_stride) {
+void multiply_panel(const bf16* panel, int width, const char* next, int64_t fetch_bytes, const bf16* x, int64_t x_stride,
+                    int k, typename Put::Out* out, int64_t out_stride) {
     constexpr int V = tile_vectors(R);
+    const int64_t num_steps = static_cast<int64_t>((width + V * kLanes - 1) / (V * kLanes)) * (k / 2);
+    Fetch fetch{next, fetch_bytes == 0 ? 0 : static_cast<int>((fetch_bytes + num_steps - 1) / num_steps)};
     alignas(64) float sums[R][kPanel] = {};
     for (int begin = 0; begin < k; begin += kBlock) {
         const int count = k - begin < kBlock ? k - begin : kBlock;
@@ -145,10 +165,10 @@ void multiply_panel(const bf16* panel, int width, bool from_memory, const bf16* 
         const Rows<R> rows(x + begin, x_stride, count);
         int column = 0;
         for (; column + V * kLanes <= width; column += V * kLanes)
-            multiply_tile<R, V, true>(from, width, column, kLanes, from_memory, rows, count, sums);
+            multiply_tile<R, V, true>(from, width, column, kLanes, fetch, rows, count, sums);
         for (; column < width; column += kLanes) {
             const int valid = width - column < kLanes ? width - column : kLanes;
-            multiply_tile<R, 1, false>(from, width, column, valid, from_memory, rows, count, sums);
+            multiply_tile<R, 1, false>(from, width, column, valid, fetch, rows, count, sums);
         }
     }
     for (int r = 0; r < R; ++r) {
@@ -169,13 +189,20 @@ void gemm(const afd::GemmArgs& a, int n_begin, int n_end) {
     for (int n = n_begin; n < n_end; n += kPanel) {
         const bf16* const panel = static_cast<const bf16*>(a.w.data) + static_cast<int64_t>(n) * a.k;
         const int width = a.n - n < kPanel ? a.n - n : kPanel;
-        for (int group = 0, row = 0; group < groups; ++group) {
+        // With one pass over a panel, what comes a little later in it; else the next panel, a part at each pass. Another
+        // thread may compute that one: then it is in a cache near by.
+        const int64_t bytes = 2 * static_cast<int64_t>(width) * a.k;
+        const bool last = n + width == a.n;
+        const char* next = reinterpret_cast<const char*>(panel) + (groups == 1 ? kAheadBytes : bytes);
+        if (groups > 1 && last) next = static_cast<const char*>(a.after);
+        const int64_t fetch_bytes = next == nullptr ? 0 : bytes / groups;
+        for (int group = 0, row = 0; group < groups; ++group, next += fetch_bytes) {
             const int count = (a.m - row + groups - group - 1) / (groups - group);
             const bf16* const from = x + row * a.x_stride;
             typename Put::Out* const to = out + row * a.out_stride + n;
 #define AFD_PANEL(R)                                                                                  \
     case R:                                                                                           \
-        multiply_panel<R, Put>(panel, width, group == 0, from, a.x_stride, a.k, to, a.out_stride); \
+        multiply_panel<R, Put>(panel, width, next, fetch_bytes, from, a.x_stride, a.k, to, a.out_stride); \
         break;
             switch (count) {
                 AFD_PANEL(1)

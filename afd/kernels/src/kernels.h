@@ -83,8 +83,8 @@ struct RopeArgs {
 };
 
 struct SiluMulArgs {
-    const void* gate_up;  // [num_rows, 2 * width]: gate, then up
-    void* out;            // [num_rows, width]
+    const void *gate, *up;  // [num_rows, width], rows in_stride apart
+    void* out;              // [num_rows, width]
     int64_t in_stride, out_stride;
     int32_t dtype, out_dtype, num_rows, width;  // out_dtype: dtype, or bf16 of float32
     float limit;  // > 0: min(silu(gate), limit) * clamp(up, -limit, limit)
@@ -112,6 +112,7 @@ struct GemmArgs {
     void* out;      // [m, n], rows out_stride apart
     int64_t x_stride, out_stride;
     int32_t mode, m, n, k;  // mode: a GemmOut; k even if w is bf16
+    const void* after = nullptr;  // a panel of bf16 weights that will be read next, to be fetched meanwhile; null = none
 };
 
 // Rows of x rounded to integers, in the order of gemm_int8.h, each with its scale: what the int8 GEMM multiplies.

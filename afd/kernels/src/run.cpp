@@ -86,23 +86,40 @@ int32_t attend(const KernelTable& kernels, const AttentionArgs& args, int num_th
     return job.out_of_memory ? kOutOfMemory : kOk;
 }
 
-void run_gemm(const KernelTable& kernels, const GemmArgs& args, int num_threads) {
-    if (args.m == 0) return;
-    constexpr int64_t kBytesPerThread = 256 << 10;  // less is read in the time it takes to wake a thread
-    const bool int8 = args.w.scales != nullptr;
-    const int64_t bytes = static_cast<int64_t>(args.n) * args.k * (int8 ? 1 : 2) * (1 + args.m / 16);
-    const int busy = static_cast<int>(std::clamp<int64_t>(bytes / kBytesPerThread, 1, num_threads));
-    if (!int8) {
-        run_ranges(args.n, kPanel, busy, [&](int begin, int end) { kernels.gemm(args, begin, end); });
-        return;
-    }
+GemmInput::GemmInput(const KernelTable& kernels, const GemmArgs& args) : kernels_(kernels) {
+    if (args.w.scales == nullptr || args.m == 0) return;
     thread_local Arena arena;
     const size_t pairs_bytes = aligned64(sizeof(int32_t) * args.m * ((args.k + 1) / 2));
     char* const memory = static_cast<char*>(arena.reserve(pairs_bytes + sizeof(float) * args.m));
     if (memory == nullptr) throw std::bad_alloc();
-    const RoundedRows rows{reinterpret_cast<int32_t*>(memory), reinterpret_cast<float*>(memory + pairs_bytes)};
-    kernels.round_rows(args, rows);
-    run_ranges(args.n, kInt8Panel, busy, [&](int begin, int end) { kernels.gemm_int8(args, rows, begin, end); });
+    rounded_ = {reinterpret_cast<int32_t*>(memory), reinterpret_cast<float*>(memory + pairs_bytes)};
+    kernels.round_rows(args, rounded_);
+}
+
+void GemmInput::multiply(const GemmArgs& args, int begin, int end) const {
+    if (args.w.scales == nullptr)
+        kernels_.gemm(args, begin, end);
+    else
+        kernels_.gemm_int8(args, rounded_, begin, end);
+}
+
+int gemm_threads(const GemmArgs& args, int num_threads) {
+    constexpr int64_t kBytesPerThread = 256 << 10;  // less is read in the time it takes to wake a thread
+    const int64_t bytes = static_cast<int64_t>(args.n) * args.k * (args.w.scales != nullptr ? 1 : 2);
+    return static_cast<int>(std::clamp<int64_t>(bytes * (1 + args.m / 16) / kBytesPerThread, 1, num_threads));
+}
+
+void run_gemm(const KernelTable& kernels, const GemmArgs& args, int num_threads) {
+    if (args.m == 0) return;
+    const GemmInput input(kernels, args);
+    run_ranges(args.n, args.w.scales != nullptr ? kInt8Panel : kPanel, gemm_threads(args, num_threads),
+               [&](int begin, int end) { input.multiply(args, begin, end); });
+}
+
+AfdMatrix rows_from(const AfdMatrix& w, int row, int k) {
+    const bool int8 = w.scales != nullptr;
+    const int64_t row_bytes = int8 ? (k + 1) / 2 * 2 : 2 * static_cast<int64_t>(k);
+    return {static_cast<const char*>(w.data) + row * row_bytes, int8 ? w.scales + row : nullptr};
 }
 
 int32_t check_slots(const int64_t* slots, int num_tokens, int64_t num_slots, int32_t* error_detail) {

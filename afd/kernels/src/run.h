@@ -62,7 +62,27 @@ void run_ranges(int size, int grain, int num_threads, Function function) {
         &context);
 }
 
-// Throws std::bad_alloc if there is no memory for rounded rows (int8 weights).
+// x of a GEMM as its weights' kernel takes it: int8 weights want it rounded, once for all columns. Throws std::bad_alloc.
+// Good until the next one of this thread; any thread may multiply.
+class GemmInput {
+  public:
+    GemmInput(const KernelTable& kernels, const GemmArgs& args);
+
+    // Columns [begin, end) of `args`, whose x is the constructor's.
+    void multiply(const GemmArgs& args, int begin, int end) const;
+
+  private:
+    const KernelTable& kernels_;
+    RoundedRows rounded_{};
+};
+
+// Of num_threads, how many a GEMM is worth.
+int gemm_threads(const GemmArgs& args, int num_threads);
+
+// The matrix without its first `row` rows, a multiple of kPanel.
+AfdMatrix rows_from(const AfdMatrix& w, int row, int k);
+
+// Throws std::bad_alloc as GemmInput does.
 void run_gemm(const KernelTable& kernels, const GemmArgs& args, int num_threads);
 
 }  // namespace afd

