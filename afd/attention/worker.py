@@ -24,7 +24,6 @@ from afd.attention.pipeline import RecentAttention
 from afd.attention.requests import RequestBook
 from afd.attention.row_selection import RowSelection
 from afd.config import ClusterConfig
-from afd.cores import pin_this_thread
 from afd.data_plane import config_hash, mesh_members, payload_layout
 from afd.errors import ConfigError, PeerLostError
 from afd.events import TracePage
@@ -236,8 +235,7 @@ class _Worker:
         """Serve until `stop`; then finish what runs, at most `gateway.drain_s` long."""
         gc.collect()
         gc.freeze()  # what is loaded stays: no collection need look at it again
-        self._threads.start()
-        pin_this_thread(self._config.attention.cores)
+        self._threads.start(self._config.attention.cores)
         assert self._engine is not None and self._seat is not None
         drain_until_s: float | None = None
         while drain_until_s is None or (time.monotonic() < drain_until_s and not self._engine.scheduler.idle):

@@ -72,7 +72,7 @@ def most_threads(config: ClusterConfig, role: str) -> int:
 def worker_cores(config: ClusterConfig) -> dict[str, str]:
     """Cores of each worker's main thread, by its name ("attention/0"), where this host has one for each."""
     topology = config.topology
-    if topology.mono or not hasattr(os, "sched_getaffinity"):
+    if not hasattr(os, "sched_getaffinity"):
         return {}
     names = [f"attention/{rank}" for rank in range(topology.num_attention)]
     names += [f"ffn/{rank}" for rank in range(topology.num_ffn)]

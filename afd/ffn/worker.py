@@ -11,7 +11,6 @@ import time
 import torch
 
 from afd.config import ClusterConfig
-from afd.cores import pin_this_thread
 from afd.data_plane import config_hash, mesh_members, payload_layout
 from afd.events import TracePage
 from afd.ffn.engine import FFNEngine
@@ -124,8 +123,7 @@ class _Worker:
         """The loop: new views, dispatches, answers."""
         gc.collect()
         gc.freeze()  # what is loaded stays: no collection need look at it again
-        self._threads.start()
-        pin_this_thread(self._config.ffn.cores)
+        self._threads.start(self._config.ffn.cores)
         assert self._seat is not None and self._seat.mesh is not None and self._engine is not None
         mesh = self._seat.mesh
         while not self._stop.is_set():

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from afd import kernels
+from afd.cores import cores_of_this_thread, parse_cores, pin_this_thread, thread_cores
 
 _TORCH_GRAIN = 1 << 15  # elements below which torch does not split a row-wise operation over threads
 
@@ -30,15 +31,23 @@ class ThreadShare:
         """Whether a step alone runs on more cores than one beside others."""
         return self._counts[1] > self._counts[0]
 
-    def start(self) -> None:
-        """Start the threads. To be called before the main thread is pinned: they may run where it may then."""
+    def start(self, own_cores: str = "") -> None:
+        """Start the threads and give each its place: the caller, a worker's main thread, stays on a core of its own.
+
+        own_cores: the worker's, as `afd.cores.parse_cores` reads them.
+        """
         shared, alone = self._counts
-        if alone == 1:
-            return
-        kernels.start_threads(alone)
-        torch.set_num_threads(alone)
-        torch.zeros(alone * _TORCH_GRAIN).add_(1.0)  # torch starts its own with its first large operation
-        torch.set_num_threads(shared)
+        main, near, far = thread_cores(parse_cores(own_cores), cores_of_this_thread())
+        if alone > 1:
+            pin_this_thread(near)
+            kernels.start_threads(shared)
+            pin_this_thread(far)
+            kernels.start_threads(alone)
+            pin_this_thread((near | far) - main or main)
+            torch.set_num_threads(alone)
+            torch.zeros(alone * _TORCH_GRAIN).add_(1.0)  # torch starts its own with its first large operation
+            torch.set_num_threads(shared)
+        pin_this_thread(main)
 
     def use(self, alone: bool) -> None:
         """Compute with that many threads from now on."""

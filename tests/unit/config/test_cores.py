@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from afd.cluster.resolve import with_cores, worker_cores
 from afd.config import resolve_config
-from afd.cores import parse_cores, pin_this_thread, share_cores
+from afd.cores import parse_cores, pin_this_thread, share_cores, thread_cores
 from afd.errors import ConfigError
 
 
@@ -45,7 +45,20 @@ def test_each_worker_of_a_host_gets_its_own(monkeypatch: pytest.MonkeyPatch) -> 
     assert with_cores(config, "gateway", "") == config
     crowded = worker_cores(resolve_config(None, {"cluster.topology": "3A2F"}))
     assert set(crowded.values()) == {""}, "five workers on four cores: the kernel decides"
-    assert worker_cores(resolve_config(None, {"cluster.topology": "mono"})) == {}
+    assert worker_cores(resolve_config(None, {"cluster.topology": "mono"})) == {"attention/0": "1,2,3,8"}
+
+
+@pytest.mark.parametrize(
+    ("own", "expected"),
+    [
+        ({2}, ({2}, {2}, {0, 1, 3})),
+        ({1, 2}, ({1}, {2}, {0, 3})),
+        ({0, 1, 2, 3}, ({0}, {1, 2, 3}, {1, 2, 3})),
+        (set(), ({0, 1, 2, 3},) * 3),
+    ],
+)
+def test_helping_threads_keep_off_the_main_threads_core(own: set[int], expected: tuple[set[int], ...]) -> None:
+    assert thread_cores(own, {0, 1, 2, 3}) == expected
 
 
 def test_a_thread_and_those_it_starts_keep_to_their_cores(caplog: pytest.LogCaptureFixture) -> None:
@@ -53,14 +66,14 @@ def test_a_thread_and_those_it_starts_keep_to_their_cores(caplog: pytest.LogCapt
     seen: list[set[int]] = []
 
     def run() -> None:
-        pin_this_thread(str(mine[-1]))
+        pin_this_thread({mine[-1]})
         inner = threading.Thread(target=lambda: seen.append(os.sched_getaffinity(0)))
         inner.start()
         inner.join()
-        pin_this_thread("any")
+        pin_this_thread(set())
         seen.append(os.sched_getaffinity(0))
         with caplog.at_level(logging.WARNING):
-            pin_this_thread("100000")
+            pin_this_thread({100000})
 
     thread = threading.Thread(target=run)
     thread.start()

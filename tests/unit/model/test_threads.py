@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Iterator
 
 import pytest
 import torch
 
+from afd import kernels
 from afd.model.threads import ThreadShare
 
 
@@ -32,3 +35,26 @@ def test_never_fewer_alone_than_beside_others() -> None:
     assert not threads.faster_alone
     threads.use(alone=True)
     assert torch.get_num_threads() == 2
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+def test_a_helping_thread_runs_beside_the_main_thread() -> None:
+    kernels.close()  # threads of other tests have their places already
+    if kernels.native_kernels() is None:
+        pytest.skip("no native kernels: no threads of their own")
+    first, *others = sorted(os.sched_getaffinity(0))
+    seen: list[set[int]] = []
+
+    def main_thread() -> None:
+        before = set(os.listdir("/proc/self/task"))
+        ThreadShare(1, 2).start(str(first))
+        started = set(os.listdir("/proc/self/task")) - before
+        seen.append(os.sched_getaffinity(0))
+        seen.extend(os.sched_getaffinity(int(thread)) for thread in started)
+
+    thread = threading.Thread(target=main_thread)
+    thread.start()
+    thread.join()
+    kernels.close()
+    assert seen[0] == {first}
+    assert len(seen) > 1 and all(cores == set(others) for cores in seen[1:])
