@@ -10,6 +10,7 @@ import select
 import socket
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 
 from stepmesh.errors import ProtocolError, TransportError
 from stepmesh.transports.base import Link, Received, close_fds
@@ -77,6 +78,28 @@ def dial_tcp(host: str, port: int) -> socket.socket:
         sock.close()
         raise TransportError(f"cannot connect to {host}:{port}: {os.strerror(code)}")
     return sock
+
+
+def tune_local(sock: socket.socket, frame_bytes: int) -> None:
+    """Make a TCP connection to a peer on this host as fast as it can be; leave any other to the system's settings.
+
+    There is no wire to share: reno, where it may be chosen, neither paces (as BBR does, over loopback, too) nor waits. And
+    the socket takes a whole frame at once, so that nothing is left for another thread to send.
+    """
+    with contextlib.suppress(OSError):  # not connected yet, or gone again: then it stays as it is
+        if sock.getsockname()[0] != sock.getpeername()[0]:
+            return
+        if frame_bytes <= _most_send_bytes():  # asked for more, the kernel would give less than without asking
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, frame_bytes)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")
+
+
+def _most_send_bytes() -> int:
+    """What SO_SNDBUF may be; 0 where the system does not tell."""
+    try:
+        return int(Path("/proc/sys/net/core/wmem_max").read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return 0
 
 
 class SocketLink(Link):

@@ -27,6 +27,7 @@ from typing import Any
 from stepmesh.errors import FrameError
 from stepmesh.layout import HEADER_BYTES, NUM_PARITIES, frame_bytes
 from stepmesh.transports.base import Channel, ChannelSpec, Failure, Offer, Posted, close_fds
+from stepmesh.transports.sockets import tune_local
 from stepmesh.wire import DATA_MAGIC, PLACE
 
 _STAGE_BYTES = 16 * 1024  # a small frame comes with one call; of a large one this much is copied once more
@@ -274,6 +275,7 @@ class TcpChannel(Channel):
     def _start(self, sock: socket.socket, first: memoryview | None) -> None:
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        tune_local(sock, self._spec.tx_slot_bytes)
         self._sock = sock
         self._fd = sock.fileno()
         self._io.add(self, self._fd)
