@@ -114,7 +114,7 @@ class Mesh:
         if spin and timeout_s > 0.0 and start < roster.look_at and roster.live and fabric.waits:
             budget_s = self._spinner.budget_s()
             spun = budget_s > 0.0
-            if spun and self._spinner.spin(min(start + budget_s, deadline), roster.poll):
+            if spun and self._spinner.spin(budget_s, min(deadline, roster.look_at), roster.poll):
                 return self._leave()
         while True:
             now = self._now()

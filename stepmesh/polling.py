@@ -26,8 +26,12 @@ class Spinner:
         signs = [channel.sign for channel in channels]
         self._signs = () if native is None or None in signs else tuple(dict.fromkeys(signs))
 
-    def spin(self, until: float, poll: Callable[[], object]) -> bool:
-        """Poll until `poll` brings something; False when nothing came in time."""
+    def spin(self, budget_s: float, deadline: float, poll: Callable[[], object]) -> bool:
+        """Poll until `poll` brings something; False when nothing came within the budget.
+
+        Bytes of a frame that is not complete begin it anew, until the deadline: the others are on their way.
+        """
+        until = min(self._now() + budget_s, deadline)
         # Whoever else wants this core gets it between two looks (as in `await_any`): where ranks share cores the
         # answer came sooner so, and with a core for every rank no difference was seen (docs/stepmesh.md, Numbers).
         while (left_s := until - self._now()) > 0.0:
@@ -38,4 +42,6 @@ class Spinner:
             if poll():
                 self._hit()
                 return True
+            if self._signs:
+                until = min(self._now() + budget_s, deadline)
         return False

@@ -83,8 +83,8 @@ def dial_tcp(host: str, port: int) -> socket.socket:
 def tune_local(sock: socket.socket, frame_bytes: int) -> None:
     """Make a TCP connection to a peer on this host as fast as it can be; leave any other to the system's settings.
 
-    There is no wire to share: reno, where it may be chosen, neither paces (as BBR does, over loopback, too) nor waits. And
-    the socket takes a whole frame at once, so that nothing is left for another thread to send.
+    There is no wire to share: reno, where it may be chosen, neither paces (as BBR does, over loopback, too) nor waits.
+    And the socket takes a whole frame at once, so that nothing is left for another thread to send.
     """
     with contextlib.suppress(OSError):  # not connected yet, or gone again: then it stays as it is
         if sock.getsockname()[0] != sock.getpeername()[0]:
