@@ -86,13 +86,20 @@ void swiglu_rows(const KernelTable& kernels, const AfdSwiGlu& f, const void* x, 
     run_gemm(kernels, {active, f.down, out, f.width, f.hidden, mode, rows, f.hidden, f.width}, num_threads);
 }
 
+// Row-wise work over [0, num_rows), on more than one thread where there are rows enough to be worth it.
+template <class Function>
+void run_rows(int num_rows, int num_threads, Function function) {
+    constexpr int kRowsPerThread = 16;
+    run_ranges(num_rows, 1, std::clamp(num_rows / kRowsPerThread, 1, num_threads), function);
+}
+
 // Rows of one norm, float32 or bf16 in, bf16 out.
 void norm(const KernelTable& kernels, DType dtype, const void* x, int64_t stride, const float* weight, float eps,
-          int num_rows, int width, void* out, int64_t out_stride) {
+          int num_rows, int width, void* out, int64_t out_stride, int num_threads) {
     // Without partials x is only read.
-    kernels.add_rms_norm({const_cast<void*>(x), {}, weight, out, stride, out_stride, dtype, kBfloat16, dtype, 0,
-                          num_rows, width, eps},
-                         0, num_rows);
+    const NormArgs args{const_cast<void*>(x), {}, weight, out, stride, out_stride, dtype, kBfloat16, dtype, 0,
+                        num_rows, width, eps};
+    run_rows(num_rows, num_threads, [&](int begin, int end) { kernels.add_rms_norm(args, begin, end); });
 }
 
 struct LayerScratch {
@@ -225,13 +232,14 @@ int32_t attention_layer(const KernelTable& kernels, const AfdAttentionLayer& l, 
     NormArgs first{x, {}, l.attn_norm, s.hidden, l.hidden, l.hidden, kFloat32, kBfloat16, residual.partial_dtype,
                    residual.num_partials, n, l.hidden, l.eps};
     std::copy(residual.partials, residual.partials + residual.num_partials, first.partials);
-    kernels.add_rms_norm(first, 0, n);
+    run_rows(n, num_threads, [&](int begin, int end) { kernels.add_rms_norm(first, begin, end); });
     GemmArgs qkv{s.hidden, l.qkv, s.projected, l.hidden, width, kToBfloat16, n, width, l.hidden};
     qkv.after = l.q_rank > 0 ? l.q_up.data : l.o.data;
     run_gemm(kernels, qkv, num_threads);
     if (l.qkv_bias != nullptr) kernels.add_bias({s.projected, l.qkv_bias, width, n, gate_at});
     if (l.q_rank > 0) {
-        norm(kernels, kBfloat16, s.projected, width, l.q_norm, l.eps, n, l.q_rank, s.projected, width);
+        norm(kernels, kBfloat16, s.projected, width, l.q_norm, l.eps, n, l.q_rank, s.projected, width,
+             num_threads);
         run_gemm(kernels, {s.projected, l.q_up, query, width, q_width, kToBfloat16, n, q_width, l.q_rank},
                  num_threads);
     }
@@ -239,18 +247,23 @@ int32_t attention_layer(const KernelTable& kernels, const AfdAttentionLayer& l, 
         for (int t = 0; t < n; ++t) {
             void* const q = offset(query, t * q_stride);
             void* const k = offset(s.projected, static_cast<int64_t>(t) * width + k_at);
-            norm(kernels, kBfloat16, q, l.head_dim, l.q_head_norm, l.eps, l.num_heads, l.head_dim, q, l.head_dim);
-            norm(kernels, kBfloat16, k, l.head_dim, l.k_head_norm, l.eps, l.num_kv_heads, l.head_dim, k, l.head_dim);
+            norm(kernels, kBfloat16, q, l.head_dim, l.q_head_norm, l.eps, l.num_heads, l.head_dim, q, l.head_dim, 1);
+            norm(kernels, kBfloat16, k, l.head_dim, l.k_head_norm, l.eps, l.num_kv_heads, l.head_dim, k, l.head_dim, 1);
         }
-    kernels.rope_write_kv({query, b.cos, b.sin, q_stride, l.num_heads, l.half, l.interleaved},
-                          {offset(s.projected, k_at), offset(s.projected, v_at), kv.k_cache, kv.v_cache, b.slots, width,
-                           width, kBfloat16, n, l.num_kv_heads, l.head_dim, l.v_dim, kv.block_size});
+    run_rows(n, num_threads, [&](int begin, int end) {
+        const int64_t row = static_cast<int64_t>(begin) * width, angle = static_cast<int64_t>(begin) * l.half;
+        kernels.rope_write_kv({offset(query, begin * q_stride), b.cos + angle, b.sin + angle, q_stride, l.num_heads, l.half,
+                               l.interleaved},
+                              {offset(s.projected, row + k_at), offset(s.projected, row + v_at), kv.k_cache, kv.v_cache,
+                               b.slots + begin, width, width, kBfloat16, end - begin, l.num_kv_heads, l.head_dim, l.v_dim,
+                               kv.block_size});
+    });
     if (const int32_t status = attend(kernels, attention, num_threads, error_detail)) return status;
     if (l.head_gate)
         kernels.gate_heads({s.attended, offset(s.projected, gate_at), width, n, l.num_heads, l.v_dim});
     if (l.o_bias == nullptr) {
         run_gemm(kernels, {s.attended, l.o, x, o_width, l.hidden, kAddToFloat32, n, l.hidden, o_width}, num_threads);
-        norm(kernels, kFloat32, x, l.hidden, l.ffn_norm, l.eps, n, l.hidden, rows, l.hidden);
+        norm(kernels, kFloat32, x, l.hidden, l.ffn_norm, l.eps, n, l.hidden, rows, l.hidden, num_threads);
         return kOk;
     }
     run_gemm(kernels, {s.attended, l.o, s.hidden, o_width, l.hidden, kToBfloat16, n, l.hidden, o_width}, num_threads);

@@ -43,6 +43,10 @@ bool poll(int64_t limit_ns, Done done) {
     return done();
 }
 
+constexpr int kCountBits = 8;
+constexpr uint64_t kCountMask = 0x7f, kClosed = 0x80;
+static_assert(kMaxThreads <= static_cast<int>(kCountMask));
+
 class ThreadPool {
   public:
     ~ThreadPool() { stop(); }
@@ -58,12 +62,13 @@ class ThreadPool {
         context_ = context;
         num_items_ = num_items;
         next_item_.store(0, std::memory_order_relaxed);
-        pending_.store(wanted, std::memory_order_relaxed);
+        finished_.store(0, std::memory_order_relaxed);
+        generation_ += 1;
+        joined_.store(generation_ << kCountBits, std::memory_order_release);
         {
             std::lock_guard<std::mutex> lock(wake_mutex_);
             // Generation and number of workers wanted in one word: a worker sees both or neither.
-            ticket_.store(((ticket_.load(std::memory_order_relaxed) >> 8) + 1) << 8 | static_cast<uint64_t>(wanted),
-                          std::memory_order_release);
+            ticket_.store(generation_ << kCountBits | static_cast<uint64_t>(wanted), std::memory_order_release);
         }
         if (sleeping_.load(std::memory_order_seq_cst) > 0) wake_.notify_all();
         work();
@@ -109,19 +114,33 @@ class ThreadPool {
         }
     }
 
-    // The caller has run out of items; the workers are at most one item behind.
+    // The caller has run out of items: nobody may join any more, and who did is at most one item behind. A worker that has
+    // not woken up by now is not waited for.
     void wait_for_workers() {
-        const auto finished = [this] { return pending_.load(std::memory_order_acquire) == 0; };
+        const int count = static_cast<int>(joined_.fetch_or(kClosed, std::memory_order_acq_rel) & kCountMask);
+        const auto finished = [this, count] { return finished_.load(std::memory_order_seq_cst) == count; };
         if (poll(kLongSpinNs, finished)) return;
         std::unique_lock<std::mutex> lock(wake_mutex_);
+        waiting_.store(true, std::memory_order_seq_cst);
         done_.wait(lock, finished);
+        waiting_.store(false, std::memory_order_relaxed);
+    }
+
+    // False when the job of this ticket is over.
+    bool join(uint64_t ticket) {
+        uint64_t joined = joined_.load(std::memory_order_acquire);
+        do {
+            if (joined >> kCountBits != ticket >> kCountBits || (joined & kClosed) != 0) return false;
+        } while (!joined_.compare_exchange_weak(joined, joined + 1, std::memory_order_acq_rel, std::memory_order_acquire));
+        return true;
     }
 
     void worker_main(int index, uint64_t seen) {
         while (wait_for_ticket(&seen)) {
-            if (index >= static_cast<int>(seen & 0xff)) continue;
+            if (index >= static_cast<int>(seen & kCountMask) || !join(seen)) continue;
             work();
-            if (pending_.fetch_sub(1, std::memory_order_acq_rel) == 1) {
+            finished_.fetch_add(1, std::memory_order_seq_cst);
+            if (waiting_.load(std::memory_order_seq_cst)) {
                 std::lock_guard<std::mutex> lock(wake_mutex_);
                 done_.notify_one();
             }
@@ -157,9 +176,12 @@ class ThreadPool {
     void (*body_)(void*, int) = nullptr;
     void* context_ = nullptr;
     int num_items_ = 0;
+    uint64_t generation_ = 0;
+    std::atomic<bool> waiting_{false};  // the caller sleeps until finished_ is what it should be
     alignas(64) std::atomic<uint64_t> ticket_{0};
     alignas(64) std::atomic<int> next_item_{0};
-    alignas(64) std::atomic<int> pending_{0};
+    alignas(64) std::atomic<uint64_t> joined_{0};  // generation, kClosed, number of workers that have joined
+    alignas(64) std::atomic<int> finished_{0};     // of these
 };
 
 // One pool a process. After fork() the child has none of its threads: it gets a new pool, and the old one is leaked

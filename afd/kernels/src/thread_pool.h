@@ -1,8 +1,10 @@
 // Worker threads for the kernels of one process.
 //
-// The caller works too, so run(..., num_threads) wakes num_threads - 1 workers. They are started when first wanted,
-// spin for at most kSpinNs between jobs (a layer's kernels follow one another closely) and then sleep. One job runs
-// at a time: a second caller that finds the pool busy does its job alone, so nobody waits for a stranger's work.
+// The caller works too, so run(..., num_threads) wakes num_threads - 1 workers; one that comes when all items are taken is
+// not waited for. They are started when first wanted, spin for kSpinNs between jobs (a layer's kernels follow one another
+// closely), for kLongSpinNs where the last sleep was shorter than that (but only while nobody else wants their core), and
+// then sleep. One job runs at a time: a second caller that finds the pool busy does its job alone, so nobody waits for a
+// stranger's work.
 #pragma once
 
 #include <cstdint>
