@@ -16,7 +16,7 @@ from stepmesh.layout import PayloadLayout
 from stepmesh.mesh import Mesh
 from stepmesh.types import Address, Member, RankId, Role, WireDtype
 
-SPIN_US = 50
+SPIN_US = 100
 """A stage of the partner takes some hundred microseconds, and a wake-up as long as a stage of a small batch."""
 
 WIRE_DTYPES = {"float32": WireDtype.FP32, "bfloat16": WireDtype.BF16}

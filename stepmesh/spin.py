@@ -4,7 +4,7 @@ Polling saves a sleep and a wake-up (tens of microseconds) when the answer comes
 costs the budget when it does not: on a host whose cores are all busy it even keeps the peer from its core. So a rank
 polls for as long as that pays:
 
-- A wait that ended soon after its polling did would have been worth a little more: the budget doubles, up to sixteen
+- A wait that ended soon after its polling did would have been worth a little more: the budget doubles, up to eight
   times the limit. (Two ranks that both sleep answer each other in two wake-ups: with the first budget alone neither
   would ever catch the other awake.)
 - After a wait that took much longer polling pauses for a while, after every further one twice as long.
@@ -12,7 +12,7 @@ polls for as long as that pays:
 
 from __future__ import annotations
 
-_GROWTH = 16  # the largest budget, in limits
+_GROWTH = 8  # the largest budget, in limits
 _MOST_SKIPPED = 63  # waits: one try in 64 costs next to nothing and notices when things change
 
 
