@@ -32,6 +32,8 @@ from stepmesh.layout import PayloadLayout
 from stepmesh.mesh import Mesh
 from stepmesh.types import Member, RankId, Role, WireDtype
 
+PATIENCE_S = 20.0  # a machine that stalls for half a second must not make a straggler of anybody
+
 STEP_TOKENS, BLOCK_SIZE, NUM_BLOCKS = 16, 8, 128
 
 
@@ -115,7 +117,7 @@ class Pod:
         self.contexts.append(context)
 
     def start_ffn(self, rank):
-        mesh, gangs = self.ffn_meshes[rank], GangTable(rank, self.num_ffn)
+        mesh, gangs = self.ffn_meshes[rank], GangTable(rank, self.num_ffn, straggler_s=PATIENCE_S)
         context = self.new_context()
         with context(), torch.inference_mode():
             half = load_ffn_half(self.folder, ShardSpec(rank, self.num_ffn, self.parallel), "float32", self.device)
