@@ -55,7 +55,7 @@ class ForkServer:
                 [*command, str(os.getpid()), str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(),),
-                start_new_session=True,
+                process_group=0,
                 env=role_environment(threads),
             )
         self.fd = self._socket.fileno()
@@ -154,8 +154,8 @@ def _become_child_of(supervisor: int) -> None:
 
 
 def _take_over(request: _Request, descriptors: list[int], requests: socket.socket) -> None:
-    """Descriptors, session and name of a spawned process."""
-    os.setsid()
+    """Descriptors, process group and name of a spawned process."""
+    os.setpgid(0, 0)
     stdin, output, news = descriptors
     os.dup2(stdin, 0)
     os.dup2(output, 1)
