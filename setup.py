@@ -14,7 +14,8 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 SOURCE_DIR = Path("afd/kernels/src")
-SOURCES = ["api.cpp", "attention_plan.cpp", "fused.cpp", "run.cpp", "thread_pool.cpp", "isa_portable.cpp"]
+MESH_HEADERS = sorted(Path("stepmesh").glob("*.h"))
+SOURCES = ["api.cpp", "attention_plan.cpp", "fused.cpp", "relay.cpp", "run.cpp", "thread_pool.cpp", "isa_portable.cpp"]
 X86_SOURCES = ["isa_avx2.cpp", "isa_avx512.cpp"]
 FLAGS = ["-std=c++17", "-O3", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi", "-g0"]
 # The last two: GCC's AVX-512 headers trip its own warnings.
@@ -62,7 +63,8 @@ setup(
         Extension(
             "afd.kernels._native",
             sources=[str(SOURCE_DIR / name) for name in SOURCES + (X86_SOURCES if IS_X86 else [])],
-            depends=[str(path) for path in sorted(SOURCE_DIR.glob("*.h"))],
+            include_dirs=["stepmesh"],
+            depends=[str(path) for path in sorted([*SOURCE_DIR.glob("*.h"), *MESH_HEADERS])],
             define_macros=[("AFD_HAVE_X86", "1")] if IS_X86 else [],
             extra_compile_args=FLAGS,
             extra_link_args=["-pthread"],
@@ -72,6 +74,7 @@ setup(
         Extension(
             "stepmesh._native",
             sources=["stepmesh/_native.c"],
+            depends=[str(path) for path in MESH_HEADERS],
             extra_compile_args=["-std=c11", "-D_GNU_SOURCE", "-O2", "-fvisibility=hidden", "-Wall", "-Wextra", "-g0"],
             py_limited_api=True,
             optional=True,

@@ -36,6 +36,11 @@ def payload_layout(config: ClusterConfig, hidden: int, max_top_k: int) -> Payloa
     )
 
 
+def relays_natively(layout: PayloadLayout) -> bool:
+    """Whether rows cross as the kernels take them, so that native code may make exchanges by itself."""
+    return layout.dispatch_dtype is layout.combine_dtype is WireDtype.BF16
+
+
 def config_hash(config: ClusterConfig, fingerprint: str, hidden: int, max_top_k: int) -> str:
     """Digest (hex) of all that attention and FFN workers must agree on; not ports, paths or log level."""
     agreed = {

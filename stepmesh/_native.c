@@ -1,7 +1,7 @@
 /* What every transfer does, without the interpreter: write a frame, read one, ring and read a bell, spin.
 
    Optional. Each function has a twin in Python (stepmesh/wire.py, stepmesh/transports/shm.py, stepmesh/polling.py) that is
-   used where this is not built; tests hold the two against each other. A frame that does not pass is not judged here:
+   used where this is not built; tests hold the two against each other. What it does to memory is in frame.h. A frame that does not pass is not judged here:
    `read_frame` returns None, and the twin says what is wrong with it. Limited API: one file for every CPython from 3.11
    on. All calls hold the interpreter's lock, but for the waiting in `await_any`. */
 
@@ -9,54 +9,21 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
-#include <errno.h>
 #include <poll.h>
 #include <sched.h>
-#include <stdint.h>
-#include <string.h>
-#include <time.h>
-#include <unistd.h>
 
-#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
-#error "frames are little-endian"
-#endif
+#include "frame.h"
+
+_Static_assert(sizeof(SmHeader) == 96, "the packed header");
 
 enum {
-    HEADER_BYTES = 128, /* in front of the payload */
-    TRAILER_BYTES = 8,
-    VERSION = 1,
-    SPARSE_DISPATCH = 3,
-    CHECKSUM_NONE = 0,
-    NUM_PARITIES = 2,
-    LINE_WORDS = 8, /* a cache line */
     NUM_FIELDS = 21,
     MAX_FDS = 4,
     LOOKS_PER_CALL = 16, /* at the boards, between two system calls */
 };
 
-/* Field for field as on the wire (docs/protocol.md) and in stepmesh.types.Header. */
-typedef struct {
-    char magic[4];
-    uint16_t version;
-    uint8_t kind, flags;
-    uint32_t epoch, generation;
-    uint64_t seq, step, gang_id, compute_ns, member_mask_low, member_mask_high;
-    uint32_t num_tokens, gang_tokens, payload_bytes, checksum;
-    uint16_t stream, layer, top_k;
-    uint8_t wire_dtype, checksum_kind;
-    uint8_t reserved[8];
-} Header;
-
-_Static_assert(sizeof(Header) == 96, "the packed header");
-
-static const char MAGIC[4] = {'S', 'M', 'D', 'F'};
 static PyObject *magic_bytes;
 static PyTypeObject *board_type;
-
-static uint64_t trailer_offset(uint64_t payload_bytes)
-{
-    return HEADER_BYTES + ((payload_bytes + TRAILER_BYTES - 1) & ~(uint64_t)(TRAILER_BYTES - 1));
-}
 
 /* An integer of 0..limit; 0 with an exception set when it is none (so is a valid 0: ask PyErr_Occurred). */
 static uint64_t take(PyObject *number, uint64_t limit)
@@ -88,8 +55,7 @@ static PyObject *write_frame(PyObject *Py_UNUSED(module), PyObject *const *args,
         PyErr_Format(PyExc_TypeError, "write_frame takes 19 arguments, not %zd", num_args);
         return NULL;
     }
-    Header header = {.version = VERSION};
-    memcpy(header.magic, MAGIC, sizeof MAGIC);
+    SmHeader header = {.version = SM_VERSION};
     header.kind = take(args[1], UINT8_MAX);
     header.flags = take(args[2], UINT8_MAX);
     header.epoch = take(args[3], UINT32_MAX);
@@ -113,22 +79,14 @@ static PyObject *write_frame(PyObject *Py_UNUSED(module), PyObject *const *args,
     Py_buffer memory;
     if (PyObject_GetBuffer(args[0], &memory, PyBUF_WRITABLE) < 0)
         return NULL;
-    uint64_t trailer = trailer_offset(header.payload_bytes);
-    if (trailer + TRAILER_BYTES > (uint64_t)memory.len) {
-        PyBuffer_Release(&memory);
+    int fits = sm_write_frame(memory.buf, memory.len, &header);
+    PyBuffer_Release(&memory);
+    if (!fits) {
         PyErr_Format(PyExc_OverflowError, "a payload of %u bytes exceeds the slot", header.payload_bytes);
         return NULL;
     }
-    memcpy(memory.buf, &header, sizeof header);
-    memcpy((char *)memory.buf + trailer, &header.seq, TRAILER_BYTES);
-    PyBuffer_Release(&memory);
     Py_RETURN_NONE;
 }
-
-/* What HeaderRules holds, in its order. */
-typedef struct {
-    uint64_t kind, other_kind, generation, num_streams, max_tokens, max_top_k, wire_dtype;
-} Rules;
 
 static int take_numbers(PyObject *tuple, uint64_t *numbers, int count)
 {
@@ -139,26 +97,6 @@ static int take_numbers(PyObject *tuple, uint64_t *numbers, int count)
         numbers[i] = take(number, UINT64_MAX);
     }
     return !PyErr_Occurred();
-}
-
-static int is_whole(const Py_buffer *memory, const Header *header)
-{
-    uint64_t trailer = trailer_offset(header->payload_bytes), seq;
-    if (trailer + TRAILER_BYTES > (uint64_t)memory->len)
-        return 0;
-    memcpy(&seq, (const char *)memory->buf + trailer, TRAILER_BYTES);
-    return seq == header->seq;
-}
-
-static int passes(const Header *header, const Rules *rules, const uint64_t *posted)
-{
-    return memcmp(header->magic, MAGIC, sizeof MAGIC) == 0 && header->version == VERSION &&
-           (header->kind == rules->kind || header->kind == rules->other_kind) &&
-           header->generation == rules->generation && header->stream < rules->num_streams &&
-           header->num_tokens <= rules->max_tokens && header->top_k <= rules->max_top_k &&
-           (header->kind != SPARSE_DISPATCH || header->gang_tokens <= rules->max_tokens) &&
-           header->wire_dtype == rules->wire_dtype && header->checksum_kind == CHECKSUM_NONE &&
-           header->stream == posted[0] && (header->seq & 1) == posted[1] && header->seq == posted[2];
 }
 
 /* An instance of a NamedTuple; steals the items. NULL with an exception when one of them is. */
@@ -178,7 +116,7 @@ static PyObject *named_tuple(PyObject *type, PyObject **items, Py_ssize_t count)
     return tuple;
 }
 
-static PyObject *header_tuple(const Header *header, PyObject *type)
+static PyObject *header_tuple(const SmHeader *header, PyObject *type)
 {
     Py_INCREF(magic_bytes);
     PyObject *items[NUM_FIELDS] = {
@@ -214,7 +152,7 @@ static PyObject *read_frame(PyObject *Py_UNUSED(module), PyObject *const *args, 
         PyErr_Format(PyExc_TypeError, "read_frame takes 4 arguments, not %zd", num_args);
         return NULL;
     }
-    Rules rules;
+    SmRules rules;
     uint64_t posted[3];
     if (!take_numbers(args[1], (uint64_t *)&rules, sizeof rules / sizeof(uint64_t)) ||
         !take_numbers(args[2], posted, 3))
@@ -222,12 +160,8 @@ static PyObject *read_frame(PyObject *Py_UNUSED(module), PyObject *const *args, 
     Py_buffer memory;
     if (PyObject_GetBuffer(args[0], &memory, PyBUF_SIMPLE) < 0)
         return NULL;
-    Header header;
-    int good = (size_t)memory.len >= HEADER_BYTES;
-    if (good) {
-        memcpy(&header, memory.buf, sizeof header); /* judged as it is now: a peer may write it again */
-        good = passes(&header, &rules, posted) && is_whole(&memory, &header);
-    }
+    SmHeader header;
+    int good = sm_read_frame(memory.buf, memory.len, &rules, posted[0], posted[1], posted[2], &header);
     PyBuffer_Release(&memory);
     if (!good)
         Py_RETURN_NONE;
@@ -238,9 +172,7 @@ static PyObject *read_frame(PyObject *Py_UNUSED(module), PyObject *const *args, 
 typedef struct {
     PyObject_HEAD
     Py_buffer memory;
-    volatile uint64_t *words;
-    uint64_t num_slots;
-    uint64_t seen;
+    SmBoard state;
     PyObject *posted_type;
 } Board;
 
@@ -258,13 +190,12 @@ static PyObject *board_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
         Py_DECREF(board);
         return NULL;
     }
-    if (num_slots == 0 || num_slots > (uint64_t)board->memory.len / (8 * LINE_WORDS) - 1) {
+    if (num_slots == 0 || num_slots > (uint64_t)board->memory.len / (8 * SM_LINE_WORDS) - 1) {
         PyErr_Format(PyExc_ValueError, "%llu slots do not fit %zd bytes", num_slots, board->memory.len);
         Py_DECREF(board);
         return NULL;
     }
-    board->words = board->memory.buf;
-    board->num_slots = num_slots;
+    board->state = (SmBoard){.words = board->memory.buf, .num_slots = num_slots};
     Py_INCREF(posted_type);
     board->posted_type = posted_type;
     return (PyObject *)board;
@@ -287,32 +218,27 @@ static PyObject *board_post(Board *board, PyObject *const *args, Py_ssize_t num_
         PyErr_Format(PyExc_TypeError, "post takes 3 arguments, not %zd", num_args);
         return NULL;
     }
-    uint64_t slot = take(args[0], board->num_slots - 1), seq = take(args[1], UINT64_MAX), one = 1;
+    uint64_t slot = take(args[0], board->state.num_slots - 1), seq = take(args[1], UINT64_MAX);
     int fd = (int)take(args[2], INT32_MAX);
     if (PyErr_Occurred())
         return NULL;
-    volatile uint64_t *place = board->words + LINE_WORDS * (1 + board->seen % board->num_slots);
-    place[0] = slot;
-    place[1] = seq;
-    __atomic_store_n(board->words, ++board->seen, __ATOMIC_RELEASE);
-    if (write(fd, &one, sizeof one) < 0 && errno != EAGAIN) /* full: the peer is being woken anyway */
-        return PyLong_FromLong(errno);
-    return PyLong_FromLong(0);
+    return PyLong_FromLong(sm_post(&board->state, slot, seq, fd));
 }
 
 static PyObject *posted_tuple(const Board *board, uint64_t slot, uint64_t seq)
 {
     PyObject *items[3] = {
-        PyLong_FromUnsignedLongLong(slot / NUM_PARITIES),
-        PyLong_FromUnsignedLongLong(slot % NUM_PARITIES),
+        PyLong_FromUnsignedLongLong(slot / SM_NUM_PARITIES),
+        PyLong_FromUnsignedLongLong(slot % SM_NUM_PARITIES),
         PyLong_FromUnsignedLongLong(seq),
     };
     return named_tuple(board->posted_type, items, 3);
 }
 
 /* poll(): () or a list of what was posted since the last call. Raises ValueError for what no honest peer writes. */
-static PyObject *board_poll(Board *board, PyObject *Py_UNUSED(unused))
+static PyObject *board_poll(Board *self, PyObject *Py_UNUSED(unused))
 {
+    SmBoard *board = &self->state;
     uint64_t posts = __atomic_load_n(board->words, __ATOMIC_ACQUIRE), seen = board->seen;
     if (posts == seen)
         return PyTuple_New(0);
@@ -321,11 +247,11 @@ static PyObject *board_poll(Board *board, PyObject *Py_UNUSED(unused))
                             board->num_slots);
     PyObject *found = PyList_New(0);
     for (; found != NULL && seen != posts; seen++) {
-        volatile uint64_t *place = board->words + LINE_WORDS * (1 + seen % board->num_slots);
+        volatile uint64_t *place = sm_place(board, seen);
         uint64_t slot = place[0];
         PyObject *item = NULL;
         if (slot < board->num_slots)
-            item = posted_tuple(board, slot, place[1]);
+            item = posted_tuple(self, slot, place[1]);
         else
             PyErr_Format(PyExc_ValueError, "post into slot %llu of %llu", slot, board->num_slots);
         if (item == NULL || PyList_Append(found, item) < 0)
@@ -336,21 +262,8 @@ static PyObject *board_poll(Board *board, PyObject *Py_UNUSED(unused))
     return found;
 }
 
-static int64_t now_ns(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
-}
-
-static void pause_core(void)
-{
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    __asm__ volatile("yield");
-#endif
-}
+/* address(): of the SmBoard, for native code that drives a lane. It goes with this object. */
+static PyObject *board_address(Board *board, PyObject *Py_UNUSED(unused)) { return PyLong_FromVoidPtr(&board->state); }
 
 /* Rings of the boards are looked at all the time, descriptors (a system call) and the clock once in a while. */
 static int spin(Board *const *boards, Py_ssize_t num_boards, struct pollfd *fds, nfds_t num_fds, int64_t until_ns)
@@ -358,14 +271,14 @@ static int spin(Board *const *boards, Py_ssize_t num_boards, struct pollfd *fds,
     for (;;) {
         for (int round = 0; round < LOOKS_PER_CALL; round++) {
             for (Py_ssize_t i = 0; i < num_boards; i++)
-                if (__atomic_load_n(boards[i]->words, __ATOMIC_ACQUIRE) != boards[i]->seen)
+                if (sm_has_news(&boards[i]->state))
                     return 1;
             if (num_boards != 0)
-                pause_core();
+                sm_pause();
         }
         if (num_fds != 0 && poll(fds, num_fds, 0) > 0)
             return 1;
-        if (now_ns() >= until_ns)
+        if (sm_now_ns() >= until_ns)
             return 0;
         sched_yield(); /* as the twin does */
     }
@@ -398,7 +311,7 @@ static PyObject *await_any(PyObject *Py_UNUSED(module), PyObject *const *args, P
     }
     int found = 0;
     if (!PyErr_Occurred()) {
-        int64_t until_ns = now_ns() + (int64_t)(seconds * 1e9);
+        int64_t until_ns = sm_now_ns() + (int64_t)(seconds * 1e9);
         Py_BEGIN_ALLOW_THREADS;
         found = spin(boards, num_boards, fds, num_fds, until_ns);
         Py_END_ALLOW_THREADS;
@@ -410,6 +323,7 @@ static PyObject *await_any(PyObject *Py_UNUSED(module), PyObject *const *args, P
 static PyMethodDef board_methods[] = {
     {"post", (PyCFunction)(void (*)(void))board_post, METH_FASTCALL, "post(slot, seq, bell_fd) -> errno of the bell"},
     {"poll", (PyCFunction)board_poll, METH_NOARGS, "poll() -> what was posted since the last call"},
+    {"address", (PyCFunction)board_address, METH_NOARGS, "address() -> of the SmBoard (frame.h)"},
     {NULL, NULL, 0, NULL},
 };
 
@@ -443,7 +357,7 @@ PyMODINIT_FUNC PyInit__native(void)
     if (module == NULL)
         return NULL;
     PyObject *type = PyType_FromSpec(&board_spec);
-    magic_bytes = PyBytes_FromStringAndSize(MAGIC, sizeof MAGIC);
+    magic_bytes = PyBytes_FromStringAndSize(SM_MAGIC, sizeof SM_MAGIC);
     if (type == NULL || magic_bytes == NULL || PyModule_AddObjectRef(module, "Board", type) < 0) {
         Py_XDECREF(type);
         Py_DECREF(module);

@@ -17,7 +17,8 @@ from typing import Any
 
 from stepmesh.config import MeshConfig
 from stepmesh.errors import ConfigError, MeshClosedError, PeerNotConnectedError, StaleArrivalError
-from stepmesh.pair import AttentionPair, Environment, FfnPair
+from stepmesh.lane import Lane, Trip
+from stepmesh.pair import AttentionPair, Environment, FfnPair, Pair
 from stepmesh.polling import Spinner
 from stepmesh.roster import Roster
 from stepmesh.slots import copy_parts, rises_below, take_parts
@@ -233,6 +234,44 @@ class Mesh:
         if pair is not None and pair.generation == arrival.header.generation:
             self._roster.reject(pair, reason)
 
+    # Exchanges that native code makes by itself
+
+    def lane_after_answer(self, peer: RankId, meta: DispatchMeta, num_tokens: int) -> Lane | None:
+        """Attention: the lane on which native code may go on, with dense rows, from the stream's newest dispatch.
+
+        None while that awaits its answer, and where there is none (see `lane_after_arrival`): use `dispatch`.
+        """
+        pair = self._only_pair(peer)
+        if not isinstance(pair, AttentionPair):
+            return None
+        return pair.lane_after_answer(meta, self._seq[meta.stream], num_tokens)
+
+    def lane_after_arrival(self, arrival: DispatchArrived, meta: CombineMeta) -> Lane | None:
+        """FFN: the lane on which native code may go on, with dense rows, from this dispatch, the newest, answered so.
+
+        None without native code or shared memory, with checksums, or while anybody else could be kept waiting: with
+        another peer, or an event that was not taken.
+        """
+        pair = self._only_pair(arrival.peer)
+        if not isinstance(pair, FfnPair) or pair.generation != arrival.header.generation:
+            return None
+        return pair.lane_after_arrival(arrival.header, meta)
+
+    def relayed(self, lane: Lane, trips: Sequence[Trip]) -> Rows | None:
+        """Book what native code did on a lane, in order: the last one alone may have no answer yet (attention).
+
+        Returns the last answer's rows [num_tokens, hidden], as those of `CombineArrived`; None while it is awaited.
+        """
+        self._counter += 1
+        pair = self._pairs[lane.peer]
+        if isinstance(pair, FfnPair):
+            pair.relayed(lane, trips)
+            return None
+        assert isinstance(pair, AttentionPair)
+        rows = pair.relayed(lane, trips)
+        self._seq[lane.stream] += len(trips)
+        return rows
+
     # Ending
 
     def drain(self) -> None:
@@ -262,6 +301,11 @@ class Mesh:
         """The end of every progress."""
         self._fabric.leave()
         return self._roster.take_events()
+
+    def _only_pair(self, peer: RankId) -> Pair | None:
+        """The pair with `peer`, where nobody else could be kept waiting."""
+        live = self._roster.live
+        return live[0] if len(live) == 1 and live[0].peer == peer and not self._roster.events else None
 
     def _next_seq(self, stream: int) -> int:
         if not self._dispatches:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from stepmesh.config import MeshConfig
 from stepmesh.errors import ConfigError, FrameError
+from stepmesh.lane import Lane, Trip
 from stepmesh.layout import NUM_PARITIES
 from stepmesh.session import Notice, Session
 from stepmesh.slots import CombineView, DispatchView, Slot, copy_section, rises_below
@@ -33,7 +34,9 @@ from stepmesh.window import CombineWindow, DispatchWindow, Exchange
 from stepmesh.wire import (
     CHECKSUM_CRC32,
     CHECKSUM_NONE,
+    DATA_MAGIC,
     FIELD_ERRORS,
+    PROTOCOL_VERSION,
     ControlFrame,
     HeaderRules,
     Heartbeat,
@@ -96,6 +99,7 @@ class Pair(ABC):
         self._now = env.fabric.now
         self._checksum_kind = CHECKSUM_CRC32 if config.checksum else CHECKSUM_NONE
         places = [(stream, parity) for stream in range(config.num_streams) for parity in range(NUM_PARITIES)]
+        self._lanes: dict[int, Lane | None] = {}  # by stream
         self._tx = [Slot(channel.outgoing(*place), config.layout) for place in places]
         self._rx = [Slot(channel.incoming(*place), config.layout) for place in places]
 
@@ -118,6 +122,14 @@ class Pair(ABC):
 
     def tx_slot(self, stream: int, seq: int) -> Slot:
         return self._tx[NUM_PARITIES * stream + (seq & 1)]
+
+    def lane_of(self, stream: int) -> Lane | None:
+        """The stream's lane, if the channel and the frames are such that native code can judge them."""
+        if stream not in self._lanes:
+            plain = self._checksum_kind is CHECKSUM_NONE
+            memory = self.channel.lane(stream) if plain else None
+            self._lanes[stream] = None if memory is None else Lane(self.peer, stream, memory, self._rules)
+        return self._lanes[stream]
 
     def beat(self, counter: int, pending: bool) -> None:
         """Send a heartbeat. Any thread."""
@@ -232,6 +244,44 @@ class AttentionPair(Pair):
         self.window.sent(stream, exchange)
         self._record((exchange.sent_at, _DISPATCH_POSTED, self.peer, stream, layer, exchange.seq))
 
+    def lane_after_answer(self, meta: DispatchMeta, seq: int, num_tokens: int) -> Lane | None:
+        """The stream's lane for dense rows, when dispatch `seq`, answered, was its newest."""
+        stream = meta.stream
+        lane = self.lane_of(stream)
+        if lane is None or not self.window.is_free(stream):
+            return None
+        payload_bytes = self._layout.dispatch(num_tokens, 0).total
+        mask = meta.member_mask
+        last = Header(
+            DATA_MAGIC, PROTOCOL_VERSION, _DISPATCH, meta.flags, meta.epoch, self.generation, seq, meta.step,
+            meta.gang_id, 0, mask & _LOW64, mask >> 64, num_tokens, 0, payload_bytes, 0, stream, meta.layer, 0,
+            self._dtype, CHECKSUM_NONE,
+        )  # fmt: skip
+        lane.follow(last)
+        return lane
+
+    def relayed(self, lane: Lane, trips: Sequence[Trip]) -> Rows | None:
+        """Book what native code did on a lane of this pair; the last answer's rows, None while it is awaited."""
+        last, stats = lane.last, self.stats
+        assert last is not None
+        answered = [(trip.begun_s, trip.answered_s) for trip in trips if trip.answered_s is not None]
+        stats.sent_messages += len(trips)
+        stats.sent_bytes += len(trips) * last.payload_bytes
+        stats.received_messages += len(answered)
+        stats.received_bytes += len(answered) * self._layout.combine(last.num_tokens).total
+        stats.answers_waited_ns += int(sum(answered_s - begun_s for begun_s, answered_s in answered) * 1e9)
+        layer, seq = last.layer, last.seq
+        for trip in trips:
+            layer, seq = layer + 1, seq + 1
+            self._record((trip.begun_s, _DISPATCH_POSTED, self.peer, lane.stream, layer, seq))
+            if trip.answered_s is None:
+                self.window.sent(lane.stream, Exchange(seq, last.epoch, last.num_tokens, trip.begun_s))
+            else:
+                self._record((trip.answered_s, _COMBINE_ARRIVED, self.peer, lane.stream, layer, seq))
+        if len(answered) < len(trips):
+            return None
+        return self._rx[NUM_PARITIES * lane.stream + (seq & 1)].combine(last.num_tokens).rows
+
     def take(self, posts: Sequence[Posted]) -> list[CombineArrived]:
         arrived = []
         now = self._now()
@@ -332,6 +382,33 @@ class FfnPair(Pair):
         self._publish(slot, stream, seq, view.payload_bytes, view.frame_bytes)
         self.window.answered(header)
         self._record((self._now(), _COMBINE_POSTED, self.peer, stream, header.layer, seq))
+
+    def lane_after_arrival(self, header: Header, answered: CombineMeta) -> Lane | None:
+        """The stream's lane for dense rows, when this dispatch, answered so, was its newest."""
+        lane = self.lane_of(header.stream)
+        if lane is None or self._parked or not self.window.is_settled(header):
+            return None
+        mask = answered.member_mask
+        low, high = mask & _LOW64, mask >> 64
+        gang = header._replace(gang_id=answered.gang_id, member_mask_low=low, member_mask_high=high)
+        lane.follow(gang._replace(top_k=0, payload_bytes=self._layout.dispatch(header.num_tokens, 0).total))
+        return lane
+
+    def relayed(self, lane: Lane, trips: Sequence[Trip]) -> None:
+        """Book what native code did on a lane of this pair."""
+        last, stats = lane.last, self.stats
+        assert last is not None
+        stats.received_messages += len(trips)
+        stats.received_bytes += len(trips) * last.payload_bytes
+        stats.sent_messages += len(trips)
+        stats.sent_bytes += len(trips) * self._layout.combine(last.num_tokens).total
+        layer, seq = last.layer, last.seq
+        for trip in trips:
+            layer, seq = layer + 1, seq + 1
+            self._record((trip.begun_s, _DISPATCH_ARRIVED, self.peer, lane.stream, layer, seq))
+            assert trip.answered_s is not None, "a dispatch that was taken is answered"
+            self._record((trip.answered_s, _COMBINE_POSTED, self.peer, lane.stream, layer, seq))
+        self.window.relayed(lane.stream, seq)
 
     def take(self, posts: Sequence[Posted]) -> list[DispatchArrived]:
         arrived = []

@@ -50,6 +50,11 @@ class DispatchWindow:
         if exchange is not None:
             raise SlotBusyError(f"stream {stream}: seq {exchange.seq} has no answer yet, {seq} needs its slot")
 
+    def is_free(self, stream: int) -> bool:
+        """True while no exchange of the stream waits for its answer."""
+        first = NUM_PARITIES * stream
+        return not any(self._open[first : first + NUM_PARITIES])
+
     def sent(self, stream: int, exchange: Exchange) -> None:
         self._open[NUM_PARITIES * stream + (exchange.seq & 1)] = exchange
 
@@ -124,6 +129,16 @@ class CombineWindow:
         other = self._open[slot ^ 1]
         if other is not None and other.seq < header.seq:
             self._open[slot ^ 1] = None
+
+    def is_settled(self, header: Header) -> bool:
+        """True while it is the stream's newest dispatch, and nothing of the stream waits for an answer."""
+        first = NUM_PARITIES * header.stream
+        settled = not any(self._open[first : first + NUM_PARITIES])
+        return settled and self._seen_seq[header.stream] == header.seq
+
+    def relayed(self, stream: int, seq: int) -> None:
+        """All dispatches up to `seq`, of the epoch of the last one before them, were taken and answered."""
+        self._seen_seq[stream] = seq
 
     def idle_is_current(self, stream: int, after_seq: int) -> bool:
         """False when a dispatch newer than the idle notice was seen."""

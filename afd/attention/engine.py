@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from afd.attention.exchange import Combined, Exchange
+from afd.attention.relay import StreamRelay
 from afd.attention.stages import StageClock
 from afd.kv.cache import KVCache
 from afd.messages.serving import TokenLogprobs
@@ -54,6 +55,7 @@ class _Stream:
     layer: int = -1
     x: Tensor | None = None  # residual [num_tokens, hidden]; untouched until all partials are in
     head: _Head | None = None
+    relays: bool = True  # its layers may go on in native code
     started_s: float = 0.0
     sent_s: float = 0.0
 
@@ -95,6 +97,7 @@ class AttentionEngine:
         exchange: Exchange,
         *,
         threads: ThreadShare | None = None,
+        relay: StreamRelay | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ):
         self._half = half
@@ -102,6 +105,7 @@ class AttentionEngine:
         self.scheduler = scheduler
         self._exchange = exchange
         self._threads = threads
+        self._relay = relay
         self._sampler = Sampler()
         self._num_layers = half.spec.num_layers
         self._streams: dict[int, _Stream] = {}
@@ -196,6 +200,11 @@ class AttentionEngine:
         begun_s = self._clock()
         if stream.head is not None:
             return self._advance_head(idx, begun_s)
+        if combined is not None and self._relay is not None and stream.relays and len(self._streams) == 1:
+            combined = self._relayed(idx, stream, combined, self._relay)
+            if combined is None:
+                return []
+            begun_s = self._clock()
         stream.layer += 1
         is_last = stream.layer == self._num_layers
         partials: abc.Sequence[Tensor] = ()
@@ -218,6 +227,19 @@ class AttentionEngine:
         self._exchange.send(idx, stream.micro_batch.step, dispatch)
         stream.sent_s = self.stages.attention(idx, stream.layer, stream.micro_batch, begun_s, entered_s, computed_s)
         return []
+
+    def _relayed(self, idx: int, stream: _Stream, combined: Combined, relay: StreamRelay) -> Combined | None:
+        """The layers behind `combined` as far as native code goes through them: the last one's answer, None if it is
+        still to come."""
+        assert stream.x is not None
+        done = relay.run(idx, stream.layer + 1, stream.x, stream.batch)
+        if done is None:
+            return combined
+        stream.relays = done.on_time
+        answer = done.combined
+        stream.sent_s = self.stages.relayed(idx, stream.micro_batch, stream.layer + 1, done.laps, answer or combined)
+        stream.layer += len(done.laps)
+        return answer
 
     def _begin_head(self, stream: _Stream) -> None:
         seqs, rows, end = [], [], 0

@@ -18,9 +18,11 @@ from torch import Tensor
 from afd.attention.exchange import Combined
 from afd.attention.row_selection import RowSelection
 from afd.errors import PeerLostError
+from afd.kernels.relay import NS, Lap
 from afd.model.halves import Dispatch
 from afd.model.wire_format import encode_rows
 from stepmesh.errors import PeerNotConnectedError, SlotBusyError
+from stepmesh.lane import Lane, Trip
 from stepmesh.layout import PayloadLayout
 from stepmesh.mesh import Mesh
 from stepmesh.tensor import to_numpy, to_torch
@@ -49,6 +51,8 @@ class _InFlight:
     layer: int = 0
     gang_id: int = 0
     mask: int = 0
+    num_tokens: int = 0
+    meta: DispatchMeta | None = None  # of the newest dispatch
     arrived: dict[int, CombineArrived] = field(default_factory=dict)  # by FFN rank
     waiting: bool = False
 
@@ -99,6 +103,7 @@ class MeshExchange:
         flight.arrived.clear()
         meta = DispatchMeta(stream, flight.epoch, step, dispatch.layer, flight.gang_id, flight.mask)
         ids, weights = dispatch.expert_ids, dispatch.expert_weights
+        flight.meta, flight.num_tokens = meta, int(dispatch.rows.shape[0])
         rows, scales = encode_rows(dispatch.rows, self._layout.dispatch_dtype, dispatch.scales)
         parts = DispatchParts(
             to_numpy(rows),
@@ -133,6 +138,41 @@ class MeshExchange:
         completed = list(self._completed)
         self._completed.clear()
         return completed
+
+    def lane(self, stream: int) -> Lane | None:
+        """For native code that goes on from the stream's newest exchange: one of dense rows, with one FFN rank.
+
+        None: go on with `send`.
+        """
+        flight = self._streams[stream]
+        if len(flight.peers) != 1 or flight.waiting or self._selection is not None:
+            return None
+        assert flight.meta is not None
+        meta = flight.meta._replace(gang_id=flight.gang_id, member_mask=flight.mask)
+        return self._mesh.lane_after_answer(flight.peers[0], meta, flight.num_tokens)
+
+    def relayed(self, lane: Lane, laps: Sequence[Lap]) -> Combined | None:
+        """Book what native code did (at least one exchange): the last one's answer, None if it is still to come."""
+        flight = self._streams[lane.stream]
+        trips = [Trip(lap.posted_ns * NS, lap.answered_ns * NS if lap.answered_ns else None) for lap in laps]
+        rows = self._mesh.relayed(lane, trips)
+        flight.seq += len(laps)
+        flight.layer += len(laps)
+        assert flight.meta is not None
+        flight.meta = flight.meta._replace(layer=flight.layer)
+        flight.waiting = rows is None
+        if rows is None:
+            flight.arrived.clear()
+            return None
+        return Combined(
+            lane.stream,
+            [to_torch(rows, self._layout.combine_dtype)],
+            gang_tokens=laps[-1].gang_tokens,
+            gang_size=flight.mask.bit_count(),
+            compute_s=laps[-1].compute_ns * NS,
+            gang_id=flight.gang_id,
+            epoch=flight.epoch,
+        )
 
     def idle(self, stream: int) -> None:
         if (flight := self._streams.get(stream)) is not None:

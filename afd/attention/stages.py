@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from afd.attention.exchange import Combined
 from afd.events import Stage, TraceRing
+from afd.kernels.relay import NS, Lap
 from afd.sched.latency import StepLoad, StepSample
 from afd.sched.sequence import MicroBatch
 
@@ -82,6 +83,41 @@ class StageClock:
         add(Stage("attention", entered_s, computed_s, stream, layer, num_tokens, step))
         add(Stage("dispatch", computed_s, now, stream, layer, num_tokens, step))
         return now
+
+    def relayed(self, stream: int, batch: MicroBatch, layer: int, laps: Sequence[Lap], gang: Combined) -> float:
+        """Layers from `layer` on that native code went through, the last one's answer perhaps still to come: when that
+        was sent.
+
+        gang: any exchange of this step.
+        """
+        sums, totals, add = self._steps[stream], self.totals, self.ring.add
+        num_tokens, step = batch.num_tokens, batch.step
+        size, where = gang.gang_size, (gang.gang_id, gang.gang_size, gang.epoch)
+        posted_s = 0.0
+        for lap in laps:
+            begun_s, computed_s, posted_s = lap.begun_ns * NS, lap.computed_ns * NS, lap.posted_ns * NS
+            self._span(begun_s, posted_s)
+            totals.attention_s += posted_s - begun_s
+            sums.attention_s += posted_s - begun_s
+            add(Stage("attention", begun_s, computed_s, stream, layer, num_tokens, step))
+            add(Stage("dispatch", computed_s, posted_s, stream, layer, num_tokens, step))
+            if lap.answered_ns:
+                answered_s, compute_s = lap.answered_ns * NS, lap.compute_ns * NS
+                took_s = answered_s - posted_s
+                totals.exchange_s += took_s
+                totals.ffn_s += compute_s
+                totals.wait_s += took_s
+                totals.exposed_s += max(0.0, took_s - compute_s)
+                totals.num_exchanges += 1
+                totals.num_gang_members += size
+                sums.exchange_s += took_s
+                sums.ffn_s += compute_s
+                sums.gang_tokens = lap.gang_tokens
+                add(Stage("wait", posted_s, answered_s))
+                add(Stage("exchange", posted_s, answered_s, stream, layer, lap.gang_tokens, step, *where))
+                self._ended_s = answered_s
+            layer += 1
+        return posted_s
 
     def exchange(self, sent_s: float, combined: Combined, layer: int, step: int) -> None:
         """One round trip, seen from here; combined.compute_s of it was the FFN's computing."""

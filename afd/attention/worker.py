@@ -21,10 +21,11 @@ from afd.attention.mesh_exchange import MeshExchange
 from afd.attention.metrics import AttentionMetrics
 from afd.attention.modelled import ModelledEngine, StepFormula
 from afd.attention.pipeline import RecentAttention
+from afd.attention.relay import StreamRelay
 from afd.attention.requests import RequestBook
 from afd.attention.row_selection import RowSelection
 from afd.config import ClusterConfig
-from afd.data_plane import config_hash, mesh_members, payload_layout
+from afd.data_plane import config_hash, mesh_members, payload_layout, relays_natively
 from afd.errors import ConfigError, PeerLostError
 from afd.events import TracePage
 from afd.kv.block_pool import BlockPool
@@ -36,6 +37,7 @@ from afd.messages.serving import WorkerStats
 from afd.metrics import MetricsServer, process_registry
 from afd.model.cuda import CudaDevice
 from afd.model.device import check_device
+from afd.model.halves import AttentionHalf
 from afd.model.loading import ModelFolder, load_attention_half, load_ffn_half, resolve_model
 from afd.model.sharding import ShardSpec
 from afd.model.threads import ThreadShare
@@ -46,6 +48,7 @@ from afd.sched.streams import StreamChooser
 from afd.seat import IDLE_S, TURN_S, Seat, take_seat
 from afd.types import DispatchMode
 from afd.zmq_sockets import server_socket
+from stepmesh.layout import PayloadLayout
 from stepmesh.types import Role
 
 log = logging.getLogger(__name__)
@@ -189,9 +192,18 @@ class _Worker:
                 selection = RowSelection(spec, config.topology.num_ffn, config.cluster.ffn_parallel)
             self._exchange = MeshExchange(seat.mesh, layout, selection)
         if device is None:
-            return AttentionEngine(half, cache, scheduler, self._exchange, threads=self._threads)
+            relay = self._stream_relay(half, cache, layout)
+            return AttentionEngine(half, cache, scheduler, self._exchange, threads=self._threads, relay=relay)
         wire = None if seat.mesh is None else layout.dispatch_dtype
         return GpuAttentionEngine(half, cache, scheduler, GpuExchange(self._exchange, device, wire), device)
+
+    def _stream_relay(self, half: AttentionHalf, cache: KVCache, layout: PayloadLayout) -> StreamRelay | None:
+        """Native code that makes the exchanges of a stream by itself; None where it cannot."""
+        exchange = self._exchange
+        if not isinstance(exchange, MeshExchange) or not relays_natively(layout):
+            return None
+        layers = half.relay(cache)
+        return None if layers is None else StreamRelay(layers, exchange)
 
     def _modelled_engine(self, formula: StepFormula, rank: int) -> ModelledEngine:
         assert self._frontend is not None

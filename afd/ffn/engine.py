@@ -14,11 +14,14 @@ from afd.events import Stage, TraceRing
 from afd.ffn.dispatch_check import DispatchCheck
 from afd.ffn.gang import Arrival, GangBatch, GangTable
 from afd.ffn.lateness import Lateness
+from afd.kernels.relay import NS, Lap, Outcome
 from afd.model.expert_load import ExpertLoad
 from afd.model.halves import Dispatch, FFNHalf
+from afd.model.relay import FfnRelay
 from afd.model.threads import ThreadShare
 from afd.model.wire_format import decode_rows, encode_rows
 from stepmesh.errors import StaleArrivalError
+from stepmesh.lane import Trip
 from stepmesh.layout import PayloadLayout
 from stepmesh.mesh import Mesh
 from stepmesh.tensor import to_numpy, to_torch
@@ -30,6 +33,7 @@ from stepmesh.types import (
     Header,
     IdleNotice,
     PeerDown,
+    RankId,
     Rows,
 )
 
@@ -69,6 +73,7 @@ class FFNEngine:
         *,
         layout: PayloadLayout,
         threads: ThreadShare | None = None,
+        relay: FfnRelay | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ):
         self._half = half
@@ -81,6 +86,8 @@ class FFNEngine:
         self.totals = FFNTotals()
         self.lateness = Lateness(len(half.spec.layers))
         self.ring = TraceRing()
+        self._relay = relay
+        self._late: tuple[RankId, int, int] | None = None  # peer, stream, step: relayed to no avail
 
     def expert_loads(self) -> dict[int, ExpertLoad]:
         """What the local experts of each MoE layer did so far; any thread."""
@@ -99,6 +106,7 @@ class FFNEngine:
             batch = self.gangs.next_batch(self._clock())
         if batch is not None:
             self._compute(batch)
+            blocked_s += self._relayed(batch)
             blocked_s += self._take_events(0.0)
         if batch is not None or self.gangs.under_way:
             counted_s = totals.busy_s + totals.answer_s - counted_s
@@ -189,6 +197,52 @@ class FFNEngine:
                 self._mesh.combine(arrival, meta, rows[start:end])
             start = end
         self._account(batch, begun_s, done_s, self._clock())
+
+    def _relayed(self, batch: GangBatch) -> float:
+        """The layers behind a batch that was answered, as far as native code gets by itself; seconds it waited.
+
+        For one attention worker with one stream: there is nobody whom it could keep waiting.
+        """
+        arrival = batch.arrivals[0].token
+        assert isinstance(arrival, DispatchArrived)
+        header = arrival.header
+        step = (arrival.peer, header.stream, header.step)
+        relay, layer = self._relay, batch.layer + 1
+        if relay is None or step == self._late or not relay.takes(layer, header.num_tokens):
+            return 0.0
+        if batch.mask != 1 << arrival.peer.rank or self.gangs.num_active_streams > 1 or self.gangs.has_pending:
+            return 0.0
+        lane = self._mesh.lane_after_arrival(arrival, CombineMeta(batch.gang_id, batch.mask))
+        if lane is None:
+            return 0.0
+        began_s = self._clock()
+        done = relay.run(layer, lane)
+        ended_s = self._clock()
+        if done.outcome not in (Outcome.DONE, Outcome.TIME_OVER):
+            self._late = step
+        self._mesh.relayed(lane, [Trip(lap.begun_ns * NS, lap.posted_ns * NS) for lap in done.laps])
+        return self._account_laps(batch, done.laps, began_s, ended_s)
+
+    def _account_laps(self, batch: GangBatch, laps: Sequence[Lap], began_s: float, ended_s: float) -> float:
+        """Book layers that native code went through from began_s to ended_s, each behind a wait; seconds waited."""
+        totals, add, waited_s = self.totals, self.ring.add, 0.0
+        tokens, epoch = batch.num_tokens, batch.arrivals[0].epoch
+        for layer, lap in enumerate(laps, batch.layer + 1):
+            begun_s, computed_s, posted_s = lap.begun_ns * NS, lap.computed_ns * NS, lap.posted_ns * NS
+            where = (batch.stream, layer, tokens, 0, batch.gang_id, 1, epoch)
+            add(Stage("wait", began_s, begun_s))
+            add(Stage("ffn", begun_s, computed_s, *where))
+            add(Stage("combine", computed_s, posted_s, *where))
+            waited_s += begun_s - began_s
+            totals.busy_s += computed_s - begun_s
+            totals.answer_s += posted_s - computed_s
+            began_s = posted_s
+        waited_s += ended_s - began_s  # for what did not come
+        totals.num_batches += len(laps)
+        totals.num_tokens += len(laps) * tokens
+        totals.num_members += len(laps)
+        totals.wait_s += waited_s
+        return waited_s
 
     def _merge(self, layer: int, parts: Sequence[DispatchParts]) -> Dispatch:
         """The members' rows as one batch, in rank order."""

@@ -11,7 +11,7 @@ import time
 import torch
 
 from afd.config import ClusterConfig
-from afd.data_plane import config_hash, mesh_members, payload_layout
+from afd.data_plane import config_hash, mesh_members, payload_layout, relays_natively
 from afd.events import TracePage
 from afd.ffn.engine import FFNEngine
 from afd.ffn.expert_watch import ExpertWatch
@@ -106,7 +106,8 @@ class _Worker:
             self._device = CudaDevice()
             self._engine = GpuFFNEngine(half, seat.mesh, gangs, self._device, layout=layout)
         else:
-            self._engine = FFNEngine(half, seat.mesh, gangs, layout=layout, threads=self._threads)
+            relay = half.relay() if relays_natively(layout) else None
+            self._engine = FFNEngine(half, seat.mesh, gangs, layout=layout, threads=self._threads, relay=relay)
         self._trace.attach(seat.rank, self._engine.ring)
         self._recent = RecentFFN(self._engine)
         self._metrics = FFNMetrics(registry, self._engine, seat.mesh, self._recent)

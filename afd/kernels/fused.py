@@ -89,6 +89,7 @@ class SwiGluCall:
         self._hidden = hidden
         self._weights = (gate_up, down)
         self._args = _SwiGlu(Matrix.of(gate_up), Matrix.of(down), hidden, width, limit)
+        self.args_address = ctypes.addressof(self._args)
 
     def __call__(self, rows: Tensor) -> Tensor:
         """rows bfloat16 [n, hidden], which may be apart in memory -> bfloat16 [n, hidden]."""
@@ -214,6 +215,7 @@ class LayerBatch:
         pointers = [tensor.data_ptr() for tensor in tensors]
         self._args = _Batch(*pointers, block_table.shape[1], num_tokens, num_seqs)
         self.args_pointer = byref(self._args)
+        self.args_address = ctypes.addressof(self._args)
 
 
 class AttentionLayerCall:
@@ -265,6 +267,7 @@ class AttentionLayerCall:
             shape.eps,
         )
         self._args_pointer = byref(self._args)
+        self.args_address = ctypes.addressof(self._args)
 
     def __call__(
         self, x: Tensor, partials: Sequence[Tensor], batch: LayerBatch, k_cache: Tensor, v_cache: Tensor

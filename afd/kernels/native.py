@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Sequence
 from ctypes import c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from afd.kernels.packed import Packed, PackedInt8, PackedMatrix
 
-_ABI_VERSION = 3
+_ABI_VERSION = 4
+_POST_FAILED = 1000  # + errno
 ISAS = ("portable", "avx2", "avx512")
 """Instruction sets, slowest first; the position is the number the library knows them by."""
 
@@ -271,6 +273,8 @@ def _declare(library: ctypes.CDLL) -> None:
         "afd_swiglu": (i32, [i32] * 2 + [pointer] * 2 + [i64, i32, pointer]),
         "afd_experts": (i32, [i32] * 2 + [pointer] * 4 + [i32] * 2 + [pointer] * 3),
         "afd_attention_layer": (i32, [i32] * 2 + [pointer] * 4 + [i32] * 2 + [pointer] * 2 + [i32] * 2 + [pointer] * 2),
+        "afd_relay_attention": (i32, [i32] * 2 + [pointer] * 4),
+        "afd_relay_ffn": (i32, [i32] * 2 + [pointer] * 3),
         "afd_read_memory": (f32, [i32] * 2 + [pointer, i64]),
         "afd_start_workers": (None, [i32]),
         "afd_stop_workers": (None, []),
@@ -286,6 +290,8 @@ def error_of(status: int, where: int, value: int) -> Exception:
     """What a status other than 0 says, with the call's error_detail."""
     if status == 20:
         return MemoryError("no memory for the scratch of a native kernel")
+    if status >= _POST_FAILED:
+        return OSError(status - _POST_FAILED, os.strerror(status - _POST_FAILED), "a lane's bell")
     reasons = {
         1: f"query_start must begin at 0, not fall, and end within q: sequence {where} has {value}",
         2: f"sequence {where} has seq_len {value}, less than its number of query tokens",

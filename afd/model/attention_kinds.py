@@ -15,7 +15,7 @@ from torch import Tensor
 
 from afd import kernels
 from afd.kernels import Packed
-from afd.kernels.fused import AttentionLayerCall, LayerShape, LayerWeights
+from afd.kernels.fused import AttentionLayerCall, LayerBatch, LayerShape, LayerWeights
 from afd.kv.cache import KVCache
 from afd.model.attention_core import paged_attention, rope_write_kv, runs_natively
 from afd.model.batch import AttentionBatch
@@ -58,7 +58,7 @@ class FusedAttention:
     """A layer's attention with its residual and the norms on both sides, in one native call."""
 
     def __init__(self, call: AttentionLayerCall, spec: AttentionSpec, inv_freq: Tensor):
-        self._call = call
+        self.call = call
         self._spec = spec
         self._inv_freq = inv_freq
 
@@ -72,9 +72,15 @@ class FusedAttention:
         self, x: Tensor, partials: Sequence[Tensor], batch: AttentionBatch, cache: KVCache, layer_idx: int
     ) -> Tensor:
         """Add partials and attention to the residual x [n, hidden] float32 in place -> the FFN's rows [n, hidden]."""
-        spec = self._spec
-        tokens = batch.of_layer(spec.window).native(spec.rope, self._inv_freq)
-        return self._call(x, partials, tokens, cache.k[layer_idx], cache.v[layer_idx])
+        return self.call(x, partials, self.tokens(batch), cache.k[layer_idx], cache.v[layer_idx])
+
+    def tokens(self, batch: AttentionBatch) -> LayerBatch:
+        """The batch as this layer reads it."""
+        return batch.of_layer(self._spec.window).native(self._spec.rope, self._inv_freq)
+
+    def reads_like(self, other: FusedAttention) -> bool:
+        """Whether `tokens` are the same for both."""
+        return self._spec.rope == other._spec.rope and bool(self._spec.window) == bool(other._spec.window)
 
 
 class _RotaryAttention:

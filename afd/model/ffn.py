@@ -53,15 +53,15 @@ class SwiGlu:
         self.gate_up = gate_up
         self.down = down
         self.limit = limit
-        self._call: SwiGluCall | None = None
+        self.call: SwiGluCall | None = None  # where the kernels are native and the weights packed for them
         native = kernels.native_kernels()
         if native is not None and isinstance(gate_up, Packed) and isinstance(down, Packed):
-            self._call = SwiGluCall(native, gate_up, down, limit)
+            self.call = SwiGluCall(native, gate_up, down, limit)
 
     def __call__(self, rows: Tensor) -> Tensor:
         """rows [n, hidden] -> [n, hidden], in the same dtype."""
-        if self._call is not None:
-            return self._call(rows)
+        if self.call is not None:
+            return self.call(rows)
         return linear(silu_mul(linear(rows, self.gate_up), self.limit), self.down)
 
 

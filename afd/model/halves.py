@@ -12,13 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from afd.kernels import PackedMatrix
+from afd.kernels import PackedMatrix, native_kernels
 from afd.kv.cache import KVCache
 from afd.model.attention_kinds import Attention, FusedAttention
 from afd.model.batch import AttentionBatch
 from afd.model.expert_load import ExpertLoad
-from afd.model.ffn import Dispatch, Ffn, MoeFfn
+from afd.model.ffn import DenseFfn, Dispatch, Ffn, MoeFfn
 from afd.model.primitives import Weight, embedding, linear_into, rms_norm, rows_of
+from afd.model.relay import AttentionRelay, FfnRelay
 from afd.model.router import Router
 from afd.model.spec import ModelSpec
 
@@ -107,6 +108,13 @@ class AttentionHalf:
         for partial, places in zip(partials, row_idx, strict=True):
             x.index_add_(0, places, partial.to(x.dtype))
 
+    def relay(self, cache: KVCache) -> AttentionRelay | None:
+        """For native code that makes the exchanges of this half's dense layers by itself; None without such kernels."""
+        native = native_kernels()
+        if native is None or self.dtype is not torch.bfloat16:
+            return None
+        return AttentionRelay(native, [None if layer.router else layer.fused for layer in self._layers], cache)
+
     def head_rows(self, x_rows: Tensor) -> Tensor:
         """Final norm of residual rows [m, hidden]: the input of head_slice."""
         return self._normed(x_rows, self._final_norm)
@@ -139,6 +147,13 @@ class FFNHalf:
     def expert_loads(self) -> dict[int, ExpertLoad]:
         """What each MoE layer's local experts did so far, by layer; empty lists where this rank holds none."""
         return {idx: ffn.load for idx, ffn in enumerate(self._layers) if isinstance(ffn, MoeFfn)}
+
+    def relay(self) -> FfnRelay | None:
+        """The other side of `AttentionHalf.relay`."""
+        native = native_kernels()
+        if native is None or self.dtype is not torch.bfloat16:
+            return None
+        return FfnRelay(native, [ffn.swiglu.call if isinstance(ffn, DenseFfn) else None for ffn in self._layers])
 
     def layer(self, dispatch: Dispatch) -> Tensor:
         """Partial rows [n, hidden] in the activation dtype, routing weights applied; the ranks' sum is the FFN."""

@@ -26,6 +26,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from stepmesh.lane import LaneMemory
 from stepmesh.types import Address
 from stepmesh.wire import ControlFrame
 
@@ -101,6 +102,10 @@ class Channel(ABC):
     def sign(self) -> object | None:
         """What `native.await_any` may look at in place of polling: the channel's board, or a descriptor that is
         readable when something came. None: only `poll` tells."""
+        return None
+
+    def lane(self, stream: int) -> LaneMemory | None:
+        """The stream's slots for native code that exchanges by itself; None: it cannot use this channel."""
         return None
 
     @property

@@ -25,6 +25,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from stepmesh.errors import ProtocolError, TransportError
+from stepmesh.lane import LaneMemory
 from stepmesh.layout import NUM_PARITIES, PAGE_BYTES, align
 from stepmesh.native import native
 from stepmesh.transports.base import Channel, ChannelSpec, Failure, Offer, Posted, close_fds
@@ -180,6 +181,18 @@ class ShmChannel(Channel):
     @property
     def sign(self) -> object:
         return self._rx_board
+
+    def lane(self, stream: int) -> LaneMemory | None:
+        if native is None or self._tx is None or self._failure is not None:
+            return None
+        places = [NUM_PARITIES * stream + parity for parity in range(NUM_PARITIES)]
+        return LaneMemory(
+            self._tx.board.address(),
+            self._rx.board.address(),
+            [self._tx.slots[place] for place in places],
+            [self._rx.slots[place] for place in places],
+            self._peer_bell_fd,
+        )
 
     @property
     def failure(self) -> Failure | None:

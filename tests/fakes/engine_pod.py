@@ -14,7 +14,9 @@ from afd.attention.engine import AttentionEngine
 from afd.attention.gpu_engine import GpuAttentionEngine
 from afd.attention.gpu_exchange import GpuExchange
 from afd.attention.mesh_exchange import MeshExchange
+from afd.attention.relay import StreamRelay
 from afd.attention.row_selection import RowSelection
+from afd.data_plane import WIRE_DTYPES
 from afd.errors import PeerLostError
 from afd.ffn.engine import FFNEngine
 from afd.ffn.gang import GangTable
@@ -40,7 +42,8 @@ STEP_TOKENS, BLOCK_SIZE, NUM_BLOCKS = 16, 8, 128
 class Pod:
     """x attention engines and y FFN engines in this process, each driven by its own thread.
 
-    device: of the halves.  new_context: called for each engine; its result is entered where that is made or driven.
+    relays: roles whose native code makes exchanges by itself.  device: of the halves.
+    new_context: called for each engine; its result is entered where that is made or driven.
     """
 
     def __init__(
@@ -54,6 +57,8 @@ class Pod:
         parallel=FfnParallel.HYBRID,
         dispatch=DispatchMode.BROADCAST,
         wire=WireDtype.FP32,
+        dtype="float32",
+        relays=(),
         device="cpu",
         new_context: Callable[[], Callable[[], AbstractContextManager]] = lambda: contextlib.nullcontext,
     ):
@@ -63,9 +68,9 @@ class Pod:
             max_tokens=STEP_TOKENS,
             max_top_k=spec.max_top_k,
             dispatch_dtype=wire,
-            combine_dtype=WireDtype.FP32,
+            combine_dtype=WIRE_DTYPES[dtype],
         )
-        self.transport, self.num_ffn = transport, num_ffn
+        self.transport, self.num_ffn, self.dtype, self.relays = transport, num_ffn, dtype, relays
         self.folder, self.parallel, self.dispatch = folder, parallel, dispatch
         self.device, self.new_context = device, new_context
         self.stop = threading.Event()
@@ -104,10 +109,11 @@ class Pod:
         )
         context = self.new_context()
         with context(), torch.inference_mode():
-            half = load_attention_half(self.folder, "float32", self.device)
+            half = load_attention_half(self.folder, self.dtype, self.device)
             cache = KVCache(self.folder.spec, NUM_BLOCKS, BLOCK_SIZE, half.dtype, self.device)
             if self.device == "cpu":
-                engine = AttentionEngine(half, cache, scheduler, exchange)
+                relay = StreamRelay(half.relay(cache), exchange) if Role.ATTENTION in self.relays else None
+                engine = AttentionEngine(half, cache, scheduler, exchange, relay=relay)
             else:
                 gpu = CudaDevice()
                 outgoing = GpuExchange(exchange, gpu, self.layout.dispatch_dtype)
@@ -120,9 +126,10 @@ class Pod:
         mesh, gangs = self.ffn_meshes[rank], GangTable(rank, self.num_ffn, straggler_s=PATIENCE_S)
         context = self.new_context()
         with context(), torch.inference_mode():
-            half = load_ffn_half(self.folder, ShardSpec(rank, self.num_ffn, self.parallel), "float32", self.device)
+            half = load_ffn_half(self.folder, ShardSpec(rank, self.num_ffn, self.parallel), self.dtype, self.device)
             if self.device == "cpu":
-                engine = FFNEngine(half, mesh, gangs, layout=self.layout)
+                relay = half.relay() if Role.FFN in self.relays else None
+                engine = FFNEngine(half, mesh, gangs, layout=self.layout, relay=relay)
             else:
                 engine = GpuFFNEngine(half, mesh, gangs, CudaDevice(), layout=self.layout)
         stop = threading.Event()

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "fused.h"
+#include "relay.h"
 #include "run.h"
 
 namespace afd {
@@ -18,7 +19,7 @@ extern const KernelTable kernels_avx512;
 
 namespace {
 
-constexpr int32_t kAbiVersion = 3;
+constexpr int32_t kAbiVersion = 4;
 
 const KernelTable& table_of(int32_t isa) {
 #if defined(AFD_HAVE_X86)
@@ -175,6 +176,16 @@ int32_t afd_attention_layer(int32_t isa, int32_t num_threads, const AfdAttention
     return guarded([&] {
         return attention_layer(table_of(isa), *layer, *batch, kv, residual, rows, num_threads, error_detail);
     });
+}
+
+int32_t afd_relay_attention(int32_t isa, int32_t num_threads, const AfdAttentionRelay* relay,
+                            const AfdRelayBounds* bounds, AfdRelayed* done, int32_t* error_detail) {
+    return guarded([&] { return relay_attention(table_of(isa), *relay, *bounds, done, num_threads, error_detail); });
+}
+
+int32_t afd_relay_ffn(int32_t isa, int32_t num_threads, const AfdFfnRelay* relay, const AfdRelayBounds* bounds,
+                      AfdRelayed* done) {
+    return guarded([&] { return relay_ffn(table_of(isa), *relay, *bounds, done, num_threads); });
 }
 
 float afd_read_memory(int32_t isa, int32_t num_threads, const void* memory, int64_t num_bytes) {

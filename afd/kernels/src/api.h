@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "lane.h"
+
 #define AFD_API __attribute__((visibility("default")))
 
 extern "C" {
@@ -111,6 +113,54 @@ AFD_API int32_t afd_attention_layer(int32_t isa, int32_t num_threads, const AfdA
                                     int32_t block_size, float* x, const void* const* partials, int32_t num_partials,
                                     int32_t partial_dtype, void* rows,
                                     int32_t* error_detail /* [2], as of afd_paged_attention or afd_write_kv */);
+
+// Layers whose exchanges native code makes by itself (relay.h). Times are CLOCK_MONOTONIC's, in ns.
+enum RelayOutcome : int32_t {
+    kRelayDone = 0,      // all layers that were asked for
+    kRelayTimeOver = 1,  // until_ns has come
+    kRelayLate = 2,      // nothing came for patience_ns
+    kRelayOther = 3,     // something else came; it was left untaken
+};
+struct AfdRelayBounds {
+    int64_t until_ns, patience_ns;
+};
+// One layer's round trip, seen from one side.
+struct AfdLap {
+    int64_t begun_ns;     // the layer began: attention at once, FFN when the dispatch was seen
+    int64_t computed_ns;  // its rows were in the slot
+    int64_t posted_ns;
+    int64_t answered_ns;  // attention: the answer was seen, 0 = not yet; FFN: posted_ns
+    int64_t compute_ns;   // of the FFN
+    uint32_t gang_tokens, unused;
+};
+struct AfdRelayed {
+    AfdLap* laps;  // [num_layers]
+    int32_t num_laps, outcome;
+};
+struct AfdRelayLayer {
+    const AfdAttentionLayer* layer;
+    void *k_cache, *v_cache;
+    int32_t num_blocks, block_size;
+    int32_t batch;  // which of the relay's
+};
+struct AfdAttentionRelay {
+    const SmLane* lane;
+    const SmHeader* last;  // of the dispatch whose answer, [num_tokens, hidden] bf16, was taken last
+    const AfdRelayLayer* layers;
+    const AfdBatch* const* batches;
+    float* x;
+    int32_t num_layers;
+};
+struct AfdFfnRelay {
+    const SmLane* lane;
+    const SmHeader* last;  // of the dispatch that was answered last
+    const AfdSwiGlu* const* layers;
+    int32_t num_layers;
+};
+AFD_API int32_t afd_relay_attention(int32_t isa, int32_t num_threads, const AfdAttentionRelay* relay,
+                                    const AfdRelayBounds* bounds, AfdRelayed* done, int32_t* error_detail);
+AFD_API int32_t afd_relay_ffn(int32_t isa, int32_t num_threads, const AfdFfnRelay* relay, const AfdRelayBounds* bounds,
+                              AfdRelayed* done);
 
 // Sum of `num_bytes` bytes read as floats by num_threads threads: the read bandwidth the kernels are measured against.
 AFD_API float afd_read_memory(int32_t isa, int32_t num_threads, const void* memory, int64_t num_bytes);

@@ -13,6 +13,7 @@ enum Status : int32_t {
     kOk = 0,  // 1..4 are BatchError
     kSlotOutOfRange = 10,
     kOutOfMemory = 20,
+    kPostFailed = 1000,  // + errno of a lane's bell
 };
 
 inline size_t aligned64(size_t bytes) { return (bytes + 63) / 64 * 64; }

@@ -29,13 +29,13 @@ void pause_cpu() {
 #endif
 }
 
-// Polls `done` for up to limit_ns: the first kSpinNs without a pause, then only while nobody else wants the core.
+// Polls `done` for up to limit_ns: at first without a pause, after kHotSpinNs only while nobody else wants the core.
 template <class Done>
 bool poll(int64_t limit_ns, Done done) {
     const int64_t begun = now_ns();
     for (int64_t waited = 0; waited < limit_ns; waited = now_ns() - begun) {
         if (done()) return true;
-        if (waited < kSpinNs)
+        if (waited < kHotSpinNs)
             pause_cpu();
         else
             sched_yield();

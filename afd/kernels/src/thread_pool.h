@@ -12,6 +12,7 @@
 namespace afd {
 
 constexpr int kMaxThreads = 64;
+constexpr int64_t kHotSpinNs = 5'000;
 constexpr int64_t kSpinNs = 50'000;
 constexpr int64_t kLongSpinNs = 400'000;
 

@@ -1,0 +1,104 @@
+#include "relay.h"
+
+#include <algorithm>
+
+#include "fused.h"
+#include "run.h"
+
+namespace afd {
+namespace {
+
+constexpr uint32_t kBf16Bytes = 2;
+
+// What is awaited next on the lane: kRelayDone = it is here, in `frame`, untaken.
+RelayOutcome await(const SmLane& lane, const AfdRelayBounds& bounds, uint64_t seq, SmHeader* frame) {
+    const int64_t late_ns = sm_now_ns() + bounds.patience_ns;
+    if (!sm_lane_await(&lane, std::min(late_ns, bounds.until_ns)))
+        return late_ns < bounds.until_ns ? kRelayLate : kRelayTimeOver;
+    return sm_lane_look(&lane, seq, frame) ? kRelayDone : kRelayOther;
+}
+
+// The answer to `sent`, with one row for each of its rows.
+bool answers(const SmHeader& frame, const SmHeader& sent) {
+    return frame.epoch == sent.epoch && frame.num_tokens == sent.num_tokens && frame.layer == sent.layer &&
+           frame.payload_bytes == sent.payload_bytes;
+}
+
+// The same rows one layer on, of the same step and gang.
+bool follows(const SmHeader& frame, const SmHeader& last) {
+    return frame.kind == SM_DISPATCH && frame.epoch == last.epoch && frame.step == last.step &&
+           frame.gang_id == last.gang_id && frame.member_mask_low == last.member_mask_low &&
+           frame.member_mask_high == last.member_mask_high && frame.num_tokens == last.num_tokens &&
+           frame.layer == last.layer + 1 && frame.top_k == 0 && frame.payload_bytes == last.payload_bytes;
+}
+
+}  // namespace
+
+int32_t relay_attention(const KernelTable& kernels, const AfdAttentionRelay& relay, const AfdRelayBounds& bounds,
+                        AfdRelayed* done, int num_threads, int32_t* error_detail) {
+    const SmLane& lane = *relay.lane;
+    SmHeader sent = *relay.last;
+    for (; done->num_laps < relay.num_layers; ++done->num_laps) {
+        AfdLap& lap = done->laps[done->num_laps];
+        lap = {};
+        lap.begun_ns = sm_now_ns();
+        if (lap.begun_ns >= bounds.until_ns) return done->outcome = kRelayTimeOver, kOk;
+        const AfdRelayLayer& l = relay.layers[done->num_laps];
+        const Residual residual{relay.x, {sm_in_rows(&lane, sent.seq)}, 1, kBfloat16};
+        sent.seq += 1;
+        sent.layer += 1;
+        const int32_t status =
+            attention_layer(kernels, *l.layer, *relay.batches[l.batch], {l.k_cache, l.v_cache, l.num_blocks, l.block_size},
+                            residual, sm_out_rows(&lane, sent.seq), num_threads, error_detail);
+        if (status != kOk) return status;
+        lap.computed_ns = sm_now_ns();
+        if (const int error = sm_lane_post(&lane, &sent)) return kPostFailed + error;
+        lap.posted_ns = sm_now_ns();
+        SmHeader answer;
+        done->outcome = await(lane, bounds, sent.seq, &answer);
+        if (done->outcome == kRelayDone && !answers(answer, sent)) done->outcome = kRelayOther;
+        if (done->outcome != kRelayDone) {
+            done->num_laps += 1;  // sent, not answered
+            return kOk;
+        }
+        sm_lane_take(&lane);
+        lap.answered_ns = sm_now_ns();
+        lap.compute_ns = answer.compute_ns;
+        lap.gang_tokens = answer.gang_tokens;
+    }
+    return kOk;
+}
+
+int32_t relay_ffn(const KernelTable& kernels, const AfdFfnRelay& relay, const AfdRelayBounds& bounds, AfdRelayed* done,
+                  int num_threads) {
+    const SmLane& lane = *relay.lane;
+    SmHeader last = *relay.last;
+    for (; done->num_laps < relay.num_layers; ++done->num_laps) {
+        SmHeader frame;
+        done->outcome = await(lane, bounds, last.seq + 1, &frame);
+        if (done->outcome == kRelayDone && !follows(frame, last)) done->outcome = kRelayOther;
+        if (done->outcome != kRelayDone) return kOk;
+        sm_lane_take(&lane);
+        AfdLap& lap = done->laps[done->num_laps];
+        lap = {};
+        lap.begun_ns = sm_now_ns();
+        const AfdSwiGlu& ffn = *relay.layers[done->num_laps];
+        const int32_t status = swiglu(kernels, ffn, sm_in_rows(&lane, frame.seq), ffn.hidden, frame.num_tokens,
+                                      sm_out_rows(&lane, frame.seq), num_threads);
+        if (status != kOk) return status;
+        lap.computed_ns = sm_now_ns();
+        lap.compute_ns = lap.computed_ns - lap.begun_ns;
+        lap.gang_tokens = frame.num_tokens;
+        SmHeader answer = frame;
+        answer.kind = SM_COMBINE;
+        answer.flags = 0;
+        answer.compute_ns = lap.compute_ns;
+        answer.gang_tokens = frame.num_tokens;
+        if (const int error = sm_lane_post(&lane, &answer)) return kPostFailed + error;
+        lap.posted_ns = lap.answered_ns = sm_now_ns();
+        last = frame;
+    }
+    return kOk;
+}
+
+}  // namespace afd

@@ -1,0 +1,101 @@
+"""Which layers of a half native code goes through by itself, exchanges included: dense ones, many in a call.
+
+With routed experts the router is Python's, and so is what lies between the layers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from afd.kernels.fused import LayerBatch, SwiGluCall
+from afd.kernels.native import NativeKernels
+from afd.kernels.relay import AttentionRelayCall, FfnRelayCall, Relayed, RelayLayer
+from afd.kv.cache import KVCache
+from afd.model.attention_kinds import FusedAttention
+from afd.model.batch import AttentionBatch
+from stepmesh.lane import Lane
+
+PATIENCE_S = 5e-3
+"""Longest polling for the other side's stage in a relay: the largest decode batches' stages take about that long."""
+RELAY_S = 50e-3
+"""Longest relay: bounds what a worker's other duties wait for."""
+MAX_RELAY_TOKENS = 256
+"""Rows of a micro-batch above which a stage takes so long that what Python costs between two does not show."""
+
+
+def bounds_ns() -> tuple[int, int]:
+    """(until, patience) of a relay that begins now."""
+    return time.monotonic_ns() + int(RELAY_S * 1e9), int(PATIENCE_S * 1e9)
+
+
+class _Runs:
+    """Runs of layers, of which each but the first of all can be relayed: the first layer's exchange forms the gang."""
+
+    def __init__(self, able: Sequence[bool]):
+        self.ranges: list[range] = []
+        start = 1
+        for layer, can in enumerate((*able, False)):
+            if not can:
+                if layer > start:
+                    self.ranges.append(range(start, layer))
+                start = layer + 1
+        self._of_layer = {layer: (idx, layer - run.start) for idx, run in enumerate(self.ranges) for layer in run}
+
+    def place(self, layer: int) -> tuple[int, int] | None:
+        """(run, place in it) of a layer; None: it is Python's."""
+        return self._of_layer.get(layer)
+
+
+class AttentionRelay:
+    """The attention side over one cache. Main thread only."""
+
+    def __init__(self, kernels: NativeKernels, layers: Sequence[FusedAttention | None], cache: KVCache):
+        takes = [fused is not None and fused.takes((), cache, idx) for idx, fused in enumerate(layers)]
+        self._runs = _Runs(takes)
+        self._kinds: list[FusedAttention] = []  # one of each kind of batch
+        self._calls = [
+            AttentionRelayCall(kernels, [self._layer(layer, cache, i) for i in run if (layer := layers[i])])
+            for run in self._runs.ranges
+        ]
+
+    def _layer(self, layer: FusedAttention, cache: KVCache, idx: int) -> RelayLayer:
+        return RelayLayer(layer.call, cache.k[idx], cache.v[idx], self._kind(layer))
+
+    def _kind(self, layer: FusedAttention) -> int:
+        for idx, known in enumerate(self._kinds):
+            if known.reads_like(layer):
+                return idx
+        self._kinds.append(layer)
+        return len(self._kinds) - 1
+
+    def takes(self, layer: int, num_tokens: int) -> bool:
+        return num_tokens <= MAX_RELAY_TOKENS and self._runs.place(layer) is not None
+
+    def run(self, layer: int, x: Tensor, batch: AttentionBatch, lane: Lane) -> Relayed:
+        """From `layer` on, whose partial is the answer to lane.last: as far as it goes, at most RELAY_S."""
+        place = self._runs.place(layer)
+        assert place is not None
+        batches: list[LayerBatch] = [kind.tokens(batch) for kind in self._kinds]
+        return self._calls[place[0]](place[1], x, batches, lane, *bounds_ns())
+
+
+class FfnRelay:
+    """The FFN side. Main thread only."""
+
+    def __init__(self, kernels: NativeKernels, layers: Sequence[SwiGluCall | None]):
+        self._runs = _Runs([call is not None for call in layers])
+        self._calls = [
+            FfnRelayCall(kernels, [call for i in run if (call := layers[i]) is not None]) for run in self._runs.ranges
+        ]
+
+    def takes(self, layer: int, num_tokens: int) -> bool:
+        return num_tokens <= MAX_RELAY_TOKENS and self._runs.place(layer) is not None
+
+    def run(self, layer: int, lane: Lane) -> Relayed:
+        """Answer `layer` and those behind it, with rows, step and gang of lane.last: as far as it goes."""
+        place = self._runs.place(layer)
+        assert place is not None
+        return self._calls[place[0]](place[1], lane, *bounds_ns())

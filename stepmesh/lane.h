@@ -1,0 +1,69 @@
+/* One stream of a pair in shared memory, driven by native code while the mesh looks elsewhere (stepmesh/lane.py).
+
+   Whoever drives it posts one frame and awaits the answer, again and again. What is not the frame that it expects, in all
+   that can be expected, is left where it is: the mesh finds it, judges it, and says what is wrong with it. */
+#pragma once
+
+#include <sched.h>
+
+#include "frame.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* Mirrored by stepmesh.lane._Lane. By parity: slots of this stream. Boards are the channel's own. */
+typedef struct {
+    SmBoard *out, *in;
+    uint8_t *out_slots[SM_NUM_PARITIES];
+    const uint8_t *in_slots[SM_NUM_PARITIES];
+    uint64_t out_slot_bytes, in_slot_bytes;
+    SmRules rules; /* of what comes in */
+    uint64_t stream;
+    int64_t bell_fd;
+} SmLane;
+
+enum { SM_LOOKS_PER_YIELD = 16 };
+
+static inline void *sm_out_rows(const SmLane *lane, uint64_t seq) { return lane->out_slots[seq & 1] + SM_HEADER_BYTES; }
+static inline const void *sm_in_rows(const SmLane *lane, uint64_t seq) { return lane->in_slots[seq & 1] + SM_HEADER_BYTES; }
+
+/* Post the frame whose payload is in the slot of header->seq. 0, errno of the bell, or EMSGSIZE. */
+static inline int sm_lane_post(const SmLane *lane, SmHeader *header)
+{
+    uint64_t parity = header->seq & 1;
+    if (!sm_write_frame(lane->out_slots[parity], lane->out_slot_bytes, header))
+        return EMSGSIZE;
+    return sm_post(lane->out, SM_NUM_PARITIES * lane->stream + parity, header->seq, (int)lane->bell_fd);
+}
+
+/* Whether a good frame with this seq is the next post. It stays untaken. */
+static inline int sm_lane_look(const SmLane *lane, uint64_t seq, SmHeader *header)
+{
+    uint64_t parity = seq & 1;
+    volatile uint64_t *place = sm_place(lane->in, lane->in->seen);
+    return place[0] == SM_NUM_PARITIES * lane->stream + parity && place[1] == seq &&
+           sm_read_frame(lane->in_slots[parity], lane->in_slot_bytes, &lane->rules, lane->stream, parity, seq, header);
+}
+
+/* The frame that was looked at is this lane's from now on. */
+static inline void sm_lane_take(const SmLane *lane) { lane->in->seen += 1; }
+
+/* Polls until something is posted: 0 when nothing was until then. Whoever else wants the core gets it in between. */
+static inline int sm_lane_await(const SmLane *lane, int64_t until_ns)
+{
+    for (;;) {
+        for (int look = 0; look < SM_LOOKS_PER_YIELD; look++) {
+            if (sm_has_news(lane->in))
+                return 1;
+            sm_pause();
+        }
+        if (sm_now_ns() >= until_ns)
+            return 0;
+        sched_yield();
+    }
+}
+
+#ifdef __cplusplus
+}
+#endif

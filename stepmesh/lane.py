@@ -1,0 +1,88 @@
+"""One stream of a pair in shared memory, lent to native code that exchanges by itself (`lane.h`).
+
+    lane = mesh.lane_after_answer(peer, meta, num_tokens)     # FFN side: lane_after_arrival(arrival)
+    ... native code goes on from lane.last: posts, awaits, takes ...
+    mesh.relayed(lane, trips)                                 # what it did
+
+The main thread calls both with nothing of the mesh in between. Native code takes only frames that are in every respect
+what comes next; at any other it stops, and the mesh's next `progress` finds and judges that one where it was posted.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import c_char, c_int64, c_uint64, c_void_p
+from typing import NamedTuple
+
+from stepmesh.layout import NUM_PARITIES
+from stepmesh.types import Header, RankId
+from stepmesh.wire import HEADER, HeaderRules
+
+
+class _Lane(ctypes.Structure):
+    """SmLane of lane.h."""
+
+    _fields_ = (
+        ("out", c_void_p),
+        ("in_", c_void_p),
+        ("out_slots", c_void_p * NUM_PARITIES),
+        ("in_slots", c_void_p * NUM_PARITIES),
+        ("out_slot_bytes", c_uint64),
+        ("in_slot_bytes", c_uint64),
+        ("rules", c_uint64 * len(HeaderRules._fields)),
+        ("stream", c_uint64),
+        ("bell_fd", c_int64),
+    )
+
+
+class LaneMemory(NamedTuple):
+    """What a channel lends: addresses of both boards (SmBoard of frame.h), the slots by parity, the peer's bell."""
+
+    out_board: int
+    in_board: int
+    outgoing: Sequence[memoryview]
+    incoming: Sequence[memoryview]
+    bell_fd: int
+
+
+class Trip(NamedTuple):
+    """One exchange on a lane. Seconds of the rank's monotonic clock; answered_s None: the answer is not here yet."""
+
+    begun_s: float  # attention: posted. FFN: taken
+    answered_s: float | None  # attention: taken. FFN: posted
+
+
+class Lane:
+    """A stream of the pair with `peer`. last: of the dispatch that was answered last, of which the next ones differ in
+    seq and layer only. Good until the pair is down.
+    """
+
+    def __init__(self, peer: RankId, stream: int, memory: LaneMemory, rules: HeaderRules) -> None:
+        self.peer = peer
+        self.stream = stream
+        self.last: Header | None = None
+        self._memory = memory  # keeps the mappings
+        self._struct = _Lane(
+            memory.out_board,
+            memory.in_board,
+            _addresses(memory.outgoing),
+            _addresses(memory.incoming),
+            memory.outgoing[0].nbytes,
+            memory.incoming[0].nbytes,
+            (c_uint64 * len(rules))(*map(int, rules)),
+            stream,
+            memory.bell_fd,
+        )
+        self._packed = (c_char * HEADER.size)()
+        self.address = ctypes.addressof(self._struct)
+        self.last_address = ctypes.addressof(self._packed)  # SmHeader of frame.h
+
+    def follow(self, last: Header) -> None:
+        """What native code goes on from."""
+        self.last = last
+        HEADER.pack_into(self._packed, 0, *last)
+
+
+def _addresses(slots: Sequence[memoryview]) -> ctypes.Array[c_void_p]:
+    return (c_void_p * NUM_PARITIES)(*(ctypes.addressof(c_char.from_buffer(slot)) for slot in slots))

@@ -1,0 +1,344 @@
+"""Engines whose native code makes the exchanges by itself: same tokens, same books, and a way out of everything."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from afd import kernels
+from afd.kernels.relay import NS, Outcome, Relayed
+from afd.model import presets
+from afd.model import relay as model_relay
+from afd.model.halves import Dispatch
+from afd.model.loading import load_ffn_half, resolve_model
+from afd.model.relay import AttentionRelay, FfnRelay
+from afd.model.sharding import ShardSpec
+from afd.types import FfnParallel
+from stepmesh.lane import Trip
+from stepmesh.layout import PayloadLayout
+from stepmesh.native import native
+from stepmesh.tensor import to_numpy, to_torch
+from stepmesh.types import (
+    CombineArrived,
+    CombineMeta,
+    DispatchArrived,
+    DispatchMeta,
+    DispatchParts,
+    FrameRejected,
+    Role,
+    WireDtype,
+)
+from stepmesh.wire import HEADER, write_trailer
+from tests.contract.world import World, attention, ffn
+from tests.fakes.engine_pod import Pod, requests
+
+pytestmark = pytest.mark.skipif(
+    native is None or kernels.native_kernels() is None, reason="native code was not built: setup.py build_ext --inplace"
+)
+
+BOTH = (Role.ATTENTION, Role.FFN)
+MODELS = ("dummy:qwen3-tiny", "dummy:llama-tiny", "dummy:dense-tiny")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def dense_tiny(monkeypatch):
+    """Step-3.5-Flash, sliding windows and other layers in turn, with experts in the last layer only."""
+    preset = {**presets.PRESETS["step3.5-flash-tiny"], "moe_layers_enum": "5"}
+    monkeypatch.setitem(presets.PRESETS, "dense-tiny", preset)
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch):
+    monkeypatch.setattr(model_relay, "PATIENCE_S", 0.5)  # a machine that stalls does not end a relay
+    monkeypatch.setattr(model_relay, "RELAY_S", 5.0)
+
+
+@pytest.fixture
+def laps(monkeypatch) -> Counter:
+    """Layers that went through native code, by side."""
+    counted: Counter = Counter()
+    for side in (AttentionRelay, FfnRelay):
+        plain = side.run
+
+        def run(self, *args, side=side, plain=plain):
+            done = plain(self, *args)
+            counted[side] += len(done.laps)
+            counted[done.outcome] += 1
+            return done
+
+        monkeypatch.setattr(side, "run", run)
+    return counted
+
+
+def serve(model, relays, *, streams=1, transport="shm", seed=1):
+    """Output ids by request, and what engines and meshes have counted."""
+    folder = resolve_model(model)
+    pod = Pod(
+        folder,
+        1,
+        1,
+        transport=transport,
+        streams=streams,
+        dtype="bfloat16",
+        wire=WireDtype.BF16,
+        relays=relays,
+    )
+    try:
+        outputs, losses = pod.run(0, list(requests(5, seed, folder.spec.vocab_size)))
+        assert losses == 0
+        engine, totals = pod.ffns[0][0], pod.engines[0].stages.totals
+        pod.stop.set()
+        pod.ffns[0][2].join(10)
+        [peer] = pod.attention_meshes[0].stats()["peers"].values()
+        counts = {
+            "exchanges": totals.num_exchanges,
+            "gang members": totals.num_gang_members,
+            "steps": totals.num_steps,
+            "batches": engine.totals.num_batches,
+            "rows": engine.totals.num_tokens,
+            "members": engine.totals.num_members,
+            **{name: peer[name] for name in ("sent_messages", "sent_bytes", "received_messages", "received_bytes")},
+        }
+        times = dataclasses.asdict(totals) | {f"ffn {k}": v for k, v in dataclasses.asdict(engine.totals).items()}
+        assert all(value >= 0.0 for value in times.values()), times
+        stages = Counter((s.name, s.layer) for s in pod.engines[0].stages.ring.snapshot() if s.name != "wait")
+        ffn_stages = Counter((s.name, s.layer) for s in engine.ring.snapshot() if s.name in ("ffn", "combine"))
+        for ring in (pod.engines[0].stages.ring, engine.ring):
+            ends = [stage.end_s for stage in ring.snapshot()]
+            assert ends == sorted(ends) and all(s.start_s <= s.end_s for s in ring.snapshot())
+        del stages["combine", -1]
+        return outputs, counts, (stages, ffn_stages)
+    finally:
+        pod.close()
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_tokens_and_books_are_the_same_as_without(model, laps):
+    plain, relayed = serve(model, ()), serve(model, BOTH)
+    assert relayed[0] == plain[0]
+    assert relayed[1] == plain[1]
+    for mine, theirs in zip(relayed[2], plain[2], strict=True):
+        # The layer adds the partials itself either way: a combine of no duration is not noted by native code.
+        keep = {k: n for k, n in theirs.items() if k[0] != "combine" or theirs is plain[2][1]}
+        assert {k: n for k, n in mine.items() if k in keep} == keep
+    assert laps[AttentionRelay] == laps[FfnRelay] > 0
+
+
+@pytest.mark.parametrize("relays", [(Role.ATTENTION,), (Role.FFN,)])
+def test_one_side_that_relays_gets_on_with_one_that_does_not(relays, laps):
+    model = "dummy:qwen3-tiny"
+    assert serve(model, relays)[:2] == serve(model, ())[:2]
+    assert laps[AttentionRelay if Role.ATTENTION in relays else FfnRelay] > 0
+
+
+@pytest.mark.parametrize(("streams", "transport"), [(2, "shm"), (1, "tcp")])
+def test_it_stands_back_where_it_cannot_or_others_would_wait(streams, transport, laps):
+    """A second stream, or a transport that is no shared memory."""
+    model = "dummy:qwen3-tiny"
+    kwargs = {"streams": streams, "transport": transport}
+    assert serve(model, BOTH, **kwargs)[0] == serve(model, (), **kwargs)[0]
+    if streams == 1:
+        assert not laps[FfnRelay] and not laps[AttentionRelay]
+
+
+def test_a_side_that_waits_in_vain_stops_relaying_for_the_step(monkeypatch, laps):
+    monkeypatch.setattr(model_relay, "PATIENCE_S", 0.0)
+    model = "dummy:qwen3-tiny"
+    assert serve(model, BOTH)[:2] == serve(model, ())[:2]
+    assert laps[Outcome.LATE] > 0
+
+
+def test_without_time_nothing_is_relayed(monkeypatch, laps):
+    monkeypatch.setattr(model_relay, "RELAY_S", 0.0)
+    model = "dummy:qwen3-tiny"
+    assert serve(model, BOTH)[:2] == serve(model, ())[:2]
+    assert laps[Outcome.TIME_OVER] > 0 and not laps[AttentionRelay]
+
+
+# One frame at a time: what native code takes, and what it leaves to the mesh.
+
+HIDDEN = 64
+LAYOUT = PayloadLayout(HIDDEN, 8, 2, WireDtype.BF16, WireDtype.BF16)
+A, F = attention(0), ffn(0)
+GANG = {"gang_id": 7, "member_mask": 1}
+
+
+@pytest.fixture
+def world(request):
+    world = World(getattr(request, "param", "shm"))
+    yield world
+    world.close()
+
+
+@pytest.fixture(scope="module")
+def ffn_half():
+    return load_ffn_half(resolve_model("dummy:llama-tiny"), ShardSpec(0, 1, FfnParallel.HYBRID), "bfloat16")
+
+
+def rows_of(seed, num_tokens=3):
+    """bf16 bits of small random rows."""
+    values = torch.randn(num_tokens, HIDDEN, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
+    return to_numpy(values.bfloat16())
+
+
+def answered(world, **overrides):
+    """Layer 0 of a stream, answered by the FFN rank as the former of a gang: that arrival."""
+    world.build(1, 1, **({"layout": LAYOUT} | overrides))
+    world.forget()
+    world.dispatch(A, [F], DispatchParts(rows_of(0)))
+    (arrival,) = world.take(F, DispatchArrived)
+    world.meshes[F].combine(arrival, CombineMeta(**GANG), rows_of(1))
+    world.take(A, CombineArrived)
+    world.forget()
+    return arrival
+
+
+def test_the_next_layer_is_answered_natively(world, ffn_half):
+    arrival = answered(world)
+    parts = DispatchParts(rows_of(2))
+    seq = world.dispatch(A, [F], parts, layer=1, **GANG)
+    lane = world.meshes[F].lane_after_arrival(arrival, CombineMeta(**GANG))
+    with torch.inference_mode():
+        done = ffn_half.relay().run(1, lane)
+        expected = ffn_half.layer(Dispatch(1, to_torch(parts.rows, WireDtype.BF16)))
+    assert len(done.laps) == 1 and done.outcome is Outcome.LATE  # nobody sends layer 2
+    [lap] = done.laps
+    assert lap.begun_ns <= lap.computed_ns <= lap.posted_ns == lap.answered_ns
+    world.meshes[F].relayed(lane, [Trip(lap.begun_ns * NS, lap.posted_ns * NS)])
+    (combined,) = world.take(A, CombineArrived)
+    header = combined.header
+    assert (header.seq, header.layer, header.gang_id, header.member_mask) == (seq, 1, 7, 1)
+    assert (header.gang_tokens, header.compute_ns) == (3, lap.compute_ns)
+    np.testing.assert_array_equal(combined.rows, to_numpy(expected))
+    # The mesh goes on from there as if it had done it all itself.
+    world.dispatch(A, [F], parts, layer=2, **GANG)
+    (arrival,) = world.take(F, DispatchArrived)
+    assert arrival.header.seq == seq + 1
+    world.meshes[F].combine(arrival, CombineMeta(**GANG), rows_of(3))
+    world.take(A, CombineArrived)
+
+
+@pytest.mark.parametrize(
+    ("change", "num_tokens"),
+    [
+        ({"layer": 2}, 3),
+        ({"layer": 0}, 3),
+        ({"step": 2}, 3),
+        ({"gang_id": 8}, 3),
+        ({"member_mask": 3}, 3),
+        ({"member_mask": 1 | 1 << 64}, 3),
+        ({"stream": 1}, 3),
+        ({}, 2),
+        ({}, 4),
+    ],
+)
+def test_what_does_not_follow_is_left_to_the_mesh(world, ffn_half, change, num_tokens):
+    arrival = answered(world)
+    parts = DispatchParts(rows_of(2, num_tokens))
+    world.dispatch(A, [F], parts, **({"layer": 1} | GANG | change))
+    lane = world.meshes[F].lane_after_arrival(arrival, CombineMeta(**GANG))
+    with torch.inference_mode():
+        done = ffn_half.relay().run(1, lane)
+    assert (done.laps, done.outcome) == ([], Outcome.OTHER)
+    world.meshes[F].relayed(lane, [])
+    (found,) = world.take(F, DispatchArrived)
+    np.testing.assert_array_equal(found.parts.rows, parts.rows)
+
+
+@pytest.mark.parametrize(
+    ("forgery", "reason"),
+    [
+        ({"trailer": 99}, "incomplete frame"),
+        ({"generation": 9}, "generation 9"),
+        ({"num_tokens": 9}, "exceed the slot"),
+        ({"num_tokens": 2}, "2 tokens need"),
+        ({"payload_bytes": 1 << 31}, "payload of"),
+        ({"header_seq": 5}, "its slot"),
+        ({"wire_dtype": 1}, "wire dtype"),
+        ({"epoch": 2}, None),
+    ],
+)
+def test_a_forged_frame_is_left_to_the_mesh_which_rejects_it(world, ffn_half, forgery, reason):
+    arrival = answered(world)
+    fields = {"wire_dtype": WireDtype.BF16, "layer": 1, "gang_id": 7, "member_mask_low": 1} | forgery
+    world.forge(A, F, DispatchParts(rows_of(2)), seq=2, **fields)
+    lane = world.meshes[F].lane_after_arrival(arrival, CombineMeta(**GANG))
+    with torch.inference_mode():
+        done = ffn_half.relay().run(1, lane)
+    assert (done.laps, done.outcome) == ([], Outcome.OTHER)
+    world.meshes[F].relayed(lane, [])
+    if reason is None:  # of an epoch that may come yet
+        world.settle()
+        assert not world.seen(F, DispatchArrived) and not world.seen(F, FrameRejected)
+        return
+    (rejected,) = world.take(F, FrameRejected)
+    assert reason in rejected.reason
+
+
+def test_nothing_is_relayed_without_a_dispatch(world, ffn_half, monkeypatch):
+    monkeypatch.setattr(model_relay, "PATIENCE_S", 1e-3)
+    arrival = answered(world)
+    lane = world.meshes[F].lane_after_arrival(arrival, CombineMeta(**GANG))
+    with torch.inference_mode():
+        assert ffn_half.relay().run(1, lane) == Relayed([], Outcome.LATE)
+
+
+@pytest.mark.parametrize("world", ["inproc", "tcp", "shm"], indirect=True)
+def test_only_shared_memory_has_lanes(world):
+    arrival = answered(world)
+    has = world.transport == "shm"
+    assert (world.meshes[F].lane_after_arrival(arrival, CombineMeta()) is not None) is has
+    meta = DispatchMeta(0, 1, 1, 0)
+    assert (world.meshes[A].lane_after_answer(F, meta, 3) is not None) is has
+
+
+def test_frames_with_checksums_have_no_lane(world):
+    arrival = answered(world, checksum=True)
+    assert world.meshes[F].lane_after_arrival(arrival, CombineMeta()) is None
+    assert world.meshes[A].lane_after_answer(F, DispatchMeta(0, 1, 1, 0), 3) is None
+
+
+def test_an_open_exchange_or_a_second_peer_leaves_no_lane(world):
+    arrival = answered(world)
+    world.dispatch(A, [F], DispatchParts(rows_of(2)), layer=1)
+    assert world.meshes[A].lane_after_answer(F, DispatchMeta(0, 1, 1, 1), 3) is None
+    (second,) = world.take(F, DispatchArrived)
+    assert world.meshes[F].lane_after_arrival(arrival, CombineMeta()) is None  # not the newest
+    assert world.meshes[F].lane_after_arrival(second, CombineMeta()) is None  # not answered
+    world.meshes[F].combine(second, CombineMeta(), rows_of(3))
+    assert world.meshes[F].lane_after_arrival(second, CombineMeta()) is not None
+    world.add(attention(1), layout=LAYOUT)
+    world.form(2)
+    world.until_connected()
+    assert world.meshes[F].lane_after_arrival(second, CombineMeta()) is None
+
+
+def test_an_answer_that_is_still_to_come_is_the_meshs(world):
+    """Native code of the attention side has sent and stopped: booked, the exchange is one like any other."""
+    answered(world)
+    mesh = world.meshes[A]
+    lane = mesh.lane_after_answer(F, DispatchMeta(0, 1, 1, 0, 7, 1), 3)
+    seq = lane.last.seq + 1
+    slot = world.pair(A, F).tx_slot(0, seq)
+    rows = rows_of(4)
+    slot.dispatch(3, 0).parts.rows[...] = rows
+    header = lane.last._replace(seq=seq, layer=1)
+    HEADER.pack_into(slot.memory, 0, *header)
+    write_trailer(slot.memory, header.payload_bytes, seq)
+    world.pair(A, F).channel.post(0, seq & 1, seq, 0)
+    assert mesh.relayed(lane, [Trip(world.now(), None)]) is None
+    (arrival,) = world.take(F, DispatchArrived)
+    assert (arrival.header.layer, arrival.header.gang_id) == (1, 7)
+    np.testing.assert_array_equal(arrival.parts.rows, rows)
+    world.meshes[F].combine(arrival, CombineMeta(**GANG), rows_of(5))
+    (combined,) = world.take(A, CombineArrived)
+    np.testing.assert_array_equal(combined.rows, rows_of(5))
