@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
@@ -61,27 +62,58 @@ class TraceHeader(msgspec.Struct, frozen=True):
     num_stages: int
 
 
+class StageBlock(NamedTuple):
+    """Many stages at once, made only if somebody looks. stages: in order of their ends, the last of which is end_s."""
+
+    end_s: float
+    num_stages: int
+    stages: Callable[[], Iterable[Stage]]
+
+
 class TraceRing:
     """The newest stages of this process. Appending is one deque operation, so any thread may take a snapshot."""
 
     def __init__(self, capacity: int = RING_CAPACITY):
-        self._ring: deque[Stage] = deque(maxlen=capacity)
+        self._ring: deque[Stage | StageBlock] = deque()
+        self._room = capacity
+        self._is_full = False
 
     def add(self, stage: Stage) -> None:
         self._ring.append(stage)
+        self._room -= 1
+        if self._room < 0:
+            self._make_room()
+
+    def add_block(self, block: StageBlock) -> None:
+        self._ring.append(block)
+        self._room -= block.num_stages
+        if self._room < 0:
+            self._make_room()
 
     def snapshot(self, since_s: float = 0.0) -> list[Stage]:
         """Stages that ended after `since_s`, oldest first."""
-        stages = self._copy()
+        kept = self._copy()
         # Stages are added as they end, so their ends rise.
+        newest = kept[bisect_left(kept, since_s, key=lambda item: item.end_s) :]
+        stages = [stage for item in newest for stage in (item.stages() if isinstance(item, StageBlock) else (item,))]
         return stages[bisect_left(stages, since_s, key=lambda stage: stage.end_s) :]
 
     @property
     def kept_since_s(self) -> float:
         """Stages that ended before it have fallen out; 0 while the ring has room."""
-        return self._ring[0].end_s if self._ring and len(self._ring) == self._ring.maxlen else 0.0
+        try:
+            return self._ring[0].end_s if self._is_full else 0.0
+        except IndexError:
+            return 0.0
 
-    def _copy(self) -> list[Stage]:
+    def _make_room(self) -> None:
+        """The oldest ones fall out, a block as a whole."""
+        while self._room < 0 and self._ring:
+            oldest = self._ring.popleft()
+            self._room += oldest.num_stages if isinstance(oldest, StageBlock) else 1
+            self._is_full = True
+
+    def _copy(self) -> list[Stage | StageBlock]:
         for _ in range(8):  # the hot thread may append while we iterate
             try:
                 return list(self._ring)

@@ -11,7 +11,7 @@ what comes next; at any other it stops, and the mesh's next `progress` finds and
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from ctypes import c_char, c_int64, c_uint64, c_void_p
 from typing import NamedTuple
 
@@ -46,11 +46,19 @@ class LaneMemory(NamedTuple):
     bell_fd: int
 
 
-class Trip(NamedTuple):
-    """One exchange on a lane. Seconds of the rank's monotonic clock; answered_s None: the answer is not here yet."""
+class Trips(NamedTuple):
+    """Exchanges on a lane, in order. Seconds; points in time are the rank's monotonic clock's.
 
-    begun_s: float  # attention: posted. FFN: taken
-    answered_s: float | None  # attention: taken. FFN: posted
+    num_sent, num_answered: the last one alone may still be awaited (attention).  waited_s: for answers, in all.
+    last_s: when the last one began.  times: (begun, answered) of each, for traces; attention: posted and taken, None if
+    it is awaited; FFN: taken and posted.
+    """
+
+    num_sent: int
+    num_answered: int
+    waited_s: float
+    last_s: float
+    times: Callable[[], Iterable[tuple[float, float | None]]]
 
 
 class Lane:

@@ -17,7 +17,7 @@ from typing import Any
 
 from stepmesh.config import MeshConfig
 from stepmesh.errors import ConfigError, MeshClosedError, PeerNotConnectedError, StaleArrivalError
-from stepmesh.lane import Lane, Trip
+from stepmesh.lane import Lane, Trips
 from stepmesh.pair import AttentionPair, Environment, FfnPair, Pair
 from stepmesh.polling import Spinner
 from stepmesh.roster import Roster
@@ -257,20 +257,12 @@ class Mesh:
             return None
         return pair.lane_after_arrival(arrival.header, meta)
 
-    def relayed(self, lane: Lane, trips: Sequence[Trip]) -> Rows | None:
-        """Book what native code did on a lane, in order: the last one alone may have no answer yet (attention).
-
-        Returns the last answer's rows [num_tokens, hidden], as those of `CombineArrived`; None while it is awaited.
-        """
+    def relayed(self, lane: Lane, trips: Trips) -> None:
+        """Book what native code did on a lane. An answer that is still awaited will be one like any other."""
         self._counter += 1
-        pair = self._pairs[lane.peer]
-        if isinstance(pair, FfnPair):
-            pair.relayed(lane, trips)
-            return None
-        assert isinstance(pair, AttentionPair)
-        rows = pair.relayed(lane, trips)
-        self._seq[lane.stream] += len(trips)
-        return rows
+        self._pairs[lane.peer].relayed(lane, trips)
+        if self._dispatches:
+            self._seq[lane.stream] += trips.num_sent
 
     # Ending
 

@@ -7,18 +7,18 @@ mesh's main thread, but for `beat`. A FrameError out of `poll`, or any failure t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from stepmesh.config import MeshConfig
 from stepmesh.errors import ConfigError, FrameError
-from stepmesh.lane import Lane, Trip
+from stepmesh.lane import Lane, Trips
 from stepmesh.layout import NUM_PARITIES
 from stepmesh.session import Notice, Session
 from stepmesh.slots import CombineView, DispatchView, Slot, copy_section, rises_below
 from stepmesh.stats import PeerStats
 from stepmesh.topology import Membership
-from stepmesh.trace import Stage, Trace
+from stepmesh.trace import Record, Stage, Trace
 from stepmesh.transports.base import Channel, Fabric, Link, Posted, close_fds
 from stepmesh.types import (
     CombineArrived,
@@ -96,6 +96,7 @@ class Pair(ABC):
         self._layout = config.layout
         self._rules = HeaderRules.of(self.receives, config.layout, config.num_streams, identity.generation)
         self._record = env.trace.record
+        self._record_later = env.trace.record_later
         self._now = env.fabric.now
         self._checksum_kind = CHECKSUM_CRC32 if config.checksum else CHECKSUM_NONE
         places = [(stream, parity) for stream in range(config.num_streams) for parity in range(NUM_PARITIES)]
@@ -111,6 +112,10 @@ class Pair(ABC):
     def poll(self) -> Sequence[DispatchArrived | CombineArrived]:
         """What has arrived in this rank's slots. Raises FrameError."""
         return self.take(self.channel.poll())
+
+    @abstractmethod
+    def relayed(self, lane: Lane, trips: Trips) -> None:
+        """Book what native code did on a lane of this pair."""
 
     @abstractmethod
     def take(self, posts: Sequence[Posted]) -> Sequence[DispatchArrived | CombineArrived]:
@@ -130,6 +135,20 @@ class Pair(ABC):
             memory = self.channel.lane(stream) if plain else None
             self._lanes[stream] = None if memory is None else Lane(self.peer, stream, memory, self._rules)
         return self._lanes[stream]
+
+    def _record_trips(self, lane: Lane, trips: Trips, begun: Stage, answered: Stage) -> None:
+        """Records of the exchanges behind lane.last, by what their times are."""
+        last, peer = lane.last, self.peer
+        assert last is not None
+
+        def records() -> Iterator[Record]:
+            for idx, (begun_s, answered_s) in enumerate(trips.times(), 1):
+                where = (peer, last.stream, last.layer + idx, last.seq + idx)
+                yield (begun_s, begun, *where)
+                if answered_s is not None:
+                    yield (answered_s, answered, *where)
+
+        self._record_later(records)
 
     def beat(self, counter: int, pending: bool) -> None:
         """Send a heartbeat. Any thread."""
@@ -260,27 +279,18 @@ class AttentionPair(Pair):
         lane.follow(last)
         return lane
 
-    def relayed(self, lane: Lane, trips: Sequence[Trip]) -> Rows | None:
-        """Book what native code did on a lane of this pair; the last answer's rows, None while it is awaited."""
-        last, stats = lane.last, self.stats
+    def relayed(self, lane: Lane, trips: Trips) -> None:
+        last, stats, num_answered = lane.last, self.stats, trips.num_answered
         assert last is not None
-        answered = [(trip.begun_s, trip.answered_s) for trip in trips if trip.answered_s is not None]
-        stats.sent_messages += len(trips)
-        stats.sent_bytes += len(trips) * last.payload_bytes
-        stats.received_messages += len(answered)
-        stats.received_bytes += len(answered) * self._layout.combine(last.num_tokens).total
-        stats.answers_waited_ns += int(sum(answered_s - begun_s for begun_s, answered_s in answered) * 1e9)
-        layer, seq = last.layer, last.seq
-        for trip in trips:
-            layer, seq = layer + 1, seq + 1
-            self._record((trip.begun_s, _DISPATCH_POSTED, self.peer, lane.stream, layer, seq))
-            if trip.answered_s is None:
-                self.window.sent(lane.stream, Exchange(seq, last.epoch, last.num_tokens, trip.begun_s))
-            else:
-                self._record((trip.answered_s, _COMBINE_ARRIVED, self.peer, lane.stream, layer, seq))
-        if len(answered) < len(trips):
-            return None
-        return self._rx[NUM_PARITIES * lane.stream + (seq & 1)].combine(last.num_tokens).rows
+        stats.sent_messages += trips.num_sent
+        stats.sent_bytes += trips.num_sent * last.payload_bytes
+        stats.received_messages += num_answered
+        stats.received_bytes += num_answered * self._layout.combine(last.num_tokens).total
+        stats.answers_waited_ns += int(trips.waited_s * 1e9)
+        self._record_trips(lane, trips, _DISPATCH_POSTED, _COMBINE_ARRIVED)
+        if num_answered < trips.num_sent:
+            exchange = Exchange(last.seq + trips.num_sent, last.epoch, last.num_tokens, trips.last_s)
+            self.window.sent(lane.stream, exchange)
 
     def take(self, posts: Sequence[Posted]) -> list[CombineArrived]:
         arrived = []
@@ -394,21 +404,15 @@ class FfnPair(Pair):
         lane.follow(gang._replace(top_k=0, payload_bytes=self._layout.dispatch(header.num_tokens, 0).total))
         return lane
 
-    def relayed(self, lane: Lane, trips: Sequence[Trip]) -> None:
-        """Book what native code did on a lane of this pair."""
-        last, stats = lane.last, self.stats
-        assert last is not None
-        stats.received_messages += len(trips)
-        stats.received_bytes += len(trips) * last.payload_bytes
-        stats.sent_messages += len(trips)
-        stats.sent_bytes += len(trips) * self._layout.combine(last.num_tokens).total
-        layer, seq = last.layer, last.seq
-        for trip in trips:
-            layer, seq = layer + 1, seq + 1
-            self._record((trip.begun_s, _DISPATCH_ARRIVED, self.peer, lane.stream, layer, seq))
-            assert trip.answered_s is not None, "a dispatch that was taken is answered"
-            self._record((trip.answered_s, _COMBINE_POSTED, self.peer, lane.stream, layer, seq))
-        self.window.relayed(lane.stream, seq)
+    def relayed(self, lane: Lane, trips: Trips) -> None:
+        last, stats, number = lane.last, self.stats, trips.num_sent
+        assert last is not None and trips.num_answered == number, "a dispatch that was taken is answered"
+        stats.received_messages += number
+        stats.received_bytes += number * last.payload_bytes
+        stats.sent_messages += number
+        stats.sent_bytes += number * self._layout.combine(last.num_tokens).total
+        self._record_trips(lane, trips, _DISPATCH_ARRIVED, _COMBINE_POSTED)
+        self.window.relayed(lane.stream, last.seq + number)
 
     def take(self, posts: Sequence[Posted]) -> list[DispatchArrived]:
         arrived = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from enum import IntEnum
 
 from stepmesh.types import RankId
@@ -29,11 +29,14 @@ class Trace:
 
     def __init__(self, size: int) -> None:
         # Plain tuples: the cheapest to make, and few are ever looked at.
-        self._ring: deque[Record] = deque(maxlen=size)
+        self._ring: deque[Record | Callable[[], Iterable[Record]]] = deque(maxlen=size)
         self.record: Callable[[Record], None] = self._ring.append
+        # Many at once, made when somebody looks: they count as one.
+        self.record_later: Callable[[Callable[[], Iterable[Record]]], None] = self._ring.append
 
     def dump(self) -> list[dict[str, object]]:
         """Plain values, oldest first: one JSON line each."""
+        records = [r for item in self._ring.copy() for r in (item() if callable(item) else (item,))]
         return [
             {
                 "time_ns": round(now * 1e9),
@@ -43,5 +46,5 @@ class Trace:
                 "layer": layer,
                 "seq": seq,
             }
-            for now, stage, peer, stream, layer, seq in self._ring.copy()
+            for now, stage, peer, stream, layer, seq in records
         ]

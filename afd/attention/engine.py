@@ -232,13 +232,13 @@ class AttentionEngine:
         """The layers behind `combined` as far as native code goes through them: the last one's answer, None if it is
         still to come."""
         assert stream.x is not None
-        done = relay.run(idx, stream.layer + 1, stream.x, stream.batch)
-        if done is None:
+        relayed = relay.run(idx, stream.layer + 1, stream.x, stream.batch)
+        if relayed is None:
             return combined
-        stream.relays = done.on_time
-        answer = done.combined
-        stream.sent_s = self.stages.relayed(idx, stream.micro_batch, stream.layer + 1, done.laps, answer or combined)
-        stream.layer += len(done.laps)
+        stream.relays, answer, done = relayed.on_time, relayed.combined, relayed.done
+        self.stages.relayed(idx, stream.micro_batch, stream.layer + 1, done, answer or combined)
+        stream.sent_s = done.ended_s  # of the last dispatch, if its answer is still to come
+        stream.layer += done.num_laps
         return answer
 
     def _begin_head(self, stream: _Stream) -> None:

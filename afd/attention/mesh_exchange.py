@@ -9,8 +9,9 @@ interrupted steps again once `ready` is true (nothing of them was booked).
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -18,11 +19,11 @@ from torch import Tensor
 from afd.attention.exchange import Combined
 from afd.attention.row_selection import RowSelection
 from afd.errors import PeerLostError
-from afd.kernels.relay import NS, Lap
+from afd.kernels.relay import Relayed
 from afd.model.halves import Dispatch
 from afd.model.wire_format import encode_rows
 from stepmesh.errors import PeerNotConnectedError, SlotBusyError
-from stepmesh.lane import Lane, Trip
+from stepmesh.lane import Lane, Trips
 from stepmesh.layout import PayloadLayout
 from stepmesh.mesh import Mesh
 from stepmesh.tensor import to_numpy, to_torch
@@ -151,25 +152,30 @@ class MeshExchange:
         meta = flight.meta._replace(gang_id=flight.gang_id, member_mask=flight.mask)
         return self._mesh.lane_after_answer(flight.peers[0], meta, flight.num_tokens)
 
-    def relayed(self, lane: Lane, laps: Sequence[Lap]) -> Combined | None:
-        """Book what native code did (at least one exchange): the last one's answer, None if it is still to come."""
+    def relayed(self, lane: Lane, done: Relayed) -> Combined | None:
+        """Book what native code did (at least one exchange): the last answer, its rows added already; None if that is
+        still to come.
+        """
         flight = self._streams[lane.stream]
-        trips = [Trip(lap.posted_ns * NS, lap.answered_ns * NS if lap.answered_ns else None) for lap in laps]
-        rows = self._mesh.relayed(lane, trips)
-        flight.seq += len(laps)
-        flight.layer += len(laps)
+
+        def times() -> Iterator[tuple[float, float | None]]:
+            laps = done.laps()
+            return zip_longest(laps.posted_s.tolist(), laps.answered_s.tolist())
+
+        self._mesh.relayed(lane, Trips(done.num_laps, done.num_answered, done.wait_s, done.ended_s, times))
+        flight.seq += done.num_laps
+        flight.layer += done.num_laps
         assert flight.meta is not None
         flight.meta = flight.meta._replace(layer=flight.layer)
-        flight.waiting = rows is None
-        if rows is None:
+        flight.waiting = done.num_answered < done.num_laps
+        if flight.waiting:
             flight.arrived.clear()
             return None
         return Combined(
             lane.stream,
-            [to_torch(rows, self._layout.combine_dtype)],
-            gang_tokens=laps[-1].gang_tokens,
+            (),
+            gang_tokens=done.gang_tokens,
             gang_size=flight.mask.bit_count(),
-            compute_s=laps[-1].compute_ns * NS,
             gang_id=flight.gang_id,
             epoch=flight.epoch,
         )

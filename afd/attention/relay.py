@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
 from afd.attention.exchange import Combined
 from afd.attention.mesh_exchange import MeshExchange
-from afd.kernels.relay import Lap, Outcome
+from afd.kernels.relay import Outcome, Relayed
 from afd.model.batch import AttentionBatch
 from afd.model.relay import AttentionRelay
 
 
-@dataclass(frozen=True, slots=True)
-class RelayedLayers:
-    """Consecutive layers, done. combined: the last one's answer, None if it is still to come.
+class RelayedLayers(NamedTuple):
+    """Consecutive layers, done. combined: the last one's answer, added already; None if it is still to come.
 
     on_time: the next ones may be relayed, too; else the other side is slower than polling is for, or does not relay.
     """
 
-    laps: list[Lap]
+    done: Relayed
     combined: Combined | None
     on_time: bool
 
@@ -39,8 +38,8 @@ class StreamRelay:
         """
         if not self._layers.takes(layer, x.shape[0]) or (lane := self._exchange.lane(stream)) is None:
             return None
-        relayed = self._layers.run(layer, x, batch, lane)
-        if not relayed.laps:
+        done = self._layers.run(layer, x, batch, lane)
+        if not done.num_laps:
             return None
-        combined = self._exchange.relayed(lane, relayed.laps)
-        return RelayedLayers(relayed.laps, combined, relayed.outcome in (Outcome.DONE, Outcome.TIME_OVER))
+        combined = self._exchange.relayed(lane, done)
+        return RelayedLayers(done, combined, done.outcome in (Outcome.DONE, Outcome.TIME_OVER))

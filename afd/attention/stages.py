@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import zip_longest
 
 from afd.attention.exchange import Combined
-from afd.events import Stage, TraceRing
-from afd.kernels.relay import NS, Lap
+from afd.events import Stage, StageBlock, TraceRing
+from afd.kernels.relay import Relayed
 from afd.sched.latency import StepLoad, StepSample
 from afd.sched.sequence import MicroBatch
 
@@ -84,40 +86,26 @@ class StageClock:
         add(Stage("dispatch", computed_s, now, stream, layer, num_tokens, step))
         return now
 
-    def relayed(self, stream: int, batch: MicroBatch, layer: int, laps: Sequence[Lap], gang: Combined) -> float:
-        """Layers from `layer` on that native code went through, the last one's answer perhaps still to come: when that
-        was sent.
-
-        gang: any exchange of this step.
-        """
-        sums, totals, add = self._steps[stream], self.totals, self.ring.add
-        num_tokens, step = batch.num_tokens, batch.step
-        size, where = gang.gang_size, (gang.gang_id, gang.gang_size, gang.epoch)
-        posted_s = 0.0
-        for lap in laps:
-            begun_s, computed_s, posted_s = lap.begun_ns * NS, lap.computed_ns * NS, lap.posted_ns * NS
-            self._span(begun_s, posted_s)
-            totals.attention_s += posted_s - begun_s
-            sums.attention_s += posted_s - begun_s
-            add(Stage("attention", begun_s, computed_s, stream, layer, num_tokens, step))
-            add(Stage("dispatch", computed_s, posted_s, stream, layer, num_tokens, step))
-            if lap.answered_ns:
-                answered_s, compute_s = lap.answered_ns * NS, lap.compute_ns * NS
-                took_s = answered_s - posted_s
-                totals.exchange_s += took_s
-                totals.ffn_s += compute_s
-                totals.wait_s += took_s
-                totals.exposed_s += max(0.0, took_s - compute_s)
-                totals.num_exchanges += 1
-                totals.num_gang_members += size
-                sums.exchange_s += took_s
-                sums.ffn_s += compute_s
-                sums.gang_tokens = lap.gang_tokens
-                add(Stage("wait", posted_s, answered_s))
-                add(Stage("exchange", posted_s, answered_s, stream, layer, lap.gang_tokens, step, *where))
-                self._ended_s = answered_s
-            layer += 1
-        return posted_s
+    def relayed(self, stream: int, batch: MicroBatch, layer: int, done: Relayed, gang: Combined) -> None:
+        """Layers from `layer` on that native code went through. gang: any exchange of this step."""
+        sums, totals, attention_s = self._steps[stream], self.totals, done.compute_s + done.post_s
+        self._span(done.began_s, done.ended_s)
+        totals.attention_s += attention_s
+        totals.exchange_s += done.wait_s
+        totals.ffn_s += done.ffn_s
+        totals.wait_s += done.wait_s
+        totals.exposed_s += done.exposed_s
+        totals.other_s += max(0.0, done.ended_s - done.began_s - attention_s - done.wait_s)
+        totals.num_exchanges += done.num_answered
+        totals.num_gang_members += done.num_answered * gang.gang_size
+        sums.attention_s += attention_s
+        sums.exchange_s += done.wait_s
+        sums.ffn_s += done.ffn_s
+        sums.gang_tokens = done.gang_tokens or sums.gang_tokens
+        # Numbers only: a ring that kept answers would keep the memory they lie in.
+        where = (gang.gang_id, gang.gang_size, gang.epoch)
+        stages = partial(_relayed_stages, done, stream, layer, batch.num_tokens, batch.step, where)
+        self.ring.add_block(StageBlock(done.ended_s, 2 * (done.num_laps + done.num_answered), stages))
 
     def exchange(self, sent_s: float, combined: Combined, layer: int, step: int) -> None:
         """One round trip, seen from here; combined.compute_s of it was the FFN's computing."""
@@ -218,3 +206,15 @@ class StageClock:
         """Of the waiting since the last answer, the FFN computed this one's rows during the last `compute_s`."""
         self.totals.exposed_s += max(0.0, self._unanswered_s - compute_s)
         self._unanswered_s = 0.0
+
+
+def _relayed_stages(
+    done: Relayed, stream: int, layer: int, num_tokens: int, step: int, gang: tuple[int, int, int]
+) -> Iterator[Stage]:
+    times = zip_longest(*(column.tolist() for column in done.laps()))
+    for idx, (begun_s, computed_s, posted_s, answered_s) in enumerate(times, layer):
+        yield Stage("attention", begun_s, computed_s, stream, idx, num_tokens, step)
+        yield Stage("dispatch", computed_s, posted_s, stream, idx, num_tokens, step)
+        if answered_s is not None:
+            yield Stage("wait", posted_s, answered_s)
+            yield Stage("exchange", posted_s, answered_s, stream, idx, done.gang_tokens, step, *gang)

@@ -99,6 +99,7 @@ class _Worker:
         self._max_streams = self._first_streams
         self._epoch = 0
         self._lost_since_s: float | None = None
+        self._news: list[Output] = []  # of the last step, published behind the next one's first stage
         self._stats_sent: tuple[float, WorkerStats | None] = (0.0, None)
         self._is_ready = False
         self._why_not = "starting"
@@ -257,6 +258,7 @@ class _Worker:
                 self._book.draining = True
                 self._seat.membership.set_draining(True)
             self._turn(now)
+        self._publish_news()
 
     def _turn(self, now: float) -> None:
         assert self._engine is not None and self._seat is not None and self._frontend is not None
@@ -288,24 +290,26 @@ class _Worker:
         """
         assert self._engine is not None
         engine, patience_s = self._engine, self._patience()
-        outputs: list[Output] = []
         while True:
-            news = outputs
+            outputs: list[Output] = []
             try:
-                outputs = engine.run_once(0.0 if news else patience_s)
+                outputs = engine.run_once(0.0 if self._news else patience_s)
             finally:
-                self._publish(news)
+                self._publish_news()
+            self._news = outputs
             patience_s = min(patience_s, until_s - time.monotonic())
             if patience_s <= 0.0 or not engine.in_flight:
-                self._publish(outputs)
-                engine.stages.deliver()
-                return
+                break
+        if engine.scheduler.idle:
+            self._publish_news()
 
-    def _publish(self, outputs: list[Output]) -> None:
+    def _publish_news(self) -> None:
         assert self._engine is not None
-        if outputs:
-            self._book.publish(outputs)
+        news, self._news = self._news, []
+        if news:
+            self._book.publish(news)
             self._choose_streams()
+            self._engine.stages.deliver()
 
     def _patience(self) -> float:
         """How long the engine may block: not at all while gateway messages wait (their fd is edge-triggered)."""
@@ -360,6 +364,7 @@ class _Worker:
         if self._lost_since_s is None:
             self._lost_since_s = now
         if now - self._lost_since_s > self._config.cluster.recovery_timeout_s:
+            self._publish_news()
             failed = self._book.fail_all(f"{reason}; no recovery in time", retryable=False)
             if failed:
                 log.error("%s: %d requests ended with an error", reason, failed)

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from afd.events import Stage, TraceRing
+from afd.events import Stage, StageBlock, TraceRing
 from afd.ffn.dispatch_check import DispatchCheck
 from afd.ffn.gang import Arrival, GangBatch, GangTable
 from afd.ffn.lateness import Lateness
-from afd.kernels.relay import NS, Lap, Outcome
+from afd.kernels.relay import Outcome, Relayed
 from afd.model.expert_load import ExpertLoad
 from afd.model.halves import Dispatch, FFNHalf
 from afd.model.relay import FfnRelay
 from afd.model.threads import ThreadShare
 from afd.model.wire_format import decode_rows, encode_rows
 from stepmesh.errors import StaleArrivalError
-from stepmesh.lane import Trip
+from stepmesh.lane import Trips
 from stepmesh.layout import PayloadLayout
 from stepmesh.mesh import Mesh
 from stepmesh.tensor import to_numpy, to_torch
@@ -215,34 +216,28 @@ class FFNEngine:
         lane = self._mesh.lane_after_arrival(arrival, CombineMeta(batch.gang_id, batch.mask))
         if lane is None:
             return 0.0
-        began_s = self._clock()
         done = relay.run(layer, lane)
-        ended_s = self._clock()
         if done.outcome not in (Outcome.DONE, Outcome.TIME_OVER):
             self._late = step
-        self._mesh.relayed(lane, [Trip(lap.begun_ns * NS, lap.posted_ns * NS) for lap in done.laps])
-        return self._account_laps(batch, done.laps, began_s, ended_s)
 
-    def _account_laps(self, batch: GangBatch, laps: Sequence[Lap], began_s: float, ended_s: float) -> float:
-        """Book layers that native code went through from began_s to ended_s, each behind a wait; seconds waited."""
-        totals, add, waited_s = self.totals, self.ring.add, 0.0
-        tokens, epoch = batch.num_tokens, batch.arrivals[0].epoch
-        for layer, lap in enumerate(laps, batch.layer + 1):
-            begun_s, computed_s, posted_s = lap.begun_ns * NS, lap.computed_ns * NS, lap.posted_ns * NS
-            where = (batch.stream, layer, tokens, 0, batch.gang_id, 1, epoch)
-            add(Stage("wait", began_s, begun_s))
-            add(Stage("ffn", begun_s, computed_s, *where))
-            add(Stage("combine", computed_s, posted_s, *where))
-            waited_s += begun_s - began_s
-            totals.busy_s += computed_s - begun_s
-            totals.answer_s += posted_s - computed_s
-            began_s = posted_s
-        waited_s += ended_s - began_s  # for what did not come
-        totals.num_batches += len(laps)
-        totals.num_tokens += len(laps) * tokens
-        totals.num_members += len(laps)
-        totals.wait_s += waited_s
-        return waited_s
+        def times() -> Iterator[tuple[float, float]]:
+            laps = done.laps()
+            return zip(laps.begun_s.tolist(), laps.posted_s.tolist(), strict=True)
+
+        self._mesh.relayed(lane, Trips(done.num_laps, done.num_laps, done.wait_s, done.ended_s, times))
+        totals = self.totals
+        totals.busy_s += done.compute_s
+        totals.answer_s += done.post_s
+        totals.wait_s += done.wait_s
+        totals.num_batches += done.num_laps
+        totals.num_tokens += done.num_laps * batch.num_tokens
+        totals.num_members += done.num_laps
+        if done.num_laps:
+            # Numbers only: a ring that kept dispatches would keep the memory they lie in.
+            where = (batch.stream, batch.num_tokens, batch.gang_id, batch.arrivals[0].epoch)
+            stages = partial(_relayed_stages, done, layer, *where)
+            self.ring.add_block(StageBlock(done.ended_s, 3 * done.num_laps, stages))
+        return done.wait_s
 
     def _merge(self, layer: int, parts: Sequence[DispatchParts]) -> Dispatch:
         """The members' rows as one batch, in rank order."""
@@ -273,6 +268,19 @@ class FFNEngine:
         self.ring.add(Stage("ffn", begun_s, done_s, *where))
         self.ring.add(Stage("combine", done_s, answered_s, *where))
         self.lateness.add(batch.arrivals, self.gangs.step_s(batch.stream))
+
+
+def _relayed_stages(
+    done: Relayed, layer: int, stream: int, num_tokens: int, gang_id: int, epoch: int
+) -> Iterator[Stage]:
+    laps, ended_s = done.laps(), done.began_s
+    times = zip(laps.begun_s.tolist(), laps.computed_s.tolist(), laps.posted_s.tolist(), strict=True)
+    for idx, (begun_s, computed_s, posted_s) in enumerate(times, layer):
+        where = (stream, idx, num_tokens, 0, gang_id, 1, epoch)
+        yield Stage("wait", ended_s, begun_s)
+        yield Stage("ffn", begun_s, computed_s, *where)
+        yield Stage("combine", computed_s, posted_s, *where)
+        ended_s = posted_s
 
 
 def _own_places(parts: Sequence[DispatchParts]) -> Tensor | None:

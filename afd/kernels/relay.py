@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from ctypes import POINTER, byref, c_int32, c_int64, c_uint32, c_void_p
+from ctypes import byref, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -32,22 +34,16 @@ class Outcome(IntEnum):
     OTHER = 3
 
 
-class Lap(NamedTuple):
-    """AfdLap of src/api.h: one layer's round trip, seen from one side. ns of CLOCK_MONOTONIC.
+class Laps(NamedTuple):
+    """AfdLap of src/api.h: layers' round trips, seen from one side. Seconds of the monotonic clock, [layers] each.
 
-    answered_ns: when the answer was seen (attention; 0 = not yet) or sent (FFN).  compute_ns: the FFN's.
+    answered_s: when the answer was seen (attention; one shorter while the last one is awaited) or sent (FFN).
     """
 
-    begun_ns: int
-    computed_ns: int
-    posted_ns: int
-    answered_ns: int
-    compute_ns: int
-    gang_tokens: int
-
-
-class _Lap(ctypes.Structure):
-    _fields_ = (*((name, c_int64) for name in Lap._fields[:-1]), ("gang_tokens", c_uint32), ("unused", c_uint32))
+    begun_s: npt.NDArray[np.float64]
+    computed_s: npt.NDArray[np.float64]
+    posted_s: npt.NDArray[np.float64]
+    answered_s: npt.NDArray[np.float64]
 
 
 class _Bounds(ctypes.Structure):
@@ -59,7 +55,12 @@ class _Bounds(ctypes.Structure):
 class _Relayed(ctypes.Structure):
     """AfdRelayed of src/api.h."""
 
-    _fields_ = (("laps", POINTER(_Lap)), ("num_laps", c_int32), ("outcome", c_int32))
+    _fields_ = (
+        ("laps", c_void_p),
+        *((name, c_int32) for name in ("num_laps", "num_answered", "outcome", "gang_tokens")),
+        *((name, c_int64) for name in ("began_ns", "ended_ns")),
+        *((name, c_int64) for name in ("compute_ns", "post_ns", "wait_ns", "ffn_ns", "exposed_ns")),
+    )
 
 
 class _RelayLayer(ctypes.Structure):
@@ -94,31 +95,64 @@ class _FfnRelay(ctypes.Structure):
     _fields_ = (("lane", c_void_p), ("last", c_void_p), ("layers", c_void_p), ("num_layers", c_int32))
 
 
-@dataclass(frozen=True, slots=True)
-class Relayed:
-    """What a relay did."""
+class Relayed(NamedTuple):
+    """What a relay did. Seconds; began_s, ended_s of the monotonic clock, the others sums over the layers.
 
-    laps: list[Lap]
+    num_laps: layers that were sent (attention) or answered (FFN).  num_answered: of the attention side, the last may
+    be missing.  gang_tokens: rows of the FFN's batch, by its last answer.  ffn_s: its computing, by all of them.
+    exposed_s: of wait_s, what was longer than that.  record: of all laps, for `laps`.
+    """
+
+    num_laps: int
+    num_answered: int
     outcome: Outcome
+    gang_tokens: int
+    began_s: float
+    ended_s: float
+    compute_s: float
+    post_s: float
+    wait_s: float
+    ffn_s: float
+    exposed_s: float
+    record: bytes
+
+    def laps(self) -> Laps:
+        """Each layer by itself: for traces, which few look at."""
+        times = np.frombuffer(self.record, np.int64).reshape(-1, len(Laps._fields)) * NS
+        begun, computed, posted, answered = times.T
+        return Laps(begun, computed, posted, answered[: self.num_answered])
 
 
-class _Laps:
-    """Room for what one call does."""
+class _Room:
+    """For what one call does."""
 
     def __init__(self, num_layers: int):
-        self._array = (_Lap * max(num_layers, 1))()
-        self.done = _Relayed(self._array)
+        self._laps = np.zeros((num_layers, len(Laps._fields)), np.int64)
+        self._row_bytes = self._laps.itemsize * len(Laps._fields)
+        self._done = _Relayed()
+        self.pointer = byref(self._done)
 
-    def begin(self) -> _Relayed:
-        self.done.num_laps = self.done.outcome = 0
-        return self.done
+    def clear(self) -> None:
+        ctypes.memset(self.pointer, 0, ctypes.sizeof(_Relayed))
+        self._done.laps = self._laps.ctypes.data
 
     def taken(self) -> Relayed:
-        laps = [
-            Lap(lap.begun_ns, lap.computed_ns, lap.posted_ns, lap.answered_ns, lap.compute_ns, lap.gang_tokens)
-            for lap in self._array[: self.done.num_laps]
-        ]
-        return Relayed(laps, Outcome(self.done.outcome))
+        # With all caches full of weights each call costs microseconds here: sums come from below, a record is bytes.
+        done = self._done
+        return Relayed(
+            done.num_laps,
+            done.num_answered,
+            Outcome(done.outcome),
+            done.gang_tokens,
+            done.began_ns * NS,
+            done.ended_ns * NS,
+            done.compute_ns * NS,
+            done.post_ns * NS,
+            done.wait_ns * NS,
+            done.ffn_ns * NS,
+            done.exposed_ns * NS,
+            ctypes.string_at(done.laps, self._row_bytes * done.num_laps),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +184,7 @@ class AttentionRelayCall:
                 for layer in layers
             ]
         )
-        self._laps = _Laps(len(layers))
+        self._room = _Room(len(layers))
         self._detail = (c_int32 * 2)()
 
     def __call__(
@@ -158,7 +192,8 @@ class AttentionRelayCall:
     ) -> Relayed:
         """Layers first, first + 1, ... of residual x [n, hidden] float32, in place.
 
-        The answer to lane.last is the first one's partial. Ends at until_ns, or when nothing came for patience_ns, too.
+        The answer to lane.last is the first one's partial; that of the last layer, if it came, is added, too. Ends at
+        until_ns, or when nothing came for patience_ns, as well.
         """
         assert x.dtype is torch.float32 and x.is_contiguous() and x.shape[0] == batches[0].num_tokens
         pointers = (c_void_p * len(batches))(*[batch.args_address for batch in batches])
@@ -170,18 +205,18 @@ class AttentionRelayCall:
             x.data_ptr(),
             len(self._layers) - first,
         )
-        done = self._laps.begin()
+        self._room.clear()
         status = self._kernels.library.afd_relay_attention(
             self._kernels.isa,
             torch.get_num_threads(),
             byref(relay),
             byref(_Bounds(until_ns, patience_ns)),
-            byref(done),
+            self._room.pointer,
             self._detail,
         )
         if status:
             raise error_of(status, self._detail[0], self._detail[1])
-        return self._laps.taken()
+        return self._room.taken()
 
 
 class FfnRelayCall:
@@ -191,7 +226,7 @@ class FfnRelayCall:
         self._kernels = kernels
         self._kept = list(layers)
         self._layers = (c_void_p * len(layers))(*[call.args_address for call in layers])
-        self._laps = _Laps(len(layers))
+        self._room = _Room(len(layers))
 
     def __call__(self, first: int, lane: Lane, until_ns: int, patience_ns: int) -> Relayed:
         """Answer dispatches of layers first, first + 1, ... with the rows, step and gang of lane.last."""
@@ -202,14 +237,14 @@ class FfnRelayCall:
             ctypes.addressof(self._layers) + first * size,
             len(self._layers) - first,
         )
-        done = self._laps.begin()
+        self._room.clear()
         status = self._kernels.library.afd_relay_ffn(
             self._kernels.isa,
             torch.get_num_threads(),
             byref(relay),
             byref(_Bounds(until_ns, patience_ns)),
-            byref(done),
+            self._room.pointer,
         )
         if status:
             raise error_of(status, 0, 0)
-        return self._laps.taken()
+        return self._room.taken()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from afd import kernels
-from afd.kernels.relay import NS, Outcome, Relayed
+from afd.kernels.relay import Outcome
 from afd.model import presets
 from afd.model import relay as model_relay
 from afd.model.halves import Dispatch
@@ -18,7 +18,7 @@ from afd.model.loading import load_ffn_half, resolve_model
 from afd.model.relay import AttentionRelay, FfnRelay
 from afd.model.sharding import ShardSpec
 from afd.types import FfnParallel
-from stepmesh.lane import Trip
+from stepmesh.lane import Trips
 from stepmesh.layout import PayloadLayout
 from stepmesh.native import native
 from stepmesh.tensor import to_numpy, to_torch
@@ -71,7 +71,7 @@ def laps(monkeypatch) -> Counter:
 
         def run(self, *args, side=side, plain=plain):
             done = plain(self, *args)
-            counted[side] += len(done.laps)
+            counted[side] += done.num_laps
             counted[done.outcome] += 1
             return done
 
@@ -169,6 +169,7 @@ def test_without_time_nothing_is_relayed(monkeypatch, laps):
 HIDDEN = 64
 LAYOUT = PayloadLayout(HIDDEN, 8, 2, WireDtype.BF16, WireDtype.BF16)
 A, F = attention(0), ffn(0)
+NO_TRIPS = Trips(0, 0, 0.0, 0.0, lambda: [])
 GANG = {"gang_id": 7, "member_mask": 1}
 
 
@@ -210,14 +211,14 @@ def test_the_next_layer_is_answered_natively(world, ffn_half):
     with torch.inference_mode():
         done = ffn_half.relay().run(1, lane)
         expected = ffn_half.layer(Dispatch(1, to_torch(parts.rows, WireDtype.BF16)))
-    assert len(done.laps) == 1 and done.outcome is Outcome.LATE  # nobody sends layer 2
-    [lap] = done.laps
-    assert lap.begun_ns <= lap.computed_ns <= lap.posted_ns == lap.answered_ns
-    world.meshes[F].relayed(lane, [Trip(lap.begun_ns * NS, lap.posted_ns * NS)])
+    assert done.num_laps == 1 and done.outcome is Outcome.LATE  # nobody sends layer 2
+    [times] = zip(*done.laps(), strict=True)
+    assert list(times) == sorted(times) and times[2] == times[3]
+    world.meshes[F].relayed(lane, Trips(1, 1, done.wait_s, done.ended_s, lambda: [(times[0], times[2])]))
     (combined,) = world.take(A, CombineArrived)
     header = combined.header
     assert (header.seq, header.layer, header.gang_id, header.member_mask) == (seq, 1, 7, 1)
-    assert (header.gang_tokens, header.compute_ns) == (3, lap.compute_ns)
+    assert (header.gang_tokens, header.compute_ns) == (3, round(done.compute_s * 1e9))
     np.testing.assert_array_equal(combined.rows, to_numpy(expected))
     # The mesh goes on from there as if it had done it all itself.
     world.dispatch(A, [F], parts, layer=2, **GANG)
@@ -248,8 +249,8 @@ def test_what_does_not_follow_is_left_to_the_mesh(world, ffn_half, change, num_t
     lane = world.meshes[F].lane_after_arrival(arrival, CombineMeta(**GANG))
     with torch.inference_mode():
         done = ffn_half.relay().run(1, lane)
-    assert (done.laps, done.outcome) == ([], Outcome.OTHER)
-    world.meshes[F].relayed(lane, [])
+    assert (done.num_laps, done.outcome) == (0, Outcome.OTHER)
+    world.meshes[F].relayed(lane, NO_TRIPS)
     (found,) = world.take(F, DispatchArrived)
     np.testing.assert_array_equal(found.parts.rows, parts.rows)
 
@@ -274,8 +275,8 @@ def test_a_forged_frame_is_left_to_the_mesh_which_rejects_it(world, ffn_half, fo
     lane = world.meshes[F].lane_after_arrival(arrival, CombineMeta(**GANG))
     with torch.inference_mode():
         done = ffn_half.relay().run(1, lane)
-    assert (done.laps, done.outcome) == ([], Outcome.OTHER)
-    world.meshes[F].relayed(lane, [])
+    assert (done.num_laps, done.outcome) == (0, Outcome.OTHER)
+    world.meshes[F].relayed(lane, NO_TRIPS)
     if reason is None:  # of an epoch that may come yet
         world.settle()
         assert not world.seen(F, DispatchArrived) and not world.seen(F, FrameRejected)
@@ -289,7 +290,8 @@ def test_nothing_is_relayed_without_a_dispatch(world, ffn_half, monkeypatch):
     arrival = answered(world)
     lane = world.meshes[F].lane_after_arrival(arrival, CombineMeta(**GANG))
     with torch.inference_mode():
-        assert ffn_half.relay().run(1, lane) == Relayed([], Outcome.LATE)
+        done = ffn_half.relay().run(1, lane)
+    assert (done.num_laps, done.outcome) == (0, Outcome.LATE)
 
 
 @pytest.mark.parametrize("world", ["inproc", "tcp", "shm"], indirect=True)
@@ -335,7 +337,7 @@ def test_an_answer_that_is_still_to_come_is_the_meshs(world):
     HEADER.pack_into(slot.memory, 0, *header)
     write_trailer(slot.memory, header.payload_bytes, seq)
     world.pair(A, F).channel.post(0, seq & 1, seq, 0)
-    assert mesh.relayed(lane, [Trip(world.now(), None)]) is None
+    mesh.relayed(lane, Trips(1, 0, 0.0, world.now(), lambda: []))
     (arrival,) = world.take(F, DispatchArrived)
     assert (arrival.header.layer, arrival.header.gang_id) == (1, 7)
     np.testing.assert_array_equal(arrival.parts.rows, rows)

@@ -130,12 +130,14 @@ struct AfdLap {
     int64_t computed_ns;  // its rows were in the slot
     int64_t posted_ns;
     int64_t answered_ns;  // attention: the answer was seen, 0 = not yet; FFN: posted_ns
-    int64_t compute_ns;   // of the FFN
-    uint32_t gang_tokens, unused;
 };
 struct AfdRelayed {
     AfdLap* laps;  // [num_layers]
-    int32_t num_laps, outcome;
+    int32_t num_laps, num_answered, outcome, gang_tokens;  // gang_tokens: of the last answer
+    int64_t began_ns, ended_ns;
+    // Sums over the laps: computing here, posting, waiting for the other side; the FFN's computing as its answers say, and
+    // what of the waiting was longer than it (attention).
+    int64_t compute_ns, post_ns, wait_ns, ffn_ns, exposed_ns;
 };
 struct AfdRelayLayer {
     const AfdAttentionLayer* layer;
@@ -145,7 +147,7 @@ struct AfdRelayLayer {
 };
 struct AfdAttentionRelay {
     const SmLane* lane;
-    const SmHeader* last;  // of the dispatch whose answer, [num_tokens, hidden] bf16, was taken last
+    const SmHeader* last;  // of the dispatch whose answer, [num_tokens, hidden] bf16, was taken last and is to be added
     const AfdRelayLayer* layers;
     const AfdBatch* const* batches;
     float* x;

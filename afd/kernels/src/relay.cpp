@@ -1,6 +1,7 @@
 #include "relay.h"
 
 #include <algorithm>
+#include <cstring>
 
 #include "fused.h"
 #include "run.h"
@@ -32,17 +33,32 @@ bool follows(const SmHeader& frame, const SmHeader& last) {
            frame.layer == last.layer + 1 && frame.top_k == 0 && frame.payload_bytes == last.payload_bytes;
 }
 
+// x [count] += bf16 rows.
+void add_rows(float* x, const void* rows, int64_t count) {
+    const uint16_t* const bits = static_cast<const uint16_t*>(rows);
+    for (int64_t i = 0; i < count; ++i) {
+        const uint32_t wide = static_cast<uint32_t>(bits[i]) << 16;
+        float value;
+        std::memcpy(&value, &wide, sizeof value);
+        x[i] += value;
+    }
+}
+
 }  // namespace
 
 int32_t relay_attention(const KernelTable& kernels, const AfdAttentionRelay& relay, const AfdRelayBounds& bounds,
                         AfdRelayed* done, int num_threads, int32_t* error_detail) {
     const SmLane& lane = *relay.lane;
     SmHeader sent = *relay.last;
-    for (; done->num_laps < relay.num_layers; ++done->num_laps) {
+    done->began_ns = done->ended_ns = sm_now_ns();
+    while (done->num_laps < relay.num_layers) {
+        if (done->ended_ns >= bounds.until_ns) {
+            done->outcome = kRelayTimeOver;
+            break;
+        }
         AfdLap& lap = done->laps[done->num_laps];
         lap = {};
-        lap.begun_ns = sm_now_ns();
-        if (lap.begun_ns >= bounds.until_ns) return done->outcome = kRelayTimeOver, kOk;
+        lap.begun_ns = done->ended_ns;
         const AfdRelayLayer& l = relay.layers[done->num_laps];
         const Residual residual{relay.x, {sm_in_rows(&lane, sent.seq)}, 1, kBfloat16};
         sent.seq += 1;
@@ -53,19 +69,25 @@ int32_t relay_attention(const KernelTable& kernels, const AfdAttentionRelay& rel
         if (status != kOk) return status;
         lap.computed_ns = sm_now_ns();
         if (const int error = sm_lane_post(&lane, &sent)) return kPostFailed + error;
-        lap.posted_ns = sm_now_ns();
+        lap.posted_ns = done->ended_ns = sm_now_ns();
+        done->num_laps += 1;
+        done->compute_ns += lap.computed_ns - lap.begun_ns;
+        done->post_ns += lap.posted_ns - lap.computed_ns;
         SmHeader answer;
         done->outcome = await(lane, bounds, sent.seq, &answer);
         if (done->outcome == kRelayDone && !answers(answer, sent)) done->outcome = kRelayOther;
-        if (done->outcome != kRelayDone) {
-            done->num_laps += 1;  // sent, not answered
-            return kOk;
-        }
+        if (done->outcome != kRelayDone) return kOk;  // sent, not answered
         sm_lane_take(&lane);
-        lap.answered_ns = sm_now_ns();
-        lap.compute_ns = answer.compute_ns;
-        lap.gang_tokens = answer.gang_tokens;
+        lap.answered_ns = done->ended_ns = sm_now_ns();
+        const int64_t took_ns = lap.answered_ns - lap.posted_ns, ffn_ns = static_cast<int64_t>(answer.compute_ns);
+        done->num_answered += 1;
+        done->gang_tokens = static_cast<int32_t>(answer.gang_tokens);
+        done->wait_ns += took_ns;
+        done->ffn_ns += ffn_ns;
+        done->exposed_ns += std::max<int64_t>(0, took_ns - ffn_ns);
     }
+    if (done->num_answered > 0)
+        add_rows(relay.x, sm_in_rows(&lane, sent.seq), static_cast<int64_t>(sent.payload_bytes / kBf16Bytes));
     return kOk;
 }
 
@@ -73,29 +95,34 @@ int32_t relay_ffn(const KernelTable& kernels, const AfdFfnRelay& relay, const Af
                   int num_threads) {
     const SmLane& lane = *relay.lane;
     SmHeader last = *relay.last;
-    for (; done->num_laps < relay.num_layers; ++done->num_laps) {
+    done->began_ns = done->ended_ns = sm_now_ns();
+    while (done->num_laps < relay.num_layers) {
         SmHeader frame;
         done->outcome = await(lane, bounds, last.seq + 1, &frame);
         if (done->outcome == kRelayDone && !follows(frame, last)) done->outcome = kRelayOther;
+        const int64_t begun_ns = sm_now_ns();
+        done->wait_ns += begun_ns - done->ended_ns;
+        done->ended_ns = begun_ns;
         if (done->outcome != kRelayDone) return kOk;
         sm_lane_take(&lane);
         AfdLap& lap = done->laps[done->num_laps];
-        lap = {};
-        lap.begun_ns = sm_now_ns();
+        lap.begun_ns = begun_ns;
         const AfdSwiGlu& ffn = *relay.layers[done->num_laps];
         const int32_t status = swiglu(kernels, ffn, sm_in_rows(&lane, frame.seq), ffn.hidden, frame.num_tokens,
                                       sm_out_rows(&lane, frame.seq), num_threads);
         if (status != kOk) return status;
         lap.computed_ns = sm_now_ns();
-        lap.compute_ns = lap.computed_ns - lap.begun_ns;
-        lap.gang_tokens = frame.num_tokens;
         SmHeader answer = frame;
         answer.kind = SM_COMBINE;
         answer.flags = 0;
-        answer.compute_ns = lap.compute_ns;
+        answer.compute_ns = lap.computed_ns - lap.begun_ns;
         answer.gang_tokens = frame.num_tokens;
         if (const int error = sm_lane_post(&lane, &answer)) return kPostFailed + error;
-        lap.posted_ns = lap.answered_ns = sm_now_ns();
+        lap.posted_ns = lap.answered_ns = done->ended_ns = sm_now_ns();
+        done->num_laps += 1;
+        done->num_answered += 1;
+        done->compute_ns += lap.computed_ns - lap.begun_ns;
+        done->post_ns += lap.posted_ns - lap.computed_ns;
         last = frame;
     }
     return kOk;

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from afd import metrics
-from afd.events import CHUNK_STAGES, Stage, TraceHeader, TracePage, TraceRing
+from afd.events import CHUNK_STAGES, Stage, StageBlock, TraceHeader, TracePage, TraceRing
 from afd.metrics import MAX_PINGS, MetricsServer, process_registry
 
 WAIT_S = 10.0
@@ -33,6 +33,26 @@ def test_the_ring_keeps_the_newest_and_says_what_is_gone():
     assert [stage.end_s for stage in ring.snapshot()] == [4, 5, 6, 7]
     assert [stage.end_s for stage in ring.snapshot(5.5)] == [6, 7]
     assert ring.snapshot(8.0) == [] and TraceRing(0).kept_since_s == 0.0
+
+
+def test_blocks_are_stages_that_are_made_when_somebody_looks():
+    made = []
+
+    def block(*seconds: int) -> StageBlock:
+        return StageBlock(seconds[-1], len(seconds), lambda: made.append(seconds) or map(stage_at, seconds))
+
+    ring = TraceRing(5)
+    ring.add_block(block(1, 2))
+    ring.add(stage_at(3))
+    ring.add_block(block(4, 5))
+    assert not made and ring.kept_since_s == 0.0
+    assert [stage.end_s for stage in ring.snapshot()] == [1, 2, 3, 4, 5]
+    assert [stage.end_s for stage in ring.snapshot(4.5)] == [5]
+    assert made == [(1, 2), (4, 5), (4, 5)]
+    ring.add(stage_at(6))  # the oldest block falls out as a whole
+    assert [stage.end_s for stage in ring.snapshot()] == [3, 4, 5, 6] and ring.kept_since_s == 3
+    ring.add_block(block(7, 8, 9, 10, 11))
+    assert [stage.end_s for stage in ring.snapshot()] == [7, 8, 9, 10, 11]
 
 
 def read(page: TracePage, **query: str) -> tuple[TraceHeader, list[Stage]]:
