@@ -177,14 +177,14 @@ int list_runs(const AttentionArgs& a, const afd::TileRange& range, int tile_key,
     return count;
 }
 
-// Steps of the inner loops for one KV head in one tile, over which the prefetches are spread.
+// Steps of the inner loops for one KV head over the keys [lo, hi) of a tile, over which the prefetches are spread.
 template <class T, int Keys, bool Direct>
-int64_t inner_steps(const AttentionArgs& a, int rows) {
+int64_t inner_steps(const AttentionArgs& a, int rows, int lo, int hi) {
     const int words = a.head_dim / Operand<T>::kPerWord, row_groups = (rows + kRowTile - 1) / kRowTile;
     const int tile = (rows <= 3 ? kChunkTile<3> : kChunkTile<kRowTile>) * kChunk, columns = (a.v_dim + tile - 1) / tile;
-    const int score = words * (Keys / kLanes) / kVectorTile<Keys>, accumulate = Keys / Operand<T>::kPerWord * columns;
-    if (Direct) return static_cast<int64_t>(row_groups) * (Keys * direct_steps<T>(a.head_dim) + accumulate);
-    const int pack = a.head_dim * static_cast<int>(sizeof(T)) / 16 * (Keys / (AFD_LANES == 16 ? 16 : 4));
+    const int score = words * (Keys / kLanes) / kVectorTile<Keys>, accumulate = (hi - lo + 1) / Operand<T>::kPerWord * columns;
+    if (Direct) return static_cast<int64_t>(row_groups) * (hi * direct_steps<T>(a.head_dim) + accumulate);
+    const int pack = a.head_dim * static_cast<int>(sizeof(T)) / 16 * ((hi + 15) / 16 * 16 / (AFD_LANES == 16 ? 16 : 4));
     return pack + static_cast<int64_t>(row_groups) * (score + accumulate);
 }
 
@@ -247,12 +247,12 @@ void attend_keys(const AttentionArgs& a, const AttentionTile& t, int begin, int 
     const afd::TileRange here{&t, begin, fetch_end};
     TileGroups<T, Keys> groups[2];
     Run runs[kMaxRuns<Keys>];
-    const int64_t num_steps = inner_steps<T, Keys, Direct>(a, t.rows_per_kv_head());
     int side = 0;
     groups[0].find(a, here, 0, begin / Keys * Keys);
     for (int tile_key = begin / Keys * Keys; tile_key < end; tile_key += Keys) {
         const int next_key = tile_key + Keys;
         const int lo = begin > tile_key ? begin - tile_key : 0, hi = (end < next_key ? end : next_key) - tile_key;
+        const int64_t num_steps = inner_steps<T, Keys, Direct>(a, t.rows_per_kv_head(), lo, hi);
         const bool more = next_key < fetch_end;
         const afd::TileRange& then = more ? here : next;
         const int then_key = more ? next_key : next.begin / Keys * Keys;

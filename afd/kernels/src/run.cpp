@@ -109,11 +109,46 @@ int gemm_threads(const GemmArgs& args, int num_threads) {
     return static_cast<int>(std::clamp<int64_t>(bytes * (1 + args.m / 16) / kBytesPerThread, 1, num_threads));
 }
 
+namespace {
+
+// Rows [begin, end) of a GEMM over bf16 weights.
+GemmArgs rows_of(const GemmArgs& args, int begin, int end) {
+    const int64_t element_bytes = args.mode == kToBfloat16 ? 2 : sizeof(float);
+    GemmArgs part = args;
+    part.x = static_cast<const char*>(args.x) + 2 * begin * args.x_stride;
+    part.out = static_cast<char*>(args.out) + element_bytes * begin * args.out_stride;
+    part.m = end - begin;
+    return part;
+}
+
+}  // namespace
+
 void run_gemm(const KernelTable& kernels, const GemmArgs& args, int num_threads) {
     if (args.m == 0) return;
     const GemmInput input(kernels, args);
-    run_ranges(args.n, args.w.scales != nullptr ? kInt8Panel : kPanel, gemm_threads(args, num_threads),
-               [&](int begin, int end) { input.multiply(args, begin, end); });
+    const int threads = gemm_threads(args, num_threads);
+    const bool int8 = args.w.scales != nullptr;
+    // Panels that cannot be shared out evenly are shared by rows, where a second reading of theirs costs less than that.
+    constexpr int kRowsPerThread = 16;
+    const int panels = (args.n + kPanel - 1) / kPanel;
+    const int uneven = int8 || args.m < kRowsPerThread * threads ? 0 : panels % threads;
+    const int ranges = std::min(panels - uneven, 4 * threads);
+    if (uneven == 0 || ranges < threads) {
+        run_ranges(args.n, int8 ? kInt8Panel : kPanel, threads,
+                   [&](int begin, int end) { input.multiply(args, begin, end); });
+        return;
+    }
+    const auto column = [&](int panel) { return std::min(panel * kPanel, args.n); };
+    run_items(ranges + uneven * threads, threads, [&](int item) {
+        if (item < ranges) {
+            const int64_t whole = panels - uneven;
+            input.multiply(args, column(whole * item / ranges), column(whole * (item + 1) / ranges));
+            return;
+        }
+        const int panel = panels - uneven + (item - ranges) / threads, part = (item - ranges) % threads;
+        const GemmArgs rows = rows_of(args, args.m * part / threads, args.m * (part + 1) / threads);
+        input.multiply(rows, column(panel), column(panel + 1));
+    });
 }
 
 AfdMatrix rows_from(const AfdMatrix& w, int row, int k) {

@@ -44,23 +44,22 @@ int32_t attend(const KernelTable& kernels, const AttentionArgs& args, int num_th
 
 int32_t check_slots(const int64_t* slots, int num_tokens, int64_t num_slots, int32_t* error_detail);
 
+// Runs function(item) for each item of [0, num_items).
+template <class Function>
+void run_items(int num_items, int num_threads, Function function) {
+    run_parallel(
+        num_items, num_threads, [](void* f, int item) { (*static_cast<Function*>(f))(item); }, &function);
+}
+
 // Splits [0, size) into one range of multiples of `grain` per item, about four per thread, and runs them.
 template <class Function>
 void run_ranges(int size, int grain, int num_threads, Function function) {
-    const int grains = (size + grain - 1) / grain, items = num_threads > 1 ? std::min(grains, 4 * num_threads) : 1;
-    struct Context {
-        int size, grain, grains, items;
-        Function* function;
-    } context{size, grain, grains, items, &function};
-    run_parallel(
-        items, num_threads,
-        [](void* p, int item) {
-            const Context& c = *static_cast<Context*>(p);
-            const int64_t begin = static_cast<int64_t>(c.grains) * item / c.items * c.grain;
-            const int64_t end = static_cast<int64_t>(c.grains) * (item + 1) / c.items * c.grain;
-            (*c.function)(static_cast<int>(begin), static_cast<int>(std::min<int64_t>(end, c.size)));
-        },
-        &context);
+    const int64_t grains = (size + grain - 1) / grain;
+    const int items = num_threads > 1 ? static_cast<int>(std::min<int64_t>(grains, 4 * num_threads)) : 1;
+    run_items(items, num_threads, [&](int item) {
+        const int64_t begin = grains * item / items * grain, end = grains * (item + 1) / items * grain;
+        function(static_cast<int>(begin), static_cast<int>(std::min<int64_t>(end, size)));
+    });
 }
 
 // x of a GEMM as its weights' kernel takes it: int8 weights want it rounded, once for all columns. Throws std::bad_alloc.
