@@ -111,6 +111,7 @@ class AttentionEngine:
         self._streams: dict[int, _Stream] = {}
         self._ready: deque[tuple[int, Combined | None]] = deque()
         self._announced_idle: set[int] = set()
+        self._logits: dict[int, Tensor] = {}  # by stream
         self._head_slice_rows = HEAD_SLICE_ROWS
         self._clock = clock
         self.stages = StageClock(clock)
@@ -250,8 +251,16 @@ class AttentionEngine:
                 rows.append(end - 1)
         assert stream.x is not None
         normed = self._half.head_rows(stream.x[self._indices(rows)])
-        logits = normed.new_empty(len(seqs), self._half.spec.vocab_size, dtype=torch.float32)
-        stream.head = _Head(seqs, normed, logits)
+        stream.head = _Head(seqs, normed, self._logits_of(stream.micro_batch.stream, len(seqs)))
+
+    def _logits_of(self, stream: int, num_rows: int) -> Tensor:
+        """Room for a head's logits [num_rows, vocab] float32: kept, as fresh memory costs page faults."""
+        room = self._logits.get(stream)
+        if room is None or room.shape[0] < num_rows:
+            width = self._half.spec.vocab_size
+            room = torch.empty(num_rows, width, dtype=torch.float32, device=self._half.device)
+            self._logits[stream] = room
+        return room[:num_rows]
 
     def _advance_head(self, idx: int, begun_s: float) -> list[Output]:
         """One slice of the logits, so that the other streams' stages need not wait for the whole; after the last one,

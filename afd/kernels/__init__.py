@@ -48,6 +48,7 @@ __all__ = [
     "paged_attention",
     "rms_norm",
     "rope_write_kv",
+    "row_argmax",
     "select_kernels",
     "silu_mul",
     "start_threads",
@@ -203,6 +204,17 @@ def silu_mul(gate_up: Tensor, limit: float = 0.0, out: Tensor | None = None) -> 
     out = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2) if out is None else out
     arguments.check_silu_mul(gate_up, out)
     _kernels().silu_mul(gate_up, limit, out)
+    return out
+
+
+def row_argmax(x: Tensor, num_threads: int = 1) -> Tensor:
+    """The place of the largest element in each row of x `[m, n]` float32, n > 0: `[m]` int64.
+
+    Of equal ones the first; a row with a NaN gives the place of its first NaN, as numpy's does.
+    """
+    arguments.check_row_argmax(x, num_threads)
+    out = torch.empty(x.shape[0], dtype=torch.int64)
+    _kernels().row_argmax(x, out, num_threads)
     return out
 
 

@@ -96,6 +96,12 @@ def check_norm(x: Tensor, partials: Sequence[Tensor], weight: Tensor, out: Tenso
         raise ValueError(f"out must be like x, {_describe(x)}, or bfloat16; it is {_describe(out)}")
 
 
+def check_row_argmax(x: Tensor, num_threads: int) -> None:
+    if x.dim() != 2 or x.dtype != torch.float32 or not x.is_cpu or not x.shape[1] or not _unit_stride(x):
+        raise ValueError(f"x must be a float32 matrix with columns, its rows of unit stride; it is {_describe(x)}")
+    check_threads(num_threads)
+
+
 def check_silu_mul(gate_up: Tensor, out: Tensor) -> None:
     _check_storage("gate_up", gate_up)
     if gate_up.dim() != 2 or gate_up.shape[1] % 2 or not _unit_stride(gate_up):

@@ -188,6 +188,10 @@ class NativeKernels:
             limit,
         )
 
+    def row_argmax(self, x: Tensor, out: Tensor, num_threads: int) -> None:
+        rows, width = x.shape
+        self.library.afd_row_argmax(self.isa, num_threads, x.data_ptr(), x.stride(0), rows, width, out.data_ptr())
+
     def pack(self, w: Tensor, *, unpack: bool = False) -> None:
         """Reorder w [n, k] in its place."""
         self.library.afd_pack(w.data_ptr(), w.shape[0], w.shape[1], unpack)
@@ -267,6 +271,7 @@ def _declare(library: ctypes.CDLL) -> None:
         "afd_rope_write_kv": (i32, [i32] * 2 + [pointer] * 8 + [i64] * 3 + [i32] * 9 + [pointer]),
         "afd_add_rms_norm": (i32, [i32] * 4 + [pointer] * 2 + [i32] + [pointer] * 2 + [i32] * 2 + [f32]),
         "afd_silu_mul": (i32, [i32] * 2 + [pointer] * 2 + [i64] * 2 + [i32] * 2 + [f32]),
+        "afd_row_argmax": (None, [i32] * 2 + [pointer, i64] + [i32] * 2 + [pointer]),
         "afd_unpack_rows": (None, [pointer, i32, i32, pointer, i32, pointer]),
         "afd_pack": (None, [pointer] + [i32] * 3),
         "afd_gemm": (i32, [i32] * 2 + [pointer] * 3 + [i32] + [i64] * 2 + [i32] * 3),

@@ -17,8 +17,10 @@ from math import log
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
+from afd import kernels
 from afd.model.philox import uniforms
 from afd.types import SamplingParams
 
@@ -62,8 +64,9 @@ class Sampler:
 
         histories: needed where any row has `needs_history`; may be None otherwise.
         """
-        rows = logits.detach().cpu().numpy()
-        ids = rows.argmax(axis=1)
+        logits = logits.detach().cpu()
+        rows = logits.numpy()
+        ids = kernels.row_argmax(logits, torch.get_num_threads()).numpy()
         largest = rows[np.arange(len(rows)), ids]
         valid = np.isfinite(largest)
         drawn = [i for i, p in enumerate(params) if valid[i] and not (p.greedy and not _adjusts(p, positions[i]))]

@@ -134,6 +134,12 @@ void afd_pack(void* weights, int32_t n, int32_t k, int32_t unpack) {
     }
 }
 
+void afd_row_argmax(int32_t isa, int32_t num_threads, const float* x, int64_t stride, int32_t num_rows, int32_t width,
+                    int64_t* idx) {
+    const ArgmaxArgs args{x, stride, idx, num_rows, width};
+    run_ranges(num_rows, 1, num_threads, [&](int begin, int end) { table_of(isa).row_argmax(args, begin, end); });
+}
+
 void afd_unpack_rows(const void* weights, int32_t n, int32_t k, const int64_t* idx, int32_t m, void* out) {
     const uint32_t* const pairs = static_cast<const uint32_t*>(weights);
     uint32_t* to = static_cast<uint32_t*>(out);

@@ -45,6 +45,10 @@ AFD_API int32_t afd_add_rms_norm(int32_t isa, int32_t dtype, int32_t out_dtype, 
 AFD_API int32_t afd_silu_mul(int32_t isa, int32_t dtype, const void* gate_up, void* out, int64_t in_stride,
                              int64_t out_stride, int32_t num_rows, int32_t width, float limit);
 
+// idx [num_rows]: place of each row's first NaN, or else of its first largest element. x: rows `stride` apart.
+AFD_API void afd_row_argmax(int32_t isa, int32_t num_threads, const float* x, int64_t stride, int32_t num_rows,
+                            int32_t width, int64_t* idx);
+
 // out [m, k]: rows idx of packed weights [n, k], as they were.
 AFD_API void afd_unpack_rows(const void* weights, int32_t n, int32_t k, const int64_t* idx, int32_t m, void* out);
 

@@ -217,4 +217,44 @@ void silu_mul(const afd::SiluMulArgs& a, int row_begin, int row_end) {
     }
 }
 
+inline void row_argmax(const afd::ArgmaxArgs& a, int row_begin, int row_end) {
+    constexpr int kBlock = 1024;  // looked at again for the place, while it is in the cache
+    for (int row = row_begin; row < row_end; ++row) {
+        const float* const x = a.x + row * a.stride;
+        float largest = 0;
+        int at = 0;
+        for (int begin = 0; begin < a.width; begin += kBlock) {
+            const int end = begin + kBlock < a.width ? begin + kBlock : a.width;
+            Vf highest = splat(x[begin]);
+            Vi unordered = {};
+            int i = begin;
+            for (; i + kLanes <= end; i += kLanes) {
+                const Vf v = load_vector<Vf>(x + i);
+                unordered |= v != v;
+                highest = max_of(highest, v);
+            }
+            bool has_nan = false;
+            for (int lane = 0; lane < kLanes; ++lane) has_nan |= unordered[lane] != 0;
+            float block = max_lane(highest);
+            for (; i < end; ++i) {
+                has_nan |= x[i] != x[i];
+                block = x[i] > block ? x[i] : block;
+            }
+            if (has_nan) {
+                at = begin;
+                while (x[at] == x[at]) ++at;
+                largest = x[at];
+                break;
+            }
+            if (begin == 0 || block > largest) {
+                largest = block;
+                at = begin;
+            }
+        }
+        if (largest == largest)
+            while (x[at] != largest) ++at;
+        a.idx[row] = at;
+    }
+}
+
 }  // namespace AFD_ISA

@@ -115,6 +115,13 @@ struct GemmArgs {
     const void* after = nullptr;  // a panel of bf16 weights that will be read next, to be fetched meanwhile; null = none
 };
 
+struct ArgmaxArgs {
+    const float* x;  // [num_rows, width], rows `stride` apart
+    int64_t stride;
+    int64_t* idx;  // [num_rows]
+    int32_t num_rows, width;
+};
+
 // Rows of x rounded to integers, in the order of gemm_int8.h, each with its scale: what the int8 GEMM multiplies.
 struct RoundedRows {
     int32_t* pairs;  // [m * (k + 1) / 2] pairs of int16
@@ -142,6 +149,8 @@ struct KernelTable {
     // out[row] += scale[row] * x[row] for float32 rows of `width`; out row r is out + index[r] * width.
     void (*add_scaled_rows)(const float* x, const float* scale, const int32_t* index, int num_rows, int width,
                             float* out);
+    // Place of each row's first NaN, or else of its first largest element.
+    void (*row_argmax)(const ArgmaxArgs&, int row_begin, int row_end);
     void (*gemm)(const GemmArgs&, int n_begin, int n_end);  // bf16 weights
     void (*round_rows)(const GemmArgs&, RoundedRows rows);  // writes `rows`, of a's x
     void (*gemm_int8)(const GemmArgs&, RoundedRows rows, int n_begin, int n_end);

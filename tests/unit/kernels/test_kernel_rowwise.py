@@ -177,6 +177,20 @@ def test_gemm(kernels: NativeKernels, m: int, n: int, pairs: int, out_dtype: tor
     assert wide[:, n:].isnan().all(), "wrote behind the rows of out"
 
 
+@pytest.mark.parametrize("out_dtype", DTYPES)
+@pytest.mark.parametrize(("m", "n"), [(64, 576), (48, 960), (100, 640), (64, 200), (33, 3 * PANEL_ROWS - 7)])
+def test_panels_that_do_not_share_out_evenly(kernels: NativeKernels, m: int, n: int, out_dtype: torch.dtype) -> None:
+    """Their rows are shared: the same sums, each once, nothing behind the rows of out."""
+    k = 2 * 4096  # enough to be worth several threads
+    x, w = random(m, k + 5, dtype=torch.bfloat16)[:, :k], packed(kernels, random(n, k, dtype=torch.bfloat16, seed=1))
+    alone = torch.empty(m, n, dtype=out_dtype)
+    kernels.gemm(x, w, alone, 1)
+    for num_threads in (2, 3, 4):
+        wide = torch.full((m, n + 2), float("nan"), dtype=out_dtype)
+        kernels.gemm(x, w, wide[:, :n], num_threads)
+        assert torch.equal(alone, wide[:, :n]) and wide[:, n:].isnan().all()
+
+
 def test_a_gemm_row_does_not_depend_on_its_batch_nor_on_threads(kernels: NativeKernels) -> None:
     x, w = random(32, 576, dtype=torch.bfloat16), random(1603, 576, dtype=torch.bfloat16, seed=1)
     w_packed = packed(kernels, w)
@@ -191,6 +205,31 @@ def test_a_gemm_row_does_not_depend_on_its_batch_nor_on_threads(kernels: NativeK
         kernels.gemm(x[3 : 3 + m], w_packed, part, 1)
         assert torch.equal(together[3 : 3 + m], part)
     kernels.close()
+
+
+@given(
+    st.integers(1, 5),
+    st.integers(1, 2600),
+    st.lists(st.tuples(st.integers(0, 4), st.integers(0, 2599), st.sampled_from([9.0, float("nan"), float("inf")]))),
+    st.integers(1, 3),
+)
+@FAST
+def test_row_argmax(kernels: Kernels, rows: int, width: int, marks: list, num_threads: int) -> None:
+    """numpy's answer: the first of equal elements (bfloat16 has many), the first NaN where there is one."""
+    x = random(rows, width + 3).bfloat16().float()[:, :width]
+    for row, column, value in marks:
+        x[row % rows, column % width] = value
+    got, want = (torch.empty(rows, dtype=torch.int64) for _ in range(2))
+    kernels.row_argmax(x, got, num_threads)
+    REFERENCE.row_argmax(x, want, num_threads)
+    assert got.tolist() == want.tolist() == x.numpy().argmax(axis=1).tolist()
+
+
+@pytest.mark.parametrize("value", [0.0, -float("inf"), float("inf"), float("nan")])
+def test_row_argmax_of_equal_elements(kernels: Kernels, value: float) -> None:
+    x, got = torch.full((2, 3000), value), torch.empty(2, dtype=torch.int64)
+    kernels.row_argmax(x, got, 1)
+    assert got.tolist() == [0, 0]
 
 
 @pytest.mark.parametrize(("n", "k"), [(0, 4), (1, 2), (64, 6), (65, 10), (200, 0), (130, 32)])
