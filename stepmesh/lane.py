@@ -13,7 +13,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterable, Sequence
 from ctypes import c_char, c_int64, c_uint64, c_void_p
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from stepmesh.layout import NUM_PARITIES
 from stepmesh.types import Header, RankId
@@ -36,11 +36,18 @@ class _Lane(ctypes.Structure):
     )
 
 
-class LaneMemory(NamedTuple):
-    """What a channel lends: addresses of both boards (SmBoard of frame.h), the slots by parity, the peer's bell."""
+class AddressedBoard(Protocol):
+    """A board of the compiled half."""
 
-    out_board: int
-    in_board: int
+    def address(self) -> int:
+        """Of its SmBoard (frame.h), which goes with it."""
+
+
+class LaneMemory(NamedTuple):
+    """What a channel lends: both boards, the slots by parity, the peer's bell."""
+
+    out_board: AddressedBoard
+    in_board: AddressedBoard
     outgoing: Sequence[memoryview]
     incoming: Sequence[memoryview]
     bell_fd: int
@@ -70,10 +77,10 @@ class Lane:
         self.peer = peer
         self.stream = stream
         self.last: Header | None = None
-        self._memory = memory  # keeps the mappings
+        self._memory = memory  # keeps mappings and boards
         self._struct = _Lane(
-            memory.out_board,
-            memory.in_board,
+            memory.out_board.address(),
+            memory.in_board.address(),
             _addresses(memory.outgoing),
             _addresses(memory.incoming),
             memory.outgoing[0].nbytes,

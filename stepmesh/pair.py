@@ -398,6 +398,8 @@ class FfnPair(Pair):
         lane = self.lane_of(header.stream)
         if lane is None or self._parked or not self.window.is_settled(header):
             return None
+        if header.epoch not in self._membership.live_epochs:
+            return None
         mask = answered.member_mask
         low, high = mask & _LOW64, mask >> 64
         gang = header._replace(gang_id=answered.gang_id, member_mask_low=low, member_mask_high=high)

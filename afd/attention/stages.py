@@ -89,12 +89,13 @@ class StageClock:
     def relayed(self, stream: int, batch: MicroBatch, layer: int, done: Relayed, gang: Combined) -> None:
         """Layers from `layer` on that native code went through. gang: any exchange of this step."""
         sums, totals, attention_s = self._steps[stream], self.totals, done.compute_s + done.post_s
-        self._span(done.began_s, done.ended_s)
+        self._span(done.began_s, done.ended_s + done.open_wait_s)
         totals.attention_s += attention_s
         totals.exchange_s += done.wait_s
         totals.ffn_s += done.ffn_s
-        totals.wait_s += done.wait_s
+        totals.wait_s += done.wait_s + done.open_wait_s
         totals.exposed_s += done.exposed_s
+        self._unanswered_s += done.open_wait_s
         totals.other_s += max(0.0, done.ended_s - done.began_s - attention_s - done.wait_s)
         totals.num_exchanges += done.num_answered
         totals.num_gang_members += done.num_answered * gang.gang_size
@@ -106,6 +107,8 @@ class StageClock:
         where = (gang.gang_id, gang.gang_size, gang.epoch)
         stages = partial(_relayed_stages, done, stream, layer, batch.num_tokens, batch.step, where)
         self.ring.add_block(StageBlock(done.ended_s, 2 * (done.num_laps + done.num_answered), stages))
+        if done.open_wait_s:
+            self.ring.add(Stage("wait", done.ended_s, done.ended_s + done.open_wait_s))
 
     def exchange(self, sent_s: float, combined: Combined, layer: int, step: int) -> None:
         """One round trip, seen from here; combined.compute_s of it was the FFN's computing."""

@@ -286,12 +286,15 @@ class _Worker:
     def _run_stages(self, until_s: float) -> None:
         """Stage after stage, with nothing in between, while work is in flight; at least one.
 
-        What a step brought is published after the next stage, whose rows the FFN then computes meanwhile.
+        What a step brought is published after the first stage of the next one, whose rows the FFN then computes meanwhile;
+        at once where other streams are in flight: theirs may take long, and the FFN has their rows.
         """
         assert self._engine is not None
         engine, patience_s = self._engine, self._patience()
         while True:
             outputs: list[Output] = []
+            if engine.in_flight:
+                self._publish_news()
             try:
                 outputs = engine.run_once(0.0 if self._news else patience_s)
             finally:
@@ -302,6 +305,8 @@ class _Worker:
                 break
         if engine.scheduler.idle:
             self._publish_news()
+        if not self._news:  # else behind the next stage, with them
+            engine.stages.deliver()
 
     def _publish_news(self) -> None:
         assert self._engine is not None

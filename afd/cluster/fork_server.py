@@ -182,6 +182,7 @@ def run(imports: Callable[[], None], worker: Callable[[str, int], int]) -> int:
     """The server of the supervisor and on the socket that the command line ends with; in its workers, `worker`."""
     supervisor, requests = int(sys.argv[-2]), socket.socket(fileno=int(sys.argv[-1]))
     die_with_parent(signal.SIGKILL)
+    signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # a warning written to the terminal (stty tostop) must not stop us
     if os.getppid() != supervisor:
         return 0  # it was gone before we began
     imports()

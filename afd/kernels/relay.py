@@ -59,7 +59,7 @@ class _Relayed(ctypes.Structure):
         ("laps", c_void_p),
         *((name, c_int32) for name in ("num_laps", "num_answered", "outcome", "gang_tokens")),
         *((name, c_int64) for name in ("began_ns", "ended_ns")),
-        *((name, c_int64) for name in ("compute_ns", "post_ns", "wait_ns", "ffn_ns", "exposed_ns")),
+        *((name, c_int64) for name in ("compute_ns", "post_ns", "wait_ns", "ffn_ns", "exposed_ns", "open_wait_ns")),
     )
 
 
@@ -100,7 +100,8 @@ class Relayed(NamedTuple):
 
     num_laps: layers that were sent (attention) or answered (FFN).  num_answered: of the attention side, the last may
     be missing.  gang_tokens: rows of the FFN's batch, by its last answer.  ffn_s: its computing, by all of them.
-    exposed_s: of wait_s, what was longer than that.  record: of all laps, for `laps`.
+    exposed_s: of wait_s, what was longer than that.  open_wait_s: behind ended_s, for what did not come (attention).
+    record: of all laps, for `laps`.
     """
 
     num_laps: int
@@ -114,6 +115,7 @@ class Relayed(NamedTuple):
     wait_s: float
     ffn_s: float
     exposed_s: float
+    open_wait_s: float
     record: bytes
 
     def laps(self) -> Laps:
@@ -151,6 +153,7 @@ class _Room:
             done.wait_ns * NS,
             done.ffn_ns * NS,
             done.exposed_ns * NS,
+            done.open_wait_ns * NS,
             ctypes.string_at(done.laps, self._row_bytes * done.num_laps),
         )
 
@@ -166,7 +169,10 @@ class RelayLayer:
 
 
 class AttentionRelayCall:
-    """The attention side of consecutive layers. Main thread only."""
+    """The attention side of consecutive layers. Main thread only.
+
+    An error is the end of the process: what was exchanged before it is not booked. (So it is with the kernels' own.)
+    """
 
     def __init__(self, kernels: NativeKernels, layers: Sequence[RelayLayer]):
         self._kernels = kernels

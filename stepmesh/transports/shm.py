@@ -187,8 +187,8 @@ class ShmChannel(Channel):
             return None
         places = [NUM_PARITIES * stream + parity for parity in range(NUM_PARITIES)]
         return LaneMemory(
-            self._tx.board.address(),
-            self._rx.board.address(),
+            self._tx.board,
+            self._rx.board,
             [self._tx.slots[place] for place in places],
             [self._rx.slots[place] for place in places],
             self._peer_bell_fd,

@@ -22,7 +22,7 @@ RelayOutcome await(const SmLane& lane, const AfdRelayBounds& bounds, uint64_t se
 // The answer to `sent`, with one row for each of its rows.
 bool answers(const SmHeader& frame, const SmHeader& sent) {
     return frame.epoch == sent.epoch && frame.num_tokens == sent.num_tokens && frame.layer == sent.layer &&
-           frame.payload_bytes == sent.payload_bytes;
+           frame.payload_bytes == sent.payload_bytes && frame.gang_tokens <= INT32_MAX;
 }
 
 // The same rows one layer on, of the same step and gang.
@@ -76,15 +76,20 @@ int32_t relay_attention(const KernelTable& kernels, const AfdAttentionRelay& rel
         SmHeader answer;
         done->outcome = await(lane, bounds, sent.seq, &answer);
         if (done->outcome == kRelayDone && !answers(answer, sent)) done->outcome = kRelayOther;
-        if (done->outcome != kRelayDone) return kOk;  // sent, not answered
+        if (done->outcome != kRelayDone) {  // sent, not answered
+            done->open_wait_ns = sm_now_ns() - lap.posted_ns;
+            return kOk;
+        }
         sm_lane_take(&lane);
         lap.answered_ns = done->ended_ns = sm_now_ns();
-        const int64_t took_ns = lap.answered_ns - lap.posted_ns, ffn_ns = static_cast<int64_t>(answer.compute_ns);
+        const int64_t took_ns = lap.answered_ns - lap.posted_ns;
+        // Whatever the peer says, it cannot have computed for longer.
+        const int64_t ffn_ns = static_cast<int64_t>(std::min<uint64_t>(answer.compute_ns, took_ns));
         done->num_answered += 1;
         done->gang_tokens = static_cast<int32_t>(answer.gang_tokens);
         done->wait_ns += took_ns;
         done->ffn_ns += ffn_ns;
-        done->exposed_ns += std::max<int64_t>(0, took_ns - ffn_ns);
+        done->exposed_ns += took_ns - ffn_ns;
     }
     if (done->num_answered > 0)
         add_rows(relay.x, sm_in_rows(&lane, sent.seq), static_cast<int64_t>(sent.payload_bytes / kBf16Bytes));

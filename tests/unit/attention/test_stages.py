@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from afd.attention.exchange import Combined
 from afd.attention.pipeline import RecentAttention
 from afd.attention.stages import StageClock
+from afd.kernels.relay import Outcome, Relayed
 from afd.sched.sequence import MicroBatch
 
 STEP = MicroBatch(stream=0, step=1, items=[])
@@ -138,3 +140,53 @@ def test_recent_shares_are_of_the_wall_clock_and_of_the_step():
     scene.idle(10.0)
     found = recent.look()
     assert found.bubble == pytest.approx(0.2) and found.exposed == pytest.approx(0.1) and found.gang_size == 2.0
+
+
+def relayed(began_s: float, laps: list[tuple[float, float, float, float | None]], open_wait_s: float = 0.0) -> Relayed:
+    """Laps of (computing, posting, waiting, of it the FFN's computing); waiting None: its answer is still to come."""
+    now, rows, sums = began_s, [], {"compute": 0.0, "post": 0.0, "wait": 0.0, "ffn": 0.0, "exposed": 0.0}
+    for compute_s, post_s, wait_s, ffn_s in laps:
+        rows.append([now, now + compute_s, now + compute_s + post_s, 0.0])
+        now += compute_s + post_s
+        sums["compute"] += compute_s
+        sums["post"] += post_s
+        if wait_s is not None:
+            now += wait_s
+            rows[-1][3] = now
+            sums["wait"] += wait_s
+            sums["ffn"] += ffn_s
+            sums["exposed"] += wait_s - ffn_s
+    record = np.rint(np.array(rows) * 1e9).astype(np.int64).tobytes()
+    num_answered = sum(wait_s is not None for _, _, wait_s, _ in laps)
+    outcome = Outcome.DONE if num_answered == len(laps) else Outcome.LATE
+    return Relayed(len(laps), num_answered, outcome, 8, began_s, now, *sums.values(), open_wait_s, record)
+
+
+def test_layers_that_native_code_went_through_count_like_any_others():
+    scene = Scene()
+    scene.attention(STEP, 0, 1.0)
+    scene.wait(5.0, answer(0, 3.0))
+    scene.idle(0.5)
+    done = relayed(scene.now, [(1.0, 0.25, 4.0, 3.0), (1.0, 0.25, 5.0, 4.5)])
+    scene.stages.relayed(0, STEP, 1, done, answer(0, 0.0))
+    totals = scene.totals
+    assert (totals.attention_s, totals.wait_s, totals.exposed_s, totals.other_s) == (3.5, 14.0, 3.5, 0.5)
+    assert (totals.ffn_s, totals.exchange_s, totals.num_exchanges, totals.num_gang_members) == (10.5, 14.0, 3, 6)
+    scene.now = done.ended_s
+    scene.head(STEP, 1.0, started_s=0.0, more=False)
+    assert totals.step_s == scene.now and totals.step_exposed_s == 3.5
+    native = [s for s in scene.stages.ring.snapshot() if s.layer > 0]
+    assert [(s.name, s.layer) for s in native] == [(n, i) for i in (1, 2) for n in ("attention", "dispatch", "exchange")]
+    assert [s.end_s for s in native][-1] == pytest.approx(done.ended_s)
+
+
+def test_waiting_in_vain_for_a_relays_last_answer_is_waiting_for_that_answer():
+    scene = Scene()
+    scene.attention(STEP, 0, 1.0)
+    scene.wait(5.0, answer(0, 5.0))
+    done = relayed(scene.now, [(1.0, 0.0, 4.0, 4.0), (1.0, 0.0, None, 0.0)], open_wait_s=2.0)
+    scene.stages.relayed(0, STEP, 1, done, answer(0, 0.0))
+    scene.now = done.ended_s + 2.0
+    scene.wait(3.0, answer(0, 4.0))  # 5 s after it was sent, of which the FFN computed 4
+    assert (scene.totals.wait_s, scene.totals.exposed_s, scene.totals.other_s) == (14.0, 1.0, 0.0)
+    assert sum(s.end_s - s.start_s for s in scene.stages.ring.snapshot() if s.name == "wait") == 14.0
