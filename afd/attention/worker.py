@@ -286,8 +286,8 @@ class _Worker:
     def _run_stages(self, until_s: float) -> None:
         """Stage after stage, with nothing in between, while work is in flight; at least one.
 
-        What a step brought is published after the first stage of the next one, whose rows the FFN then computes meanwhile;
-        at once where other streams are in flight: theirs may take long, and the FFN has their rows.
+        What a step brought is published after the first stage of the next one, whose rows the FFN then computes
+        meanwhile; at once where other streams are in flight: theirs may take long, and the FFN has their rows.
         """
         assert self._engine is not None
         engine, patience_s = self._engine, self._patience()

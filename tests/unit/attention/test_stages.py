@@ -176,7 +176,9 @@ def test_layers_that_native_code_went_through_count_like_any_others():
     scene.head(STEP, 1.0, started_s=0.0, more=False)
     assert totals.step_s == scene.now and totals.step_exposed_s == 3.5
     native = [s for s in scene.stages.ring.snapshot() if s.layer > 0]
-    assert [(s.name, s.layer) for s in native] == [(n, i) for i in (1, 2) for n in ("attention", "dispatch", "exchange")]
+    assert [(s.name, s.layer) for s in native] == [
+        (n, i) for i in (1, 2) for n in ("attention", "dispatch", "exchange")
+    ]
     assert [s.end_s for s in native][-1] == pytest.approx(done.ended_s)
 
 
