@@ -204,6 +204,18 @@ def test_kill_9_of_the_supervisor_leaves_nothing(
     cluster.assert_nothing_left()
 
 
+@pytest.mark.parametrize("forks", [False, True], ids=["spawned", "forked"])
+def test_roles_are_process_groups_of_the_supervisors_session(up: Callable[..., Up], forks: bool) -> None:
+    """Ctrl-C is not for them; and one session, since Linux gives a core's time out by sessions, polling or not."""
+    cluster = up("1A1F", forks=forks)
+    cluster.wait_line("AFD is ready: http://127.0.0.1:")
+    session = os.getsid(cluster.process.pid)
+    for process in cluster.children().values():
+        assert (os.getsid(process.pid), os.getpgid(process.pid)) == (session, process.pid)
+    cluster.process.send_signal(signal.SIGINT)
+    assert cluster.end() == 0
+
+
 def test_workers_are_spawned_where_the_fork_server_has_died(up: Callable[..., Up]) -> None:
     cluster = up("1A1F", forks=True)
     cluster.wait_line("AFD is ready")
