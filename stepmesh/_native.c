@@ -19,7 +19,6 @@ _Static_assert(sizeof(SmHeader) == 96, "the packed header");
 enum {
     NUM_FIELDS = 21,
     MAX_FDS = 4,
-    LOOKS_PER_CALL = 16, /* at the boards, between two system calls */
 };
 
 static PyObject *magic_bytes;
@@ -55,7 +54,7 @@ static PyObject *write_frame(PyObject *Py_UNUSED(module), PyObject *const *args,
         PyErr_Format(PyExc_TypeError, "write_frame takes 19 arguments, not %zd", num_args);
         return NULL;
     }
-    SmHeader header = {.version = SM_VERSION};
+    SmHeader header = {0};
     header.kind = take(args[1], UINT8_MAX);
     header.flags = take(args[2], UINT8_MAX);
     header.epoch = take(args[3], UINT32_MAX);
@@ -269,7 +268,7 @@ static PyObject *board_address(Board *board, PyObject *Py_UNUSED(unused)) { retu
 static int spin(Board *const *boards, Py_ssize_t num_boards, struct pollfd *fds, nfds_t num_fds, int64_t until_ns)
 {
     for (;;) {
-        for (int round = 0; round < LOOKS_PER_CALL; round++) {
+        for (int round = 0; round < SM_LOOKS_PER_YIELD; round++) {
             for (Py_ssize_t i = 0; i < num_boards; i++)
                 if (sm_has_news(&boards[i]->state))
                     return 1;

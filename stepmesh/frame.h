@@ -22,6 +22,7 @@ enum {
     SM_CHECKSUM_NONE = 0,
     SM_NUM_PARITIES = 2,
     SM_LINE_WORDS = 8, /* a cache line */
+    SM_LOOKS_PER_YIELD = 16, /* at boards, between two system calls */
 };
 
 /* Field for field as on the wire and in stepmesh.types.Header: 96 bytes, packed by itself. */

@@ -23,8 +23,6 @@ typedef struct {
     int64_t bell_fd;
 } SmLane;
 
-enum { SM_LOOKS_PER_YIELD = 16 };
-
 static inline void *sm_out_rows(const SmLane *lane, uint64_t seq) { return lane->out_slots[seq & 1] + SM_HEADER_BYTES; }
 static inline const void *sm_in_rows(const SmLane *lane, uint64_t seq) { return lane->in_slots[seq & 1] + SM_HEADER_BYTES; }
 

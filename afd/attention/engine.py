@@ -236,7 +236,8 @@ class AttentionEngine:
         relayed = relay.run(idx, stream.layer + 1, stream.x, stream.batch)
         if relayed is None:
             return combined
-        stream.relays, answer, done = relayed.on_time, relayed.combined, relayed.done
+        done, answer = relayed
+        stream.relays = done.on_time
         self.stages.relayed(idx, stream.micro_batch, stream.layer + 1, done, answer or combined)
         stream.sent_s = done.ended_s  # of the last dispatch, if its answer is still to come
         stream.layer += done.num_laps

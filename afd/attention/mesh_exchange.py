@@ -49,13 +49,16 @@ class _InFlight:
     peers: tuple[RankId, ...] = ()
     open: bool = False
     seq: int = -1
+    step: int = 0
     layer: int = 0
+    num_tokens: int = 0
     gang_id: int = 0
     mask: int = 0
-    num_tokens: int = 0
-    meta: DispatchMeta | None = None  # of the newest dispatch
     arrived: dict[int, CombineArrived] = field(default_factory=dict)  # by FFN rank
     waiting: bool = False
+
+    def meta(self, stream: int) -> DispatchMeta:
+        return DispatchMeta(stream, self.epoch, self.step, self.layer, self.gang_id, self.mask)
 
 
 class MeshExchange:
@@ -100,11 +103,10 @@ class MeshExchange:
             flight.epoch, flight.peers, flight.gang_id, flight.mask = self._epoch, self._peers, 0, 0
             flight.open = True
             self._retire()
-        flight.layer = dispatch.layer
+        flight.step, flight.layer, flight.num_tokens = step, dispatch.layer, int(dispatch.rows.shape[0])
         flight.arrived.clear()
-        meta = DispatchMeta(stream, flight.epoch, step, dispatch.layer, flight.gang_id, flight.mask)
+        meta = flight.meta(stream)
         ids, weights = dispatch.expert_ids, dispatch.expert_weights
-        flight.meta, flight.num_tokens = meta, int(dispatch.rows.shape[0])
         rows, scales = encode_rows(dispatch.rows, self._layout.dispatch_dtype, dispatch.scales)
         parts = DispatchParts(
             to_numpy(rows),
@@ -148,9 +150,7 @@ class MeshExchange:
         flight = self._streams[stream]
         if len(flight.peers) != 1 or flight.waiting or self._selection is not None:
             return None
-        assert flight.meta is not None
-        meta = flight.meta._replace(gang_id=flight.gang_id, member_mask=flight.mask)
-        return self._mesh.lane_after_answer(flight.peers[0], meta, flight.num_tokens)
+        return self._mesh.lane_after_answer(flight.peers[0], flight.meta(stream), flight.num_tokens)
 
     def relayed(self, lane: Lane, done: Relayed) -> Combined | None:
         """Book what native code did (at least one exchange): the last answer, its rows added already; None if that is
@@ -165,8 +165,6 @@ class MeshExchange:
         self._mesh.relayed(lane, Trips(done.num_laps, done.num_answered, done.wait_s, done.ended_s, times))
         flight.seq += done.num_laps
         flight.layer += done.num_laps
-        assert flight.meta is not None
-        flight.meta = flight.meta._replace(layer=flight.layer)
         flight.waiting = done.num_answered < done.num_laps
         if flight.waiting:
             flight.arrived.clear()

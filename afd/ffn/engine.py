@@ -15,7 +15,7 @@ from afd.events import Stage, StageBlock, TraceRing
 from afd.ffn.dispatch_check import DispatchCheck
 from afd.ffn.gang import Arrival, GangBatch, GangTable
 from afd.ffn.lateness import Lateness
-from afd.kernels.relay import Outcome, Relayed
+from afd.kernels.relay import Relayed
 from afd.model.expert_load import ExpertLoad
 from afd.model.halves import Dispatch, FFNHalf
 from afd.model.relay import FfnRelay
@@ -217,7 +217,7 @@ class FFNEngine:
         if lane is None:
             return 0.0
         done = relay.run(layer, lane)
-        if done.outcome not in (Outcome.DONE, Outcome.TIME_OVER):
+        if not done.on_time:
             self._late = step
 
         def times() -> Iterator[tuple[float, float]]:

@@ -279,7 +279,7 @@ def _declare(library: ctypes.CDLL) -> None:
         "afd_experts": (i32, [i32] * 2 + [pointer] * 4 + [i32] * 2 + [pointer] * 3),
         "afd_attention_layer": (i32, [i32] * 2 + [pointer] * 4 + [i32] * 2 + [pointer] * 2 + [i32] * 2 + [pointer] * 2),
         "afd_relay_attention": (i32, [i32] * 2 + [pointer] * 4),
-        "afd_relay_ffn": (i32, [i32] * 2 + [pointer] * 3),
+        "afd_relay_ffn": (i32, [i32] * 2 + [pointer] * 4),
         "afd_read_memory": (f32, [i32] * 2 + [pointer, i64]),
         "afd_start_workers": (None, [i32]),
         "afd_stop_workers": (None, []),

@@ -7,7 +7,7 @@ bfloat16 rows on the wire; everything else as in `afd.kernels.fused`.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ctypes import byref, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 from enum import IntEnum
@@ -118,6 +118,11 @@ class Relayed(NamedTuple):
     open_wait_s: float
     record: bytes
 
+    @property
+    def on_time(self) -> bool:
+        """The next layers may be relayed, too; else the other side is slower than polling is for, or does not relay."""
+        return self.outcome in (Outcome.DONE, Outcome.TIME_OVER)
+
     def laps(self) -> Laps:
         """Each layer by itself: for traces, which few look at."""
         times = np.frombuffer(self.record, np.int64).reshape(-1, len(Laps._fields)) * NS
@@ -125,22 +130,23 @@ class Relayed(NamedTuple):
         return Laps(begun, computed, posted, answered[: self.num_answered])
 
 
-class _Room:
-    """For what one call does."""
+class _Call:
+    """One of the library's relays, with room for what a call does."""
 
-    def __init__(self, num_layers: int):
+    def __init__(self, kernels: NativeKernels, function: Callable[..., int], num_layers: int):
+        self._isa = kernels.isa
+        self._function = function
+        self._detail = (c_int32 * 2)()
         self._laps = np.zeros((num_layers, len(Laps._fields)), np.int64)
         self._row_bytes = self._laps.itemsize * len(Laps._fields)
-        self._done = _Relayed()
-        self.pointer = byref(self._done)
 
-    def clear(self) -> None:
-        ctypes.memset(self.pointer, 0, ctypes.sizeof(_Relayed))
-        self._done.laps = self._laps.ctypes.data
-
-    def taken(self) -> Relayed:
+    def __call__(self, relay: ctypes.Structure, until_ns: int, patience_ns: int) -> Relayed:
+        done = _Relayed(self._laps.ctypes.data)
+        threads, bounds = torch.get_num_threads(), _Bounds(until_ns, patience_ns)
+        status = self._function(self._isa, threads, byref(relay), byref(bounds), byref(done), self._detail)
+        if status:
+            raise error_of(status, self._detail[0], self._detail[1])
         # With all caches full of weights each call costs microseconds here: sums come from below, a record is bytes.
-        done = self._done
         return Relayed(
             done.num_laps,
             done.num_answered,
@@ -175,7 +181,6 @@ class AttentionRelayCall:
     """
 
     def __init__(self, kernels: NativeKernels, layers: Sequence[RelayLayer]):
-        self._kernels = kernels
         self._kept = list(layers)  # weights and caches
         self._layers = (_RelayLayer * len(layers))(
             *[
@@ -190,8 +195,7 @@ class AttentionRelayCall:
                 for layer in layers
             ]
         )
-        self._room = _Room(len(layers))
-        self._detail = (c_int32 * 2)()
+        self._call = _Call(kernels, kernels.library.afd_relay_attention, len(layers))
 
     def __call__(
         self, first: int, x: Tensor, batches: Sequence[LayerBatch], lane: Lane, until_ns: int, patience_ns: int
@@ -211,28 +215,16 @@ class AttentionRelayCall:
             x.data_ptr(),
             len(self._layers) - first,
         )
-        self._room.clear()
-        status = self._kernels.library.afd_relay_attention(
-            self._kernels.isa,
-            torch.get_num_threads(),
-            byref(relay),
-            byref(_Bounds(until_ns, patience_ns)),
-            self._room.pointer,
-            self._detail,
-        )
-        if status:
-            raise error_of(status, self._detail[0], self._detail[1])
-        return self._room.taken()
+        return self._call(relay, until_ns, patience_ns)
 
 
 class FfnRelayCall:
     """The FFN side of consecutive dense layers. Main thread only."""
 
     def __init__(self, kernels: NativeKernels, layers: Sequence[SwiGluCall]):
-        self._kernels = kernels
         self._kept = list(layers)
         self._layers = (c_void_p * len(layers))(*[call.args_address for call in layers])
-        self._room = _Room(len(layers))
+        self._call = _Call(kernels, kernels.library.afd_relay_ffn, len(layers))
 
     def __call__(self, first: int, lane: Lane, until_ns: int, patience_ns: int) -> Relayed:
         """Answer dispatches of layers first, first + 1, ... with the rows, step and gang of lane.last."""
@@ -243,14 +235,4 @@ class FfnRelayCall:
             ctypes.addressof(self._layers) + first * size,
             len(self._layers) - first,
         )
-        self._room.clear()
-        status = self._kernels.library.afd_relay_ffn(
-            self._kernels.isa,
-            torch.get_num_threads(),
-            byref(relay),
-            byref(_Bounds(until_ns, patience_ns)),
-            self._room.pointer,
-        )
-        if status:
-            raise error_of(status, 0, 0)
-        return self._room.taken()
+        return self._call(relay, until_ns, patience_ns)

@@ -44,9 +44,13 @@ class _Runs:
                 start = layer + 1
         self._of_layer = {layer: (idx, layer - run.start) for idx, run in enumerate(self.ranges) for layer in run}
 
-    def place(self, layer: int) -> tuple[int, int] | None:
-        """(run, place in it) of a layer; None: it is Python's."""
-        return self._of_layer.get(layer)
+    def place(self, layer: int) -> tuple[int, int]:
+        """(run, place in it) of a layer that can be relayed."""
+        return self._of_layer[layer]
+
+    def takes(self, layer: int, num_tokens: int) -> bool:
+        """Whether so many rows go through this layer in native code; else it is Python's."""
+        return num_tokens <= MAX_RELAY_TOKENS and layer in self._of_layer
 
 
 class AttentionRelay:
@@ -55,6 +59,7 @@ class AttentionRelay:
     def __init__(self, kernels: NativeKernels, layers: Sequence[FusedAttention | None], cache: KVCache):
         takes = [fused is not None and fused.takes((), cache, idx) for idx, fused in enumerate(layers)]
         self._runs = _Runs(takes)
+        self.takes = self._runs.takes
         self._kinds: list[FusedAttention] = []  # one of each kind of batch
         self._calls = [
             AttentionRelayCall(kernels, [self._layer(layer, cache, i) for i in run if (layer := layers[i])])
@@ -71,15 +76,11 @@ class AttentionRelay:
         self._kinds.append(layer)
         return len(self._kinds) - 1
 
-    def takes(self, layer: int, num_tokens: int) -> bool:
-        return num_tokens <= MAX_RELAY_TOKENS and self._runs.place(layer) is not None
-
     def run(self, layer: int, x: Tensor, batch: AttentionBatch, lane: Lane) -> Relayed:
         """From `layer` on, whose partial is the answer to lane.last: as far as it goes, at most RELAY_S."""
-        place = self._runs.place(layer)
-        assert place is not None
+        run, place = self._runs.place(layer)
         batches: list[LayerBatch] = [kind.tokens(batch) for kind in self._kinds]
-        return self._calls[place[0]](place[1], x, batches, lane, *bounds_ns())
+        return self._calls[run](place, x, batches, lane, *bounds_ns())
 
 
 class FfnRelay:
@@ -87,15 +88,12 @@ class FfnRelay:
 
     def __init__(self, kernels: NativeKernels, layers: Sequence[SwiGluCall | None]):
         self._runs = _Runs([call is not None for call in layers])
+        self.takes = self._runs.takes
         self._calls = [
             FfnRelayCall(kernels, [call for i in run if (call := layers[i]) is not None]) for run in self._runs.ranges
         ]
 
-    def takes(self, layer: int, num_tokens: int) -> bool:
-        return num_tokens <= MAX_RELAY_TOKENS and self._runs.place(layer) is not None
-
     def run(self, layer: int, lane: Lane) -> Relayed:
         """Answer `layer` and those behind it, with rows, step and gang of lane.last: as far as it goes."""
-        place = self._runs.place(layer)
-        assert place is not None
-        return self._calls[place[0]](place[1], lane, *bounds_ns())
+        run, place = self._runs.place(layer)
+        return self._calls[run](place, lane, *bounds_ns())

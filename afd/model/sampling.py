@@ -70,11 +70,13 @@ class Sampler:
         largest = rows[np.arange(len(rows)), ids]
         valid = np.isfinite(largest)
         drawn = [i for i, p in enumerate(params) if valid[i] and not (p.greedy and not _adjusts(p, positions[i]))]
-        random = _uniforms([params[i] for i in drawn], [positions[i] for i in drawn])
+        random = uniforms(
+            [params[i].seed for i in drawn], [params[i].choice for i in drawn], [positions[i] for i in drawn]
+        )
         for i, u in zip(drawn, random, strict=True):
             history = histories[i] if histories is not None else None
             row = _adjusted(rows[i], params[i], positions[i], history)
-            ids[i] = row.argmax() if params[i].greedy else _draw(row, params[i], u)
+            ids[i] = row.argmax() if params[i].greedy else _draw(row, params[i], float(u))
         ids[~valid] = -1
         logprobs = [
             _row_logprobs(rows[i], int(ids[i]), p.logprobs) if p.logprobs >= 0 and valid[i] else None
@@ -82,14 +84,6 @@ class Sampler:
         ]
         gaps = [_top2_gap(row) for row in rows] if with_gaps else None
         return SampledBatch(ids.tolist(), logprobs, tuple(np.flatnonzero(~valid).tolist()), gaps)
-
-
-def _uniforms(params: Sequence[SamplingParams], positions: Sequence[int]) -> list[float]:
-    """One random number for each row, at no cost where all rows are greedy."""
-    if not params:
-        return []
-    numbers: list[float] = uniforms([p.seed for p in params], [p.choice for p in params], positions).tolist()
-    return numbers
 
 
 def _adjusts(params: SamplingParams, position: int) -> bool:

@@ -190,7 +190,7 @@ int32_t afd_relay_attention(int32_t isa, int32_t num_threads, const AfdAttention
 }
 
 int32_t afd_relay_ffn(int32_t isa, int32_t num_threads, const AfdFfnRelay* relay, const AfdRelayBounds* bounds,
-                      AfdRelayed* done) {
+                      AfdRelayed* done, int32_t*) {
     return guarded([&] { return relay_ffn(table_of(isa), *relay, *bounds, done, num_threads); });
 }
 

@@ -163,10 +163,11 @@ struct AfdFfnRelay {
     const AfdSwiGlu* const* layers;
     int32_t num_layers;
 };
+// error_detail [2]: as of afd_attention_layer; unused by the FFN's.
 AFD_API int32_t afd_relay_attention(int32_t isa, int32_t num_threads, const AfdAttentionRelay* relay,
                                     const AfdRelayBounds* bounds, AfdRelayed* done, int32_t* error_detail);
 AFD_API int32_t afd_relay_ffn(int32_t isa, int32_t num_threads, const AfdFfnRelay* relay, const AfdRelayBounds* bounds,
-                              AfdRelayed* done);
+                              AfdRelayed* done, int32_t* error_detail);
 
 // Sum of `num_bytes` bytes read as floats by num_threads threads: the read bandwidth the kernels are measured against.
 AFD_API float afd_read_memory(int32_t isa, int32_t num_threads, const void* memory, int64_t num_bytes);
