@@ -11,7 +11,7 @@ import pytest
 
 from afd.trace.chrome import from_chrome
 from afd.trace.timeline import ATTENTION, FFN, hops
-from tests.e2e.local_cluster import LocalCluster
+from tests.e2e.local_cluster import LocalCluster, eventually
 
 MODEL = str(Path(__file__).parent.parent / "fixtures" / "step3-tiny")
 MAX_TOKENS = 40
@@ -30,6 +30,13 @@ def test_a_real_run_is_told_as_it_happened(tmp_path):
     path, picture = tmp_path / "trace.json", tmp_path / "trace.png"
     flags = ("--model", MODEL, "--dtype", "float32", "--topology", "2A1F", "--streams", "2", "--threads", "1")
     with LocalCluster(tmp_path, *flags) as cluster:
+        serving = {f'afd_gateway_worker_up{{rank="{rank}"}}' for rank in range(2)}  # one makes it ready
+
+        def both_serve() -> bool:
+            samples = cluster.metrics("gateway")
+            return all(samples.get(name) == 1.0 for name in serving)
+
+        eventually(both_serve, 10.0, "the gateway has heard of both attention workers")
         assert len(cluster.greedy_ids_of_all([[5 + idx, 6, 7] for idx in range(8)], MAX_TOKENS)) == 8
         text = record(cluster, path, "--png", str(picture))
     assert picture.read_bytes().startswith(b"\x89PNG")
