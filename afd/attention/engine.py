@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from afd.attention.exchange import Combined, Exchange
+from afd.attention.head import Head, keeps_logits
 from afd.attention.relay import StreamRelay
 from afd.attention.stages import StageClock
 from afd.kv.cache import KVCache
@@ -27,23 +28,10 @@ from afd.model.sampling import Sampler
 from afd.model.threads import ThreadShare
 from afd.sched.head_slices import HEAD_SLICE_ROWS, NextStage, next_of, slice_end
 from afd.sched.scheduler import Scheduler
-from afd.sched.sequence import BatchItem, MicroBatch, Progress, Sequence
+from afd.sched.sequence import BatchItem, MicroBatch, Progress
 from afd.types import FinishReason
 
 NOT_FINITE = "the model produced logits that are not finite: its weights are damaged or overflow in this dtype"
-
-
-@dataclass(slots=True)
-class _Head:
-    """The end of a micro-batch's step: the vocabulary's logits, slice by slice, for the sequences that sample.
-
-    rows [num_seqs, hidden], normed; logits [num_seqs, vocab] float32, of which the first `done` columns are there.
-    """
-
-    seqs: list[Sequence]
-    rows: Tensor
-    logits: Tensor
-    done: int = 0
 
 
 @dataclass(slots=True)
@@ -54,7 +42,7 @@ class _Stream:
     batch: AttentionBatch
     layer: int = -1
     x: Tensor | None = None  # residual [num_tokens, hidden]; untouched until all partials are in
-    head: _Head | None = None
+    head: Head | None = None
     relays: bool = True  # its layers may go on in native code
     started_s: float = 0.0
     sent_s: float = 0.0
@@ -252,7 +240,8 @@ class AttentionEngine:
                 rows.append(end - 1)
         assert stream.x is not None
         normed = self._half.head_rows(stream.x[self._indices(rows)])
-        stream.head = _Head(seqs, normed, self._logits_of(stream.micro_batch.stream, len(seqs)))
+        logits = self._logits_of(stream.micro_batch.stream, len(seqs)) if keeps_logits(seqs) else None
+        stream.head = Head(seqs, normed, logits)
 
     def _logits_of(self, stream: int, num_rows: int) -> Tensor:
         """Room for a head's logits [num_rows, vocab] float32: kept, as fresh memory costs page faults."""
@@ -272,15 +261,14 @@ class AttentionEngine:
         assert head is not None
         if head.seqs:
             stop = slice_end(head.done, vocab, rows=self._head_slice_rows, alone=len(self._streams) == 1)
-            self._half.head_slice(head.rows, head.logits, head.done, stop)
-            head.done = stop
+            head.advance(self._half, stop)
             if stop < vocab:
                 self.stages.head_slice(idx, stream.micro_batch, begun_s)
                 self._ready.append((idx, None))
                 return []
         return self._finish(idx, head, begun_s)
 
-    def _finish(self, idx: int, head: _Head, begun_s: float) -> list[Output]:
+    def _finish(self, idx: int, head: Head, begun_s: float) -> list[Output]:
         """Sampling and commit."""
         stream = self._streams.pop(idx)
         sampled, failed = self._sample(head)
@@ -292,18 +280,12 @@ class AttentionEngine:
     def _indices(self, values: list[int]) -> Tensor:
         return to_device(torch.tensor(values, dtype=torch.int64), self._half.device)
 
-    def _sample(self, head: _Head) -> tuple[dict[str, tuple[int, TokenLogprobs | None]], list[Output]]:
+    def _sample(self, head: Head) -> tuple[dict[str, tuple[int, TokenLogprobs | None]], list[Output]]:
         """(token, logprobs) by request id; and the requests that end here because their logits are not finite."""
         seqs = head.seqs
         if not seqs:
             return {}, []
-        needs_history = any(seq.sampling.needs_history for seq in seqs)
-        result = self._sampler.sample(
-            head.logits,
-            [seq.sampling for seq in seqs],
-            [seq.num_output for seq in seqs],
-            [(seq.prompt_ids(), seq.output_ids()) for seq in seqs] if needs_history else None,
-        )
+        result = head.sample(self._sampler)
         failed = []
         for row in result.invalid:
             seq = seqs[row]

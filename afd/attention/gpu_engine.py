@@ -10,9 +10,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from afd.attention.engine import AttentionEngine, Output, _Head
+from afd.attention.engine import AttentionEngine, Output
 from afd.attention.exchange import Combined
 from afd.attention.gpu_exchange import GpuExchange
+from afd.attention.head import Head
 from afd.attention.stages import StageClock
 from afd.kv.cache import KVCache
 from afd.model.cuda import LOOK_S, CudaDevice, Download
@@ -57,7 +58,7 @@ class GpuStageClock(StageClock):
         self._running[stream] = None
 
     def head_ended(self, stream: int, device_s: float) -> float:
-        """The logits are on the host -> when the head began."""
+        """Its results are on the host -> when the head began."""
         del self._running[stream]
         self._idle_since_s = self._clock()
         return self._idle_since_s - device_s
@@ -87,7 +88,7 @@ class GpuAttentionEngine(AttentionEngine):
         super().__init__(half, cache, scheduler, exchange, clock=clock)
         self.stages = self._gpu_stages = GpuStageClock(clock)
         self._device = device
-        self._sampling: dict[int, Download] = {}  # by stream: logits on their way
+        self._sampling: dict[int, Download] = {}  # by stream: results of heads on their way
         self._head_slice_rows = half.spec.vocab_size  # a launch delays nobody
         exchange.on_sent = self._sent
 
@@ -121,17 +122,16 @@ class GpuAttentionEngine(AttentionEngine):
     def _sent(self, idx: int, device_s: float) -> None:
         self._streams[idx].sent_s = self._gpu_stages.sent(idx, device_s)
 
-    def _finish(self, idx: int, head: _Head, begun_s: float) -> list[Output]:
-        """Fetch the logits; `run_once` looks for them."""
+    def _finish(self, idx: int, head: Head, begun_s: float) -> list[Output]:
+        """Fetch what is sampled from; `run_once` looks for it."""
         if not head.seqs:
             return super()._finish(idx, head, begun_s)
-        self._sampling[idx] = self._device.download((head.logits,))
+        self._sampling[idx] = self._device.download(head.results)
         self._gpu_stages.head_launched(idx)
         return []
 
     def _sample_and_commit(self, idx: int) -> list[Output]:
         download, head = self._sampling.pop(idx), self._streams[idx].head
-        [logits] = download.tensors
-        assert head is not None and logits is not None
-        head.logits = logits
+        assert head is not None
+        head.results = [tensor for tensor in download.tensors if tensor is not None]
         return super()._finish(idx, head, self._gpu_stages.head_ended(idx, download.device_s))

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from afd.kernels import arguments
-from afd.kernels.base import MAX_PARTIALS, Kernels
+from afd.kernels.base import MAX_PARTIALS, Kernels, RowMax
 from afd.kernels.native import ISAS, KernelsUnavailableError, NativeKernels, available_isas, load_library
 from afd.kernels.packed import Packed, PackedInt8, PackedMatrix
 from afd.kernels.reference import ReferenceKernels
@@ -36,19 +36,21 @@ __all__ = [
     "Packed",
     "PackedInt8",
     "PackedMatrix",
+    "RowMax",
     "active_isa",
     "add_rms_norm",
     "can_pack",
     "can_pack_int8",
     "close",
     "gemm",
+    "gemm_row_max",
     "native_kernels",
     "pack",
     "pack_int8",
     "paged_attention",
     "rms_norm",
     "rope_write_kv",
-    "row_argmax",
+    "row_max",
     "select_kernels",
     "silu_mul",
     "start_threads",
@@ -207,14 +209,14 @@ def silu_mul(gate_up: Tensor, limit: float = 0.0, out: Tensor | None = None) -> 
     return out
 
 
-def row_argmax(x: Tensor, num_threads: int = 1) -> Tensor:
-    """The place of the largest element in each row of x `[m, n]` float32, n > 0: `[m]` int64.
+def row_max(x: Tensor, num_threads: int = 1) -> RowMax:
+    """The largest element in each row of x `[m, n]` float32, n > 0, and its place.
 
-    Of equal ones the first; a row with a NaN gives the place of its first NaN, as numpy's does.
+    Of equal ones the first; a row with a NaN gives its first NaN, as numpy's argmax does.
     """
-    arguments.check_row_argmax(x, num_threads)
-    out = torch.empty(x.shape[0], dtype=torch.int64)
-    _kernels().row_argmax(x, out, num_threads)
+    arguments.check_row_max(x, num_threads)
+    out = RowMax.empty(x.shape[0])
+    _kernels().row_max(x, out, num_threads)
     return out
 
 
@@ -268,4 +270,12 @@ def gemm(x: Tensor, w: Packed, out: Tensor | None = None, num_threads: int = 1) 
     out = x.new_empty(x.shape[0], w.shape[0]) if out is None else out
     arguments.check_gemm(x, w, out, num_threads)
     _kernels().gemm(x, w, out, num_threads)
+    return out
+
+
+def gemm_row_max(x: Tensor, w: Packed, num_threads: int = 1) -> RowMax:
+    """`row_max` of what `gemm` would write to a float32 `out`, which is not kept: that saves its way to memory."""
+    arguments.check_gemm_row_max(x, w, num_threads)
+    out = RowMax.empty(x.shape[0])
+    _kernels().gemm_row_max(x, w, out, num_threads)
     return out

@@ -96,7 +96,7 @@ def check_norm(x: Tensor, partials: Sequence[Tensor], weight: Tensor, out: Tenso
         raise ValueError(f"out must be like x, {_describe(x)}, or bfloat16; it is {_describe(out)}")
 
 
-def check_row_argmax(x: Tensor, num_threads: int) -> None:
+def check_row_max(x: Tensor, num_threads: int) -> None:
     if x.dim() != 2 or x.dtype != torch.float32 or not x.is_cpu or not x.shape[1] or not _unit_stride(x):
         raise ValueError(f"x must be a float32 matrix with columns, its rows of unit stride; it is {_describe(x)}")
     check_threads(num_threads)
@@ -130,15 +130,26 @@ def check_unpack_rows(w: PackedMatrix, idx: Tensor) -> None:
 
 
 def check_gemm(x: Tensor, w: Packed, out: Tensor, num_threads: int) -> None:
+    _check_factors(x, w)
+    _check_storage("out", out)
+    if out.shape != (x.shape[0], w.shape[0]) or not _unit_stride(out):
+        raise ValueError(f"out must be {(x.shape[0], w.shape[0])} with unit stride in its rows; it is {_describe(out)}")
+    check_threads(num_threads)
+
+
+def check_gemm_row_max(x: Tensor, w: Packed, num_threads: int) -> None:
+    _check_factors(x, w)
+    if w.shape[0] == 0:
+        raise ValueError("w has no rows: there is no largest product")
+    check_threads(num_threads)
+
+
+def _check_factors(x: Tensor, w: Packed) -> None:
     _check_storage("x", x)
     if x.dim() != 2 or x.dtype != torch.bfloat16 or not _unit_stride(x):
         raise ValueError(f"x must be a bfloat16 matrix with unit stride in its rows; it is {_describe(x)}")
     if x.shape[1] != w.shape[1]:
         raise ValueError(f"x is {tuple(x.shape)}, w {tuple(w.shape)}: the inner dimensions differ")
-    _check_storage("out", out)
-    if out.shape != (x.shape[0], w.shape[0]) or not _unit_stride(out):
-        raise ValueError(f"out must be {(x.shape[0], w.shape[0])} with unit stride in its rows; it is {_describe(out)}")
-    check_threads(num_threads)
 
 
 def check_threads(num_threads: int) -> None:

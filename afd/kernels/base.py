@@ -7,8 +7,9 @@ computes in float32 whatever the storage type, with one rounding on the way out.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from afd.kernels.packed import Packed
@@ -18,6 +19,25 @@ KEY_GROUP = 8
 
 MAX_HEAD_DIM = 512
 MAX_PARTIALS = 16
+
+
+class RowMax(NamedTuple):
+    """Of each row of a matrix the first NaN, or else the first of its largest elements.
+
+    largest: [m] float32.  idx: [m] int64, the column it is in.
+    """
+
+    largest: Tensor
+    idx: Tensor
+
+    @classmethod
+    def empty(cls, num_rows: int) -> RowMax:
+        return cls(torch.empty(num_rows, dtype=torch.float32), torch.empty(num_rows, dtype=torch.int64))
+
+    def joined(self, later: RowMax) -> RowMax:
+        """Of both matrices side by side. later: of columns that follow this one's, numbered on from them."""
+        better = (later.largest > self.largest) | (later.largest.isnan() & ~self.largest.isnan())
+        return RowMax(*(torch.where(better, new, old) for new, old in zip(later, self, strict=True)))
 
 
 class Kernels(Protocol):
@@ -59,6 +79,8 @@ class Kernels(Protocol):
 
     def silu_mul(self, gate_up: Tensor, limit: float, out: Tensor) -> None: ...
 
-    def row_argmax(self, x: Tensor, out: Tensor, num_threads: int) -> None: ...
+    def row_max(self, x: Tensor, out: RowMax, num_threads: int) -> None: ...
 
     def gemm(self, x: Tensor, w: Packed, out: Tensor, num_threads: int) -> None: ...
+
+    def gemm_row_max(self, x: Tensor, w: Packed, out: RowMax, num_threads: int) -> None: ...

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from afd.kernels.base import RowMax
 from afd.kernels.packed import Packed, PackedInt8, PackedMatrix
 
-_ABI_VERSION = 4
+_ABI_VERSION = 5
 _POST_FAILED = 1000  # + errno
 ISAS = ("portable", "avx2", "avx512")
 """Instruction sets, slowest first; the position is the number the library knows them by."""
@@ -188,9 +189,10 @@ class NativeKernels:
             limit,
         )
 
-    def row_argmax(self, x: Tensor, out: Tensor, num_threads: int) -> None:
+    def row_max(self, x: Tensor, out: RowMax, num_threads: int) -> None:
         rows, width = x.shape
-        self.library.afd_row_argmax(self.isa, num_threads, x.data_ptr(), x.stride(0), rows, width, out.data_ptr())
+        largest, idx = out.largest.data_ptr(), out.idx.data_ptr()
+        self.library.afd_row_max(self.isa, num_threads, x.data_ptr(), x.stride(0), rows, width, largest, idx)
 
     def pack(self, w: Tensor, *, unpack: bool = False) -> None:
         """Reorder w [n, k] in its place."""
@@ -215,6 +217,21 @@ class NativeKernels:
             x.shape[0],
             rows,
             columns,
+        )
+        if status:
+            raise error_of(status, 0, 0)
+
+    def gemm_row_max(self, x: Tensor, w: Packed, out: RowMax, num_threads: int) -> None:
+        status = self.library.afd_gemm_row_max(
+            self.isa,
+            num_threads,
+            x.data_ptr(),
+            ctypes.byref(Matrix.of(w)),
+            out.largest.data_ptr(),
+            out.idx.data_ptr(),
+            x.stride(0),
+            x.shape[0],
+            *w.shape,
         )
         if status:
             raise error_of(status, 0, 0)
@@ -271,10 +288,11 @@ def _declare(library: ctypes.CDLL) -> None:
         "afd_rope_write_kv": (i32, [i32] * 2 + [pointer] * 8 + [i64] * 3 + [i32] * 9 + [pointer]),
         "afd_add_rms_norm": (i32, [i32] * 4 + [pointer] * 2 + [i32] + [pointer] * 2 + [i32] * 2 + [f32]),
         "afd_silu_mul": (i32, [i32] * 2 + [pointer] * 2 + [i64] * 2 + [i32] * 2 + [f32]),
-        "afd_row_argmax": (None, [i32] * 2 + [pointer, i64] + [i32] * 2 + [pointer]),
+        "afd_row_max": (None, [i32] * 2 + [pointer, i64] + [i32] * 2 + [pointer] * 2),
         "afd_unpack_rows": (None, [pointer, i32, i32, pointer, i32, pointer]),
         "afd_pack": (None, [pointer] + [i32] * 3),
         "afd_gemm": (i32, [i32] * 2 + [pointer] * 3 + [i32] + [i64] * 2 + [i32] * 3),
+        "afd_gemm_row_max": (i32, [i32] * 2 + [pointer] * 4 + [i64] + [i32] * 3),
         "afd_swiglu": (i32, [i32] * 2 + [pointer] * 2 + [i64, i32, pointer]),
         "afd_experts": (i32, [i32] * 2 + [pointer] * 4 + [i32] * 2 + [pointer] * 3),
         "afd_attention_layer": (i32, [i32] * 2 + [pointer] * 4 + [i32] * 2 + [pointer] * 2 + [i32] * 2 + [pointer] * 2),

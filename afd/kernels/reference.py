@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from afd.kernels.base import RowMax
 from afd.kernels.packed import Packed, PackedInt8
 
 
@@ -90,8 +91,9 @@ class ReferenceKernels:
             gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
         out.copy_(gate * up)
 
-    def row_argmax(self, x: Tensor, out: Tensor, num_threads: int) -> None:
-        out.copy_(torch.from_numpy(x.numpy().argmax(axis=1)))  # whose first NaN counts as the largest
+    def row_max(self, x: Tensor, out: RowMax, num_threads: int) -> None:
+        out.idx.copy_(torch.from_numpy(x.numpy().argmax(axis=1)))  # whose first NaN counts as the largest
+        out.largest.copy_(x.gather(1, out.idx[:, None])[:, 0])
 
     def gemm(self, x: Tensor, w: Packed, out: Tensor, num_threads: int) -> None:
         if isinstance(w, PackedInt8):
@@ -100,6 +102,11 @@ class ReferenceKernels:
             out.copy_(sums.float() * (scales[:, None] * w.scales[: w.shape[0]]))
         else:
             out.copy_(x.float() @ w.unpacked().float().T)
+
+    def gemm_row_max(self, x: Tensor, w: Packed, out: RowMax, num_threads: int) -> None:
+        products = torch.empty(x.shape[0], w.shape[0])
+        self.gemm(x, w, products, num_threads)
+        self.row_max(products, out, num_threads)
 
 
 def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,27 +6,28 @@ so one half may serve any number of streams, from one thread at a time.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from afd.kernels import PackedMatrix, native_kernels
+from afd.kernels import Packed, PackedMatrix, RowMax, native_kernels
 from afd.kv.cache import KVCache
 from afd.model.attention_kinds import Attention, FusedAttention
 from afd.model.batch import AttentionBatch
 from afd.model.expert_load import ExpertLoad
 from afd.model.ffn import DenseFfn, Dispatch, Ffn, MoeFfn
-from afd.model.primitives import Weight, embedding, linear_into, rms_norm, rows_of
+from afd.model.primitives import Weight, embedding, linear_into, linear_row_max, rms_norm, rows_of
 from afd.model.relay import AttentionRelay, FfnRelay
 from afd.model.router import Router
 from afd.model.spec import ModelSpec
 
 __all__ = ["AttentionBatch", "AttentionHalf", "AttentionLayer", "Dispatch", "FFNHalf"]
 
-HEAD_SLICE_ROWS = 16384
-"""Vocabulary rows per head GEMM: bounds the activation-dtype temporary that precedes the float32 logits."""
+HEAD_PIECE_ROWS = 16384
+"""Vocabulary rows per head GEMM of torch's: bounds the activation-dtype temporary that precedes the float32 logits."""
 
 
 @dataclass(slots=True)
@@ -121,9 +122,21 @@ class AttentionHalf:
 
     def head_slice(self, head_rows: Tensor, out: Tensor, start: int, stop: int) -> None:
         """Write logits start..stop of the vocabulary into out [m, vocab] float32; start is a multiple of 64."""
-        for at in range(start, stop, HEAD_SLICE_ROWS):
-            end = min(at + HEAD_SLICE_ROWS, stop)
+        for at, end in self._head_pieces(start, stop):
             linear_into(out[:, at:end], head_rows, rows_of(self._head, at, end))
+
+    def head_slice_max(self, head_rows: Tensor, start: int, stop: int) -> RowMax:
+        """The largest of the logits that `head_slice` would write, and the vocabulary's entry that it is of."""
+        found = [
+            RowMax(best.largest, best.idx + at)
+            for at, end in self._head_pieces(start, stop)
+            for best in [linear_row_max(head_rows, rows_of(self._head, at, end))]
+        ]
+        return functools.reduce(RowMax.joined, found)
+
+    def _head_pieces(self, start: int, stop: int) -> list[tuple[int, int]]:
+        width = stop - start if isinstance(self._head, Packed) else HEAD_PIECE_ROWS
+        return [(at, min(at + width, stop)) for at in range(start, stop, width)]
 
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
         return rms_norm(x, weight, self.spec.rms_eps).to(self.dtype)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from afd import kernels
-from afd.kernels import Packed, PackedMatrix
+from afd.kernels import Packed, PackedMatrix, RowMax
 from afd.model.int8 import Int8Weight, int8_linear
 
 Weight = Tensor | Packed | Int8Weight
@@ -52,6 +52,13 @@ def linear_into(out: Tensor, x: Tensor, weight: Weight) -> None:
         kernels.gemm(x, weight, out, num_threads=torch.get_num_threads())
     else:
         out.copy_(linear(x, weight))
+
+
+def linear_row_max(x: Tensor, weight: Weight) -> RowMax:
+    """The largest entry of each row of what `linear_into` writes, which is not kept."""
+    if isinstance(weight, Packed):
+        return kernels.gemm_row_max(x, weight, num_threads=torch.get_num_threads())
+    return RowMax(*linear(x, weight).float().max(dim=1))
 
 
 def rows_of(weight: Weight, start: int, stop: int) -> Weight:

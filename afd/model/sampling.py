@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from afd import kernels
+from afd.kernels import RowMax
 from afd.model.philox import uniforms
 from afd.types import SamplingParams
 
@@ -48,8 +49,18 @@ class SampledBatch:
     top2_gaps: list[float] | None = None
 
 
+def takes_largest(params: SamplingParams, position: int) -> bool:
+    """True where the row's largest logit is all that matters (`Sampler.largest`)."""
+    return params.greedy and params.logprobs < 0 and not _adjusts(params, position)
+
+
 class Sampler:
     """Stateless; one instance per worker."""
+
+    def largest(self, best: RowMax) -> SampledBatch:
+        """The tokens of rows that all take their largest logit."""
+        ids, valid = best.idx.numpy(), np.isfinite(best.largest.numpy())
+        return SampledBatch(np.where(valid, ids, -1).tolist(), [None] * len(ids), _invalid(valid))
 
     def sample(
         self,
@@ -66,9 +77,8 @@ class Sampler:
         """
         logits = logits.detach().cpu()
         rows = logits.numpy()
-        ids = kernels.row_argmax(logits, torch.get_num_threads()).numpy()
-        largest = rows[np.arange(len(rows)), ids]
-        valid = np.isfinite(largest)
+        best = kernels.row_max(logits, torch.get_num_threads())
+        ids, valid = best.idx.numpy(), np.isfinite(best.largest.numpy())
         drawn = [i for i, p in enumerate(params) if valid[i] and not (p.greedy and not _adjusts(p, positions[i]))]
         random = uniforms(
             [params[i].seed for i in drawn], [params[i].choice for i in drawn], [positions[i] for i in drawn]
@@ -83,7 +93,11 @@ class Sampler:
             for i, p in enumerate(params)
         ]
         gaps = [_top2_gap(row) for row in rows] if with_gaps else None
-        return SampledBatch(ids.tolist(), logprobs, tuple(np.flatnonzero(~valid).tolist()), gaps)
+        return SampledBatch(ids.tolist(), logprobs, _invalid(valid), gaps)
+
+
+def _invalid(valid: npt.NDArray[np.bool_]) -> tuple[int, ...]:
+    return tuple(np.flatnonzero(~valid).tolist())
 
 
 def _adjusts(params: SamplingParams, position: int) -> bool:

@@ -19,7 +19,7 @@ extern const KernelTable kernels_avx512;
 
 namespace {
 
-constexpr int32_t kAbiVersion = 4;
+constexpr int32_t kAbiVersion = 5;
 
 const KernelTable& table_of(int32_t isa) {
 #if defined(AFD_HAVE_X86)
@@ -134,10 +134,11 @@ void afd_pack(void* weights, int32_t n, int32_t k, int32_t unpack) {
     }
 }
 
-void afd_row_argmax(int32_t isa, int32_t num_threads, const float* x, int64_t stride, int32_t num_rows, int32_t width,
-                    int64_t* idx) {
-    const ArgmaxArgs args{x, stride, idx, num_rows, width};
-    run_ranges(num_rows, 1, num_threads, [&](int begin, int end) { table_of(isa).row_argmax(args, begin, end); });
+void afd_row_max(int32_t isa, int32_t num_threads, const float* x, int64_t stride, int32_t num_rows, int32_t width,
+                 float* largest, int64_t* idx) {
+    RowMaxima{largest, idx}.clear(num_rows);
+    const RowMaxArgs args{x, largest, idx, stride, 0, num_rows, width};
+    run_ranges(num_rows, 1, num_threads, [&](int begin, int end) { table_of(isa).row_max(args, begin, end); });
 }
 
 void afd_unpack_rows(const void* weights, int32_t n, int32_t k, const int64_t* idx, int32_t m, void* out) {
@@ -156,6 +157,15 @@ int32_t afd_gemm(int32_t isa, int32_t num_threads, const void* x, const AfdMatri
                  int64_t x_stride, int64_t out_stride, int32_t m, int32_t n, int32_t k) {
     return guarded([&] {
         run_gemm(table_of(isa), {x, *w, out, x_stride, out_stride, mode, m, n, k}, num_threads);
+        return kOk;
+    });
+}
+
+int32_t afd_gemm_row_max(int32_t isa, int32_t num_threads, const void* x, const AfdMatrix* w, float* largest,
+                         int64_t* idx, int64_t x_stride, int32_t m, int32_t n, int32_t k) {
+    return guarded([&] {
+        const GemmArgs args{x, *w, nullptr, x_stride, 0, kToFloat32, m, n, k};
+        run_gemm_row_max(table_of(isa), args, {largest, idx}, num_threads);
         return kOk;
     });
 }

@@ -45,9 +45,9 @@ AFD_API int32_t afd_add_rms_norm(int32_t isa, int32_t dtype, int32_t out_dtype, 
 AFD_API int32_t afd_silu_mul(int32_t isa, int32_t dtype, const void* gate_up, void* out, int64_t in_stride,
                              int64_t out_stride, int32_t num_rows, int32_t width, float limit);
 
-// idx [num_rows]: place of each row's first NaN, or else of its first largest element. x: rows `stride` apart.
-AFD_API void afd_row_argmax(int32_t isa, int32_t num_threads, const float* x, int64_t stride, int32_t num_rows,
-                            int32_t width, int64_t* idx);
+// largest, idx [num_rows]: each row's first NaN, or else its first largest element, and its place. x: rows `stride` apart.
+AFD_API void afd_row_max(int32_t isa, int32_t num_threads, const float* x, int64_t stride, int32_t num_rows, int32_t width,
+                         float* largest, int64_t* idx);
 
 // out [m, k]: rows idx of packed weights [n, k], as they were.
 AFD_API void afd_unpack_rows(const void* weights, int32_t n, int32_t k, const int64_t* idx, int32_t m, void* out);
@@ -64,6 +64,9 @@ struct AfdMatrix {
 // mode: 0 = out is float32, 1 = out is bf16, 2 = added to a float32 out.
 AFD_API int32_t afd_gemm(int32_t isa, int32_t num_threads, const void* x, const AfdMatrix* w, void* out, int32_t mode,
                          int64_t x_stride, int64_t out_stride, int32_t m, int32_t n, int32_t k);
+// The same of x [m, k] . w [n, k]^T in float32, which is not kept.
+AFD_API int32_t afd_gemm_row_max(int32_t isa, int32_t num_threads, const void* x, const AfdMatrix* w, float* largest,
+                                 int64_t* idx, int64_t x_stride, int32_t m, int32_t n, int32_t k);
 
 // down(silu(gate(x)) * up(x)).
 struct AfdSwiGlu {

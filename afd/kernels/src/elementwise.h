@@ -217,12 +217,13 @@ void silu_mul(const afd::SiluMulArgs& a, int row_begin, int row_end) {
     }
 }
 
-inline void row_argmax(const afd::ArgmaxArgs& a, int row_begin, int row_end) {
+inline void row_max(const afd::RowMaxArgs& a, int row_begin, int row_end) {
     constexpr int kBlock = 1024;  // looked at again for the place, while it is in the cache
     for (int row = row_begin; row < row_end; ++row) {
         const float* const x = a.x + row * a.stride;
-        float largest = 0;
-        int at = 0;
+        float largest = a.largest[row];
+        if (largest != largest) continue;
+        int at = -1;
         for (int begin = 0; begin < a.width; begin += kBlock) {
             const int end = begin + kBlock < a.width ? begin + kBlock : a.width;
             Vf highest = splat(x[begin]);
@@ -246,14 +247,16 @@ inline void row_argmax(const afd::ArgmaxArgs& a, int row_begin, int row_end) {
                 largest = x[at];
                 break;
             }
-            if (begin == 0 || block > largest) {
+            if (block > largest) {
                 largest = block;
                 at = begin;
             }
         }
+        if (at < 0) continue;
         if (largest == largest)
             while (x[at] != largest) ++at;
-        a.idx[row] = at;
+        a.largest[row] = largest;
+        a.idx[row] = a.first + at;
     }
 }
 

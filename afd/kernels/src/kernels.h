@@ -115,10 +115,11 @@ struct GemmArgs {
     const void* after = nullptr;  // a panel of bf16 weights that will be read next, to be fetched meanwhile; null = none
 };
 
-struct ArgmaxArgs {
+struct RowMaxArgs {
     const float* x;  // [num_rows, width], rows `stride` apart
-    int64_t stride;
-    int64_t* idx;  // [num_rows]
+    float* largest;  // [num_rows], and
+    int64_t* idx;    // its place: what was found so far
+    int64_t stride, first;  // first: the place of column 0
     int32_t num_rows, width;
 };
 
@@ -149,8 +150,8 @@ struct KernelTable {
     // out[row] += scale[row] * x[row] for float32 rows of `width`; out row r is out + index[r] * width.
     void (*add_scaled_rows)(const float* x, const float* scale, const int32_t* index, int num_rows, int width,
                             float* out);
-    // Place of each row's first NaN, or else of its first largest element.
-    void (*row_argmax)(const ArgmaxArgs&, int row_begin, int row_end);
+    // Each row's first NaN, or else its first largest element, among what was found so far and x.
+    void (*row_max)(const RowMaxArgs&, int row_begin, int row_end);
     void (*gemm)(const GemmArgs&, int n_begin, int n_end);  // bf16 weights
     void (*round_rows)(const GemmArgs&, RoundedRows rows);  // writes `rows`, of a's x
     void (*gemm_int8)(const GemmArgs&, RoundedRows rows, int n_begin, int n_end);

@@ -3,6 +3,7 @@
 #include <atomic>
 #include <memory>
 #include <new>
+#include <vector>
 
 #include "attention_plan.h"
 
@@ -149,6 +150,51 @@ void run_gemm(const KernelTable& kernels, const GemmArgs& args, int num_threads)
         const GemmArgs rows = rows_of(args, args.m * part / threads, args.m * (part + 1) / threads);
         input.multiply(rows, column(panel), column(panel + 1));
     });
+}
+
+void run_gemm_row_max(const KernelTable& kernels, const GemmArgs& args, const RowMaxima& out, int num_threads) {
+    constexpr int kColumns = 256;  // multiplied before they are looked at: of 64 rows, they stay in the L2 cache
+    constexpr int kItemsPerThread = 8;
+    out.clear(args.m);
+    if (args.m == 0) return;
+    const GemmInput input(kernels, args);
+    const int threads = gemm_threads(args, num_threads);
+    const int64_t blocks = (args.n + kColumns - 1) / kColumns;
+    const int items = threads > 1 ? static_cast<int>(std::min<int64_t>(blocks, kItemsPerThread * threads)) : 1;
+    std::vector<float> largest(static_cast<size_t>(items) * args.m);
+    std::vector<int64_t> idx(largest.size());
+    std::atomic<bool> out_of_memory{false};
+    run_items(items, threads, [&](int item) {
+        thread_local Arena arena;
+        float* const sums = static_cast<float*>(arena.reserve(sizeof(float) * kColumns * args.m));
+        if (sums == nullptr) {
+            out_of_memory.store(true, std::memory_order_relaxed);
+            return;
+        }
+        const RowMaxima found{&largest[static_cast<size_t>(item) * args.m], &idx[static_cast<size_t>(item) * args.m]};
+        found.clear(args.m);
+        for (int64_t block = blocks * item / items; block < blocks * (item + 1) / items; ++block) {
+            const int begin = static_cast<int>(block) * kColumns, end = std::min(begin + kColumns, args.n);
+            GemmArgs part = args;
+            part.w = rows_from(args.w, begin, args.k);
+            part.out = sums;
+            part.out_stride = kColumns;
+            part.mode = kToFloat32;
+            part.n = end - begin;
+            part.after = end < args.n ? rows_from(args.w, end, args.k).data : nullptr;
+            input.multiply(part, 0, part.n);
+            kernels.row_max({sums, found.largest, found.idx, kColumns, begin, args.m, part.n}, 0, args.m);
+        }
+    });
+    if (out_of_memory) throw std::bad_alloc();
+    for (int item = 0; item < items; ++item)
+        for (int row = 0; row < args.m; ++row) {
+            const size_t at = static_cast<size_t>(item) * args.m + row;
+            const bool is_nan = largest[at] != largest[at], was_nan = out.largest[row] != out.largest[row];
+            if (was_nan || !(is_nan || largest[at] > out.largest[row])) continue;
+            out.largest[row] = largest[at];
+            out.idx[row] = idx[at];
+        }
 }
 
 AfdMatrix rows_from(const AfdMatrix& w, int row, int k) {

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <limits>
 
 #include "kernels.h"
 #include "thread_pool.h"
@@ -84,5 +85,20 @@ AfdMatrix rows_from(const AfdMatrix& w, int row, int k);
 
 // Throws std::bad_alloc as GemmInput does.
 void run_gemm(const KernelTable& kernels, const GemmArgs& args, int num_threads);
+
+// The first NaN or else the first largest element of each row: largest [m], idx [m].
+struct RowMaxima {
+    float* largest;
+    int64_t* idx;
+
+    // Before anything was found.
+    void clear(int num_rows) const {
+        std::fill_n(largest, num_rows, -std::numeric_limits<float>::infinity());
+        std::fill_n(idx, num_rows, 0);
+    }
+};
+
+// The rows' maxima of what run_gemm would write; args.out and its stride are not used. Throws std::bad_alloc.
+void run_gemm_row_max(const KernelTable& kernels, const GemmArgs& args, const RowMaxima& out, int num_threads);
 
 }  // namespace afd

@@ -167,24 +167,26 @@ def test_interrupted_steps_run_again_and_change_nothing(halves):
     engine.scheduler.check()
 
 
-def test_logits_that_are_not_finite_end_only_their_own_request(halves):
+@pytest.mark.parametrize("logprobs", [-1, 0])
+def test_logits_that_are_not_finite_end_only_their_own_request(halves, logprobs):
     attention, whole, _ = halves
     engine = make_engine(attention, [whole], num_streams=1)
-    bad, good = request(0, random.Random(0), 50, max_tokens=3), request(1, random.Random(1), 50, max_tokens=3)
+    bad, good = (request(idx, random.Random(idx), 50, max_tokens=3, logprobs=logprobs) for idx in range(2))
     for seq in (bad, good):
         engine.scheduler.add(seq)
-    real = attention.head_slice
+    real = attention.head_rows
 
-    def poisoned(rows, out, start, stop):
-        real(rows, out, start, stop)
-        out[0, start:stop] = float("nan")
+    def poisoned(x_rows):
+        rows = real(x_rows)
+        rows[:1] = float("nan")
+        return rows
 
-    attention.head_slice = poisoned
+    attention.head_rows = poisoned
     try:
         while not (outputs := engine.run_once(0.0)):
             pass
     finally:
-        del attention.head_slice
+        del attention.head_rows
     [output] = [output for output in outputs if output.error]
     assert output.progress.seq is bad and output.error and output.progress.finish == "error"
     while not engine.scheduler.idle:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from afd.kernels.base import Kernels
+from afd.kernels.base import Kernels, RowMax
 from afd.kernels.native import NativeKernels
-from afd.kernels.packed import PANEL_ROWS, PackedMatrix
+from afd.kernels.packed import PANEL_ROWS, PackedInt8, PackedMatrix
 from afd.kernels.reference import ReferenceKernels
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -214,22 +216,58 @@ def test_a_gemm_row_does_not_depend_on_its_batch_nor_on_threads(kernels: NativeK
     st.integers(1, 3),
 )
 @FAST
-def test_row_argmax(kernels: Kernels, rows: int, width: int, marks: list, num_threads: int) -> None:
+def test_row_max(kernels: Kernels, rows: int, width: int, marks: list, num_threads: int) -> None:
     """numpy's answer: the first of equal elements (bfloat16 has many), the first NaN where there is one."""
     x = random(rows, width + 3).bfloat16().float()[:, :width]
     for row, column, value in marks:
         x[row % rows, column % width] = value
-    got, want = (torch.empty(rows, dtype=torch.int64) for _ in range(2))
-    kernels.row_argmax(x, got, num_threads)
-    REFERENCE.row_argmax(x, want, num_threads)
-    assert got.tolist() == want.tolist() == x.numpy().argmax(axis=1).tolist()
+    got = RowMax.empty(rows)
+    kernels.row_max(x, got, num_threads)
+    assert got.idx.tolist() == x.numpy().argmax(axis=1).tolist()
+    assert torch.equal(got.largest.nan_to_num(7.5), x.amax(dim=1).nan_to_num(7.5))
 
 
 @pytest.mark.parametrize("value", [0.0, -float("inf"), float("inf"), float("nan")])
-def test_row_argmax_of_equal_elements(kernels: Kernels, value: float) -> None:
-    x, got = torch.full((2, 3000), value), torch.empty(2, dtype=torch.int64)
-    kernels.row_argmax(x, got, 1)
-    assert got.tolist() == [0, 0]
+def test_row_max_of_equal_elements(kernels: Kernels, value: float) -> None:
+    got = RowMax.empty(2)
+    kernels.row_max(torch.full((2, 3000), value), got, 1)
+    assert got.idx.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("weights", ["bfloat16", "int8"])
+@pytest.mark.parametrize(("m", "n", "k"), [(0, 70, 8), (1, 1, 2), (3, 130, 10), (70, 1000, 32), (2, 5000, 64)])
+def test_gemm_row_max(kernels: NativeKernels, m: int, n: int, k: int, weights: str) -> None:
+    """That of the product: of equal columns the first, the first NaN, with any number of threads."""
+    w = random(n, k, dtype=torch.bfloat16)
+    w[n // 2 :] = w[: n - n // 2].clone()
+    x = random(m, k, dtype=torch.bfloat16)
+    x[1::3] = float("nan")
+    x[2::3] = 0
+    scales = torch.full((n,), 0.5)
+    matrix = packed(kernels, w) if weights == "bfloat16" else PackedInt8.pack((w * 20).to(torch.int8), scales)
+    products, want = torch.empty(m, n), RowMax.empty(m)
+    kernels.gemm(x, matrix, products, 1)
+    kernels.row_max(products, want, 1)
+    for num_threads in (1, 2, 3):
+        got = RowMax.empty(m)
+        kernels.gemm_row_max(x, matrix, got, num_threads)
+        assert torch.equal(got.idx, want.idx)
+        assert torch.equal(got.largest.nan_to_num(7.5), want.largest.nan_to_num(7.5))
+    kernels.close()
+
+
+@given(st.lists(st.sampled_from([float("nan"), -float("inf"), 0.0, 1.0, 2.0]), min_size=1, max_size=6), st.data())
+@FAST
+def test_row_maxima_of_two_parts_are_those_of_the_whole(values: list[float], data: st.DataObject) -> None:
+    row = torch.tensor([values])
+    at = data.draw(st.integers(1, max(1, len(values) - 1)))
+    found = []
+    for begin, end in ((0, at), (at, len(values))):
+        if begin < end:
+            part = RowMax.empty(1)
+            REFERENCE.row_max(row[:, begin:end], part, 1)
+            found.append(RowMax(part.largest, part.idx + begin))
+    assert functools.reduce(RowMax.joined, found).idx.item() == row.numpy().argmax()
 
 
 @pytest.mark.parametrize(("n", "k"), [(0, 4), (1, 2), (64, 6), (65, 10), (200, 0), (130, 32)])
