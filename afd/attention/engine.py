@@ -239,7 +239,8 @@ class AttentionEngine:
                 seqs.append(item.seq)
                 rows.append(end - 1)
         assert stream.x is not None
-        normed = self._half.head_rows(stream.x[self._indices(rows)])
+        x = stream.x if len(rows) == end else stream.x[self._indices(rows)]
+        normed = self._half.head_rows(x)
         logits = self._logits_of(stream.micro_batch.stream, len(seqs)) if keeps_logits(seqs) else None
         stream.head = Head(seqs, normed, logits)
 

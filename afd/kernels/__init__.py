@@ -250,14 +250,14 @@ def pack_int8(values: Tensor, scales: Tensor) -> PackedInt8:
     return PackedInt8.pack(values, scales)
 
 
-def unpack_rows(w: PackedMatrix, idx: Tensor) -> Tensor:
-    """Rows idx `[m]` int64 of w `[n, k]` as they were: `[m, k]`. IndexError for a row that is not there."""
-    arguments.check_unpack_rows(w, idx)
+def unpack_rows(w: PackedMatrix, idx: Tensor, num_threads: int = 1) -> Tensor:
+    """Rows idx `[m]` int64 of w `[n, k]`: `[m, k]` float32. IndexError for a row that is not there."""
+    arguments.check_unpack_rows(w, idx, num_threads)
     native = native_kernels()
     if native is None:
-        return w.rows(idx)
-    out = torch.empty(idx.shape[0], w.shape[1], dtype=torch.bfloat16)
-    native.unpack_rows(w, idx, out)
+        return w.rows(idx).float()
+    out = torch.empty(idx.shape[0], w.shape[1], dtype=torch.float32)
+    native.unpack_rows(w, idx, out, num_threads)
     return out
 
 

@@ -123,7 +123,8 @@ def check_pack_int8(values: Tensor, scales: Tensor) -> None:
     _check_index("scales", scales, torch.float32, (values.shape[0],))
 
 
-def check_unpack_rows(w: PackedMatrix, idx: Tensor) -> None:
+def check_unpack_rows(w: PackedMatrix, idx: Tensor, num_threads: int) -> None:
+    check_threads(num_threads)
     _check_index("idx", idx, torch.int64, (idx.shape[0],))
     if idx.shape[0] and not (int(idx.min()) >= 0 and int(idx.max()) < w.shape[0]):
         raise IndexError(f"rows {int(idx.min())} to {int(idx.max())} of a matrix with {w.shape[0]} rows")

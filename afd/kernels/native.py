@@ -198,10 +198,16 @@ class NativeKernels:
         """Reorder w [n, k] in its place."""
         self.library.afd_pack(w.data_ptr(), w.shape[0], w.shape[1], unpack)
 
-    def unpack_rows(self, w: PackedMatrix, idx: Tensor, out: Tensor) -> None:
-        """out [m, k]: rows idx of w, as they were before it was packed."""
-        rows, columns = w.shape
-        self.library.afd_unpack_rows(w.data.data_ptr(), rows, columns, idx.data_ptr(), idx.shape[0], out.data_ptr())
+    def unpack_rows(self, w: PackedMatrix, idx: Tensor, out: Tensor, num_threads: int) -> None:
+        """out [m, k] float32: rows idx of w."""
+        self.library.afd_unpack_rows(
+            num_threads,
+            w.data.data_ptr(),
+            *w.shape,
+            idx.data_ptr(),
+            idx.shape[0],
+            out.data_ptr(),
+        )
 
     def gemm(self, x: Tensor, w: Packed, out: Tensor, num_threads: int) -> None:
         rows, columns = w.shape
@@ -289,7 +295,7 @@ def _declare(library: ctypes.CDLL) -> None:
         "afd_add_rms_norm": (i32, [i32] * 4 + [pointer] * 2 + [i32] + [pointer] * 2 + [i32] * 2 + [f32]),
         "afd_silu_mul": (i32, [i32] * 2 + [pointer] * 2 + [i64] * 2 + [i32] * 2 + [f32]),
         "afd_row_max": (None, [i32] * 2 + [pointer, i64] + [i32] * 2 + [pointer] * 2),
-        "afd_unpack_rows": (None, [pointer, i32, i32, pointer, i32, pointer]),
+        "afd_unpack_rows": (None, [i32, pointer, i32, i32, pointer, i32, pointer]),
         "afd_pack": (None, [pointer] + [i32] * 3),
         "afd_gemm": (i32, [i32] * 2 + [pointer] * 3 + [i32] + [i64] * 2 + [i32] * 3),
         "afd_gemm_row_max": (i32, [i32] * 2 + [pointer] * 4 + [i64] + [i32] * 3),

@@ -20,7 +20,7 @@ from afd.kv.cache import KVCache
 from afd.model.attention_core import paged_attention, rope_write_kv, runs_natively
 from afd.model.batch import AttentionBatch
 from afd.model.primitives import Weight, device_of, linear, rms_norm
-from afd.model.rope import inverse_frequencies
+from afd.model.rope import RopeTable, rope_table
 from afd.model.spec import AttentionKind, AttentionSpec
 
 
@@ -57,10 +57,10 @@ class AttentionWeights:
 class FusedAttention:
     """A layer's attention with its residual and the norms on both sides, in one native call."""
 
-    def __init__(self, call: AttentionLayerCall, spec: AttentionSpec, inv_freq: Tensor):
+    def __init__(self, call: AttentionLayerCall, spec: AttentionSpec, rope: RopeTable):
         self.call = call
         self._spec = spec
-        self._inv_freq = inv_freq
+        self._rope = rope
 
     def takes(self, partials: Sequence[Tensor], cache: KVCache, layer_idx: int) -> bool:
         """Whether this cache can be read and written natively, and so many partials added."""
@@ -76,11 +76,11 @@ class FusedAttention:
 
     def tokens(self, batch: AttentionBatch) -> LayerBatch:
         """The batch as this layer reads it."""
-        return batch.of_layer(self._spec.window).native(self._spec.rope, self._inv_freq)
+        return batch.of_layer(self._spec.window).native(self._rope)
 
     def reads_like(self, other: FusedAttention) -> bool:
         """Whether `tokens` are the same for both."""
-        return self._spec.rope == other._spec.rope and bool(self._spec.window) == bool(other._spec.window)
+        return self._rope is other._rope and bool(self._spec.window) == bool(other._spec.window)
 
 
 class _RotaryAttention:
@@ -90,7 +90,7 @@ class _RotaryAttention:
         self._spec = spec
         self._w = weights
         self._eps = eps
-        self._inv_freq = inverse_frequencies(spec.rope).to(weights.device)
+        self._rope = rope_table(spec.rope, weights.device)
         first = spec.q_rank or spec.num_heads * spec.head_dim
         self._widths = [first, spec.num_kv_heads * spec.head_dim, spec.num_kv_heads * spec.v_head_dim]
         if spec.head_gate:
@@ -113,7 +113,7 @@ class _RotaryAttention:
             q = self._normed_heads(q, self._w.q_head_norm)
             k = self._normed_heads(k, self._w.k_head_norm)
         k_cache, v_cache = cache.k[layer_idx], cache.v[layer_idx]
-        tables = batch.rope_tables(spec.rope, self._inv_freq)
+        tables = batch.rope_tables(self._rope)
         batch = batch.of_layer(spec.window)
         q = rope_write_kv(q, k, v, tables, spec.rope.interleaved, k_cache, v_cache, batch)
         out = paged_attention(q, k_cache, v_cache, batch, spec.scale, spec.window)
@@ -148,13 +148,13 @@ class _RotaryAttention:
             v_head_dim=spec.v_head_dim,
             q_rank=spec.q_rank or 0,
             head_gate=spec.head_gate,
-            rotary_half=self._inv_freq.shape[0],
+            rotary_half=self._rope.half,
             interleaved=spec.rope.interleaved,
             window=spec.window,
             scale=spec.scale,
             eps=self._eps,
         )
-        return FusedAttention(AttentionLayerCall(native, weights, shape), spec, self._inv_freq)
+        return FusedAttention(AttentionLayerCall(native, weights, shape), spec, self._rope)
 
     def _normed_heads(self, heads: Tensor, weight: Tensor) -> Tensor:
         """RMSNorm of each head of [n, num_heads, head_dim]."""

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from afd.kernels.fused import LayerBatch
 from afd.model.device import to_device
-from afd.model.rope import cos_sin
-from afd.model.spec import RopeSpec
+from afd.model.rope import RopeTable
 
 _CPU = torch.device("cpu")
 
@@ -41,8 +40,8 @@ class AttentionBatch:
     host_query_start: npt.NDArray[np.int32]
     host_seq_lens: npt.NDArray[np.int32]
     windowed: AttentionBatch | None = None
-    _rope: dict[RopeSpec, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
-    _native: dict[RopeSpec, LayerBatch] = field(default_factory=dict, repr=False)
+    _rope: dict[RopeTable, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    _native: dict[RopeTable, LayerBatch] = field(default_factory=dict, repr=False)
 
     @classmethod
     def build(
@@ -99,19 +98,18 @@ class AttentionBatch:
     def num_seqs(self) -> int:
         return self.seq_lens.shape[0]
 
-    def rope_tables(self, spec: RopeSpec, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
-        """(cos, sin) of this batch's positions, computed once for all layers that share `spec`."""
-        if spec not in self._rope:
-            factor = spec.scaling.attention_factor if spec.scaling is not None else 1.0
-            self._rope[spec] = cos_sin(inv_freq, self.positions, factor)
-        return self._rope[spec]
+    def rope_tables(self, rope: RopeTable) -> tuple[Tensor, Tensor]:
+        """(cos, sin) of this batch's positions, looked up once for all layers that share `rope`."""
+        if rope not in self._rope:
+            self._rope[rope] = rope.of(self.positions, self.max_seq_len)
+        return self._rope[rope]
 
-    def native(self, spec: RopeSpec, inv_freq: Tensor) -> LayerBatch:
-        """This batch for `afd.kernels.fused`, made once for all layers that share `spec` and blocks."""
-        if spec not in self._native:
+    def native(self, rope: RopeTable) -> LayerBatch:
+        """This batch for `afd.kernels.fused`, made once for all layers that share `rope` and blocks."""
+        if rope not in self._native:
             tables = (self.slot_mapping, self.block_table, self.seq_lens, self.query_start)
-            self._native[spec] = LayerBatch(*self.rope_tables(spec, inv_freq), *tables)
-        return self._native[spec]
+            self._native[rope] = LayerBatch(*self.rope_tables(rope), *tables)
+        return self._native[rope]
 
 
 def _block_table(
@@ -119,9 +117,12 @@ def _block_table(
 ) -> np.ndarray[tuple[int, ...], np.dtype[np.int32]]:
     """[num_seqs, max_blocks]; what no token sees (padding, dropped blocks) is 0, a block that exists."""
     table = np.zeros((len(blocks_of), int(num_blocks.max(initial=0))), np.int32)
-    for row, (blocks, needed) in enumerate(zip(blocks_of, num_blocks, strict=True)):
-        assert len(blocks) >= needed, f"sequence {row} has {len(blocks)} blocks and needs {needed}"
-        table[row, :needed] = blocks[:needed]
+    needed = num_blocks.tolist()
+    for row, blocks in enumerate(blocks_of):
+        assert len(blocks) >= needed[row], f"sequence {row} has {len(blocks)} blocks and needs {needed[row]}"
+    table[np.arange(table.shape[1]) < num_blocks[:, None]] = [
+        block for blocks, count in zip(blocks_of, needed, strict=True) for block in blocks[:count]
+    ]
     return np.maximum(table, 0, out=table)
 
 

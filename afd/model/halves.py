@@ -67,7 +67,7 @@ class AttentionHalf:
         The residual is float32 whatever the activation dtype: it is small beside weights and KV, and with it bfloat16
         logits come out 40 % closer to float32's (measured on SmolLM2).
         """
-        return embedding(token_ids, self._embedding).float()
+        return embedding(token_ids, self._embedding)
 
     def layer(
         self, layer_idx: int, x: Tensor, batch: AttentionBatch, cache: KVCache, partials: Sequence[Tensor] = ()
@@ -139,7 +139,7 @@ class AttentionHalf:
         return [(at, min(at + width, stop)) for at in range(start, stop, width)]
 
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
-        return rms_norm(x, weight, self.spec.rms_eps).to(self.dtype)
+        return rms_norm(x, weight, self.spec.rms_eps, self.dtype)
 
     def logits(self, x_rows: Tensor) -> Tensor:
         """Residual rows after the last layer [m, hidden] -> logits [m, vocab] float32."""

@@ -17,7 +17,7 @@ from afd.kv.cache import KVCache
 from afd.model.attention_core import paged_attention, write_cache
 from afd.model.batch import AttentionBatch
 from afd.model.primitives import linear, rms_norm
-from afd.model.rope import inverse_frequencies, rotate
+from afd.model.rope import rope_table, rotate
 from afd.model.spec import AttentionSpec
 
 LATENT_NORM_EPS = 1e-6
@@ -47,7 +47,7 @@ class MlaAttention:
         self._spec = spec
         self._w = weights
         self._nope_dim = spec.head_dim - spec.rope.rotary_dim
-        self._inv_freq = inverse_frequencies(spec.rope).to(weights.kv_up.device)
+        self._rope = rope_table(spec.rope, weights.kv_up.device)
         per_head = weights.kv_up.view(spec.num_heads, self._nope_dim + spec.v_head_dim, spec.kv_rank)
         self._key_up = per_head[:, : self._nope_dim]
         self._value_up = per_head[:, self._nope_dim :].transpose(1, 2)
@@ -55,7 +55,7 @@ class MlaAttention:
     def __call__(self, h: Tensor, batch: AttentionBatch, cache: KVCache, layer_idx: int) -> Tensor:
         spec, rope = self._spec, self._spec.rope
         batch = batch.of_layer(spec.window)
-        tables = batch.rope_tables(rope, self._inv_freq)
+        tables = batch.rope_tables(self._rope)
         latent, k_rotary = torch.split(linear(h, self._w.kv_down), [spec.kv_rank, rope.rotary_dim], dim=1)
         latent = rms_norm(latent.contiguous(), self._w.kv_norm, LATENT_NORM_EPS)
         k_rotary = rotate(k_rotary[:, None], *tables, rope.interleaved)[:, 0]

@@ -67,15 +67,20 @@ def rows_of(weight: Weight, start: int, stop: int) -> Weight:
 
 
 def embedding(ids: Tensor, weight: Tensor | PackedMatrix) -> Tensor:
-    """Rows ids [n] int64 of weight [vocab, hidden] -> [n, hidden]."""
-    return kernels.unpack_rows(weight, ids) if isinstance(weight, PackedMatrix) else F.embedding(ids, weight)
+    """Rows ids [n] int64 of weight [vocab, hidden] -> [n, hidden] float32."""
+    if isinstance(weight, PackedMatrix):
+        return kernels.unpack_rows(weight, ids, torch.get_num_threads())
+    return F.embedding(ids, weight).float()
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x [n, width] -> the same shape and dtype.  weight [width] float32."""
+def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
+    """x [n, width] -> the same shape, in `dtype`, by default that of x.  weight [width] float32."""
+    dtype = dtype or x.dtype
     if x.is_cpu:
-        return kernels.rms_norm(x, weight, eps)
-    return F.rms_norm(x.float(), (x.shape[-1],), weight, eps).to(x.dtype)
+        direct = dtype in (x.dtype, torch.bfloat16)
+        out = torch.empty(x.shape, dtype=dtype if direct else x.dtype)
+        return kernels.rms_norm(x, weight, eps, out).to(dtype)
+    return F.rms_norm(x.float(), (x.shape[-1],), weight, eps).to(dtype)
 
 
 def silu_mul(gate_up: Tensor, limit: float = 0.0) -> Tensor:

@@ -1,13 +1,16 @@
-"""Rotary position embedding: angles once per batch, rotation per layer."""
+"""Rotary position embedding: tables of angles, rotation per layer."""
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
 from torch import Tensor
 
 from afd.model.spec import RopeScaling, RopeSpec
+
+_FIRST_POSITIONS = 2048
 
 
 def inverse_frequencies(spec: RopeSpec) -> Tensor:
@@ -52,6 +55,36 @@ def cos_sin(inv_freq: Tensor, positions: Tensor, factor: float = 1.0) -> tuple[T
     """Two [num_tokens, rotary_dim / 2] float32 tables for integer `positions` [num_tokens], times `factor`."""
     angles = positions.float()[:, None] * inv_freq
     return angles.cos() * factor, angles.sin() * factor
+
+
+class RopeTable:
+    """cos and sin of positions 0, 1, ...: as many as were asked for so far. One thread at a time.
+
+    They are computed on the host and copied at once: to a GPU, behind no stream's work and before any that reads them.
+    """
+
+    def __init__(self, spec: RopeSpec, device: torch.device):
+        self._inv_freq = inverse_frequencies(spec)
+        self._factor = spec.scaling.attention_factor if spec.scaling is not None else 1.0
+        self._device = device
+        self.half = self._inv_freq.shape[0]
+        self._grow(_FIRST_POSITIONS)
+
+    def of(self, positions: Tensor, end: int) -> tuple[Tensor, Tensor]:
+        """Two [num_tokens, rotary_dim / 2] float32 for `positions` [num_tokens] int64, all below `end`."""
+        if end > self._cos.shape[0]:
+            self._grow(1 << (end - 1).bit_length())
+        return self._cos.index_select(0, positions), self._sin.index_select(0, positions)
+
+    def _grow(self, num_positions: int) -> None:
+        tables = cos_sin(self._inv_freq, torch.arange(num_positions), self._factor)
+        self._cos, self._sin = (table.to(self._device) for table in tables)
+
+
+@functools.cache
+def rope_table(spec: RopeSpec, device: torch.device) -> RopeTable:
+    """The process's table for all layers that rotate alike."""
+    return RopeTable(spec, device)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:

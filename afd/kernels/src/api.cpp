@@ -141,16 +141,23 @@ void afd_row_max(int32_t isa, int32_t num_threads, const float* x, int64_t strid
     run_ranges(num_rows, 1, num_threads, [&](int begin, int end) { table_of(isa).row_max(args, begin, end); });
 }
 
-void afd_unpack_rows(const void* weights, int32_t n, int32_t k, const int64_t* idx, int32_t m, void* out) {
+void afd_unpack_rows(int32_t num_threads, const void* weights, int32_t n, int32_t k, const int64_t* idx, int32_t m,
+                     float* out) {
     const uint32_t* const pairs = static_cast<const uint32_t*>(weights);
-    uint32_t* to = static_cast<uint32_t*>(out);
     const int num_pairs = k / 2;
-    for (int row = 0; row < m; ++row) {
-        const int64_t begin = idx[row] / kPanel * kPanel;
-        const int64_t width = std::min<int64_t>(kPanel, n - begin);
-        const uint32_t* from = pairs + begin * num_pairs + (idx[row] - begin);
-        for (int i = 0; i < num_pairs; ++i, from += width) *to++ = *from;
-    }
+    // A row's pairs lie in as many lines of memory.
+    run_ranges(m, 1, num_threads, [&](int first, int last) {
+        for (int row = first; row < last; ++row) {
+            const int64_t begin = idx[row] / kPanel * kPanel;
+            const int64_t width = std::min<int64_t>(kPanel, n - begin);
+            const uint32_t* from = pairs + begin * num_pairs + (idx[row] - begin);
+            float* to = out + static_cast<int64_t>(row) * k;
+            for (int i = 0; i < num_pairs; ++i, from += width, to += 2) {
+                const uint32_t wide[2] = {*from << 16, *from & 0xffff0000u};  // a bf16 is the first half of a float
+                std::memcpy(to, wide, sizeof wide);
+            }
+        }
+    });
 }
 
 int32_t afd_gemm(int32_t isa, int32_t num_threads, const void* x, const AfdMatrix* w, void* out, int32_t mode,

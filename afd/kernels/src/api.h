@@ -49,8 +49,9 @@ AFD_API int32_t afd_silu_mul(int32_t isa, int32_t dtype, const void* gate_up, vo
 AFD_API void afd_row_max(int32_t isa, int32_t num_threads, const float* x, int64_t stride, int32_t num_rows, int32_t width,
                          float* largest, int64_t* idx);
 
-// out [m, k]: rows idx of packed weights [n, k], as they were.
-AFD_API void afd_unpack_rows(const void* weights, int32_t n, int32_t k, const int64_t* idx, int32_t m, void* out);
+// out [m, k] float32: rows idx of packed weights [n, k].
+AFD_API void afd_unpack_rows(int32_t num_threads, const void* weights, int32_t n, int32_t k, const int64_t* idx, int32_t m,
+                             float* out);
 
 // bf16 weights [n, k] (k even) into the order of gemm.h and back, in their place.
 AFD_API void afd_pack(void* weights, int32_t n, int32_t k, int32_t unpack);

@@ -1,5 +1,6 @@
 #include "fused.h"
 
+#include <atomic>
 #include <cstring>
 
 #include "attention_plan.h"
@@ -121,14 +122,24 @@ struct LayerScratch {
 
 int32_t swiglu(const KernelTable& kernels, const AfdSwiGlu& ffn, const void* x, int64_t x_stride, int num_rows,
                void* out, int num_threads) {
-    const int chunk = std::min(num_rows, kSwiGluRows);
-    const size_t bytes = swiglu_bytes(ffn, chunk);
-    void* const memory = arena().reserve(bytes);
-    if (memory == nullptr && bytes > 0) return kOutOfMemory;
-    for (int begin = 0; begin < num_rows; begin += chunk)
-        swiglu_rows(kernels, ffn, offset(x, begin * x_stride), x_stride, std::min(chunk, num_rows - begin), memory,
-                    offset(out, static_cast<int64_t>(begin) * ffn.hidden), kToBfloat16, num_threads);
-    return kOk;
+    const int chunks = (num_rows + kSwiGluRows - 1) / kSwiGluRows;
+    // With chunks enough each thread has its own, and does not wait for the others in the middle of them.
+    const bool apart = chunks >= num_threads;
+    const int items = apart ? (chunks + num_threads - 1) / num_threads * num_threads : chunks;
+    std::atomic<bool> out_of_memory{false};
+    run_items(items, apart ? num_threads : 1, [&](int item) {
+        const int begin = static_cast<int>(static_cast<int64_t>(num_rows) * item / items);
+        const int rows = static_cast<int>(static_cast<int64_t>(num_rows) * (item + 1) / items) - begin;
+        const size_t bytes = swiglu_bytes(ffn, rows);
+        void* const memory = arena().reserve(bytes);
+        if (memory == nullptr && bytes > 0) {
+            out_of_memory.store(true, std::memory_order_relaxed);
+            return;
+        }
+        swiglu_rows(kernels, ffn, offset(x, begin * x_stride), x_stride, rows, memory,
+                    offset(out, static_cast<int64_t>(begin) * ffn.hidden), kToBfloat16, apart ? 1 : num_threads);
+    });
+    return out_of_memory ? kOutOfMemory : kOk;
 }
 
 int32_t run_experts(const KernelTable& kernels, const AfdExperts& e, const Routed& r, int num_threads) {

@@ -278,9 +278,10 @@ def test_packing_keeps_every_element(kernels: NativeKernels, n: int, k: int) -> 
     idx = torch.arange(n).flip(0)
     assert torch.equal(matrix.rows(idx), w[idx])
     if n and k:
-        out = torch.empty(n, k, dtype=torch.bfloat16)
-        kernels.unpack_rows(matrix, idx, out)
-        assert torch.equal(out, w[idx])
+        for num_threads in (1, 3):
+            out = torch.empty(n, k)
+            kernels.unpack_rows(matrix, idx, out, num_threads)
+            assert torch.equal(out, w[idx].float())
     if n > PANEL_ROWS:
         assert torch.equal(matrix.narrow_rows(PANEL_ROWS, n).unpacked(), w[PANEL_ROWS:])
         with pytest.raises(ValueError, match="panels"):
