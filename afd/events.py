@@ -24,8 +24,8 @@ class Stage(msgspec.Struct, frozen=True, gc=False):
     """One stage of one micro-batch. Times in seconds of this process's `time.perf_counter()`.
 
     name, attention worker: "embed" or "combine" (add the partials), "attention", "dispatch" (rows into the transfer
-    slots), "exchange" (rows are away; overlaps the others), "head_slice" and at last "head", "wait" (work in flight,
-    nothing ready), and in topology mono "ffn".
+    slots), "exchange" (rows are away; overlaps the others), "look_ahead" (inputs of the step after this one),
+    "head_slice" and at last "head", "wait" (work in flight, nothing ready), and in topology mono "ffn".
     name, FFN worker: "gang_wait" (first arrival until computed), "ffn", "combine" (answer every member), "wait" (a step
     is under way somewhere, nothing is complete).
     num_tokens: rows computed or moved; of a head those that are sampled.

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from afd.attention.exchange import Combined, Exchange
 from afd.attention.head import Head, keeps_logits
+from afd.attention.look_ahead import LookAhead
 from afd.attention.relay import StreamRelay
 from afd.attention.stages import StageClock
 from afd.kv.cache import KVCache
@@ -99,6 +100,7 @@ class AttentionEngine:
         self._streams: dict[int, _Stream] = {}
         self._ready: deque[tuple[int, Combined | None]] = deque()
         self._announced_idle: set[int] = set()
+        self._look_ahead = LookAhead(scheduler, self._batch_of)
         self._logits: dict[int, Tensor] = {}  # by stream
         self._head_slice_rows = HEAD_SLICE_ROWS
         self._clock = clock
@@ -113,6 +115,7 @@ class AttentionEngine:
         """Start what can start, then run one ready stage, waiting up to `timeout_s` for it. PeerLostError: `fail`."""
         self._start_streams()
         if not self._ready:
+            self._prepare()
             waiting_s = self._clock()
             arrived = self._exchange.poll(timeout_s)
             if self._streams:
@@ -151,6 +154,7 @@ class AttentionEngine:
         self._streams.clear()
         self.stages.reset()
         self._announced_idle.clear()
+        self._look_ahead.reset()
 
     # -- stages -------------------------------------------------------------------------------------------
 
@@ -168,19 +172,27 @@ class AttentionEngine:
                     self._exchange.idle(idx)
                 continue
             self._announced_idle.discard(idx)
-            self._streams[idx] = _Stream(micro_batch, self._batch_of(idx, micro_batch), started_s=self._clock())
+            self._streams[idx] = _Stream(micro_batch, self._look_ahead.batch(micro_batch), started_s=self._clock())
             self._ready.append((idx, None))
 
-    def _batch_of(self, idx: int, micro_batch: MicroBatch) -> AttentionBatch:
-        """What the kernels need to know of it."""
-        return AttentionBatch.build(
-            [(item.start, item.num_new, item.seq.blocks) for item in micro_batch.items],
+    def _prepare(self) -> None:
+        """All that can be known of the next step of a stream whose rows are away."""
+        for idx, stream in self._streams.items():
+            begun_s = self._clock()
+            if num_tokens := self._look_ahead.prepare(stream.micro_batch):
+                self.stages.looked_ahead(idx, num_tokens, stream.micro_batch.step + 1, begun_s)
+                return  # the others when nothing is ready again
+
+    def _batch_of(self, idx: int, items: abc.Sequence[BatchItem]) -> AttentionBatch:
+        """What the kernels need to know of them."""
+        batch = AttentionBatch.build(
+            [(item.start, item.num_new, item.seq.blocks) for item in items],
             self._cache.block_size,
             self._half.device,
-            window_blocks=None
-            if self.scheduler.windowed is None
-            else [item.seq.window_blocks for item in micro_batch.items],
+            window_blocks=None if self.scheduler.windowed is None else [item.seq.window_blocks for item in items],
         )
+        self._half.prepare(batch)
+        return batch
 
     def _advance(self, idx: int, combined: Combined | None) -> list[Output]:
         stream = self._streams[idx]

@@ -20,7 +20,7 @@ from afd.model.cuda import LOOK_S, CudaDevice, Download
 from afd.model.device import to_device
 from afd.model.halves import AttentionBatch, AttentionHalf
 from afd.sched.scheduler import Scheduler
-from afd.sched.sequence import MicroBatch
+from afd.sched.sequence import BatchItem, MicroBatch
 
 
 class GpuStageClock(StageClock):
@@ -103,9 +103,9 @@ class GpuAttentionEngine(AttentionEngine):
         self._sampling.clear()
         super().fail()
 
-    def _batch_of(self, idx: int, micro_batch: MicroBatch) -> AttentionBatch:
+    def _batch_of(self, idx: int, items: Sequence[BatchItem]) -> AttentionBatch:
         with self._device.stage(idx):
-            return super()._batch_of(idx, micro_batch)
+            return super()._batch_of(idx, items)
 
     def _advance(self, idx: int, combined: Combined | None) -> list[Output]:
         with self._device.stage(idx):

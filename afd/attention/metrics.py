@@ -44,6 +44,7 @@ class AttentionMetrics(Collector):
             ("exchange", totals.exchange_s),
             ("ffn", totals.ffn_s),
             ("wait", totals.wait_s),
+            ("look_ahead", totals.ahead_s),
             ("other", totals.other_s),
         ):
             stage.add_metric(["attention", name], value)

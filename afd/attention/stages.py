@@ -24,6 +24,7 @@ class StageTotals:
 
     exposed_s: of wait_s, what no FFN computed for this worker.  other_s: between stages while there is work:
     scheduling, publishing, events, and whatever the operating system does with the core.
+    ahead_s: preparing next steps while rows are away.
     step_s, step_exposed_s: steps' durations, and what was exposed within them, summed over all streams' steps.
     """
 
@@ -34,6 +35,7 @@ class StageTotals:
     wait_s: float = 0.0
     exposed_s: float = 0.0
     other_s: float = 0.0
+    ahead_s: float = 0.0
     step_s: float = 0.0
     step_exposed_s: float = 0.0
     num_steps: int = 0
@@ -138,6 +140,12 @@ class StageClock:
         if arrived:
             self._answered(sum(combined.compute_s for combined in arrived))
         self.ring.add(Stage("wait", begun_s, until_s))
+
+    def looked_ahead(self, stream: int, num_tokens: int, step: int, begun_s: float) -> None:
+        """Inputs of a step to come were prepared while rows were away."""
+        now = self._span(begun_s)
+        self.totals.ahead_s += now - begun_s
+        self.ring.add(Stage("look_ahead", begun_s, now, stream, -1, num_tokens, step))
 
     def combined(self, stream: int, batch: MicroBatch, layer: int, begun_s: float, combined_s: float) -> None:
         """The combine of the last layer, before the head."""

@@ -69,6 +69,12 @@ class AttentionHalf:
         """
         return embedding(token_ids, self._embedding)
 
+    def prepare(self, batch: AttentionBatch) -> None:
+        """Make what the layers read of a batch, so that the first one finds it."""
+        for layer in self._layers:
+            if layer.fused is not None:
+                layer.fused.tokens(batch)
+
     def layer(
         self, layer_idx: int, x: Tensor, batch: AttentionBatch, cache: KVCache, partials: Sequence[Tensor] = ()
     ) -> Dispatch:

@@ -179,6 +179,22 @@ class Scheduler:
             self._flying[stream] = StepLoad.of(batch)
         return batch
 
+    def foresee(self, batch: MicroBatch) -> tuple[BatchItem, ...] | None:
+        """What will follow `batch`, which is in flight, if every sequence of it goes on and nobody comes; None where
+        something else is to be expected.
+
+        Blocks of the tokens to come are taken now, a step early, but only while everybody's next one is free.
+        """
+        running = self._running[batch.stream]
+        if self._waiting or len(running) != len(batch.items) or self._scarce:
+            return None
+        if any(not item.samples or _ends(item, self.config.max_context) for item in batch.items):
+            return None
+        items = [BatchItem(item.seq, item.start + item.num_new, 1, True) for item in batch.items]
+        for item in items:
+            self._take(item.seq, item.start + 1)
+        return tuple(sorted(items, key=lambda item: SERVICE_ORDER(item.seq)))
+
     def commit(self, batch: MicroBatch, sampled: Mapping[str, int]) -> list[Progress]:
         """Book a computed micro-batch. sampled: token by req_id for the items that sample.
 
@@ -294,10 +310,20 @@ class Scheduler:
                 victim.evicted = True  # its blocks come back at its commit; sit out until then
                 return False
             self._preempt(victim)
+        self._take(seq, num_tokens)
+        return True
+
+    def _take(self, seq: Sequence, num_tokens: int) -> None:
+        """Blocks for its first `num_tokens` tokens, which are known to be free."""
         _extend(seq.blocks, self.pool, self.pool.blocks_for(num_tokens) - len(seq.blocks))
         if self.windowed is not None:
             _extend(seq.window_blocks, self.windowed.pool, self.windowed.missing(seq.window_blocks, num_tokens))
-        return True
+
+    @property
+    def _scarce(self) -> bool:
+        """Whether some running sequence might find no block for its next token."""
+        pools = [self.pool] if self.windowed is None else [self.pool, self.windowed.pool]
+        return any(pool.num_free < self.num_running for pool in pools)
 
     def _lacks(self, seq: Sequence, num_tokens: int, at_once: bool = True) -> bool:
         """True when the blocks of its first `num_tokens` tokens are not free. at_once: all are computed next step."""
@@ -382,6 +408,13 @@ class Scheduler:
                 members.remove(seq)
                 self._running[target].append(seq)
                 seq.stream = target
+
+
+def _ends(item: BatchItem, max_context: int) -> bool:
+    """Whether its sequence will not be there after the next commit, as far as its length and what it was told say."""
+    seq, num_tokens = item.seq, item.start + item.num_new + 1
+    out_of_room = num_tokens >= min(seq.num_prompt + seq.sampling.max_tokens, max_context)
+    return out_of_room or seq.doomed is not None or seq.evicted
 
 
 def _extend(held: list[int], pool: BlockPool, missing: int) -> None:

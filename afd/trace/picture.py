@@ -32,6 +32,7 @@ TEXT_COLOURS = ("white", "black", "white", "black")
 WAIT_COLOUR, EXPOSED_COLOUR, INK = "#ececec", "#f2b8b5", "#222222"
 MAIN, THIN, GAP, SIDES_GAP = 1.0, 0.26, 0.55, 0.75  # heights and distances of lanes
 THIN_ALPHA = 0.32
+_HATCHES = {"head": "////", "head_slice": "////", "look_ahead": "...."}
 GANG_LINE = 0.27  # streams' gangs are named on lines of their own
 LABEL_IN = 0.15  # a bar this wide holds a layer's number
 
@@ -214,7 +215,7 @@ def _style(stage: Stage) -> tuple[str, str, float]:
         return colour, "", THIN_ALPHA
     if stage.name in ("dispatch", "combine", "embed"):
         return _dark(colour), "", 1.0
-    return colour, "////" if stage.name in ("head", "head_slice") else "", 1.0
+    return colour, _HATCHES.get(stage.name, ""), 1.0
 
 
 def _decorate(axes: Axes, layout: dict[str, Lanes], start_s: float) -> None:

@@ -20,6 +20,7 @@ from afd.trace.timeline import ATTENTION, COMPUTING, FFN, Timeline, Worker, hops
 
 OWN = ("embed", "attention", "dispatch", "combine")
 HEAD = ("head_slice", "head")
+AHEAD = ("look_ahead",)
 MIN_SAMPLES = 20
 PAUSE_S = 5e-3  # a longer gap between two stages of a worker is idleness, and left out
 
@@ -63,8 +64,8 @@ class Pipeline:
     """Means over attention workers of one step of one stream, seconds summed over its layers; shares of the time.
 
     cycle_s: in which every stream makes one step.  own_s: combine, attention, dispatch; head_s: head and sampling;
-    other_s: neither a stage nor waiting.  ffn_s, answer_s, ffn_other_s: of the FFN worker, for one gang's step.
-    transfer_s: both ways.  ffn_rows: rows a batch.
+    ahead_s: looking ahead, while rows are away; other_s: neither a stage nor waiting.  ffn_s, answer_s, ffn_other_s: of
+    the FFN worker, for one gang's step.  transfer_s: both ways.  ffn_rows: rows a batch.
     """
 
     num_streams: int
@@ -72,6 +73,7 @@ class Pipeline:
     cycle_s: float
     own_s: float
     head_s: float
+    ahead_s: float
     other_s: float
     ffn_s: float
     answer_s: float
@@ -88,7 +90,7 @@ class Pipeline:
         """What bounds the cycle, in seconds: the attention worker, the FFN worker, the way of one stream."""
         own_s = self.own_s + self.head_s + self.other_s
         return {
-            "attention": self.num_streams * own_s,
+            "attention": self.num_streams * (own_s + self.ahead_s),
             "ffn": self.num_streams * (self.ffn_s + self.answer_s + self.ffn_other_s),
             "latency": own_s + self.ffn_s + self.transfer_s,
         }
@@ -112,7 +114,7 @@ class Pipeline:
         m, layers = self.num_streams, self.num_layers
         a_s = (self.own_s + self.other_s) / layers
         busy_s = (self.ffn_s + self.answer_s + self.ffn_other_s) / layers
-        layer_s = max(a_s, busy_s, (a_s + (self.ffn_s + self.transfer_s) / layers) / m)
+        layer_s = max(a_s + self.ahead_s / layers, busy_s, (a_s + (self.ffn_s + self.transfer_s) / layers) / m)
         return m * (layers * layer_s + self.head_s)
 
 
@@ -126,7 +128,7 @@ def pipeline_of(timeline: Timeline) -> Pipeline | None:
     streams = {s.stream for w in attention for s in w.stages if s.name == "dispatch"}
     if num_steps < 1 or not batches:
         return None
-    own_s, head_s, wait_s = (_seconds(attention, seconds, names) for names in (OWN, HEAD, ("wait",)))
+    own_s, head_s, ahead_s, wait_s = (_seconds(attention, seconds, names) for names in (OWN, HEAD, AHEAD, ("wait",)))
     ffn_s, answer_s, ffn_wait_s = (_seconds(ffn, seconds, (name,)) for name in ("ffn", "combine", "wait"))
     exposed_s = sum(total(exposed_spans(timeline, worker), seconds) for worker in attention)
     passed_s, ffn_passed_s = (sum(_worked_s(w, seconds) for w in workers) for workers in (attention, ffn))
@@ -137,7 +139,8 @@ def pipeline_of(timeline: Timeline) -> Pipeline | None:
         cycle_s=passed_s * len(streams) / num_steps,
         own_s=own_s / num_steps,
         head_s=head_s / num_steps,
-        other_s=(passed_s - own_s - head_s - wait_s) / num_steps,
+        ahead_s=ahead_s / num_steps,
+        other_s=(passed_s - own_s - head_s - ahead_s - wait_s) / num_steps,
         ffn_s=ffn_s / num_gang_steps,
         answer_s=answer_s / num_gang_steps,
         ffn_other_s=(ffn_passed_s - ffn_s - answer_s - ffn_wait_s) / num_gang_steps,

@@ -14,7 +14,7 @@ from afd.events import Stage
 from afd.trace.clocks import Offset
 
 ATTENTION, FFN = "attention", "ffn"
-COMPUTING = ("embed", "attention", "dispatch", "combine", "head_slice", "head", "ffn")
+COMPUTING = ("embed", "attention", "dispatch", "combine", "look_ahead", "head_slice", "head", "ffn")
 """Stages that keep the main thread busy; the others ("exchange", "wait", "gang_wait") are waits or overlap."""
 
 

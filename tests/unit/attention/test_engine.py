@@ -104,6 +104,25 @@ def test_sampling_is_independent_of_company_and_streams(halves):
         assert compare(alone, together[seq.req_id]).ok
 
 
+def test_steps_are_prepared_while_the_rows_of_the_one_before_are_away(halves):
+    attention, whole, _ = halves
+    engine = make_engine(attention, [whole], num_streams=1)
+    built = []
+    real = engine._look_ahead._build
+    engine._look_ahead._build = lambda stream, items: built.append(stream) or real(stream, items)
+    greedy = SamplingParams(max_tokens=12, seed=0, temperature=0.0)
+    seqs = [Sequence(f"r{idx}", 0, b"gw", [idx, 5], 2, greedy, 0, idx) for idx in range(2)]
+    for seq in seqs:
+        engine.scheduler.add(seq)
+    outputs, _ = run_all(engine)
+    for seq in seqs:
+        assert compare(reference_generate(attention, [whole], seq.prompt_ids(), seq.sampling), outputs[seq.req_id]).ok
+    ahead = [stage for stage in engine.stages.ring.snapshot() if stage.name == "look_ahead"]
+    assert len(ahead) == 11 and {stage.num_tokens for stage in ahead} == {2}
+    assert len(built) == engine.stages.totals.num_steps  # none in vain
+    assert engine.stages.totals.ahead_s == pytest.approx(sum(stage.end_s - stage.start_s for stage in ahead))
+
+
 def test_one_head_at_a_time(halves):
     attention, whole, _ = halves
     engine = make_engine(attention, [whole], num_streams=3)

@@ -16,6 +16,7 @@ STEADY = Pipeline(
     cycle_s=0.1,
     own_s=0.03,
     head_s=0.01,
+    ahead_s=0.0,
     other_s=0.005,
     ffn_s=0.02,
     answer_s=0.002,

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from afd.attention.look_ahead import LookAhead
 from afd.kv.block_pool import BlockPool
 from afd.sched.scheduler import Scheduler, SchedulerConfig
 from afd.sched.sequence import Sequence
@@ -43,6 +44,14 @@ def run_batch(scheduler, batch, kv):
     return {
         item.seq.req_id: next_token(item.seq.tokens) for item in batch.items if item.samples and not item.seq.doomed
     }
+
+
+def places(scheduler, items):
+    """What a batch is made from: every token's place, and those of what it attends to."""
+    return [
+        (item.seq, item.start, item.num_new, item.seq.blocks[: scheduler.pool.blocks_for(item.start + item.num_new)])
+        for item in items
+    ]
 
 
 def expected(prompt, max_tokens, stops=()):
@@ -183,6 +192,36 @@ def test_urgent_newcomer_does_not_lose_its_blocks_to_an_older_less_urgent_one():
     assert [i.seq.req_id for i in scheduler.schedule(0).items] == ["urgent"]
 
 
+def test_what_is_foreseen_is_what_comes():
+    scheduler = make(num_streams=1)
+    scheduler.add(sequence("late", [1, 2, 3], max_tokens=9, arrival=1))
+    scheduler.add(sequence("first", [4, 5, 6], max_tokens=9, arrival=0, priority=1))
+    batch = scheduler.schedule(0)
+    for _ in range(5):
+        foreseen = scheduler.foresee(batch)
+        blocks = [list(item.seq.blocks) for item in foreseen]
+        scheduler.commit(batch, {"first": 3, "late": 3})
+        batch = scheduler.schedule(0)
+        assert batch.items == foreseen
+        assert [item.seq.blocks for item in batch.items] == blocks
+        scheduler.check()
+
+
+@pytest.mark.parametrize("case", ["prompt left", "last token", "aborted", "newcomer", "few blocks"])
+def test_nothing_is_foreseen_where_something_else_is_to_be_expected(case):
+    scheduler = make(num_streams=1, num_blocks=3 if case == "few blocks" else 16, max_num_seqs=2)
+    scheduler.add(sequence("a", list(range(20 if case == "prompt left" else 3)), 1 if case == "last token" else 5))
+    scheduler.add(sequence("b", [7] * 3, 5, arrival=1))
+    batch = scheduler.schedule(0)
+    if case == "aborted":
+        scheduler.abort("b")
+    if case == "newcomer":
+        scheduler.add(sequence("c", [1], arrival=2))
+    num_free = scheduler.pool.num_free
+    assert scheduler.foresee(batch) is None
+    assert scheduler.pool.num_free == num_free
+
+
 def test_refusal_names_the_limit():
     scheduler = make(num_blocks=4, block_size=4, max_context=64)
     assert scheduler.refusal(10, 6) is None
@@ -198,9 +237,10 @@ def test_refusal_names_the_limit():
     prefix=st.booleans(),
 )
 def test_any_interleaving_gives_each_request_what_it_gets_alone(seed, num_blocks, streams, prefix):
-    """Random arrivals, aborts, lost exchanges, stream-count changes, preemption by a small pool."""
+    """Random arrivals, aborts, lost exchanges, stream-count changes, preemption by a small pool, looks ahead."""
     rng = random.Random(seed)
     scheduler = make(num_blocks=num_blocks, num_streams=streams, prefix_cache=prefix)
+    look_ahead = LookAhead(scheduler, lambda stream, items: places(scheduler, items))
     kv, flying, outputs, aborted, requests = {}, {}, {}, set(), {}
     for round_idx in range(400):
         if len(requests) < 12 and rng.random() < 0.3:
@@ -230,7 +270,10 @@ def test_any_interleaving_gives_each_request_what_it_gets_alone(seed, num_blocks
             batch = scheduler.schedule(stream)
             if batch is not None:
                 assert batch.num_tokens <= scheduler.config.max_step_tokens
+                assert look_ahead.batch(batch) == places(scheduler, batch.items)
                 flying[stream] = batch
+        if flying and rng.random() < 0.5:
+            look_ahead.prepare(rng.choice(list(flying.values())))
         scheduler.check()
         if len(requests) == 12 and scheduler.idle and not flying:
             break

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from afd.attention.look_ahead import LookAhead
 from afd.kv.block_pool import BlockPool
 from afd.kv.windowed_blocks import WindowedBlocks, kept
 from afd.sched.scheduler import Scheduler, SchedulerConfig
@@ -47,11 +48,22 @@ def compute(batch, full, windowed):
     return {i.seq.req_id: next_token(i.seq.tokens) for i in batch.items if i.samples and not i.seq.doomed}
 
 
+def places(items):
+    """What a batch is made from: every token's place, and the blocks that it sees in either layer."""
+    found = []
+    for item in items:
+        first, last = max(0, item.start - WINDOW + 1) // SIZE, (item.start + item.num_new - 1) // SIZE
+        seen = item.seq.blocks[: last + 1], item.seq.window_blocks[first : last + 1]
+        found.append((item.seq, item.start, item.num_new, *seen))
+    return found
+
+
 def run(scheduler, seqs, order, caches=None):
     """caches: (full, windowed) of an earlier run, to go on with."""
     full, windowed = caches or ({}, {})
     outputs = {seq.req_id: [] for seq in seqs}
     waiting, flying = list(seqs), {}
+    look_ahead = LookAhead(scheduler, lambda stream, items: places(items))
     for step in range(2000):
         if waiting:
             scheduler.add(waiting.pop(0))
@@ -63,7 +75,9 @@ def run(scheduler, seqs, order, caches=None):
         else:
             batch = scheduler.schedule(stream)
             if batch is not None:
+                assert look_ahead.batch(batch) == places(batch.items)
                 flying[stream] = batch
+                look_ahead.prepare(batch)
         scheduler.check()
         if scheduler.idle and not waiting:
             return outputs

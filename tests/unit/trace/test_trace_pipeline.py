@@ -114,6 +114,7 @@ def measured(num_streams: int, *, a: float, f: float, c: float, head: float) -> 
         cycle_s=1.0,
         own_s=a / 10,
         head_s=head / 10,
+        ahead_s=0.0,
         other_s=0.0,
         ffn_s=f / 10,
         answer_s=0.0,
