@@ -281,7 +281,8 @@ class _Worker:
             if self._lost_since_s is None:
                 self._lost_since_s = now
             log.warning("%s; interrupted steps run again when it is back", error)
-        self._report(now)
+        if not self._news:  # else behind the next stage, with them
+            self._report(now)
 
     def _run_stages(self, until_s: float) -> None:
         """Stage after stage, with nothing in between, while work is in flight; at least one.
@@ -315,6 +316,7 @@ class _Worker:
             self._book.publish(news)
             self._choose_streams()
             self._engine.stages.deliver()
+            self._report(time.monotonic())
 
     def _patience(self) -> float:
         """How long the engine may block: not at all while gateway messages wait (their fd is edge-triggered)."""

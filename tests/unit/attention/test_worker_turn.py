@@ -1,4 +1,4 @@
-"""When a worker's loop publishes what a step brought, and lets the latency model learn of it."""
+"""When a worker's loop publishes what a step brought, lets the latency model learn of it, and reports."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ def worker_of(engine: Engine, log: list[str]) -> _Worker:
     worker._book = SimpleNamespace(publish=lambda news: log.append(f"publish {' '.join(news)}"))
     worker._choose_streams = lambda: None
     worker._patience = lambda: 0.01
+    worker._report = lambda now: log.append("report")
     return worker
 
 
@@ -48,19 +49,19 @@ def test_a_steps_tokens_leave_behind_the_next_steps_first_stage() -> None:
     run(worker)
     assert log == ["run"]  # another step begins at once: in the next turn
     run(worker)
-    assert log == ["run", "run", "publish a", "deliver", "run", "deliver"]
+    assert log == ["run", "run", "publish a", "deliver", "report", "run", "deliver"]
 
 
 def test_the_last_ones_leave_at_once() -> None:
     log: list[str] = []
     run(worker_of(Engine(log, (["a"], False), idle=True), log))
-    assert log == ["run", "publish a", "deliver", "deliver"]
+    assert log == ["run", "publish a", "deliver", "report", "deliver"]
 
 
 def test_with_other_streams_in_flight_they_leave_before_the_next_stage() -> None:
     log: list[str] = []
     run(worker_of(Engine(log, (["a"], True), ([], False)), log))
-    assert log == ["run", "publish a", "deliver", "run", "deliver"]
+    assert log == ["run", "publish a", "deliver", "report", "run", "deliver"]
 
 
 def test_a_step_without_tokens_is_learnt_of_too() -> None:
@@ -76,4 +77,4 @@ def test_a_lost_peer_holds_no_token_back() -> None:
     run(worker)
     with pytest.raises(PeerLostError):
         run(worker)
-    assert log == ["run", "run", "publish a", "deliver"]
+    assert log == ["run", "run", "publish a", "deliver", "report"]
