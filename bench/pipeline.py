@@ -41,10 +41,10 @@ QUIET_CORES = 0.05
 MIN_QUIET_ROUNDS = 3
 HERE = Bounds(0.0, 0.0)  # the workers are on this machine: one clock
 TIMES = ("own", "head", "other", "ffn", "answer", "ffn_other", "transfer")
-SHARES = ("bubble", "ffn_bubble", "exposed")
+SHARES = ("bubble", "ffn_bubble", "idle", "exposed")
 STEP_COLUMNS = [(name, f"{name}_ms", ".2f") for name in TIMES] + [("A/F", "balance", ".2f")]
 CYCLE_TITLE = """cycle: every stream makes one step. plain: the closed form's error; predicted: with heads together, its
-error's median, least and most. limit: bare GEMMs"""
+error's median, least and most. idle: neither half computes. limit: bare GEMMs"""
 CYCLE_COLUMNS = [
     ("cycle ms", "cycle_ms", ".2f"),
     ("plain", "closed_form_error", "+.1%"),
@@ -56,6 +56,7 @@ CYCLE_COLUMNS = [
     ("limit ms", "limit_ms", ".2f"),
     ("bubble A", "bubble", ".1%"),
     ("bubble F", "ffn_bubble", ".1%"),
+    ("idle", "idle", ".1%"),
     ("exposed", "exposed", ".1%"),
     ("gang", "gang_size", ".2f"),
     ("F rows", "ffn_rows", ".1f"),

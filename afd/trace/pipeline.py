@@ -21,6 +21,7 @@ from afd.trace.timeline import ATTENTION, COMPUTING, FFN, Timeline, Worker, hops
 OWN = ("embed", "attention", "dispatch", "combine")
 HEAD = ("head_slice", "head")
 AHEAD = ("look_ahead",)
+HALVES = ("embed", "attention", *HEAD, "ffn")
 MIN_SAMPLES = 20
 PAUSE_S = 5e-3  # a longer gap between two stages of a worker is idleness, and left out
 
@@ -65,7 +66,7 @@ class Pipeline:
 
     cycle_s: in which every stream makes one step.  own_s: combine, attention, dispatch; head_s: head and sampling;
     ahead_s: looking ahead, while rows are away; other_s: neither a stage nor waiting.  ffn_s, answer_s, ffn_other_s: of
-    the FFN worker, for one gang's step.  transfer_s: both ways.  ffn_rows: rows a batch.
+    the FFN worker, for one gang's step.  transfer_s: both ways.  idle: neither half computes.  ffn_rows: rows a batch.
     """
 
     num_streams: int
@@ -81,6 +82,7 @@ class Pipeline:
     transfer_s: float
     bubble: float
     ffn_bubble: float
+    idle: float
     exposed: float
     gang_size: float
     ffn_rows: float
@@ -147,6 +149,7 @@ def pipeline_of(timeline: Timeline) -> Pipeline | None:
         transfer_s=num_layers * layer_transfer_s(timeline),
         bubble=wait_s / passed_s,
         ffn_bubble=ffn_wait_s / ffn_passed_s,
+        idle=_idle_s(timeline) / max(_worked_s(w, seconds) for w in (*attention, *ffn)),
         exposed=exposed_s / passed_s,
         gang_size=fmean(s.gang_size for s in computed),
         ffn_rows=fmean(s.num_tokens for s in computed),
@@ -193,6 +196,13 @@ def _worked_s(worker: Worker, seconds: float) -> float:
     main = ((s.start_s, s.end_s) for s in worker.stages if s.name in COMPUTING or s.name == "wait")
     gaps = [span for span in without([(0.0, seconds)], main) if span[1] - span[0] > PAUSE_S]
     return seconds - total(gaps, seconds)
+
+
+def _idle_s(timeline: Timeline) -> float:
+    """Seconds in which no worker computed: with one stream, whose halves have all cores, what those are lost by."""
+    spans = ((s.start_s, s.end_s) for w in timeline.workers for s in w.stages if s.name in HALVES)
+    gaps = without([(0.0, timeline.seconds)], spans)
+    return sum(end_s - start_s for start_s, end_s in gaps if end_s - start_s <= PAUSE_S)
 
 
 def _count(worker: Worker, name: str) -> int:

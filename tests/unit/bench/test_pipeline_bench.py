@@ -24,6 +24,7 @@ STEADY = Pipeline(
     transfer_s=0.01,
     bubble=0.1,
     ffn_bubble=0.5,
+    idle=0.0,
     exposed=0.02,
     gang_size=1.0,
     ffn_rows=16.0,

@@ -61,6 +61,7 @@ def test_one_streams_step_is_what_the_closed_form_says():
     assert found.exposed == pytest.approx(4 * C / step_s)
     assert found.bubble == pytest.approx(2 * (F + 2 * C) / step_s)
     assert found.ffn_bubble == pytest.approx(1 - 2 * F / step_s)
+    assert found.idle == pytest.approx((4 * C + 2 * GAP) / step_s)
     assert (found.gang_size, found.ffn_rows) == (1.0, 8.0)
 
 
@@ -69,6 +70,7 @@ def test_a_pause_is_no_part_of_a_step():
     paused = Timeline(busy.workers, busy.seconds + 1.0)
     found = pipeline_of(paused)
     assert found is not None and found.cycle_s == pytest.approx(pipeline_of(busy).cycle_s)
+    assert found.idle == pytest.approx(pipeline_of(busy).idle)
 
 
 def test_without_one_of_the_sides_nothing_is_said():
@@ -81,6 +83,23 @@ def test_without_one_of_the_sides_nothing_is_said():
 def test_gangs_and_streams_are_counted():
     found = pipeline_of(two_to_one())
     assert found is not None and found.num_streams == 2 and found.gang_size == 2.0 and found.ffn_rows == 16.0
+
+
+def test_a_looked_ahead_step_costs_the_attention_worker_alone():
+    plain = one_stream()
+    attention, ffn = plain.workers
+    ahead = [
+        Stage("look_ahead", wait.start_s, wait.start_s + C) if wait.name == "wait" else wait
+        for wait in attention.stages
+    ]
+    waits = [Stage("wait", w.start_s + C, w.end_s) for w in attention.stages if w.name == "wait"]
+    stages = tuple(sorted((*ahead, *waits), key=lambda stage: stage.end_s))
+    found, before = pipeline_of(Timeline((Worker("attention", 0, 1, stages), ffn), plain.seconds)), pipeline_of(plain)
+    assert found is not None and before is not None
+    assert found.ahead_s == pytest.approx(2 * C) and found.other_s == pytest.approx(before.other_s)
+    assert found.terms["latency"] == pytest.approx(before.terms["latency"])
+    assert found.terms["attention"] == pytest.approx(before.terms["attention"] + 2 * C)
+    assert found.bubble == pytest.approx(before.bubble - 2 * C / found.cycle_s)
 
 
 def test_the_summary_names_exposed_waiting_and_the_bound():
@@ -122,6 +141,7 @@ def measured(num_streams: int, *, a: float, f: float, c: float, head: float) -> 
         transfer_s=c / 10,
         bubble=0.0,
         ffn_bubble=0.0,
+        idle=0.0,
         exposed=0.0,
         gang_size=1.0,
         ffn_rows=1.0,
