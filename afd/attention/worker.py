@@ -92,10 +92,10 @@ class _Worker:
         section = config.attention
         on_cpu = section.device == "cpu"
         self._threads = ThreadShare(section.threads or 1, section.threads_alone if on_cpu else 0)
-        self._latency = LatencyModel(overlap=not config.topology.mono, faster_alone=self._threads.faster_alone)
+        self._latency = LatencyModel(overlap=not config.topology.mono, alone=self._threads.alone_ratio)
         self._chooser: StreamChooser | None = None
         self._costs: StepCosts | None = None
-        self._first_streams = section.streams or (1 if self._threads.faster_alone else FIRST_STREAMS)
+        self._first_streams = section.streams or (1 if self._threads.alone_ratio > 1.0 else FIRST_STREAMS)
         self._max_streams = self._first_streams
         self._epoch = 0
         self._lost_since_s: float | None = None

@@ -27,9 +27,9 @@ class ThreadShare:
         torch.set_num_threads(shared)
 
     @property
-    def faster_alone(self) -> bool:
-        """Whether a step alone runs on more cores than one beside others."""
-        return self._counts[1] > self._counts[0]
+    def alone_ratio(self) -> float:
+        """How many times the threads of a step beside others one alone has: at least 1."""
+        return self._counts[1] / self._counts[0]
 
     def start(self, own_cores: str = "") -> None:
         """Start the threads and give each its place: the caller, a worker's main thread, stays on a core of its own.

@@ -162,13 +162,15 @@ class LatencyModel:
     """Curves of one attention worker and of the FFN side as seen from it. Main thread only.
 
     overlap: the FFN computes beside this worker (False in one process: topology mono).
-    faster_alone: a single stream runs on more cores (`threads_alone`), so that its steps tell nothing of the others'.
+    alone: times as many threads compute a single stream (`threads_alone`) as one of several. Where these are more, its
+    steps are learnt apart: of others they tell what they would take if all computing were shared out.
     """
 
-    def __init__(self, *, overlap: bool = True, faster_alone: bool = False):
+    def __init__(self, *, overlap: bool = True, alone: float = 1.0):
         self._overlap = overlap
+        self._speedup = alone
         self._shared = _Costs()
-        self._alone = _Costs() if faster_alone else self._shared
+        self._alone = _Costs() if alone > 1.0 else self._shared
         self.transfer_s = 2e-3 if overlap else 0.0
         self._num_cold = 0
         self._others = 0.0  # rows of other attention workers in our gangs
@@ -220,7 +222,16 @@ class LatencyModel:
 
     def step_s(self, load: StepLoad, num_streams: int = 1) -> tuple[float, float]:
         """(attention worker's time, FFN's time) of one stream's step, one of num_streams in flight."""
-        return self._step_s(load, self._costs(num_streams))
+        costs = self._costs(num_streams)
+        attention_s, ffn_s = self._step_s(load, costs)
+        factor = self._slowdown(num_streams, costs)
+        return factor * attention_s, factor * ffn_s
+
+    def _slowdown(self, num_streams: int, costs: _Costs) -> float:
+        """Of so many streams against what `costs` were learnt from."""
+        if self._alone is self._shared or costs is (self._alone if num_streams == 1 else self._shared):
+            return 1.0
+        return 1.0 / self._speedup if num_streams == 1 else self._speedup
 
     def _step_s(self, load: StepLoad, costs: _Costs) -> tuple[float, float]:
         own = costs.attention(1.0, load.num_tokens, load.context_tokens)
@@ -263,8 +274,7 @@ class LatencyModel:
         self._corrections.pop(num_streams, None)
 
     def _ideal_cycle_s(self, loads: Sequence[StepLoad], costs: _Costs | None = None) -> float:
-        costs = costs or self._costs(len(loads))
-        steps = [self._step_s(load, costs) for load in loads]
+        steps = [self._step_s(load, costs) if costs else self.step_s(load, len(loads)) for load in loads]
         sum_a, sum_f = sum(a for a, _ in steps), sum(f for _, f in steps)
         if not self._overlap:
             return sum_a + sum_f

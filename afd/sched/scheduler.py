@@ -17,7 +17,7 @@ from typing import Protocol
 
 from afd.kv.block_pool import ROOT_HASH, BlockPool, chain_hash
 from afd.kv.windowed_blocks import WindowedBlocks, kept
-from afd.sched.latency import NOTHING, StepLoad, attended
+from afd.sched.latency import StepLoad, attended
 from afd.sched.sequence import BatchItem, MicroBatch, Progress, Sequence, SequenceState
 from afd.types import FinishReason
 
@@ -100,15 +100,8 @@ class Scheduler:
         return self._by_id.get(req_id)
 
     def full_step(self) -> StepLoad:
-        """A step of every running sequence: a decode, or the least chunk of prefill."""
-        total = NOTHING
-        for seqs in self._running:
-            total = total.plus(_decode_load(seqs))
-            for seq in seqs:
-                if not seq.decoding:
-                    take = min(seq.num_pending, self.config.min_chunk_tokens)
-                    total = total.plus(StepLoad(take, attended(seq.num_computed, take), 0))
-        return total
+        """A decode of every running sequence, also of those whose prompts are not computed yet: what it comes to."""
+        return _decode_load([seq for seqs in self._running for seq in seqs])
 
     def sequences(self) -> list[Sequence]:
         """All live sequences."""
@@ -259,11 +252,11 @@ class Scheduler:
         self, pace: PrefillPace, stream: int, decodes: Seq[BatchItem], prefills: Seq[Sequence], budget: int
     ) -> int:
         """Prefill tokens of this step: what the tightest decode anywhere can bear, and every prefill's least chunk."""
-        decoding = [seq for seqs in self._running for seq in seqs if seq.decoding]
+        decoding = [seq for seqs in self._running for seq in _decoding(seqs)]
         target_s = min((seq.tpot_s for seq in decoding if seq.tpot_s), default=0.0)
         if not target_s:
             return budget
-        loads = [self._flying.get(idx) or _decode_load(seqs) for idx, seqs in enumerate(self._running)]
+        loads = [self._flying.get(idx) or _decode_load(_decoding(seqs)) for idx, seqs in enumerate(self._running)]
         loads[stream] = _decode_load([item.seq for item in decodes])
         allowed = pace.prefill_tokens(loads, stream, target_s, prefills[0].num_computed, budget)
         least = sum(min(seq.num_pending, self.config.min_chunk_tokens) for seq in prefills)
@@ -425,7 +418,12 @@ def _extend(held: list[int], pool: BlockPool, missing: int) -> None:
         held.extend(blocks)
 
 
+def _decoding(seqs: Seq[Sequence]) -> list[Sequence]:
+    """Those past their prefill."""
+    return [seq for seq in seqs if seq.decoding]
+
+
 def _decode_load(seqs: Seq[Sequence]) -> StepLoad:
-    """One decode of each of them that is past its prefill."""
-    lengths = [len(seq.tokens) for seq in seqs if seq.decoding]
+    """One decode of each."""
+    lengths = [len(seq.tokens) for seq in seqs]
     return StepLoad(len(lengths), sum(attended(length - 1, 1) for length in lengths), len(lengths))

@@ -22,7 +22,7 @@ def _restored() -> Iterator[None]:
 
 def test_all_cores_alone_and_the_share_beside_others() -> None:
     threads = ThreadShare(1, 2)
-    assert threads.faster_alone and torch.get_num_threads() == 1
+    assert threads.alone_ratio == 2.0 and torch.get_num_threads() == 1
     threads.start()
     assert torch.get_num_threads() == 1
     for alone, count in ((True, 2), (True, 2), (False, 1), (True, 2)):
@@ -32,7 +32,7 @@ def test_all_cores_alone_and_the_share_beside_others() -> None:
 
 def test_never_fewer_alone_than_beside_others() -> None:
     threads = ThreadShare(2, 0)
-    assert not threads.faster_alone
+    assert threads.alone_ratio == 1.0
     threads.use(alone=True)
     assert torch.get_num_threads() == 2
 

@@ -102,7 +102,7 @@ class Pipeline:
     A, H, F, C = (2e-3, 1e-4), (1e-3, 5e-5), (3e-3, 2e-4), 1.5e-3
 
     def __init__(self, *, overlap=True, slowness=1.0, alone=1.0):
-        self.model = LatencyModel(overlap=overlap, faster_alone=alone < 1.0)
+        self.model = LatencyModel(overlap=overlap, alone=1.0 / alone)
         self.overlap, self.slowness, self.alone = overlap, slowness, alone
 
     def speed(self, num_streams):
@@ -172,6 +172,8 @@ def test_a_single_stream_that_has_all_cores_is_learnt_apart():
     pipeline.run([16])
     pipeline.run([64])
     assert pipeline.predicted([40]) == pytest.approx(pipeline.cycle([40]), rel=0.1)
+    # Several streams would not have those cores, which is known before any has run.
+    assert pipeline.predicted([20, 20]) == pytest.approx(pipeline.cycle([20, 20]), rel=0.15)
     for tokens in (8, 32, 20):
         pipeline.run([tokens, tokens])
     for wanted in ([40], [16], [20, 20], [30, 30], [20, 20, 20]):

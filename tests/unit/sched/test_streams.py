@@ -9,29 +9,31 @@ from afd.sched.streams import DECIDE_EVERY, TRIAL_EVERY, StreamChooser
 class Pipeline:
     """Attention and FFN as straight lines; `friction` slows a cycle for each stream beyond the first."""
 
-    def __init__(self, *, a=(1e-3, 1e-4), f=(1e-3, 1e-4), c=1e-3, friction=0.0):
-        self.a, self.f, self.c, self.friction = a, f, c, friction
-        self.model = LatencyModel()
+    def __init__(self, *, a=(1e-3, 1e-4), f=(1e-3, 1e-4), c=1e-3, friction=0.0, alone=1.0):
+        self.a, self.f, self.c, self.friction, self.alone = a, f, c, friction, alone
+        self.model = LatencyModel(alone=alone)
         self.chooser = StreamChooser(self.model)
         self.num_streams = 2
         self.step = 0
         self.history = []
 
     def cycle(self, num_seqs, num_streams):
-        tokens = num_seqs / num_streams
-        a, f = self.a[0] + self.a[1] * tokens, self.f[0] + self.f[1] * tokens
+        a, f = self.halves(num_seqs, num_streams)
         ideal = max(num_streams * a, num_streams * f, a + f + self.c)
         return ideal * (1 + self.friction * (num_streams - 1))
+
+    def halves(self, num_seqs, num_streams):
+        tokens, speedup = num_seqs / num_streams, self.alone if num_streams == 1 else 1.0
+        return tuple((fixed + each * tokens) / speedup for fixed, each in (self.a, self.f))
 
     def run(self, num_seqs, cycles, limit=4):
         for _ in range(cycles):
             active = min(self.num_streams, num_seqs)
             tokens = num_seqs / active
             took_s = self.cycle(num_seqs, active)
-            f = self.f[0] + self.f[1] * tokens
+            attention_s, f = self.halves(num_seqs, active)
             for stream in range(active):
                 load = StepLoad(tokens, tokens * 50, tokens)
-                attention_s = self.a[0] + self.a[1] * tokens
                 exchange_s = f + self.c + (took_s if active > 1 else 0.0)
                 self.model.observe(
                     StepSample(stream, load, attention_s, 0.0, f, exchange_s, tokens, took_s, range(active))
@@ -63,6 +65,14 @@ def test_it_settles_at_a_number_that_is_as_good_as_the_best(shape, num_seqs):
     settled = max(set(pipeline.history[-200:]), key=pipeline.history[-200:].count)
     best_s = pipeline.cycle(num_seqs, pipeline.best(num_seqs))
     assert pipeline.cycle(num_seqs, settled) <= 1.08 * best_s, (settled, pipeline.best(num_seqs))
+
+
+def test_a_single_stream_with_all_cores_is_not_left_for_what_has_half_of_them():
+    pipeline = Pipeline(a=(3e-3, 2e-4), f=(5e-3, 4e-4), alone=2.0)
+    pipeline.num_streams = 1
+    for num_seqs in (4, 64, 16, 64):
+        pipeline.run(num_seqs, 300)
+    assert pipeline.best(64) == 1 and set(pipeline.history) == {1}
 
 
 def test_trials_are_rare_and_changes_rarer():
