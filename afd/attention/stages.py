@@ -46,8 +46,9 @@ class StageTotals:
 
 @dataclass(slots=True)
 class _StepSums:
-    """Seconds of one stream's step so far."""
+    """Seconds of one stream's step so far.  among: streams at work at any time of it, itself included."""
 
+    among: set[int]
     attention_s: float = 0.0
     head_s: float = 0.0
     exchange_s: float = 0.0
@@ -80,7 +81,9 @@ class StageClock:
         now = self._span(begun_s)
         self.totals.attention_s += now - begun_s
         if layer == 0:
-            self._steps[stream] = _StepSums(exposed_before_s=self.totals.exposed_s)
+            self._steps[stream] = _StepSums(set(self._steps), exposed_before_s=self.totals.exposed_s)
+            for sums in self._steps.values():
+                sums.among.add(stream)
         self._steps[stream].attention_s += now - begun_s
         num_tokens, step, add = batch.num_tokens, batch.step, self.ring.add
         add(Stage("combine" if layer else "embed", begun_s, entered_s, stream, layer - 1, num_tokens, step))
@@ -168,7 +171,6 @@ class StageClock:
         totals.num_tokens += batch.num_tokens
         took_s = now - started_s
         self.step_s = took_s if self.step_s == 0.0 else (1 - EMA) * self.step_s + EMA * took_s
-        in_flight = tuple(self._steps)
         sums = self._steps.pop(stream)
         totals.step_s += took_s
         totals.step_exposed_s += totals.exposed_s - sums.exposed_before_s
@@ -182,7 +184,7 @@ class StageClock:
                 exchange_s=sums.exchange_s,
                 gang_tokens=sums.gang_tokens,
                 took_s=took_s,
-                in_flight=in_flight,
+                in_flight=sums.among,
             )
         )
 

@@ -74,7 +74,7 @@ class StepSample:
     """One finished step of one stream, in seconds summed over its layers.
 
     exchange_s: dispatch sent to combine seen; ffn_s of it the slowest FFN rank computed.  took_s: first to last stage.
-    gang_tokens: rows of the merged batch, of all attention workers.  in_flight: streams at work when it ended.
+    gang_tokens: rows of the merged batch, of all attention workers.  in_flight: streams at work at any time of it.
     """
 
     stream: int

@@ -192,3 +192,17 @@ def test_waiting_in_vain_for_a_relays_last_answer_is_waiting_for_that_answer():
     scene.wait(3.0, answer(0, 4.0))  # 5 s after it was sent, of which the FFN computed 4
     assert (scene.totals.wait_s, scene.totals.exposed_s, scene.totals.other_s) == (14.0, 1.0, 0.0)
     assert sum(s.end_s - s.start_s for s in scene.stages.ring.snapshot() if s.name == "wait") == 14.0
+
+
+def test_a_step_is_alone_only_if_no_other_stream_was_at_work_during_it():
+    """Streams whose heads come together: the last one to end is in flight by itself then."""
+    scene, samples = Scene(), []
+    scene.stages.observer = samples.append
+    for batch in (STEP, OTHER_STREAM):
+        scene.attention(batch, 0, 1.0)
+    for batch in (STEP, OTHER_STREAM):
+        scene.head(batch, 1.0, started_s=0.0, more=True)
+    scene.attention(STEP, 0, 1.0)
+    scene.head(STEP, 1.0, started_s=4.0, more=True)
+    scene.stages.deliver()
+    assert [set(sample.in_flight) for sample in samples] == [{0, 1}, {0, 1}, {0}]
