@@ -40,7 +40,7 @@ from bench.stage_table import HEADER, StageSums, stage_row
 QUIET_CORES = 0.05
 MIN_QUIET_ROUNDS = 3
 HERE = Bounds(0.0, 0.0)  # the workers are on this machine: one clock
-TIMES = ("own", "head", "other", "ffn", "answer", "ffn_other", "transfer")
+TIMES = ("own", "head", "ahead", "other", "ffn", "answer", "ffn_other", "transfer")
 SHARES = ("bubble", "ffn_bubble", "idle", "exposed")
 STEP_COLUMNS = [(name, f"{name}_ms", ".2f") for name in TIMES] + [("A/F", "balance", ".2f")]
 CYCLE_TITLE = """cycle: every stream makes one step. plain: the closed form's error; predicted: with heads together, its

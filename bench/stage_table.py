@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from bench.local import BenchCluster
 
-STAGES = ("attention", "exchange", "ffn", "head", "wait", "other")
+STAGES = ("attention", "exchange", "ffn", "head", "wait", "look_ahead", "other")
 COUNTS = ("afd_exposed_transfer_seconds_total", "afd_exchanges_total", "afd_steps_total", "afd_step_tokens_total")
 HEADER = f"{'seqs':>5} {'config':>8} {'rows':>6} " + " ".join(
     f"{title:>8}" for title in ("A us", "F us", "transfer", "idle", "exposed", "other", "head us")

@@ -30,9 +30,10 @@ class CostReporter:
         self._last_s = now
         waited_s = totals.wait_s - last.wait_s
         model, load = self._model, self._scheduler.full_step()
-        a0, a1, a2 = model.attention.coefficients
-        h0, h1 = model.head.coefficients
-        f0, f1 = model.ffn.coefficients
+        own, ffn = model.slowdowns(2)
+        a0, a1, a2 = (own * value for value in model.attention.coefficients)
+        h0, h1 = (own * value for value in model.head.coefficients)
+        f0, f1 = (ffn * value for value in model.ffn.coefficients)
         return StepCosts(
             attention=(a0, a1, a2),
             head=(h0, h1),

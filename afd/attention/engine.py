@@ -114,21 +114,32 @@ class AttentionEngine:
     def run_once(self, timeout_s: float) -> list[Output]:
         """Start what can start, then run one ready stage, waiting up to `timeout_s` for it. PeerLostError: `fail`."""
         self._start_streams()
-        if not self._ready:
-            self._prepare()
-            waiting_s = self._clock()
-            arrived = self._exchange.poll(timeout_s)
-            if self._streams:
-                self.stages.wait(waiting_s, arrived)
-        else:
-            arrived = self._exchange.poll(0.0)
-        for combined in arrived:
+        for combined in self._arrivals(timeout_s):
             stream = self._streams[combined.stream]
             self.stages.exchange(stream.sent_s, combined, stream.layer, stream.micro_batch.step)
             self._ready.append((combined.stream, combined))
         if not self._ready:
             return []
         return self._advance(*self._next_ready())
+
+    def _arrivals(self, timeout_s: float) -> list[Combined]:
+        """Answers that are there; where nothing is ready, those that come within `timeout_s`."""
+        if self._ready:
+            return self._exchange.poll(0.0)
+        batches = (stream.micro_batch for stream in self._streams.values())
+        unprepared = next((batch for batch in batches if not self._look_ahead.has_seen(batch)), None)
+        arrived: list[Combined] = []
+        begun_s = self._clock()
+        if unprepared is not None:
+            arrived = self._exchange.poll(0.0)
+            if not arrived:
+                self._prepare(unprepared)
+                begun_s = self._clock()
+        if not arrived:
+            arrived = self._exchange.poll(timeout_s)
+        if self._streams:
+            self.stages.wait(begun_s, arrived)
+        return arrived
 
     def _next_ready(self) -> tuple[int, Combined | None]:
         """Take the stage to run next out of those that are ready."""
@@ -175,13 +186,11 @@ class AttentionEngine:
             self._streams[idx] = _Stream(micro_batch, self._look_ahead.batch(micro_batch), started_s=self._clock())
             self._ready.append((idx, None))
 
-    def _prepare(self) -> None:
-        """All that can be known of the next step of a stream whose rows are away."""
-        for idx, stream in self._streams.items():
-            begun_s = self._clock()
-            if num_tokens := self._look_ahead.prepare(stream.micro_batch):
-                self.stages.looked_ahead(idx, num_tokens, stream.micro_batch.step + 1, begun_s)
-                return  # the others when nothing is ready again
+    def _prepare(self, current: MicroBatch) -> None:
+        """All that can be known of the step after `current`, whose rows are away."""
+        begun_s = self._clock()
+        if num_tokens := self._look_ahead.prepare(current):
+            self.stages.looked_ahead(current, num_tokens, begun_s)
 
     def _batch_of(self, idx: int, items: abc.Sequence[BatchItem]) -> AttentionBatch:
         """What the kernels need to know of them."""

@@ -63,6 +63,11 @@ class GpuStageClock(StageClock):
         self._idle_since_s = self._clock()
         return self._idle_since_s - device_s
 
+    def looked_ahead(self, current: MicroBatch, num_tokens: int, begun_s: float) -> None:
+        """Beside a stage on the GPU it takes no time of its own."""
+        if not self._running:
+            super().looked_ahead(current, num_tokens, max(begun_s, self._idle_since_s))
+
     def wait(self, begun_s: float, arrived: Sequence[Combined]) -> None:
         if not self._running:
             super().wait(max(begun_s, self._idle_since_s), arrived)

@@ -23,10 +23,12 @@ class LookAhead:
         self._build = build
         self._next: dict[int, tuple[_Identity, AttentionBatch] | None] = {}  # None: looked, nothing is certain
 
+    def has_seen(self, current: MicroBatch) -> bool:
+        """Whether `prepare` has looked for what follows `current`."""
+        return current.stream in self._next
+
     def prepare(self, current: MicroBatch) -> int:
-        """Look for what follows `current`, once; the number of tokens for which all is ready, 0 if nothing was done."""
-        if current.stream in self._next:
-            return 0
+        """Look for what follows `current`: the number of tokens for which all is ready, 0 if nothing is certain."""
         items = self._scheduler.foresee(current)
         self._next[current.stream] = None
         if items is None:
@@ -47,8 +49,11 @@ class LookAhead:
 
 
 def _identity(items: Iterable[BatchItem]) -> _Identity:
-    """Equal for two batches of the same tokens in the same blocks: a sequence's blocks change by preemption only, and
-    become more."""
+    """Equal for two batches of the same tokens that see the same blocks.
+
+    A sequence's blocks become more, and change by preemption only; but that some behind the window are dropped, which
+    no token sees, whatever is in them by then.
+    """
     return [
         (
             item.seq,

@@ -144,11 +144,11 @@ class StageClock:
             self._answered(sum(combined.compute_s for combined in arrived))
         self.ring.add(Stage("wait", begun_s, until_s))
 
-    def looked_ahead(self, stream: int, num_tokens: int, step: int, begun_s: float) -> None:
-        """Inputs of a step to come were prepared while rows were away."""
+    def looked_ahead(self, current: MicroBatch, num_tokens: int, begun_s: float) -> None:
+        """Inputs of the step after `current`, of so many tokens, were prepared while its rows were away."""
         now = self._span(begun_s)
         self.totals.ahead_s += now - begun_s
-        self.ring.add(Stage("look_ahead", begun_s, now, stream, -1, num_tokens, step))
+        self.ring.add(Stage("look_ahead", begun_s, now, current.stream, -1, num_tokens, current.step))
 
     def combined(self, stream: int, batch: MicroBatch, layer: int, begun_s: float, combined_s: float) -> None:
         """The combine of the last layer, before the head."""

@@ -92,7 +92,11 @@ class _Worker:
         section = config.attention
         on_cpu = section.device == "cpu"
         self._threads = ThreadShare(section.threads or 1, section.threads_alone if on_cpu else 0)
-        self._latency = LatencyModel(overlap=not config.topology.mono, alone=self._threads.alone_ratio)
+        self._latency = LatencyModel(
+            overlap=not config.topology.mono,
+            alone=self._threads.alone_ratio,
+            ffn_alone=max(1.0, config.ffn.threads_alone / max(1, config.ffn.threads)),
+        )
         self._chooser: StreamChooser | None = None
         self._costs: StepCosts | None = None
         self._first_streams = section.streams or (1 if self._threads.alone_ratio > 1.0 else FIRST_STREAMS)

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from afd.model.spec import RopeScaling, RopeSpec
 
-_FIRST_POSITIONS = 2048
+FIRST_POSITIONS = 2048
+MOST_POSITIONS = 1 << 16
+"""Of a table: 32 MiB with 128 rotary dimensions."""
 
 
 def inverse_frequencies(spec: RopeSpec) -> Tensor:
@@ -58,27 +60,31 @@ def cos_sin(inv_freq: Tensor, positions: Tensor, factor: float = 1.0) -> tuple[T
 
 
 class RopeTable:
-    """cos and sin of positions 0, 1, ...: as many as were asked for so far. One thread at a time.
+    """cos and sin of positions 0, 1, ...: on the CPU looked up, as many as were asked for so far. One thread at a time.
 
-    They are computed on the host and copied at once: to a GPU, behind no stream's work and before any that reads them.
+    Positions from MOST_POSITIONS on, and those on a GPU, are computed: there a table that grows would have to wait for
+    every stream that reads the old one.
     """
 
     def __init__(self, spec: RopeSpec, device: torch.device):
-        self._inv_freq = inverse_frequencies(spec)
+        self._inv_freq = inverse_frequencies(spec).to(device)
         self._factor = spec.scaling.attention_factor if spec.scaling is not None else 1.0
-        self._device = device
         self.half = self._inv_freq.shape[0]
-        self._grow(_FIRST_POSITIONS)
+        self._tables = (torch.empty(0, self.half), torch.empty(0, self.half))
 
     def of(self, positions: Tensor, end: int) -> tuple[Tensor, Tensor]:
         """Two [num_tokens, rotary_dim / 2] float32 for `positions` [num_tokens] int64, all below `end`."""
-        if end > self._cos.shape[0]:
-            self._grow(1 << (end - 1).bit_length())
-        return self._cos.index_select(0, positions), self._sin.index_select(0, positions)
+        if not positions.is_cpu or end > MOST_POSITIONS:
+            return cos_sin(self._inv_freq, positions, self._factor)
+        if end > self._tables[0].shape[0]:
+            self._grow(max(FIRST_POSITIONS, 1 << (end - 1).bit_length()))
+        cos, sin = self._tables
+        return cos.index_select(0, positions), sin.index_select(0, positions)
 
     def _grow(self, num_positions: int) -> None:
-        tables = cos_sin(self._inv_freq, torch.arange(num_positions), self._factor)
-        self._cos, self._sin = (table.to(self._device) for table in tables)
+        cos, sin = self._tables
+        more_cos, more_sin = cos_sin(self._inv_freq, torch.arange(cos.shape[0], num_positions), self._factor)
+        self._tables = torch.cat((cos, more_cos)), torch.cat((sin, more_sin))
 
 
 @functools.cache

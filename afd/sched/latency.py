@@ -162,15 +162,16 @@ class LatencyModel:
     """Curves of one attention worker and of the FFN side as seen from it. Main thread only.
 
     overlap: the FFN computes beside this worker (False in one process: topology mono).
-    alone: times as many threads compute a single stream (`threads_alone`) as one of several. Where these are more, its
-    steps are learnt apart: of others they tell what they would take if all computing were shared out.
+    alone, ffn_alone: times as many threads compute a single stream (`threads_alone`) as one of several, here and at
+    the FFN workers. Where these are more, its steps are learnt apart: what several would take follows from them, as if
+    all computing were shared out, until some have run.
     """
 
-    def __init__(self, *, overlap: bool = True, alone: float = 1.0):
+    def __init__(self, *, overlap: bool = True, alone: float = 1.0, ffn_alone: float = 1.0):
         self._overlap = overlap
-        self._speedup = alone
+        self._speedups = (alone, ffn_alone)
         self._shared = _Costs()
-        self._alone = _Costs() if alone > 1.0 else self._shared
+        self._alone = _Costs() if max(self._speedups) > 1.0 else self._shared
         self.transfer_s = 2e-3 if overlap else 0.0
         self._num_cold = 0
         self._others = 0.0  # rows of other attention workers in our gangs
@@ -223,23 +224,22 @@ class LatencyModel:
     def step_s(self, load: StepLoad, num_streams: int = 1) -> tuple[float, float]:
         """(attention worker's time, FFN's time) of one stream's step, one of num_streams in flight."""
         costs = self._costs(num_streams)
-        attention_s, ffn_s = self._step_s(load, costs)
-        factor = self._slowdown(num_streams, costs)
-        return factor * attention_s, factor * ffn_s
-
-    def _slowdown(self, num_streams: int, costs: _Costs) -> float:
-        """Of so many streams against what `costs` were learnt from."""
-        if self._alone is self._shared or costs is (self._alone if num_streams == 1 else self._shared):
-            return 1.0
-        return 1.0 / self._speedup if num_streams == 1 else self._speedup
-
-    def _step_s(self, load: StepLoad, costs: _Costs) -> tuple[float, float]:
+        own_factor, ffn_factor = self.slowdowns(num_streams)
         own = costs.attention(1.0, load.num_tokens, load.context_tokens)
         if load.num_samples:
             own += costs.head(1.0, load.num_samples)
         if costs.num_samples and not costs.ffn.num_samples:
-            return own, 0.0  # an engine without FFN
-        return own, costs.ffn(1.0, load.num_tokens + self._others)
+            return own_factor * own, 0.0  # an engine without FFN
+        return own_factor * own, ffn_factor * costs.ffn(1.0, load.num_tokens + self._others)
+
+    def slowdowns(self, num_streams: int) -> tuple[float, float]:
+        """(attention, FFN): how many times longer so many streams take than the curves that stand for them say."""
+        if self._alone is self._shared or self._costs(num_streams) is (
+            self._alone if num_streams == 1 else self._shared
+        ):
+            return 1.0, 1.0
+        own, ffn = self._speedups
+        return (1.0 / own, 1.0 / ffn) if num_streams == 1 else (own, ffn)
 
     def cycle_s(self, loads: Iterable[StepLoad]) -> float:
         """Seconds in which each of these streams makes one step; 0 for none.
@@ -261,11 +261,10 @@ class LatencyModel:
 
         load: one step of all sequences, at which a single stream's own curves are compared with those.
         """
-        plain = self._costs(2)
         found = {}
         for m, correction in self._corrections.items():
             loads = [load.split(m)] * m
-            ideal_s = self._ideal_cycle_s(loads, plain)
+            ideal_s = self._ideal_cycle_s(loads, 2)
             found[m] = correction * self._ideal_cycle_s(loads) / ideal_s if ideal_s > 0.0 else correction
         return found
 
@@ -273,8 +272,9 @@ class LatencyModel:
         """Measure that number of streams anew."""
         self._corrections.pop(num_streams, None)
 
-    def _ideal_cycle_s(self, loads: Sequence[StepLoad], costs: _Costs | None = None) -> float:
-        steps = [self._step_s(load, costs) if costs else self.step_s(load, len(loads)) for load in loads]
+    def _ideal_cycle_s(self, loads: Sequence[StepLoad], num_streams: int = 0) -> float:
+        """num_streams: whose costs are taken, by default those of as many streams as there are loads."""
+        steps = [self.step_s(load, num_streams or len(loads)) for load in loads]
         sum_a, sum_f = sum(a for a, _ in steps), sum(f for _, f in steps)
         if not self._overlap:
             return sum_a + sum_f

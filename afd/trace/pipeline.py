@@ -65,7 +65,7 @@ class Pipeline:
     """Means over attention workers of one step of one stream, seconds summed over its layers; shares of the time.
 
     cycle_s: in which every stream makes one step.  own_s: combine, attention, dispatch; head_s: head and sampling;
-    ahead_s: looking ahead, while rows are away; other_s: neither a stage nor waiting.  ffn_s, answer_s, ffn_other_s: of
+    ahead_s: looking ahead, in place of waiting; other_s: neither a stage nor waiting.  ffn_s, answer_s, ffn_other_s: of
     the FFN worker, for one gang's step.  transfer_s: both ways.  idle: neither half computes.  ffn_rows: rows a batch.
     """
 
@@ -92,7 +92,7 @@ class Pipeline:
         """What bounds the cycle, in seconds: the attention worker, the FFN worker, the way of one stream."""
         own_s = self.own_s + self.head_s + self.other_s
         return {
-            "attention": self.num_streams * (own_s + self.ahead_s),
+            "attention": self.num_streams * own_s,
             "ffn": self.num_streams * (self.ffn_s + self.answer_s + self.ffn_other_s),
             "latency": own_s + self.ffn_s + self.transfer_s,
         }
@@ -116,7 +116,7 @@ class Pipeline:
         m, layers = self.num_streams, self.num_layers
         a_s = (self.own_s + self.other_s) / layers
         busy_s = (self.ffn_s + self.answer_s + self.ffn_other_s) / layers
-        layer_s = max(a_s + self.ahead_s / layers, busy_s, (a_s + (self.ffn_s + self.transfer_s) / layers) / m)
+        layer_s = max(a_s, busy_s, (a_s + (self.ffn_s + self.transfer_s) / layers) / m)
         return m * (layers * layer_s + self.head_s)
 
 

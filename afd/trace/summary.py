@@ -8,7 +8,7 @@ from afd.trace.clocks import Offset
 from afd.trace.pipeline import exposed_spans, pipeline_of, total
 from afd.trace.timeline import ATTENTION, COMPUTING, FFN, Timeline, Worker
 
-COLUMNS = ("attention", "dispatch", "combine", "head", "ffn")
+COLUMNS = ("attention", "dispatch", "combine", "head", "look_ahead", "ffn")
 _COUNTED_AS = {"embed": "attention", "head_slice": "head"}
 
 
@@ -39,7 +39,16 @@ def mean_round_trip_s(worker: Worker) -> float:
 
 def summary_text(timeline: Timeline, offsets: Mapping[str, Offset] | None = None) -> str:
     """A table of shares, then clocks, then what is missing."""
-    header = ("WORKER", "BUSY", *(name.upper() for name in COLUMNS), "WAIT", "EXPOSED", "ROUND TRIP", "GANG", "STAGES")
+    header = (
+        "WORKER",
+        "BUSY",
+        *(name.upper().replace("_", " ") for name in COLUMNS),
+        "WAIT",
+        "EXPOSED",
+        "ROUND TRIP",
+        "GANG",
+        "STAGES",
+    )
     rows = [header]
     for worker in timeline.workers:
         shares = stage_shares(worker, timeline.seconds)

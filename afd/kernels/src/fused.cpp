@@ -2,6 +2,7 @@
 
 #include <atomic>
 #include <cstring>
+#include <new>
 
 #include "attention_plan.h"
 #include "run.h"
@@ -136,8 +137,12 @@ int32_t swiglu(const KernelTable& kernels, const AfdSwiGlu& ffn, const void* x, 
             out_of_memory.store(true, std::memory_order_relaxed);
             return;
         }
-        swiglu_rows(kernels, ffn, offset(x, begin * x_stride), x_stride, rows, memory,
-                    offset(out, static_cast<int64_t>(begin) * ffn.hidden), kToBfloat16, apart ? 1 : num_threads);
+        try {
+            swiglu_rows(kernels, ffn, offset(x, begin * x_stride), x_stride, rows, memory,
+                        offset(out, static_cast<int64_t>(begin) * ffn.hidden), kToBfloat16, apart ? 1 : num_threads);
+        } catch (const std::bad_alloc&) {  // nothing may leave the body
+            out_of_memory.store(true, std::memory_order_relaxed);
+        }
     });
     return out_of_memory ? kOutOfMemory : kOk;
 }

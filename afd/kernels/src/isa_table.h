@@ -104,7 +104,7 @@ float read_memory(const char* memory, int64_t num_bytes) {
 constexpr afd::KernelTable make_table(const char* name) {
     return {name,         state_floats,      scratch_bytes,    state_at,     attention_chunks, merge_states,
             finish,       write_kv_any,      rope_write_kv_any, add_rms_norm_any, silu_mul_any, add_bias,
-            gate_heads,   add_scaled_rows,   row_max,       gemm_any,     round_rows,
+            gate_heads,   add_scaled_rows,   row_max,          gemm_any,     round_rows,
             gemm_int8_any, read_memory};
 }
 

@@ -52,12 +52,12 @@ def request(idx, rng, vocab, **sampling):
     return Sequence(f"r{idx}", 0, b"gw", list(prompt), len(prompt), params, 0, idx)
 
 
-def run_all(engine, limit=5000):
+def run_all(engine, limit=5000, timeout_s=0.0):
     outputs, logprobs = {}, {}
     for _ in range(limit):
         if engine.scheduler.idle:
             break
-        for output in engine.run_once(0.0):
+        for output in engine.run_once(timeout_s):
             outputs.setdefault(output.progress.seq.req_id, []).extend(output.progress.ids)
             logprobs.setdefault(output.progress.seq.req_id, []).append(output.logprobs)
     assert engine.scheduler.idle, "requests did not finish"
@@ -104,22 +104,38 @@ def test_sampling_is_independent_of_company_and_streams(halves):
         assert compare(alone, together[seq.req_id]).ok
 
 
-def test_steps_are_prepared_while_the_rows_of_the_one_before_are_away(halves):
+class LateExchange(LocalExchange):
+    """Answers when it is asked to wait, not at the first look."""
+
+    def poll(self, timeout_s):
+        return super().poll(timeout_s) if timeout_s else []
+
+
+@pytest.mark.parametrize("end", [None, 7])
+def test_steps_are_prepared_while_the_rows_of_the_one_before_are_away(halves, end):
+    """end: one of the sequences ends early, by a token that nobody foresaw."""
     attention, whole, _ = halves
-    engine = make_engine(attention, [whole], num_streams=1)
+    engine = make_engine(attention, [whole], num_streams=1, exchange=LateExchange([whole]))
     built = []
     real = engine._look_ahead._build
     engine._look_ahead._build = lambda stream, items: built.append(stream) or real(stream, items)
-    greedy = SamplingParams(max_tokens=12, seed=0, temperature=0.0)
-    seqs = [Sequence(f"r{idx}", 0, b"gw", [idx, 5], 2, greedy, 0, idx) for idx in range(2)]
+    seqs = []
+    for idx in range(2):
+        greedy = SamplingParams(max_tokens=12, seed=0, temperature=0.0)
+        reference = reference_generate(attention, [whole], [idx, 5], greedy)
+        if end is not None and idx == 0:
+            stops = (reference.token_ids[end],)
+            greedy = SamplingParams(max_tokens=12, seed=0, temperature=0.0, stop_token_ids=stops)
+        seqs.append(Sequence(f"r{idx}", 0, b"gw", [idx, 5], 2, greedy, 0, idx))
     for seq in seqs:
         engine.scheduler.add(seq)
-    outputs, _ = run_all(engine)
+    outputs, _ = run_all(engine, timeout_s=1.0)
     for seq in seqs:
         assert compare(reference_generate(attention, [whole], seq.prompt_ids(), seq.sampling), outputs[seq.req_id]).ok
     ahead = [stage for stage in engine.stages.ring.snapshot() if stage.name == "look_ahead"]
-    assert len(ahead) == 11 and {stage.num_tokens for stage in ahead} == {2}
-    assert len(built) == engine.stages.totals.num_steps  # none in vain
+    assert len(ahead) == 11 and ahead[0].num_tokens == 2 and {stage.stream for stage in ahead} == {0}
+    in_vain = 0 if end is None else 1
+    assert len(built) == engine.stages.totals.num_steps + in_vain
     assert engine.stages.totals.ahead_s == pytest.approx(sum(stage.end_s - stage.start_s for stage in ahead))
 
 

@@ -180,9 +180,12 @@ class Clock:
 def test_stages_are_booked_when_they_end_and_waiting_is_what_remains():
     clock = Clock()
     stages = GpuStageClock(clock)
-    batch = SimpleNamespace(num_tokens=4, step=1)
+    batch = SimpleNamespace(num_tokens=4, step=1, stream=0)
     assert stages.attention(0, 0, batch, 0.0, 0.1, 0.2) == 0.2
     assert stages.totals.attention_s == 0.0
+    clock.now = 1.0
+    stages.looked_ahead(batch, 4, 0.5)  # beside the GPU's stage
+    assert stages.totals.ahead_s == stages.totals.other_s == 0.0
     clock.now = 2.0
     stages.wait(0.2, [])  # the GPU computes: that is no waiting
     assert stages.totals.wait_s == 0.0
@@ -191,13 +194,17 @@ def test_stages_are_booked_when_they_end_and_waiting_is_what_remains():
     clock.now = 3.0
     stages.wait(0.2, [Combined(0, [])])
     assert stages.totals.wait_s == 1.0
+    clock.now = 3.25
+    stages.looked_ahead(batch, 4, 3.0)  # with an idle GPU
+    assert stages.totals.ahead_s == 0.25 and stages.totals.other_s == 0.0
     stages.combined(0, batch, 0, 3.0, 3.1)
     stages.head_launched(0)
     clock.now = 5.0
     stages.wait(3.0, [])
     assert stages.head_ended(0, device_s=0.5) == 4.5 and stages.totals.wait_s == 1.0
     spans = [(stage.name, stage.start_s, stage.end_s) for stage in stages.ring.snapshot()]
-    assert spans == [("embed", 0.5, 0.5), ("attention", 0.5, 2.0), ("dispatch", 2.0, 2.0), ("wait", 2.0, 3.0)]
+    stage_spans = [("embed", 0.5, 0.5), ("attention", 0.5, 2.0), ("dispatch", 2.0, 2.0)]
+    assert spans == [*stage_spans, ("wait", 2.0, 3.0), ("look_ahead", 3.0, 3.25)]
     stages.attention(1, 0, batch, 5.0, 5.0, 5.0)
     stages.reset()
     clock.now = 6.0

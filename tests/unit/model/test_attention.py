@@ -15,7 +15,7 @@ from afd.kv.cache import BlockCounts, KVCache, count_blocks
 from afd.model.attention_core import paged_attention, rope_write_kv, write_kv
 from afd.model.batch import AttentionBatch
 from afd.model.loading import resolve_model
-from afd.model.rope import RopeTable, cos_sin, inverse_frequencies, rotate
+from afd.model.rope import MOST_POSITIONS, RopeTable, cos_sin, inverse_frequencies, rotate
 from afd.model.spec import RopeScaling, RopeSpec
 
 
@@ -144,7 +144,7 @@ def test_interleaved_rope_is_half_split_rope_on_reordered_dimensions() -> None:
 def test_a_table_has_the_angles_of_any_position() -> None:
     spec = RopeSpec(100.0, 16, scaling=RopeScaling("linear", 2.0, attention_factor=1.5))
     table = RopeTable(spec, torch.device("cpu"))
-    for positions in ([0], [5, 2047, 3], [2048], [7000, 1, 1]):
+    for positions in ([0], [5, 2047, 3], [2048], [7000, 1, 1], [MOST_POSITIONS - 1], [MOST_POSITIONS, 0]):
         got = table.of(torch.tensor(positions), max(positions) + 1)
         torch.testing.assert_close(got, cos_sin(inverse_frequencies(spec), torch.tensor(positions), 1.5))
 

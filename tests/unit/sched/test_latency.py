@@ -102,7 +102,7 @@ class Pipeline:
     A, H, F, C = (2e-3, 1e-4), (1e-3, 5e-5), (3e-3, 2e-4), 1.5e-3
 
     def __init__(self, *, overlap=True, slowness=1.0, alone=1.0):
-        self.model = LatencyModel(overlap=overlap, alone=1.0 / alone)
+        self.model = LatencyModel(overlap=overlap, alone=1.0 / alone, ffn_alone=1.0 / alone)
         self.overlap, self.slowness, self.alone = overlap, slowness, alone
 
     def speed(self, num_streams):

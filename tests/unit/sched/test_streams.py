@@ -11,7 +11,7 @@ class Pipeline:
 
     def __init__(self, *, a=(1e-3, 1e-4), f=(1e-3, 1e-4), c=1e-3, friction=0.0, alone=1.0):
         self.a, self.f, self.c, self.friction, self.alone = a, f, c, friction, alone
-        self.model = LatencyModel(alone=alone)
+        self.model = LatencyModel(alone=alone, ffn_alone=alone)
         self.chooser = StreamChooser(self.model)
         self.num_streams = 2
         self.step = 0

@@ -45,7 +45,7 @@ def test_mono_computes_where_it_would_wait(num_streams):
 
     stages = engine.stages.ring.snapshot()
     by_name = {name: [s for s in stages if s.name == name] for name in {s.name for s in stages}}
-    waits = {"wait", "look_ahead"} if num_streams == 1 else set()  # with two, the other one is always ready
+    waits = {"wait"} if num_streams == 1 else set()  # with two, the other one is always ready
     assert set(by_name) == {"embed", "attention", "dispatch", "exchange", "ffn", "combine", "head"} | waits
     num_steps, num_layers = len(by_name["head"]), folder.spec.num_layers
     assert num_steps == len(by_name["embed"]) == engine.stages.totals.num_steps
