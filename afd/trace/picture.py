@@ -237,6 +237,7 @@ def _legend(figure: Figure, timeline: Timeline) -> None:
         Patch(facecolor=grey, label="attention (A), ffn (F), layer inside"),
         Patch(facecolor=_dark(grey), label="embed, dispatch, combine"),
         Patch(facecolor=grey, hatch="////", edgecolor="white", linewidth=0, label="head and sampling"),
+        Patch(facecolor=grey, hatch="....", edgecolor="white", linewidth=0, label="look-ahead"),
         Patch(facecolor=thin, alpha=THIN_ALPHA, label="thin: rows away (A), waiting (F)"),
         Patch(facecolor=WAIT_COLOUR, label="nothing ready"),
         Patch(facecolor=EXPOSED_COLOUR, label="exposed transfer"),
