@@ -49,7 +49,8 @@ def test_a_real_run_is_told_as_it_happened(tmp_path):
     num_tokens = 0
     for worker in timeline.of_role(ATTENTION):
         names = {stage.name for stage in worker.stages}
-        assert names == {"embed", "attention", "dispatch", "exchange", "combine", "look_ahead", "head", "wait"}
+        # It looks ahead only where an answer is not there at once.
+        assert names - {"look_ahead"} == {"embed", "attention", "dispatch", "exchange", "combine", "head", "wait"}
         num_tokens += sum(stage.num_tokens for stage in worker.stages if stage.name == "head")
         for stream in (0, 1):
             stages = [stage for stage in worker.stages if stage.stream == stream]
