@@ -40,7 +40,7 @@ from afd.model.device import check_device
 from afd.model.halves import AttentionHalf
 from afd.model.loading import ModelFolder, load_attention_half, load_ffn_half, resolve_model
 from afd.model.sharding import ShardSpec
-from afd.model.threads import ThreadShare
+from afd.model.threads import ThreadShare, alone_ratio
 from afd.sched.latency import LatencyModel
 from afd.sched.policy import Admission, PrefillBudget
 from afd.sched.scheduler import Scheduler, SchedulerConfig
@@ -95,7 +95,7 @@ class _Worker:
         self._latency = LatencyModel(
             overlap=not config.topology.mono,
             alone=self._threads.alone_ratio,
-            ffn_alone=max(1.0, config.ffn.threads_alone / max(1, config.ffn.threads)),
+            ffn_alone=alone_ratio(config.ffn.threads or 1, config.ffn.threads_alone),
         )
         self._chooser: StreamChooser | None = None
         self._costs: StepCosts | None = None

@@ -133,12 +133,10 @@ class AttentionHalf:
 
     def head_slice_max(self, head_rows: Tensor, start: int, stop: int) -> RowMax:
         """The largest of the logits that `head_slice` would write, and the vocabulary's entry that it is of."""
-        found = [
-            RowMax(best.largest, best.idx + at)
-            for at, end in self._head_pieces(start, stop)
-            for best in [linear_row_max(head_rows, rows_of(self._head, at, end))]
-        ]
-        return functools.reduce(RowMax.joined, found)
+        pieces = self._head_pieces(start, stop)
+        found = [linear_row_max(head_rows, rows_of(self._head, at, end)) for at, end in pieces]
+        numbered = (RowMax(best.largest, best.idx + at) for best, (at, _) in zip(found, pieces, strict=True))
+        return functools.reduce(RowMax.joined, numbered)
 
     def _head_pieces(self, start: int, stop: int) -> list[tuple[int, int]]:
         width = stop - start if isinstance(self._head, Packed) else HEAD_PIECE_ROWS

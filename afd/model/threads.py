@@ -15,6 +15,11 @@ from afd.cores import cores_of_this_thread, parse_cores, pin_this_thread, thread
 _TORCH_GRAIN = 1 << 15  # elements below which torch does not split a row-wise operation over threads
 
 
+def alone_ratio(shared: int, alone: int) -> float:
+    """How many times the threads of a step beside others one alone has: at least 1. The numbers of `ThreadShare`."""
+    return max(shared, alone) / shared
+
+
 class ThreadShare:
     """Thread counts of one worker's process. Main thread only.
 
@@ -28,8 +33,8 @@ class ThreadShare:
 
     @property
     def alone_ratio(self) -> float:
-        """How many times the threads of a step beside others one alone has: at least 1."""
-        return self._counts[1] / self._counts[0]
+        """See the function of that name."""
+        return alone_ratio(*self._counts)
 
     def start(self, own_cores: str = "") -> None:
         """Start the threads and give each its place: the caller, a worker's main thread, stays on a core of its own.

@@ -61,9 +61,6 @@ class StepLoad(msgspec.Struct, frozen=True):
         return StepLoad(self.num_tokens / parts, self.context_tokens / parts, self.num_samples / parts)
 
 
-NOTHING = StepLoad(0, 0, 0)
-
-
 def attended(start: float, num_new: float) -> float:
     """KV entries that `num_new` tokens from position `start` on read (causal, themselves included)."""
     return num_new * start + num_new * (num_new + 1) / 2
