@@ -127,6 +127,14 @@ class Curve:
             row[i] += (DRIFT * max(value, self._prior[i])) ** 2
         self._bound()
 
+    def scaled(self, factor: float) -> Curve:
+        """What is known of work that takes `factor` times as long."""
+        other = Curve(*(factor * prior for prior in self._prior))
+        other._values = [factor * value for value in self._values]
+        other._covariance = [[factor * factor * entry for entry in row] for row in self._covariance]
+        other.num_samples = self.num_samples
+        return other
+
     def _bound(self) -> None:
         """No coefficient gets less certain than it was at first."""
         for i, row in enumerate(self._covariance):
@@ -150,6 +158,12 @@ class _Costs:
         self.head = Curve(1e-3, 1e-4)
         self.ffn = Curve(4e-3, 2e-4)
 
+    def begin_from(self, other: _Costs, own_factor: float, ffn_factor: float) -> None:
+        """Know what the other way to run has taught, so many times as long."""
+        self.attention = other.attention.scaled(own_factor)
+        self.head = other.head.scaled(own_factor)
+        self.ffn = other.ffn.scaled(ffn_factor)
+
     @property
     def num_samples(self) -> int:
         return self.attention.num_samples
@@ -160,8 +174,9 @@ class LatencyModel:
 
     overlap: the FFN computes beside this worker (False in one process: topology mono).
     alone, ffn_alone: times as many threads compute a single stream (`threads_alone`) as one of several, here and at
-    the FFN workers. Where these are more, its steps are learnt apart: what several would take follows from them, as if
-    all computing were shared out, until some have run.
+    the FFN workers. Where these are more, its steps are learnt apart. What several would take follows from them, as if
+    all computing were shared out; their own steps correct that from the first one on, so that a few of them, perhaps
+    all of one size, need not teach what another size takes.
     """
 
     def __init__(self, *, overlap: bool = True, alone: float = 1.0, ffn_alone: float = 1.0):
@@ -171,6 +186,7 @@ class LatencyModel:
         self._alone = _Costs() if max(self._speedups) > 1.0 else self._shared
         self.transfer_s = 2e-3 if overlap else 0.0
         self._num_cold = 0
+        self.num_steps = 0  # observed
         self._others = 0.0  # rows of other attention workers in our gangs
         self._loads: dict[int, StepLoad] = {}
         self._corrections: dict[int, float] = {}
@@ -181,7 +197,8 @@ class LatencyModel:
             self._num_cold += 1
             return
         load = sample.load
-        costs = self._alone if len(sample.in_flight) <= 1 else self._shared
+        costs = self._learning(len(sample.in_flight))
+        self.num_steps += 1
         costs.attention.add(sample.attention_s, 1.0, load.num_tokens, load.context_tokens)
         if load.num_samples:
             costs.head.add(sample.head_s, 1.0, load.num_samples)
@@ -191,14 +208,8 @@ class LatencyModel:
             self._observe_transfer(max(0.0, sample.exchange_s - sample.ffn_s), alone=len(sample.in_flight) <= 1)
         self._loads = {s: kept for s, kept in self._loads.items() if s in sample.in_flight}
         self._loads[sample.stream] = load
-        self._observe_cycle(sample.took_s)
-
-    @property
-    def num_steps(self) -> int:
-        """Steps observed."""
-        if self._alone is self._shared:
-            return self._shared.num_samples
-        return self._shared.num_samples + self._alone.num_samples
+        if len(self._loads) >= len(sample.in_flight):  # else a stream beside it has not said yet what it computes
+            self._observe_cycle(sample.took_s)
 
     @property
     def attention(self) -> Curve:
@@ -212,6 +223,14 @@ class LatencyModel:
     @property
     def ffn(self) -> Curve:
         return self._costs(2).ffn
+
+    def _learning(self, num_streams: int) -> _Costs:
+        """What a step beside so many streams, itself included, is to teach."""
+        num_streams = max(num_streams, 1)
+        own, known = self._alone if num_streams == 1 else self._shared, self._costs(num_streams)
+        if known is not own:
+            own.begin_from(known, *self.slowdowns(num_streams))
+        return own
 
     def _costs(self, num_streams: int) -> _Costs:
         """What is known of so many streams, or else of other numbers."""

@@ -15,9 +15,9 @@ from afd.types import SamplingParams
 
 def measured() -> LatencyModel:
     model = LatencyModel()
-    for _ in range(200):
+    for step in range(200):
         load = StepLoad(16, 1600, 16)
-        model.observe(StepSample(0, load, 5e-3, 1e-3, 4e-3, 6e-3, 32, 12e-3, (0, 1)))
+        model.observe(StepSample(step % 2, load, 5e-3, 1e-3, 4e-3, 6e-3, 32, 12e-3, (0, 1)))
     return model
 
 

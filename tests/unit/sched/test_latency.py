@@ -167,6 +167,17 @@ def test_a_number_of_streams_that_behaves_otherwise_is_corrected_by_itself():
     assert pipeline.model.correction(3) == pytest.approx(1.5, rel=0.1)  # the nearest that is known
 
 
+def test_a_step_beside_one_of_unknown_size_says_nothing_of_a_single_stream():
+    """The first step of a trial ends while nothing is known yet of the stream beside it, which made it longer."""
+    pipeline = Pipeline()
+    pipeline.run([8])
+    before = pipeline.model.correction(1)
+    load = StepLoad(8, 800, 8)
+    for _ in range(5):
+        pipeline.model.observe(StepSample(0, load, 3e-3, 1.4e-3, 4.6e-3, 9e-3, 8, 0.02, in_flight=[0, 1]))
+    assert pipeline.model.correction(1) == before
+
+
 def test_a_single_stream_that_has_all_cores_is_learnt_apart():
     pipeline = Pipeline(alone=0.55)
     pipeline.run([16])
@@ -179,6 +190,16 @@ def test_a_single_stream_that_has_all_cores_is_learnt_apart():
     for wanted in ([40], [16], [20, 20], [30, 30], [20, 20, 20]):
         assert pipeline.predicted(wanted) == pytest.approx(pipeline.cycle(wanted), rel=0.1), wanted
     assert pipeline.model.num_steps > 400
+
+
+def test_two_streams_that_ran_with_large_steps_only_keep_what_one_has_taught_of_small_ones():
+    """A trial may meet nothing but prompts: what two streams need for a few decodes does not follow from those."""
+    pipeline = Pipeline(alone=0.55)
+    for tokens in (4, 256, 16, 256, 64) * 2:
+        pipeline.run([tokens], rounds=6)
+    pipeline.run([256, 256], rounds=8)
+    for wanted in ([2, 2], [10, 10], [32, 32], [250, 250]):
+        assert pipeline.predicted(wanted) == pytest.approx(pipeline.cycle(wanted), rel=0.1), wanted
 
 
 def test_rows_of_other_attention_workers_count_for_the_ffn():
