@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from afd.host_memory import zeroed
 
 
 class KVLayer(Protocol):
@@ -104,7 +105,7 @@ def _elements(layer: KVLayer) -> int:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
-    """Zeros; on the CPU from memory that the kernel zeroes when it is first touched, so that start-up pays nothing."""
-    if device != "cpu" or 0 in shape:
+    """Zeros; on the CPU start-up does not pay for them."""
+    if device != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
+    return zeroed(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from afd.errors import ModelError
+from afd.host_memory import HostMemory
 from afd.kernels import PackedMatrix
 from afd.model.attention_kinds import Attention, AttentionWeights, GqaAttention, MfaAttention, projection_parts
 from afd.model.ffn import DenseFfn, Ffn, MoeFfn, SharedExpert, SwiGlu
 from afd.model.halves import AttentionHalf, AttentionLayer, FFNHalf
-from afd.model.int8 import Int8Weight, empty_int8, int8_copy
+from afd.model.int8 import Int8Weight, int8_copy, int8_in
 from afd.model.inventory import Half, TensorSpec, inventory
 from afd.model.latent_attention import LatentWeights, MlaAttention
 from afd.model.loading import Progress
@@ -177,6 +178,7 @@ class _Reader:
         self._device = device
         self._progress = progress
         self.int8 = int8
+        self._memory = HostMemory()
         self._num_done = 0
         self.rms_eps = checkpoint.spec.rms_eps
 
@@ -198,7 +200,7 @@ class _Reader:
         dtype: torch.dtype | None = None,
     ) -> Tensor:
         """The same slice of several parts, concatenated along `dim`, each read straight into its place."""
-        out = torch.empty(self._shape(parts, layer, slices, dim), dtype=dtype or self.dtype, device=self._device)
+        out = self._empty(self._shape(parts, layer, slices, dim), dtype or self.dtype)
         self._fill(out, parts, layer, slices, dim)
         return out
 
@@ -214,9 +216,14 @@ class _Reader:
         """As `stack`, for matrices that may be rounded to 8 bits."""
         if not self.int8:
             return self.stack(parts, layer, slices, dim)
-        out = empty_int8(self._shape(parts, layer, slices, dim), self._device)
+        out = int8_in(self._empty(self._shape(parts, layer, slices, dim), torch.int8))
         self._fill(out, parts, layer, slices, dim)
         return out
+
+    def _empty(self, shape: list[int], dtype: torch.dtype) -> Tensor:
+        if self._device == "cpu":
+            return self._memory.empty(shape, dtype)
+        return torch.empty(shape, dtype=dtype, device=self._device)
 
     def _shape(self, parts: tuple[str, ...], layer: int, slices: Slices, dim: int) -> list[int]:
         shapes = [_sliced_shape(self._tensors[part, layer].shape, slices) for part in parts]

@@ -44,16 +44,14 @@ class Int8Weight:
         self.values[start:stop] = (numbers / scales[..., None]).round_()
 
 
-def empty_int8(shape: list[int], device: str) -> Int8Weight:
-    """Room for a weight of `shape`; nothing is stored in one without columns, so its scales are zeros."""
-    return Int8Weight(
-        torch.empty(shape, dtype=torch.int8, device=device), torch.zeros(shape[:-1], dtype=torch.float32, device=device)
-    )
+def int8_in(values: Tensor) -> Int8Weight:
+    """Room for a weight in values [..., out, in]; nothing is stored in one without columns, so its scales are zeros."""
+    return Int8Weight(values, torch.zeros(values.shape[:-1], dtype=torch.float32, device=values.device))
 
 
 def int8_copy(matrix: Tensor, piece_elements: int) -> Int8Weight:
     """matrix [out, in] rounded; so many elements at a time are float32 meanwhile."""
-    out = empty_int8(list(matrix.shape), str(matrix.device))
+    out = int8_in(torch.empty_like(matrix, dtype=torch.int8))
     step = max(piece_elements // matrix.shape[1], 1)
     for start in range(0, matrix.shape[0], step):
         stop = min(start + step, matrix.shape[0])

@@ -18,7 +18,7 @@ from afd.kernels import Packed, PackedInt8, native_kernels
 from afd.model.attention_kinds import AttentionWeights
 from afd.model.ffn import Dispatch
 from afd.model.halves import AttentionHalf
-from afd.model.int8 import Int8Weight, empty_int8, int8_copy, int8_linear
+from afd.model.int8 import Int8Weight, int8_copy, int8_in, int8_linear
 from afd.model.inventory import inventory
 from afd.model.loading import DEFAULT_MODEL, load_attention_half, load_ffn_half, resolve_model
 from afd.model.primitives import linear, prepared_for
@@ -149,7 +149,7 @@ def test_int8_weights_are_the_rounded_matrix() -> None:
     torch.manual_seed(1)
     matrix = torch.randn(24, 40) * torch.logspace(-3, 3, 24)[:, None]
     matrix[5] = 0
-    weight = empty_int8([24, 40], "cpu")
+    weight = int8_in(torch.empty(24, 40, dtype=torch.int8))
     weight.store(0, 10, matrix[:10])
     weight.store(10, 24, matrix[10:])
     restored = weight.values * weight.scales[:, None]
@@ -239,7 +239,7 @@ def test_unknown_weights_are_refused() -> None:
 
 def test_a_shard_without_columns_gives_zeros() -> None:
     """Whatever lay in the memory of its scales."""
-    weight = empty_int8([6, 0], "cpu")
+    weight = int8_in(torch.empty(6, 0, dtype=torch.int8))
     x = torch.empty(3, 0)
     for matrix, rows in ((weight, x), (prepared_for(torch.bfloat16, weight), x.bfloat16())):
         assert torch.equal(linear(rows, matrix).float(), torch.zeros(3, 6))

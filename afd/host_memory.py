@@ -1,0 +1,44 @@
+"""Memory for weights and KV on the CPU: large pieces, in pages of 2 MiB where Linux has them (`madvise`).
+
+Every step reads all weights and much of the KV. With pages of 4 KiB each 64 lines of that begin with a walk of the page
+tables, twice as long in a virtual machine, which prefetches must wait for, too (docs/benchmarks.md).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+from collections.abc import Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+
+PIECE_BYTES = 64 << 20
+ALIGNMENT = 64  # a cache line, a vector
+
+
+def zeroed(num_bytes: int) -> Tensor:
+    """Zeros [num_bytes] uint8, which the kernel makes when they are first touched, and takes back with the tensor."""
+    if num_bytes == 0:
+        return torch.zeros(0, dtype=torch.uint8)
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(AttributeError, OSError):  # not Linux, or built without huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+class HostMemory:
+    """Tensors cut one after the other out of pieces of PIECE_BYTES; a piece lives as long as one of its tensors."""
+
+    def __init__(self) -> None:
+        self._rest = zeroed(0)
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A tensor to be filled, aligned to ALIGNMENT."""
+        num_bytes = prod(shape) * dtype.itemsize
+        taken = -(-num_bytes // ALIGNMENT) * ALIGNMENT
+        if taken > self._rest.shape[0]:
+            self._rest = zeroed(max(taken, PIECE_BYTES))
+        memory, self._rest = self._rest[:num_bytes], self._rest[taken:]
+        return memory.view(dtype).view(*shape)
