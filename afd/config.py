@@ -110,6 +110,8 @@ class AttentionConfig(Listener, frozen=True):
     stream); 0 = `afd up` shares out this host's cores among the workers of a role, elsewhere `threads`.
     cores: of the main thread, such as "0,2-3"; "any" = the kernel
     decides; "" = `afd up` shares out this host's, where each worker can have one.
+    cuda_graphs: with device cuda, a layer of a decode step is captured once for each size and replayed
+    (docs/operations.md, GPUs).
     modelled: not "" = no model: a step takes base_ms + token_us * tokens + context_us * KV entries read, tokens are
     hashes, such as "base_ms=4,token_us=150,context_us=0.2" (topology mono; for tests of everything but the model).
     """
@@ -127,6 +129,7 @@ class AttentionConfig(Listener, frozen=True):
     threads_alone: NonNegativeInt = 0
     cores: str = ""
     device: Literal["cpu", "cuda"] = "cpu"
+    cuda_graphs: bool = False
     modelled: str = ""
     port: Port = 0  # ZeroMQ; 0 = any
     mesh_port: Port = 0
@@ -270,6 +273,8 @@ def check_config(config: ClusterConfig) -> None:
             raise ConfigError(
                 f"{name}.host {section.host} is no address that others can connect to: set {name}.advertise_host too"
             )
+    if config.attention.cuda_graphs and config.attention.device != "cuda":
+        raise ConfigError(f"attention.cuda_graphs needs attention.device 'cuda', not {config.attention.device!r}")
     if config.attention.modelled and not topology.mono:
         raise ConfigError(f"attention.modelled has no FFN side: use cluster.topology 'mono', not {topology}")
     if topology.mono and config.cluster.transport != "auto":

@@ -24,7 +24,7 @@ from afd.attention.stages import StageClock
 from afd.kv.cache import KVCache
 from afd.messages.serving import TokenLogprobs
 from afd.model.device import to_device
-from afd.model.halves import AttentionBatch, AttentionHalf
+from afd.model.halves import AttentionBatch, AttentionHalf, Dispatch
 from afd.model.sampling import Sampler
 from afd.model.threads import ThreadShare
 from afd.sched.head_slices import HEAD_SLICE_ROWS, NextStage, next_of, slice_end
@@ -36,7 +36,7 @@ NOT_FINITE = "the model produced logits that are not finite: its weights are dam
 
 
 @dataclass(slots=True)
-class _Stream:
+class Stream:
     """A place in the pipeline and the micro-batch in it. layer: the one whose FFN answer is awaited; -1 = not begun."""
 
     micro_batch: MicroBatch
@@ -97,7 +97,7 @@ class AttentionEngine:
         self._relay = relay
         self._sampler = Sampler()
         self._num_layers = half.spec.num_layers
-        self._streams: dict[int, _Stream] = {}
+        self._streams: dict[int, Stream] = {}
         self._ready: deque[tuple[int, Combined | None]] = deque()
         self._announced_idle: set[int] = set()
         self._look_ahead = LookAhead(scheduler, self._batch_of)
@@ -183,7 +183,7 @@ class AttentionEngine:
                     self._exchange.idle(idx)
                 continue
             self._announced_idle.discard(idx)
-            self._streams[idx] = _Stream(micro_batch, self._look_ahead.batch(micro_batch), started_s=self._clock())
+            self._streams[idx] = Stream(micro_batch, self._look_ahead.batch(micro_batch), started_s=self._clock())
             self._ready.append((idx, None))
 
     def _prepare(self, current: MicroBatch) -> None:
@@ -232,13 +232,16 @@ class AttentionEngine:
             self._begin_head(stream)
             return self._advance_head(idx, entered_s)
         assert stream.x is not None
-        dispatch = self._half.layer(stream.layer, stream.x, stream.batch, self._cache, partials)
+        dispatch = self._layer(idx, stream, stream.x, partials)
         computed_s = self._clock()
         self._exchange.send(idx, stream.micro_batch.step, dispatch)
         stream.sent_s = self.stages.attention(idx, stream.layer, stream.micro_batch, begun_s, entered_s, computed_s)
         return []
 
-    def _relayed(self, idx: int, stream: _Stream, combined: Combined, relay: StreamRelay) -> Combined | None:
+    def _layer(self, idx: int, stream: Stream, x: Tensor, partials: abc.Sequence[Tensor]) -> Dispatch:
+        return self._half.layer(stream.layer, x, stream.batch, self._cache, partials)
+
+    def _relayed(self, idx: int, stream: Stream, combined: Combined, relay: StreamRelay) -> Combined | None:
         """The layers behind `combined` as far as native code goes through them: the last one's answer, None if it is
         still to come."""
         assert stream.x is not None
@@ -252,7 +255,7 @@ class AttentionEngine:
         stream.layer += done.num_laps
         return answer
 
-    def _begin_head(self, stream: _Stream) -> None:
+    def _begin_head(self, stream: Stream) -> None:
         seqs, rows, end = [], [], 0
         for item in stream.micro_batch.items:
             end += item.num_new

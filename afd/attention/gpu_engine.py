@@ -10,7 +10,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from afd.attention.engine import AttentionEngine, Output
+from torch import Tensor
+
+from afd.attention.engine import AttentionEngine, Output, Stream
 from afd.attention.exchange import Combined
 from afd.attention.gpu_exchange import GpuExchange
 from afd.attention.head import Head
@@ -18,7 +20,8 @@ from afd.attention.stages import StageClock
 from afd.kv.cache import KVCache
 from afd.model.cuda import LOOK_S, CudaDevice, Download
 from afd.model.device import to_device
-from afd.model.halves import AttentionBatch, AttentionHalf
+from afd.model.graphs import DecodeGraphs
+from afd.model.halves import AttentionBatch, AttentionHalf, Dispatch
 from afd.sched.scheduler import Scheduler
 from afd.sched.sequence import BatchItem, MicroBatch
 
@@ -78,7 +81,10 @@ class GpuStageClock(StageClock):
 
 
 class GpuAttentionEngine(AttentionEngine):
-    """exchange: told from here when a stage was sent. Main thread only, which holds torch.inference_mode()."""
+    """exchange: told from here when a stage was sent.  graphs: for decodes; None = each layer is launched by itself.
+
+    Main thread only, which holds torch.inference_mode().
+    """
 
     def __init__(
         self,
@@ -88,9 +94,11 @@ class GpuAttentionEngine(AttentionEngine):
         exchange: GpuExchange,
         device: CudaDevice,
         *,
+        graphs: DecodeGraphs | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ):
         super().__init__(half, cache, scheduler, exchange, clock=clock)
+        self._graphs = graphs
         self.stages = self._gpu_stages = GpuStageClock(clock)
         self._device = device
         self._sampling: dict[int, Download] = {}  # by stream: results of heads on their way
@@ -115,6 +123,12 @@ class GpuAttentionEngine(AttentionEngine):
     def _advance(self, idx: int, combined: Combined | None) -> list[Output]:
         with self._device.stage(idx):
             return super()._advance(idx, None if combined is None else self._placed(combined))
+
+    def _layer(self, idx: int, stream: Stream, x: Tensor, partials: Sequence[Tensor]) -> Dispatch:
+        if self._graphs is None or not self._graphs.takes(stream.batch):
+            return super()._layer(idx, stream, x, partials)
+        stream.x, dispatch = self._graphs.layer(idx, stream.layer, x, stream.batch, partials)
+        return dispatch
 
     def _placed(self, combined: Combined) -> Combined:
         device, row_idx = self._half.device, combined.row_idx

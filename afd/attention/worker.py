@@ -37,6 +37,7 @@ from afd.messages.serving import WorkerStats
 from afd.metrics import MetricsServer, process_registry
 from afd.model.cuda import CudaDevice
 from afd.model.device import check_device
+from afd.model.graphs import DecodeGraphs
 from afd.model.halves import AttentionHalf
 from afd.model.loading import ModelFolder, load_attention_half, load_ffn_half, resolve_model
 from afd.model.sharding import ShardSpec
@@ -182,7 +183,13 @@ class _Worker:
         scheduler = self._make_scheduler(half.dtype, seat.rank)
         windowed = None if scheduler.windowed is None else scheduler.windowed.pool.num_blocks
         cache = KVCache(
-            spec, scheduler.pool.num_blocks, section.block_size, half.dtype, section.device, num_window_blocks=windowed
+            spec,
+            scheduler.pool.num_blocks,
+            section.block_size,
+            half.dtype,
+            section.device,
+            num_window_blocks=windowed,
+            spare_block=section.cuda_graphs,
         )
         layout, ffns = payload_layout(config, spec.hidden, spec.max_top_k), []
         if seat.mesh is None:
@@ -200,7 +207,9 @@ class _Worker:
             relay = self._stream_relay(half, cache, layout)
             return AttentionEngine(half, cache, scheduler, self._exchange, threads=self._threads, relay=relay)
         wire = None if seat.mesh is None else layout.dispatch_dtype
-        return GpuAttentionEngine(half, cache, scheduler, GpuExchange(self._exchange, device, wire), device)
+        graphs = DecodeGraphs(half, cache) if section.cuda_graphs else None
+        exchange = GpuExchange(self._exchange, device, wire)
+        return GpuAttentionEngine(half, cache, scheduler, exchange, device, graphs=graphs)
 
     def _stream_relay(self, half: AttentionHalf, cache: KVCache, layout: PayloadLayout) -> StreamRelay | None:
         """Native code that makes the exchanges of a stream by itself; None where it cannot."""

@@ -37,6 +37,8 @@ class KVCache:
     """num_window_blocks: of sliding-window layers, where they have a pool of their own; None = num_blocks.
 
     k[layer], v[layer]: [num_blocks, num_kv_heads, block_size, width], contiguous; v's width is 0 for MLA.
+    spare_block: one more of each layer, which no pool gives away, for rows that are computed and not meant.
+    spare_slots: the first slot of it, in layers without and with a window.
 
     A token's slot is block * block_size + offset. Zeroed at start: kernels may read (and mask) a block's unwritten
     slots, and uninitialised memory could hold NaN, which a mask by multiplication would spread.
@@ -50,15 +52,18 @@ class KVCache:
         dtype: torch.dtype,
         device: str = "cpu",
         num_window_blocks: int | None = None,
+        spare_block: bool = False,
     ):
         self.num_blocks = num_blocks
         self.block_size = block_size
+        window_blocks = num_blocks if num_window_blocks is None else num_window_blocks
+        self.spare_slots = num_blocks * block_size, window_blocks * block_size
         self.k: list[Tensor] = []
         self.v: list[Tensor] = []
         for layer in spec.attention_layers:
             for tensors, width in ((self.k, layer.cached_k_dim), (self.v, layer.cached_v_dim)):
-                count = num_blocks if num_window_blocks is None or not layer.window else num_window_blocks
-                shape = (count, layer.num_kv_heads, block_size, width)
+                count = window_blocks if layer.window else num_blocks
+                shape = (count + spare_block, layer.num_kv_heads, block_size, width)
                 tensors.append(_zeros(shape, dtype, device))
 
     @property

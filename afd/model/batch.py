@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from afd.kernels.fused import LayerBatch
@@ -85,6 +86,51 @@ class AttentionBatch:
                 _native={},
             )
         return batch
+
+    def with_room(self, num_seqs: int, columns: int) -> AttentionBatch:
+        """For decodes on a GPU: memory of its own for so many sequences with so many blocks each, at least as this has.
+
+        `assign` fills it, but for the host's copies of lengths: those stay, and nothing of decodes reads them.
+        """
+        missing = num_seqs - self.num_seqs
+
+        def more_rows(tensor: Tensor) -> Tensor:
+            return torch.cat([tensor, tensor[-1:].expand(missing, *tensor.shape[1:])])
+
+        def own_blocks(batch: AttentionBatch, windowed: AttentionBatch | None) -> AttentionBatch:
+            table = F.pad(more_rows(batch.block_table), (0, columns - batch.block_table.shape[1]))
+            return replace(
+                roomy,
+                slot_mapping=more_rows(batch.slot_mapping),
+                block_table=table,
+                windowed=windowed,
+                _native={},
+            )
+
+        roomy = replace(
+            self,
+            positions=more_rows(self.positions),
+            query_start=torch.arange(num_seqs + 1, dtype=torch.int32, device=self.positions.device),
+            seq_lens=more_rows(self.seq_lens),
+            _rope={},
+        )
+        return own_blocks(self, None if self.windowed is None else own_blocks(self.windowed, None))
+
+    def assign(self, batch: AttentionBatch, spare_slots: tuple[int, int]) -> None:
+        """Become `batch`, in the same memory, its angles included. Sequences beyond it write to the spare slots: those
+        of layers without and with blocks of their own for a window.
+        """
+        num_seqs, columns = batch.block_table.shape
+        self.positions[:num_seqs].copy_(batch.positions)
+        self.seq_lens[:num_seqs].copy_(batch.seq_lens)
+        for mine, other, spare in zip((self, self.windowed), (batch, batch.windowed), spare_slots, strict=True):
+            if mine is not None and other is not None:
+                mine.slot_mapping[:num_seqs].copy_(other.slot_mapping)
+                mine.slot_mapping[num_seqs:].fill_(spare)
+                mine.block_table[:num_seqs, :columns].copy_(other.block_table)
+        for rope, angles in self._rope.items():
+            for table, new in zip(angles, rope.of(self.positions, batch.max_seq_len), strict=True):
+                table.copy_(new)
 
     def of_layer(self, window: int) -> AttentionBatch:
         """The batch with the blocks that a layer of this window (0 = none) has."""

@@ -2,7 +2,8 @@
 
 Tensors of "cuda" are CPU tensors of another class, which says so: reading one from the host raises, and so do mixing it
 with a host tensor, copying from or to memory that is not pinned, and using it on a stream that does not know that it
-has been made. A copy to the host brings garbage until its event has completed, which takes some looks.
+has been made. A copy to the host brings garbage until its event has completed, which takes some looks. What a graph
+captures is not computed: it changes nothing, its results are garbage until the graph is replayed.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ GPU = torch.device("cuda", 0)
 _TO_HOST = {"tolist", "item", "cpu", "__bool__", "__float__", "__int__", "__index__", "__contains__", "equal"}
 _WAITS = {*_TO_HOST, "nonzero", "bincount", "unique", "masked_select"}
 _FORBIDDEN = {"numpy", "__array__", "data_ptr"}
+_IN_PLACE = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__"}  # and all that end with "_"
 _PROPERTIES = {"device": GPU, "is_cpu": False, "is_cuda": True}
 
 
@@ -53,12 +55,82 @@ class FakeStream:
         self.num_over = max(self.num_over, until)
 
 
+class FakeGraph:
+    """Calls in order, with the very tensors that they read and wrote."""
+
+    def __init__(self) -> None:
+        self._calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], list[Tensor | None]]] = []
+        self._inputs: dict[int, Tensor] = {}  # by id: made before
+        self._results: dict[int, Tensor] = {}  # by id
+        self._before: dict[int, tuple[Tensor, Tensor]] = {}  # by address of the storage: its bytes, and a copy of them
+
+    def before(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A call is about to be captured."""
+        written = [kwargs["out"]] if "out" in kwargs else []
+        if name in _IN_PLACE or (name.endswith("_") and not name.endswith("__")):
+            written.append(args[0])
+        for tensor in written:
+            storage = _bytes_of(tensor)
+            self._before.setdefault(storage.data_ptr(), (storage, storage.clone()))
+
+    def record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        self._inputs.update((id(tensor), tensor) for tensor in read if id(tensor) not in self._results)
+        known = {_bytes_of(tensor).data_ptr() for tensor in read}
+        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        self._results.update((id(tensor), tensor) for tensor in made)
+        fresh = [None if _bytes_of(tensor).data_ptr() in known else tensor for tensor in made]
+        self._calls.append((func, args, kwargs, fresh))
+
+    def end(self) -> None:
+        """Nothing has happened."""
+        for storage, content in self._before.values():
+            storage.copy_(content)
+        for tensor in (tensor for *_, fresh in self._calls for tensor in fresh if tensor is not None):
+            if tensor.dtype is not torch.bool:
+                _bytes_of(tensor).fill_(0xFF)
+
+    def replay(self) -> None:
+        gpu = FakeCuda.here()
+        gpu.num_replays += 1
+        _check(gpu, "replay", list(self._inputs.values()))
+        with torch._C.DisableTorchFunctionSubclass():
+            for func, args, kwargs, fresh in self._calls:
+                result = [leaf for leaf in tree_leaves(func(*args, **kwargs)) if isinstance(leaf, Tensor)]
+                for kept, new in zip(fresh, result, strict=True):
+                    if kept is not None:
+                        kept.copy_(new)
+        _made_here(gpu, list(self._results.values()))
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    with torch._C.DisableTorchFunctionSubclass():
+        return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+
+
+@contextlib.contextmanager
+def _capture(graph: FakeGraph, pool: Any = None, stream: Any = None, capture_error_mode: str = "global"):
+    gpu = FakeCuda.here()
+    assert stream is gpu.stream and gpu.capturing is None
+    gpu.synchronize()
+    gpu.num_captures += 1
+    if gpu.num_captures > gpu.most_captures:
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+    gpu.capturing = graph
+    try:
+        yield
+    finally:
+        gpu.capturing = None
+        graph.end()
+
+
 class FakeEvent:
     def __init__(self, enable_timing: bool = False) -> None:
         self._timed = enable_timing
 
     def record(self) -> None:
         here = FakeCuda.here()
+        here.must_not_capture("an event")
         here.num_events += 1
         self._stream, self._place = here.stream, here.stream.launch()
         self._looks_left, self._at_s = here.looks, time.perf_counter()
@@ -88,6 +160,9 @@ class FakeCuda:
         self.loading = True  # weights are copied to the GPU and waited for
         self.streams: list[FakeStream] = []
         self.num_events = self.num_looks = self.num_uploads = self.num_downloads = self.num_waits = 0
+        self.num_captures = self.num_replays = 0
+        self.most_captures = 1 << 30  # the next one fails
+        self.capturing: FakeGraph | None = None
 
     @classmethod
     def here(cls) -> FakeCuda:
@@ -114,7 +189,12 @@ class FakeCuda:
         finally:
             self.stream = previous
 
+    def must_not_capture(self, what: str) -> None:
+        if self.capturing is not None:
+            raise GpuMisuseError(f"{what} within a graph")
+
     def synchronize(self) -> None:
+        self.must_not_capture("waiting")
         self.loading = False  # as an engine does once, when all is there
         for stream in self.streams:
             stream.run(stream.num_launched)
@@ -128,6 +208,10 @@ def install(monkeypatch) -> None:
         "Stream": FakeStream,
         "Event": FakeEvent,
         "stream": lambda stream: FakeCuda.here().on(stream),
+        "CUDAGraph": FakeGraph,
+        "graph": _capture,
+        "graph_pool_handle": lambda: (0, 0),
+        "current_stream": lambda: FakeCuda.here().stream,
         "synchronize": lambda: FakeCuda.here().synchronize(),
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
@@ -159,7 +243,11 @@ class GpuTensor(Tensor):
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if not (gpu.loading and name in ("copy_", "__setitem__")):
             _check(gpu, name, tensors)
+        if gpu.capturing is not None:
+            gpu.capturing.before(name, args, kwargs)
         result = super().__torch_function__(func, types, args, kwargs)
+        if gpu.capturing is not None:
+            gpu.capturing.record(func, args, kwargs, result)
         return result if name == "__setitem__" else _made_here(gpu, result)
 
 
@@ -181,7 +269,10 @@ class _Factories(TorchFunctionMode):
             return pinned
         if "device" in kwargs and _is_gpu(kwargs["device"]):
             kwargs["device"] = "cpu"
-            return _made_here(gpu, func(*args, **kwargs).as_subclass(GpuTensor))
+            result = func(*args, **kwargs).as_subclass(GpuTensor)
+            if gpu.capturing is not None:
+                gpu.capturing.record(func, args, kwargs, result)
+            return _made_here(gpu, result)
         return func(*args, **kwargs)
 
 
@@ -192,6 +283,7 @@ def _is_gpu(device: Any) -> bool:
 def _upload(gpu: FakeCuda, host: Tensor, non_blocking: bool = False) -> Tensor:
     if not gpu.loading and not (non_blocking and getattr(host, "is_pinned_here", False)):
         raise GpuMisuseError("a copy to the GPU that the host would wait for")
+    gpu.must_not_capture("a copy from the host")
     gpu.num_uploads += 1
     return _made_here(gpu, host.clone().as_subclass(GpuTensor))
 
@@ -199,6 +291,7 @@ def _upload(gpu: FakeCuda, host: Tensor, non_blocking: bool = False) -> Tensor:
 def _download(gpu: FakeCuda, target: Tensor, source: GpuTensor, non_blocking: bool = False) -> Tensor:
     if not non_blocking or not getattr(target, "is_pinned_here", False):
         raise GpuMisuseError("a copy from the GPU that the host would wait for")
+    gpu.must_not_capture("a copy to the host")
     _check(gpu, "copy_", [source])
     gpu.num_downloads += 1
     gpu.stream.copy_later(target, source.as_subclass(Tensor).clone())

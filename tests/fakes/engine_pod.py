@@ -24,6 +24,7 @@ from afd.ffn.gpu_engine import GpuFFNEngine
 from afd.kv.block_pool import BlockPool
 from afd.kv.cache import KVCache
 from afd.model.cuda import CudaDevice
+from afd.model.graphs import DecodeGraphs
 from afd.model.loading import load_attention_half, load_ffn_half
 from afd.model.sharding import ShardSpec
 from afd.sched.scheduler import Scheduler, SchedulerConfig
@@ -42,7 +43,7 @@ STEP_TOKENS, BLOCK_SIZE, NUM_BLOCKS = 16, 8, 128
 class Pod:
     """x attention engines and y FFN engines in this process, each driven by its own thread.
 
-    relays: roles whose native code makes exchanges by itself.  device: of the halves.
+    relays: roles whose native code makes exchanges by itself.  device: of the halves.  graphs: `DecodeGraphs`.
     new_context: called for each engine; its result is entered where that is made or driven.
     """
 
@@ -60,6 +61,7 @@ class Pod:
         dtype="float32",
         relays=(),
         device="cpu",
+        graphs=False,
         new_context: Callable[[], Callable[[], AbstractContextManager]] = lambda: contextlib.nullcontext,
     ):
         spec = folder.spec
@@ -72,7 +74,7 @@ class Pod:
         )
         self.transport, self.num_ffn, self.dtype, self.relays = transport, num_ffn, dtype, relays
         self.folder, self.parallel, self.dispatch = folder, parallel, dispatch
-        self.device, self.new_context = device, new_context
+        self.device, self.graphs, self.new_context = device, graphs, new_context
         self.stop = threading.Event()
         self.incarnations = 0
         self.attention_meshes = [self.mesh(Role.ATTENTION, rank) for rank in range(num_attention)]
@@ -110,14 +112,15 @@ class Pod:
         context = self.new_context()
         with context(), torch.inference_mode():
             half = load_attention_half(self.folder, self.dtype, self.device)
-            cache = KVCache(self.folder.spec, NUM_BLOCKS, BLOCK_SIZE, half.dtype, self.device)
+            cache = KVCache(self.folder.spec, NUM_BLOCKS, BLOCK_SIZE, half.dtype, self.device, spare_block=self.graphs)
             if self.device == "cpu":
                 relay = StreamRelay(half.relay(cache), exchange) if Role.ATTENTION in self.relays else None
                 engine = AttentionEngine(half, cache, scheduler, exchange, relay=relay)
             else:
                 gpu = CudaDevice()
                 outgoing = GpuExchange(exchange, gpu, self.layout.dispatch_dtype)
-                engine = GpuAttentionEngine(half, cache, scheduler, outgoing, gpu)
+                graphs = DecodeGraphs(half, cache) if self.graphs else None
+                engine = GpuAttentionEngine(half, cache, scheduler, outgoing, gpu, graphs=graphs)
         self.exchanges.append(exchange)
         self.engines.append(engine)
         self.contexts.append(context)

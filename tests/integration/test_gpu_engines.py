@@ -64,7 +64,7 @@ def reference_of(folder):
     return lambda seq, ids: compare(reference_generate(attention, [ffn], seq.prompt_ids(), seq.sampling), ids)
 
 
-@pytest.mark.parametrize(
+TOPOLOGIES = pytest.mark.parametrize(
     ("model", "num_attention", "num_ffn", "transport", "streams", "parallel", "dispatch"),
     [
         ("step3-tiny", 1, 1, "shm", 1, FfnParallel.HYBRID, DispatchMode.BROADCAST),
@@ -78,12 +78,23 @@ def reference_of(folder):
         ("qwen3-moe-tiny", 1, 2, "shm", 2, FfnParallel.HYBRID, DispatchMode.BROADCAST),
     ],
 )
+
+
+@TOPOLOGIES
+@pytest.mark.parametrize("graphs", [False, True], ids=["launched", "graphs"])
 def test_every_request_gets_the_references_tokens(
-    make_pod, gpu_context, model, num_attention, num_ffn, transport, streams, parallel, dispatch
+    make_pod, gpu_context, model, num_attention, num_ffn, transport, streams, parallel, dispatch, graphs
 ):
     folder = resolve_model(f"dummy:{model}")
     pod = make_pod(
-        folder, num_attention, num_ffn, transport=transport, streams=streams, parallel=parallel, dispatch=dispatch
+        folder,
+        num_attention,
+        num_ffn,
+        transport=transport,
+        streams=streams,
+        parallel=parallel,
+        dispatch=dispatch,
+        graphs=graphs,
     )
     loads = [list(requests(5, seed, folder.spec.vocab_size)) for seed in range(num_attention)]
     with ThreadPoolExecutor(num_attention) as pool:
@@ -99,6 +110,8 @@ def test_every_request_gets_the_references_tokens(
             assert gpu.num_waits == 0 and gpu.num_uploads and gpu.num_downloads
             assert gpu.num_looks >= gpu.looks * gpu.num_events / 3, "events complete only after some looks"
             assert len(gpu.streams) == 1 + streams
+        attention = gpu_context.gpus[num_ffn:]
+        assert all((gpu.num_replays >= gpu.num_captures > 0) is graphs for gpu in attention)
 
 
 def test_the_default_model(make_pod):
@@ -108,6 +121,21 @@ def test_the_default_model(make_pod):
     outputs, _ = pod.run(0, load)
     check = reference_of(folder)
     assert all(check(seq, outputs[seq.req_id]).ok for seq in load)
+
+
+@pytest.mark.parametrize("most_captures", [0, 5])
+@pytest.mark.parametrize("gpu_context", ["twin"], indirect=True)
+def test_where_a_layer_cannot_be_captured_all_are_launched(make_pod, gpu_context, caplog, most_captures):
+    folder = resolve_model("dummy:step3-tiny")
+    pod = make_pod(folder, 1, 1, streams=2, graphs=True)
+    gpu = gpu_context.gpus[1]
+    gpu.most_captures = most_captures
+    load = list(requests(5, 4, folder.spec.vocab_size))
+    outputs, _ = pod.run(0, load)
+    check = reference_of(folder)
+    assert all(check(seq, outputs[seq.req_id]).ok for seq in load)
+    assert gpu.num_captures == most_captures + 1, "it is not tried again"
+    assert [r.message for r in caplog.records if "CUDA graphs are off" in r.message]
 
 
 @pytest.mark.parametrize("gpu_context", ["twin"], indirect=True)  # rounding to float8 magnifies a last bit
