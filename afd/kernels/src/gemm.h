@@ -151,10 +151,38 @@ AFD_INLINE void multiply_tile(const bf16* panel, int width, int column, int vali
     fetch = ahead;
 }
 
+#if AFD_BF16_DOT
+// R rows against a whole panel, whose sums go from the registers straight to the output. At each step of k the line at
+// `next` is fetched, which moves on by `stride`, at most a line: no branch, where one costs a hundredth of a GEMM.
+template <int R, class Put>
+void multiply_whole_panel(const bf16* panel, const char* next, int stride, const bf16* x, int64_t x_stride, int k,
+                          typename Put::Out* out, int64_t out_stride) {
+    constexpr int V = kPanel / kLanes;
+    static_assert(V == tile_vectors(R), "there are registers for so many");
+    const Rows<R> rows(x, x_stride, k);
+    Vf acc[R][V] = {};
+    for (int i = 0; i < k; i += 2) {
+        prefetch(next);
+        next += stride;
+        multiply<R, V, true>(panel + static_cast<int64_t>(i) * kPanel, kLanes, rows, i, acc);
+    }
+    for (int r = 0; r < R; ++r)
+        for (int v = 0; v < V; v += 2) Put::put(out + r * out_stride + v * kLanes, acc[r][v], acc[r][v + 1]);
+}
+#endif
+
 // R rows against one panel of `width` columns. Fetches fetch_bytes from `next` on meanwhile.
 template <int R, class Put>
 void multiply_panel(const bf16* panel, int width, const char* next, int64_t fetch_bytes, const bf16* x, int64_t x_stride,
                     int k, typename Put::Out* out, int64_t out_stride) {
+#if AFD_BF16_DOT
+    if (width == kPanel && fetch_bytes <= 32 * k) {
+        const int stride = fetch_bytes > 0 ? static_cast<int>((2 * fetch_bytes + k - 1) / k) : 0;
+        const char* const first = fetch_bytes > 0 ? next : reinterpret_cast<const char*>(panel);
+        multiply_whole_panel<R, Put>(panel, first, stride, x, x_stride, k, out, out_stride);
+        return;
+    }
+#endif
     constexpr int V = tile_vectors(R);
     const int64_t num_steps = static_cast<int64_t>((width + V * kLanes - 1) / (V * kLanes)) * (k / 2);
     Fetch fetch{next, fetch_bytes == 0 ? 0 : static_cast<int>((fetch_bytes + num_steps - 1) / num_steps)};
