@@ -29,7 +29,7 @@ def zeroed(num_bytes: int) -> Tensor:
 
 
 class HostMemory:
-    """Tensors cut one after the other out of pieces of PIECE_BYTES; a piece lives as long as one of its tensors."""
+    """Tensors cut out of pieces of PIECE_BYTES; a piece lives as long as one of its tensors."""
 
     def __init__(self) -> None:
         self._rest = zeroed(0)
@@ -38,7 +38,7 @@ class HostMemory:
         """A tensor to be filled, aligned to ALIGNMENT."""
         num_bytes = prod(shape) * dtype.itemsize
         taken = -(-num_bytes // ALIGNMENT) * ALIGNMENT
-        if taken > self._rest.shape[0]:
-            self._rest = zeroed(max(taken, PIECE_BYTES))
-        memory, self._rest = self._rest[:num_bytes], self._rest[taken:]
-        return memory.view(dtype).view(*shape)
+        piece = self._rest if taken <= self._rest.shape[0] else zeroed(max(taken, PIECE_BYTES))
+        if piece is self._rest or piece.shape[0] - taken > self._rest.shape[0]:
+            self._rest = piece[taken:]
+        return piece[:num_bytes].view(dtype).view(*shape)

@@ -36,6 +36,7 @@ class GpuStageClock(StageClock):
     def __init__(self, clock: Callable[[], float]):
         super().__init__(clock)
         self._running: dict[int, tuple[int, MicroBatch] | None] = {}  # by stream: layer and batch, None = the head
+        self._unusual: set[int] = set()  # streams
         self._idle_since_s = 0.0
 
     def attention(
@@ -75,9 +76,19 @@ class GpuStageClock(StageClock):
         if not self._running:
             super().wait(max(begun_s, self._idle_since_s), arrived)
 
+    def unusual(self, stream: int) -> None:
+        """The step that is under way there takes what no other will: nobody shall learn from it."""
+        self._unusual.add(stream)
+
+    def _representative(self, stream: int) -> bool:
+        unusual = stream in self._unusual
+        self._unusual.discard(stream)
+        return not unusual
+
     def reset(self) -> None:
         super().reset()
         self._running.clear()
+        self._unusual.clear()
 
 
 class GpuAttentionEngine(AttentionEngine):
@@ -127,7 +138,10 @@ class GpuAttentionEngine(AttentionEngine):
     def _layer(self, idx: int, stream: Stream, x: Tensor, partials: Sequence[Tensor]) -> Dispatch:
         if self._graphs is None or not self._graphs.takes(stream.batch):
             return super()._layer(idx, stream, x, partials)
+        num_captured = self._graphs.num_captured
         stream.x, dispatch = self._graphs.layer(idx, stream.layer, x, stream.batch, partials)
+        if self._graphs.num_captured > num_captured:
+            self._gpu_stages.unusual(idx)
         return dispatch
 
     def _placed(self, combined: Combined) -> Combined:

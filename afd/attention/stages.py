@@ -174,6 +174,8 @@ class StageClock:
         sums = self._steps.pop(stream)
         totals.step_s += took_s
         totals.step_exposed_s += totals.exposed_s - sums.exposed_before_s
+        if not self._representative(stream):
+            return
         self._samples.append(
             StepSample(
                 stream=stream,
@@ -194,6 +196,10 @@ class StageClock:
             sample = self._samples.popleft()
             if self.observer is not None:
                 self.observer(sample)
+
+    def _representative(self, stream: int) -> bool:
+        """Whether the step that has just ended there tells what others will take."""
+        return True
 
     def _head(self, name: str, stream: int, batch: MicroBatch, begun_s: float) -> float:
         now = self._span(begun_s)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from math import prod
 
@@ -80,7 +81,8 @@ def _embedding_and_head(reader: _Reader, tied: bool) -> tuple[Tensor | PackedMat
         embedding = reader.matrix(("embed",), -1)
         return embedding, embedding
     table = reader.stack(("embed",), -1)
-    return table, prepared_for(table.dtype, int8_copy(table, PIECE_ELEMENTS))
+    rounded = int8_copy(table, reader.room(table.shape, torch.int8), PIECE_ELEMENTS)
+    return table, prepared_for(table.dtype, rounded)
 
 
 def _attention(reader: _Reader, spec: AttentionSpec, idx: int) -> Attention:
@@ -200,7 +202,7 @@ class _Reader:
         dtype: torch.dtype | None = None,
     ) -> Tensor:
         """The same slice of several parts, concatenated along `dim`, each read straight into its place."""
-        out = self._empty(self._shape(parts, layer, slices, dim), dtype or self.dtype)
+        out = self.room(self._shape(parts, layer, slices, dim), dtype or self.dtype)
         self._fill(out, parts, layer, slices, dim)
         return out
 
@@ -216,14 +218,15 @@ class _Reader:
         """As `stack`, for matrices that may be rounded to 8 bits."""
         if not self.int8:
             return self.stack(parts, layer, slices, dim)
-        out = int8_in(self._empty(self._shape(parts, layer, slices, dim), torch.int8))
+        out = int8_in(self.room(self._shape(parts, layer, slices, dim), torch.int8))
         self._fill(out, parts, layer, slices, dim)
         return out
 
-    def _empty(self, shape: list[int], dtype: torch.dtype) -> Tensor:
+    def room(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A tensor to be filled."""
         if self._device == "cpu":
             return self._memory.empty(shape, dtype)
-        return torch.empty(shape, dtype=dtype, device=self._device)
+        return torch.empty(*shape, dtype=dtype, device=self._device)
 
     def _shape(self, parts: tuple[str, ...], layer: int, slices: Slices, dim: int) -> list[int]:
         shapes = [_sliced_shape(self._tensors[part, layer].shape, slices) for part in parts]

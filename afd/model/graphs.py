@@ -5,8 +5,8 @@ block tables and pipeline stream. A graph reads and writes fixed memory, so a st
 copied once a step are the batch and the residual, once a layer the partials; results are sent from where the graph puts
 them. Sizes are rounded up: rows beyond the batch compute on what is there, and write to the cache's spare block.
 
-A shape's first step runs as without graphs (libraries set themselves up, memory gets its size), its second one
-captures, the later ones replay. Unverified on hardware (docs/operations.md).
+A shape's first steps run as without graphs (libraries set themselves up, memory gets its size, and it may not come
+again), the next one captures, later ones replay. Unverified on hardware (docs/operations.md).
 """
 
 from __future__ import annotations
@@ -32,7 +32,10 @@ MAX_ROWS = 256
 """Sequences of the largest batch: with more, a layer computes longer than its launches take."""
 
 MAX_SHAPES = 24
-"""Of one pipeline stream; the one that was used least recently makes room, with its graphs and their memory."""
+"""Of one pipeline stream; the one that was used least recently makes room."""
+
+LAUNCHED_STEPS = 4
+"""Of a shape, before it is captured, which waits for the GPU once a layer."""
 
 
 def rounded(size: int) -> int:
@@ -43,9 +46,10 @@ def rounded(size: int) -> int:
 
 @dataclass(slots=True)
 class _Stage:
-    """A layer of a shape. graph: None until the second run."""
+    """A layer of a shape."""
 
     results: Dispatch
+    num_launched: int = 0
     graph: torch.cuda.CUDAGraph | None = None
 
 
@@ -68,12 +72,15 @@ class _Shape:
 class DecodeGraphs:
     """Of one attention worker. Main thread only, within `CudaDevice.stage` of the stream, in torch.inference_mode().
 
-    cache: with a spare block.
+    cache: with a spare block.  launched_steps: see LAUNCHED_STEPS; at least 1.
     """
 
-    def __init__(self, half: AttentionHalf, cache: KVCache):
+    def __init__(self, half: AttentionHalf, cache: KVCache, launched_steps: int = LAUNCHED_STEPS):
+        self.num_captured = 0
+        self.num_replayed = 0
         self._half = half
         self._cache = cache
+        self._launched_steps = launched_steps
         self._shapes: dict[int, dict[tuple[int, int], _Shape]] = {}  # by stream; by rows and columns, oldest use first
         self._steps: dict[int, _Shape] = {}  # by stream: of the step that is under way
         self._pools: dict[int, _POOL_HANDLE] = {}  # by stream: its graphs run one after the other and share memory
@@ -96,18 +103,20 @@ class DecodeGraphs:
             shape = self._steps[stream]
         num_rows = batch.num_tokens
         self._place(shape, partials)
-        stage = shape.stages.get((layer_idx, len(partials)))
-        if stage is None:
-            dispatch = self._compute(shape, layer_idx, len(partials))
-            results = shape.results.setdefault(dispatch.expert_ids is not None, dispatch)
-            shape.stages[layer_idx, len(partials)] = _Stage(results)
+        key = layer_idx, len(partials)
+        stage = shape.stages.get(key)
+        if stage is not None and stage.graph is None and stage.num_launched >= self._launched_steps:
+            stage.graph = self._captured(stream, shape, key, stage.results)
+        if stage is not None and stage.graph is not None:
+            stage.graph.replay()
+            self.num_replayed += 1
+            dispatch = stage.results
         else:
-            stage.graph = stage.graph or self._capture(stream, shape, layer_idx, len(partials), stage.results)
-            if stage.graph is None:
-                dispatch = self._compute(shape, layer_idx, len(partials))
-            else:
-                stage.graph.replay()
-                dispatch = stage.results
+            dispatch = self._compute(shape, key)
+            if stage is None:
+                results = shape.results.setdefault(dispatch.expert_ids is not None, dispatch)
+                stage = shape.stages[key] = _Stage(results)
+            stage.num_launched += 1
         return shape.x[:num_rows], _first_rows(dispatch, layer_idx, num_rows)
 
     def _enter(self, stream: int, x: Tensor, batch: AttentionBatch) -> _Shape:
@@ -132,28 +141,38 @@ class DecodeGraphs:
                 shape.partials.append(partial.new_zeros(shape.x.shape))
             shape.partials[idx][: partial.shape[0]].copy_(partial)
 
-    def _compute(self, shape: _Shape, layer_idx: int, num_partials: int) -> Dispatch:
-        partials = shape.partials[:num_partials]
-        return self._half.layer(layer_idx, shape.x, shape.batch, self._cache, partials)
+    def _compute(self, shape: _Shape, key: tuple[int, int]) -> Dispatch:
+        layer_idx, num_partials = key
+        return self._half.layer(layer_idx, shape.x, shape.batch, self._cache, shape.partials[:num_partials])
 
-    def _capture(
-        self, stream: int, shape: _Shape, layer_idx: int, num_partials: int, results: Dispatch
+    def _captured(
+        self, stream: int, shape: _Shape, key: tuple[int, int], results: Dispatch
     ) -> torch.cuda.CUDAGraph | None:
-        """The graph of a layer, which writes to `results`; nothing is computed. None: it cannot be had."""
+        """The graph of a layer, which writes to `results`; nothing is computed. None: there will be no graphs."""
         pool = self._pools.setdefault(stream, torch.cuda.graph_pool_handle())
         graph = torch.cuda.CUDAGraph()
+        self.num_captured += 1
         try:
             with torch.cuda.graph(
                 graph, pool=pool, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"
             ):
-                made = self._compute(shape, layer_idx, num_partials)
+                made = self._compute(shape, key)
                 for kept, new in zip(_tensors(results), _tensors(made), strict=True):
                     kept.copy_(new)
         except RuntimeError as error:
-            self._fault = str(error)
-            log.warning("CUDA graphs are off, layer %d cannot be captured: %s", layer_idx, error)
+            self._give_up(key[0], error)
             return None
         return graph
+
+    def _give_up(self, layer_idx: int, error: RuntimeError) -> None:
+        """Launch everything from now on; steps under way hold what they need."""
+        cause = error.__context__ or error  # the end of a capture that had failed raises, too
+        self._fault = str(cause)
+        log.warning("CUDA graphs are off, layer %d cannot be captured: %s", layer_idx, cause)
+        torch.cuda.synchronize()
+        self._shapes.clear()
+        self._steps.clear()
+        self._pools.clear()
 
 
 def _tensors(dispatch: Dispatch) -> list[Tensor]:

@@ -49,9 +49,9 @@ def int8_in(values: Tensor) -> Int8Weight:
     return Int8Weight(values, torch.zeros(values.shape[:-1], dtype=torch.float32, device=values.device))
 
 
-def int8_copy(matrix: Tensor, piece_elements: int) -> Int8Weight:
-    """matrix [out, in] rounded; so many elements at a time are float32 meanwhile."""
-    out = int8_in(torch.empty_like(matrix, dtype=torch.int8))
+def int8_copy(matrix: Tensor, values: Tensor, piece_elements: int) -> Int8Weight:
+    """matrix [out, in] rounded, in `values`; so many elements at a time are float32 meanwhile."""
+    out = int8_in(values)
     step = max(piece_elements // matrix.shape[1], 1)
     for start in range(0, matrix.shape[0], step):
         stop = min(start + step, matrix.shape[0])

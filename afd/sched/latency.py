@@ -157,16 +157,13 @@ class _Costs:
         self.attention = Curve(4e-3, 2e-4, 2e-7)
         self.head = Curve(1e-3, 1e-4)
         self.ffn = Curve(4e-3, 2e-4)
+        self.num_steps = 0  # that ran this way
 
     def begin_from(self, other: _Costs, own_factor: float, ffn_factor: float) -> None:
         """Know what the other way to run has taught, so many times as long."""
         self.attention = other.attention.scaled(own_factor)
         self.head = other.head.scaled(own_factor)
         self.ffn = other.ffn.scaled(ffn_factor)
-
-    @property
-    def num_samples(self) -> int:
-        return self.attention.num_samples
 
 
 class LatencyModel:
@@ -175,7 +172,7 @@ class LatencyModel:
     overlap: the FFN computes beside this worker (False in one process: topology mono).
     alone, ffn_alone: times as many threads compute a single stream (`threads_alone`) as one of several, here and at
     the FFN workers. Where these are more, its steps are learnt apart. What several would take follows from them, as if
-    all computing were shared out; their own steps correct that from the first one on, so that a few of them, perhaps
+    all computing were shared out; from the TRUSTED-th on their own steps correct that, so that a few of them, perhaps
     all of one size, need not teach what another size takes.
     """
 
@@ -198,6 +195,7 @@ class LatencyModel:
             return
         load = sample.load
         costs = self._learning(len(sample.in_flight))
+        costs.num_steps += 1
         self.num_steps += 1
         costs.attention.add(sample.attention_s, 1.0, load.num_tokens, load.context_tokens)
         if load.num_samples:
@@ -235,7 +233,7 @@ class LatencyModel:
     def _costs(self, num_streams: int) -> _Costs:
         """What is known of so many streams, or else of other numbers."""
         own, other = (self._alone, self._shared) if num_streams == 1 else (self._shared, self._alone)
-        return own if own.num_samples >= TRUSTED or other.num_samples < TRUSTED else other
+        return own if own.num_steps >= TRUSTED or other.num_steps < TRUSTED else other
 
     def step_s(self, load: StepLoad, num_streams: int = 1) -> tuple[float, float]:
         """(attention worker's time, FFN's time) of one stream's step, one of num_streams in flight."""
@@ -244,7 +242,7 @@ class LatencyModel:
         own = costs.attention(1.0, load.num_tokens, load.context_tokens)
         if load.num_samples:
             own += costs.head(1.0, load.num_samples)
-        if costs.num_samples and not costs.ffn.num_samples:
+        if costs.num_steps and not costs.ffn.num_samples:
             return own_factor * own, 0.0  # an engine without FFN
         return own_factor * own, ffn_factor * costs.ffn(1.0, load.num_tokens + self._others)
 

@@ -66,6 +66,8 @@ class FakeGraph:
 
     def before(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A call is about to be captured."""
+        if FakeCuda.here().num_captures > FakeCuda.here().most_captures:
+            raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing: {name}")
         written = [kwargs["out"]] if "out" in kwargs else []
         if name in _IN_PLACE or (name.endswith("_") and not name.endswith("__")):
             written.append(args[0])
@@ -114,14 +116,18 @@ def _capture(graph: FakeGraph, pool: Any = None, stream: Any = None, capture_err
     assert stream is gpu.stream and gpu.capturing is None
     gpu.synchronize()
     gpu.num_captures += 1
-    if gpu.num_captures > gpu.most_captures:
-        raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
     gpu.capturing = graph
+    failed = False
     try:
         yield
+    except RuntimeError:
+        failed = True
+        raise
     finally:
         gpu.capturing = None
         graph.end()
+        if failed:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
 
 
 class FakeEvent:

@@ -82,7 +82,7 @@ class Pod:
         self.ffns, self.threads = [], []
         for rank in range(num_ffn):
             self.start_ffn(rank)
-        self.engines, self.exchanges, self.contexts = [], [], []
+        self.engines, self.exchanges, self.contexts, self.decode_graphs = [], [], [], []
         for rank in range(num_attention):
             self.make_attention(rank, streams)
         self.adopt(1)
@@ -119,7 +119,8 @@ class Pod:
             else:
                 gpu = CudaDevice()
                 outgoing = GpuExchange(exchange, gpu, self.layout.dispatch_dtype)
-                graphs = DecodeGraphs(half, cache) if self.graphs else None
+                graphs = DecodeGraphs(half, cache, launched_steps=1) if self.graphs else None
+                self.decode_graphs.append(graphs)
                 engine = GpuAttentionEngine(half, cache, scheduler, outgoing, gpu, graphs=graphs)
         self.exchanges.append(exchange)
         self.engines.append(engine)

@@ -83,8 +83,10 @@ TOPOLOGIES = pytest.mark.parametrize(
 @TOPOLOGIES
 @pytest.mark.parametrize("graphs", [False, True], ids=["launched", "graphs"])
 def test_every_request_gets_the_references_tokens(
-    make_pod, gpu_context, model, num_attention, num_ffn, transport, streams, parallel, dispatch, graphs
+    make_pod, gpu_context, caplog, model, num_attention, num_ffn, transport, streams, parallel, dispatch, graphs
 ):
+    if graphs and num_attention > 1 and not isinstance(gpu_context, Twins):
+        pytest.skip("threads of one process: one would wait for the GPU while another captures")
     folder = resolve_model(f"dummy:{model}")
     pod = make_pod(
         folder,
@@ -99,6 +101,9 @@ def test_every_request_gets_the_references_tokens(
     loads = [list(requests(5, seed, folder.spec.vocab_size)) for seed in range(num_attention)]
     with ThreadPoolExecutor(num_attention) as pool:
         results = list(pool.map(pod.run, range(num_attention), loads))
+    for captured in pod.decode_graphs if graphs else ():
+        assert captured.num_replayed >= captured.num_captured > 0
+    assert "CUDA graphs are off" not in caplog.text
     check = reference_of(folder)
     for load, (outputs, losses) in zip(loads, results, strict=True):
         assert losses == 0
@@ -110,8 +115,6 @@ def test_every_request_gets_the_references_tokens(
             assert gpu.num_waits == 0 and gpu.num_uploads and gpu.num_downloads
             assert gpu.num_looks >= gpu.looks * gpu.num_events / 3, "events complete only after some looks"
             assert len(gpu.streams) == 1 + streams
-        attention = gpu_context.gpus[num_ffn:]
-        assert all((gpu.num_replays >= gpu.num_captures > 0) is graphs for gpu in attention)
 
 
 def test_the_default_model(make_pod):
@@ -135,7 +138,7 @@ def test_where_a_layer_cannot_be_captured_all_are_launched(make_pod, gpu_context
     check = reference_of(folder)
     assert all(check(seq, outputs[seq.req_id]).ok for seq in load)
     assert gpu.num_captures == most_captures + 1, "it is not tried again"
-    assert [r.message for r in caplog.records if "CUDA graphs are off" in r.message]
+    assert "CUDA graphs are off, layer" in caplog.text and "not permitted when stream is capturing" in caplog.text
 
 
 @pytest.mark.parametrize("gpu_context", ["twin"], indirect=True)  # rounding to float8 magnifies a last bit
@@ -165,10 +168,11 @@ def test_sampled_tokens_and_logprobs_come_from_whole_logits(make_pod):
     assert all(check(seq, outputs[seq.req_id]).ok for seq in load)
 
 
-def test_a_replaced_ffn_rank_interrupts_and_changes_nothing(make_pod):
+@pytest.mark.parametrize("graphs", [False, True], ids=["launched", "graphs"])
+def test_a_replaced_ffn_rank_interrupts_and_changes_nothing(make_pod, graphs):
     """Rank 1 of 2 vanishes with stages on the GPU and rows under way; a successor joins; steps run again."""
     folder = resolve_model("dummy:step3-tiny")
-    pod = make_pod(folder, 1, 2)
+    pod = make_pod(folder, 1, 2, graphs=graphs)
     load = list(requests(6, 1, folder.spec.vocab_size))
 
     def disturb(turn):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +18,7 @@ from afd.config import resolve_config
 from afd.errors import PeerLostError
 from afd.model.cuda import CudaDevice
 from afd.model.device import to_device
+from afd.model.graphs import DecodeGraphs
 from afd.model.halves import Dispatch
 from afd.model.loading import load_attention_half, load_ffn_half, resolve_model
 from afd.model.reference import compare, reference_generate
@@ -35,15 +37,17 @@ def gpu(monkeypatch):
         yield gpu
 
 
-@pytest.fixture
-def worker(gpu):
+@pytest.fixture(params=[False, True], ids=["launched", "graphs"])
+def worker(gpu, request, monkeypatch):
     """An attention worker of a mono cluster that has loaded its model onto the GPU."""
+    monkeypatch.setattr("afd.attention.worker.DecodeGraphs", partial(DecodeGraphs, launched_steps=1))
     torch.set_num_threads(1)
     overrides = {
         "model.name": "dummy:step3-tiny",
         "model.dtype": "float32",
         "cluster.topology": "mono",
         "attention.device": "cuda",
+        "attention.cuda_graphs": request.param,
         "attention.streams": 2,
         "attention.num_blocks": 64,
         "attention.block_size": 8,
@@ -52,6 +56,7 @@ def worker(gpu):
     membership = SimpleNamespace(set_loading=lambda share: None, close=lambda: None)
     worker.engine = worker._load(Seat(membership, "incarnation", "agreed"), lambda fields: None)
     yield worker
+    assert (gpu.num_replays > 0) is request.param
     worker.close()
 
 
@@ -101,6 +106,27 @@ def test_a_failure_with_stages_on_the_gpu_runs_their_steps_again(worker):
             engine.fail()
 
     check(seqs, serve(engine, seqs, disturb))
+
+
+def test_steps_that_capture_teach_nothing(worker, gpu):
+    """Each waits for the GPU once a layer, which later steps do not."""
+    engine, rng, samples = worker.engine, random.Random(2), []
+    engine.stages.observer = samples.append
+    captures_before = {}
+    num_steps = 0
+
+    def look(turn):
+        nonlocal num_steps
+        if engine.stages.totals.num_steps > num_steps:
+            num_steps = engine.stages.totals.num_steps
+            captures_before[num_steps] = gpu.num_captures
+            engine.stages.deliver()
+
+    serve(engine, [request(0, rng, 512)], look)
+    engine.stages.deliver()
+    num_layers = resolve_model("dummy:step3-tiny").spec.num_layers
+    assert gpu.num_captures % num_layers == 0
+    assert len(samples) == engine.stages.totals.num_steps - gpu.num_captures // num_layers
 
 
 class RecordingExchange:

@@ -76,6 +76,12 @@ def test_topologies_that_are_none(topology: str) -> None:
         resolve_config(None, {"cluster.topology": topology})
 
 
+def test_graphs_are_a_gpus() -> None:
+    with pytest.raises(ConfigError, match=r"attention\.cuda_graphs needs attention\.device 'cuda', not 'cpu'"):
+        resolve_config(None, {"attention.cuda_graphs": True})
+    assert resolve_config(None, {"attention.cuda_graphs": True, "attention.device": "cuda"}).attention.cuda_graphs
+
+
 def test_a_child_gets_exactly_what_was_resolved() -> None:
     config = resolve_config(None, {"cluster.topology": "2a3f", "model.dtype": "float32"})
     assert config_from_json(msgspec.json.encode(config)) == config

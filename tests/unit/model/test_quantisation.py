@@ -162,7 +162,7 @@ def test_int8_weights_are_the_rounded_matrix() -> None:
 def test_a_native_int8_product_is_torchs() -> None:
     """Within a rounding to bfloat16: the native one multiplies with rows of 15 bits and rounds once."""
     torch.manual_seed(2)
-    weight = int8_copy(torch.randn(100, 77), 1000)
+    weight = int8_copy(torch.randn(100, 77), torch.empty(100, 77, dtype=torch.int8), 1000)
     x = torch.randn(9, 77).bfloat16()
     matrix = prepared_for(torch.bfloat16, Int8Weight(weight.values.clone(), weight.scales.clone()))
     assert isinstance(matrix, PackedInt8) == (native_kernels() is not None)
@@ -190,7 +190,7 @@ def test_int8_all_rounds_projections_and_head_alone(model: str) -> None:
         if matrix is None:
             assert got is None
             continue
-        want = int8_copy(matrix, 1 << 20)
+        want = int8_copy(matrix, torch.empty_like(matrix, dtype=torch.int8), 1 << 20)
         assert isinstance(got, Int8Weight)
         assert torch.equal(got.values, want.values) and torch.equal(got.scales, want.scales)
     assert torch.equal(rounded._embedding, plain._embedding)

@@ -202,6 +202,15 @@ def test_two_streams_that_ran_with_large_steps_only_keep_what_one_has_taught_of_
         assert pipeline.predicted(wanted) == pytest.approx(pipeline.cycle(wanted), rel=0.1), wanted
 
 
+def test_a_few_steps_of_two_streams_do_not_fix_what_is_thought_of_them():
+    pipeline = Pipeline(alone=0.55)
+    pipeline.run([2], rounds=18)
+    pipeline.run([2, 2], rounds=1)
+    for tokens in (4, 64, 256) * 20:
+        pipeline.run([tokens], rounds=10)
+    assert pipeline.predicted([128, 128]) == pytest.approx(pipeline.cycle([128, 128]), rel=0.1)
+
+
 def test_rows_of_other_attention_workers_count_for_the_ffn():
     alone, shared = LatencyModel(), LatencyModel()
     for model, others in ((alone, 0), (shared, 64)):
