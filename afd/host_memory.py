@@ -14,6 +14,8 @@ from math import prod
 import torch
 from torch import Tensor
 
+from stepmesh.layout import align
+
 PIECE_BYTES = 64 << 20
 ALIGNMENT = 64  # a cache line, a vector
 
@@ -37,7 +39,7 @@ class HostMemory:
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A tensor to be filled, aligned to ALIGNMENT."""
         num_bytes = prod(shape) * dtype.itemsize
-        taken = -(-num_bytes // ALIGNMENT) * ALIGNMENT
+        taken = align(num_bytes, ALIGNMENT)
         piece = self._rest if taken <= self._rest.shape[0] else zeroed(max(taken, PIECE_BYTES))
         if piece is self._rest or piece.shape[0] - taken > self._rest.shape[0]:
             self._rest = piece[taken:]

@@ -46,11 +46,10 @@ def rounded(size: int) -> int:
 
 @dataclass(slots=True)
 class _Stage:
-    """A layer of a shape."""
+    """A layer of a shape. captured: the graph, and what it writes to."""
 
-    results: Dispatch
     num_launched: int = 0
-    graph: torch.cuda.CUDAGraph | None = None
+    captured: tuple[torch.cuda.CUDAGraph, Dispatch] | None = None
 
 
 @dataclass(slots=True)
@@ -84,11 +83,11 @@ class DecodeGraphs:
         self._shapes: dict[int, dict[tuple[int, int], _Shape]] = {}  # by stream; by rows and columns, oldest use first
         self._steps: dict[int, _Shape] = {}  # by stream: of the step that is under way
         self._pools: dict[int, _POOL_HANDLE] = {}  # by stream: its graphs run one after the other and share memory
-        self._fault = ""
+        self._given_up = False
 
     def takes(self, batch: AttentionBatch) -> bool:
         """Whether `layer` is for this batch: one token of each sequence."""
-        return not self._fault and batch.max_query_len == 1 and batch.num_tokens <= MAX_ROWS
+        return not self._given_up and batch.max_query_len == 1 and batch.num_tokens <= MAX_ROWS
 
     def layer(
         self, stream: int, layer_idx: int, x: Tensor, batch: AttentionBatch, partials: Sequence[Tensor]
@@ -104,19 +103,17 @@ class DecodeGraphs:
         num_rows = batch.num_tokens
         self._place(shape, partials)
         key = layer_idx, len(partials)
-        stage = shape.stages.get(key)
-        if stage is not None and stage.graph is None and stage.num_launched >= self._launched_steps:
-            stage.graph = self._captured(stream, shape, key, stage.results)
-        if stage is not None and stage.graph is not None:
-            stage.graph.replay()
-            self.num_replayed += 1
-            dispatch = stage.results
-        else:
+        stage = shape.stages.setdefault(key, _Stage())
+        if stage.captured is None and stage.num_launched >= self._launched_steps:
+            stage.captured = self._capture(stream, shape, key)
+        if stage.captured is None:
             dispatch = self._compute(shape, key)
-            if stage is None:
-                results = shape.results.setdefault(dispatch.expert_ids is not None, dispatch)
-                stage = shape.stages[key] = _Stage(results)
+            shape.results.setdefault(dispatch.expert_ids is not None, dispatch)
             stage.num_launched += 1
+        else:
+            graph, dispatch = stage.captured
+            graph.replay()
+            self.num_replayed += 1
         return shape.x[:num_rows], _first_rows(dispatch, layer_idx, num_rows)
 
     def _enter(self, stream: int, x: Tensor, batch: AttentionBatch) -> _Shape:
@@ -145,10 +142,10 @@ class DecodeGraphs:
         layer_idx, num_partials = key
         return self._half.layer(layer_idx, shape.x, shape.batch, self._cache, shape.partials[:num_partials])
 
-    def _captured(
-        self, stream: int, shape: _Shape, key: tuple[int, int], results: Dispatch
-    ) -> torch.cuda.CUDAGraph | None:
-        """The graph of a layer, which writes to `results`; nothing is computed. None: there will be no graphs."""
+    def _capture(
+        self, stream: int, shape: _Shape, key: tuple[int, int]
+    ) -> tuple[torch.cuda.CUDAGraph, Dispatch] | None:
+        """The graph of a layer, and what it writes to; nothing is computed. None: there will be no graphs."""
         pool = self._pools.setdefault(stream, torch.cuda.graph_pool_handle())
         graph = torch.cuda.CUDAGraph()
         self.num_captured += 1
@@ -157,17 +154,18 @@ class DecodeGraphs:
                 graph, pool=pool, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"
             ):
                 made = self._compute(shape, key)
+                results = shape.results[made.expert_ids is not None]
                 for kept, new in zip(_tensors(results), _tensors(made), strict=True):
                     kept.copy_(new)
         except RuntimeError as error:
             self._give_up(key[0], error)
             return None
-        return graph
+        return graph, results
 
     def _give_up(self, layer_idx: int, error: RuntimeError) -> None:
         """Launch everything from now on; steps under way hold what they need."""
         cause = error.__context__ or error  # the end of a capture that had failed raises, too
-        self._fault = str(cause)
+        self._given_up = True
         log.warning("CUDA graphs are off, layer %d cannot be captured: %s", layer_idx, cause)
         torch.cuda.synchronize()
         self._shapes.clear()

@@ -183,7 +183,6 @@ class LatencyModel:
         self._alone = _Costs() if max(self._speedups) > 1.0 else self._shared
         self.transfer_s = 2e-3 if overlap else 0.0
         self._num_cold = 0
-        self.num_steps = 0  # observed
         self._others = 0.0  # rows of other attention workers in our gangs
         self._loads: dict[int, StepLoad] = {}
         self._corrections: dict[int, float] = {}
@@ -196,7 +195,6 @@ class LatencyModel:
         load = sample.load
         costs = self._learning(len(sample.in_flight))
         costs.num_steps += 1
-        self.num_steps += 1
         costs.attention.add(sample.attention_s, 1.0, load.num_tokens, load.context_tokens)
         if load.num_samples:
             costs.head.add(sample.head_s, 1.0, load.num_samples)
@@ -208,6 +206,11 @@ class LatencyModel:
         self._loads[sample.stream] = load
         if len(self._loads) >= len(sample.in_flight):  # else a stream beside it has not said yet what it computes
             self._observe_cycle(sample.took_s)
+
+    @property
+    def num_steps(self) -> int:
+        """Steps observed."""
+        return sum(costs.num_steps for costs in {self._alone, self._shared})
 
     @property
     def attention(self) -> Curve:
@@ -224,15 +227,19 @@ class LatencyModel:
 
     def _learning(self, num_streams: int) -> _Costs:
         """What a step beside so many streams, itself included, is to teach."""
-        num_streams = max(num_streams, 1)
-        own, known = self._alone if num_streams == 1 else self._shared, self._costs(num_streams)
+        own, known = self._own(num_streams), self._costs(num_streams)
         if known is not own:
             own.begin_from(known, *self.slowdowns(num_streams))
         return own
 
+    def _own(self, num_streams: int) -> _Costs:
+        """What steps of so many streams have taught."""
+        return self._alone if num_streams == 1 else self._shared
+
     def _costs(self, num_streams: int) -> _Costs:
         """What is known of so many streams, or else of other numbers."""
-        own, other = (self._alone, self._shared) if num_streams == 1 else (self._shared, self._alone)
+        own = self._own(num_streams)
+        other = self._shared if own is self._alone else self._alone
         return own if own.num_steps >= TRUSTED or other.num_steps < TRUSTED else other
 
     def step_s(self, load: StepLoad, num_streams: int = 1) -> tuple[float, float]:
@@ -248,9 +255,7 @@ class LatencyModel:
 
     def slowdowns(self, num_streams: int) -> tuple[float, float]:
         """(attention, FFN): how many times longer so many streams take than the curves that stand for them say."""
-        if self._alone is self._shared or self._costs(num_streams) is (
-            self._alone if num_streams == 1 else self._shared
-        ):
+        if self._costs(num_streams) is self._own(num_streams):
             return 1.0, 1.0
         own, ffn = self._speedups
         return (1.0 / own, 1.0 / ffn) if num_streams == 1 else (own, ffn)

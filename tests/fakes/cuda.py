@@ -117,17 +117,13 @@ def _capture(graph: FakeGraph, pool: Any = None, stream: Any = None, capture_err
     gpu.synchronize()
     gpu.num_captures += 1
     gpu.capturing = graph
-    failed = False
     try:
         yield
-    except RuntimeError:
-        failed = True
-        raise
+    except RuntimeError:  # the end of the capture raises, too, and hides it
+        raise RuntimeError("CUDA error: operation failed due to a previous error during capture")  # noqa: B904
     finally:
         gpu.capturing = None
         graph.end()
-        if failed:
-            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
 
 
 class FakeEvent:

@@ -64,7 +64,8 @@ def reference_of(folder):
     return lambda seq, ids: compare(reference_generate(attention, [ffn], seq.prompt_ids(), seq.sampling), ids)
 
 
-TOPOLOGIES = pytest.mark.parametrize(
+@pytest.mark.parametrize("graphs", [False, True], ids=["launched", "graphs"])
+@pytest.mark.parametrize(
     ("model", "num_attention", "num_ffn", "transport", "streams", "parallel", "dispatch"),
     [
         ("step3-tiny", 1, 1, "shm", 1, FfnParallel.HYBRID, DispatchMode.BROADCAST),
@@ -78,10 +79,6 @@ TOPOLOGIES = pytest.mark.parametrize(
         ("qwen3-moe-tiny", 1, 2, "shm", 2, FfnParallel.HYBRID, DispatchMode.BROADCAST),
     ],
 )
-
-
-@TOPOLOGIES
-@pytest.mark.parametrize("graphs", [False, True], ids=["launched", "graphs"])
 def test_every_request_gets_the_references_tokens(
     make_pod, gpu_context, caplog, model, num_attention, num_ffn, transport, streams, parallel, dispatch, graphs
 ):

@@ -153,7 +153,7 @@ AFD_INLINE void multiply_tile(const bf16* panel, int width, int column, int vali
 
 #if AFD_BF16_DOT
 // R rows against a whole panel, whose sums go from the registers straight to the output. At each step of k the line at
-// `next` is fetched, which moves on by `stride`, at most a line: no branch, where one costs a hundredth of a GEMM.
+// `next` is fetched, which moves on by `stride`, at most a line: no branch, where one costs 3 % of a GEMM.
 template <int R, class Put>
 void multiply_whole_panel(const bf16* panel, const char* next, int stride, const bf16* x, int64_t x_stride, int k,
                           typename Put::Out* out, int64_t out_stride) {

@@ -30,13 +30,13 @@ def gpu(monkeypatch):
 class Layers:
     """All layers of a half, step after step, with graphs and launched; both have a cache of their own."""
 
-    def __init__(self, model: str, device: str = "cuda", num_window_blocks: int | None = None) -> None:
+    def __init__(self, model: str, num_window_blocks: int | None = None) -> None:
         self.windowed = num_window_blocks is not None
         folder = resolve_model(f"dummy:{model}")
         self.spec = folder.spec
-        self.half = load_attention_half(folder, "float32", device)
+        self.half = load_attention_half(folder, "float32", "cuda")
         self.caches = [
-            KVCache(self.spec, BLOCKS, BLOCK, self.half.dtype, device, num_window_blocks, spare_block=True)
+            KVCache(self.spec, BLOCKS, BLOCK, self.half.dtype, "cuda", num_window_blocks, spare_block=True)
             for _ in range(2)
         ]
         self.graphs = DecodeGraphs(self.half, self.caches[0], launched_steps=1)
