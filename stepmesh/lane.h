@@ -4,6 +4,7 @@
    that can be expected, is left where it is: the mesh finds it, judges it, and says what is wrong with it. */
 #pragma once
 
+#include <poll.h>
 #include <sched.h>
 
 #include "frame.h"
@@ -21,6 +22,7 @@ typedef struct {
     SmRules rules; /* of what comes in */
     uint64_t stream;
     int64_t bell_fd;
+    int64_t own_bell_fd, wakeups_fd; /* wakeups: readable when anything at all wants this rank, its own bell included */
 } SmLane;
 
 static inline void *sm_out_rows(const SmLane *lane, uint64_t seq) { return lane->out_slots[seq & 1] + SM_HEADER_BYTES; }
@@ -59,6 +61,27 @@ static inline int sm_lane_await(const SmLane *lane, int64_t until_ns)
         if (sm_now_ns() >= until_ns)
             return 0;
         sched_yield();
+    }
+}
+
+/* Sleeps until something is posted, 1; 0 when nothing was until then; -1 when anything else wants this rank first. */
+static inline int sm_lane_sleep(const SmLane *lane, int64_t until_ns)
+{
+    uint64_t rings;
+    struct pollfd wakeups = {(int)lane->wakeups_fd, POLLIN, 0};
+    for (;;) {
+        /* Of posts that were seen; whoever rings for another reason leaves word of it, too (transports/host.py). */
+        ssize_t drained = read((int)lane->own_bell_fd, &rings, sizeof rings);
+        (void)drained;
+        if (sm_has_news(lane->in))
+            return 1;
+        int64_t left_ns = until_ns - sm_now_ns();
+        struct timespec left = {left_ns / 1000000000, left_ns % 1000000000};
+        if (left_ns <= 0)
+            return 0;
+        int ready = ppoll(&wakeups, 1, &left, NULL);
+        if (ready > 0 && !sm_has_news(lane->in))
+            return -1;
     }
 }
 

@@ -1,6 +1,6 @@
 """One stream of a pair in shared memory, lent to native code that exchanges by itself (`lane.h`).
 
-    lane = mesh.lane_after_answer(peer, meta, num_tokens)     # FFN side: lane_after_arrival(arrival)
+    lane = mesh.lane_after_answer(peer, meta, num_tokens)     # FFN side: lane_after_arrival(arrival, meta)
     ... native code goes on from lane.last: posts, awaits, takes ...
     mesh.relayed(lane, trips)                                 # what it did
 
@@ -19,6 +19,9 @@ from stepmesh.layout import NUM_PARITIES
 from stepmesh.types import Header, RankId
 from stepmesh.wire import HEADER, HeaderRules
 
+BEFORE_FIRST = 0xFFFF
+"""Layer of what a step begins behind: layers are counted in 16 bits, and the next one is 0."""
+
 
 class _Lane(ctypes.Structure):
     """SmLane of lane.h."""
@@ -33,6 +36,8 @@ class _Lane(ctypes.Structure):
         ("rules", c_uint64 * len(HeaderRules._fields)),
         ("stream", c_uint64),
         ("bell_fd", c_int64),
+        ("own_bell_fd", c_int64),
+        ("wakeups_fd", c_int64),
     )
 
 
@@ -44,13 +49,17 @@ class AddressedBoard(Protocol):
 
 
 class LaneMemory(NamedTuple):
-    """What a channel lends: both boards, the slots by parity, the peer's bell."""
+    """What a channel lends: both boards, the slots by parity, the peer's bell; this rank's own bell, and a descriptor
+    that is readable when anything at all wants this rank.
+    """
 
     out_board: AddressedBoard
     in_board: AddressedBoard
     outgoing: Sequence[memoryview]
     incoming: Sequence[memoryview]
     bell_fd: int
+    own_bell_fd: int
+    wakeups_fd: int
 
 
 class Trips(NamedTuple):
@@ -70,7 +79,8 @@ class Trips(NamedTuple):
 
 class Lane:
     """A stream of the pair with `peer`. last: of the dispatch that was answered last, of which the next ones differ in
-    seq and layer only. Good until the pair is down.
+    seq and layer only; before a step with layer BEFORE_FIRST, and on the FFN side with the former step's number and
+    rows. Good until the pair is down.
     """
 
     def __init__(self, peer: RankId, stream: int, memory: LaneMemory, rules: HeaderRules) -> None:
@@ -88,6 +98,8 @@ class Lane:
             (c_uint64 * len(rules))(*map(int, rules)),
             stream,
             memory.bell_fd,
+            memory.own_bell_fd,
+            memory.wakeups_fd,
         )
         self._packed = (c_char * HEADER.size)()
         self.address = ctypes.addressof(self._struct)
@@ -97,6 +109,10 @@ class Lane:
         """What native code goes on from."""
         self.last = last
         HEADER.pack_into(self._packed, 0, *last)
+
+    def newest(self) -> Header:
+        """Of the dispatch with which native code has ended: the newest that it sent or answered, else `last`."""
+        return Header._make(HEADER.unpack(self._packed))
 
 
 def _addresses(slots: Sequence[memoryview]) -> ctypes.Array[c_void_p]:

@@ -257,12 +257,20 @@ class Mesh:
             return None
         return pair.lane_after_arrival(arrival.header, meta)
 
+    def lane_before_step(self, lane: Lane, answer: CombineMeta) -> bool:
+        """FFN: whether native code may go on with the step behind the newest dispatch on this lane, and answer its
+        layer 0, and what follows, so. False: use `progress`.
+        """
+        pair = self._only_pair(lane.peer)
+        return isinstance(pair, FfnPair) and pair.lane_before_step(lane, answer)
+
     def relayed(self, lane: Lane, trips: Trips) -> None:
         """Book what native code did on a lane. An answer that is still awaited will be one like any other."""
         self._counter += 1
         self._pairs[lane.peer].relayed(lane, trips)
         if self._dispatches:
             self._seq[lane.stream] += trips.num_sent
+            self._active[lane.stream] = True
 
     # Ending
 

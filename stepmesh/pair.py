@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from stepmesh.config import MeshConfig
 from stepmesh.errors import ConfigError, FrameError
-from stepmesh.lane import Lane, Trips
+from stepmesh.lane import BEFORE_FIRST, Lane, Trips
 from stepmesh.layout import NUM_PARITIES
 from stepmesh.session import Notice, Session
 from stepmesh.slots import CombineView, DispatchView, Slot, copy_section, rises_below
@@ -143,7 +143,7 @@ class Pair(ABC):
 
         def records() -> Iterator[Record]:
             for idx, (begun_s, answered_s) in enumerate(trips.times(), 1):
-                where = (peer, last.stream, last.layer + idx, last.seq + idx)
+                where = (peer, last.stream, last.layer + idx & BEFORE_FIRST, last.seq + idx)
                 yield (begun_s, begun, *where)
                 if answered_s is not None:
                     yield (answered_s, answered, *where)
@@ -400,21 +400,29 @@ class FfnPair(Pair):
             return None
         if header.epoch not in self._membership.live_epochs:
             return None
-        mask = answered.member_mask
-        low, high = mask & _LOW64, mask >> 64
-        gang = header._replace(gang_id=answered.gang_id, member_mask_low=low, member_mask_high=high)
-        lane.follow(gang._replace(top_k=0, payload_bytes=self._layout.dispatch(header.num_tokens, 0).total))
+        payload_bytes = self._layout.dispatch(header.num_tokens, 0).total
+        lane.follow(_of_gang(header, answered)._replace(top_k=0, payload_bytes=payload_bytes))
         return lane
 
+    def lane_before_step(self, lane: Lane, answer: CombineMeta) -> bool:
+        """Whether a step may begin on it; then its layer 0 is answered so."""
+        newest = lane.newest()
+        if self._lanes.get(lane.stream) is not lane or self._parked or not self.window.is_settled(newest):
+            return False
+        if newest.epoch not in self._membership.live_epochs:
+            return False
+        lane.follow(_of_gang(newest, answer)._replace(layer=BEFORE_FIRST))
+        return True
+
     def relayed(self, lane: Lane, trips: Trips) -> None:
-        last, stats, number = lane.last, self.stats, trips.num_sent
-        assert last is not None and trips.num_answered == number, "a dispatch that was taken is answered"
+        newest, stats, number = lane.newest(), self.stats, trips.num_sent
+        assert trips.num_answered == number, "a dispatch that was taken is answered"
         stats.received_messages += number
-        stats.received_bytes += number * last.payload_bytes
+        stats.received_bytes += number * newest.payload_bytes
         stats.sent_messages += number
-        stats.sent_bytes += number * self._layout.combine(last.num_tokens).total
+        stats.sent_bytes += number * self._layout.combine(newest.num_tokens).total
         self._record_trips(lane, trips, _DISPATCH_ARRIVED, _COMBINE_POSTED)
-        self.window.relayed(lane.stream, last.seq + number)
+        self.window.relayed(lane.stream, newest.seq)
 
     def take(self, posts: Sequence[Posted]) -> list[DispatchArrived]:
         arrived = []
@@ -448,3 +456,8 @@ class FfnPair(Pair):
                 raise FrameError(
                     f"seq {posted.seq} of stream {posted.stream} took the slot of {other.seq}, which has no answer yet"
                 )
+
+
+def _of_gang(header: Header, named: CombineMeta) -> Header:
+    mask = named.member_mask
+    return header._replace(gang_id=named.gang_id, member_mask_low=mask & _LOW64, member_mask_high=mask >> 64)

@@ -221,6 +221,8 @@ class AttentionEngine:
         if combined is None:
             tokens = [t for item in stream.micro_batch.items for t in _new_tokens(item)]
             stream.x = self._half.embed(self._indices(tokens))
+            if self._relay is not None and len(self._streams) == 1 and self._begin(idx, stream, self._relay, begun_s):
+                return []
         elif combined.row_idx is None and not is_last:
             partials = combined.partials  # the layer adds them
         else:
@@ -240,6 +242,18 @@ class AttentionEngine:
 
     def _layer(self, idx: int, stream: Stream, x: Tensor, partials: abc.Sequence[Tensor]) -> Dispatch:
         return self._half.layer(stream.layer, x, stream.batch, self._cache, partials)
+
+    def _begin(self, idx: int, stream: Stream, relay: StreamRelay, begun_s: float) -> bool:
+        """Layer 0 in native code, if that can; begun_s: when the embedding was."""
+        assert stream.x is not None
+        embedded_s, micro_batch = self._clock(), stream.micro_batch
+        done = relay.begin(idx, micro_batch.step, stream.x, stream.batch)
+        if done is None:
+            return False
+        self.stages.embedded(idx, micro_batch, begun_s, embedded_s)
+        self.stages.relayed(idx, micro_batch, 0, done, None)
+        stream.layer, stream.sent_s = 0, done.ended_s
+        return True
 
     def _relayed(self, idx: int, stream: Stream, combined: Combined, relay: StreamRelay) -> Combined | None:
         """The layers behind `combined` as far as native code goes through them: the last one's answer, None if it is

@@ -23,7 +23,7 @@ from afd.kernels.relay import Relayed
 from afd.model.halves import Dispatch
 from afd.model.wire_format import encode_rows
 from stepmesh.errors import PeerNotConnectedError, SlotBusyError
-from stepmesh.lane import Lane, Trips
+from stepmesh.lane import BEFORE_FIRST, Lane, Trips
 from stepmesh.layout import PayloadLayout
 from stepmesh.mesh import Mesh
 from stepmesh.tensor import to_numpy, to_torch
@@ -95,16 +95,7 @@ class MeshExchange:
         return bool(self._peers) and self._up.issuperset(self._peers)
 
     def send(self, stream: int, step: int, dispatch: Dispatch) -> None:
-        flight = self._streams.setdefault(stream, _InFlight())
-        assert not flight.waiting, f"stream {stream} has an exchange in flight"
-        if not self._peers:
-            raise PeerLostError(self.down_reason)
-        if dispatch.layer == 0:
-            flight.epoch, flight.peers, flight.gang_id, flight.mask = self._epoch, self._peers, 0, 0
-            flight.open = True
-            self._retire()
-        flight.step, flight.layer, flight.num_tokens = step, dispatch.layer, int(dispatch.rows.shape[0])
-        flight.arrived.clear()
+        flight = self._flight(stream, step, dispatch.layer, int(dispatch.rows.shape[0]))
         meta = flight.meta(stream)
         ids, weights = dispatch.expert_ids, dispatch.expert_weights
         rows, scales = encode_rows(dispatch.rows, self._layout.dispatch_dtype, dispatch.scales)
@@ -142,6 +133,28 @@ class MeshExchange:
         self._completed.clear()
         return completed
 
+    def _flight(self, stream: int, step: int, layer: int, num_tokens: int) -> _InFlight:
+        """The stream's, before a dispatch. Layer 0: the step is of the newest epoch, and of no gang yet."""
+        flight = self._streams.setdefault(stream, _InFlight())
+        assert not flight.waiting, f"stream {stream} has an exchange in flight"
+        if not self._peers:
+            raise PeerLostError(self.down_reason)
+        if layer == 0:
+            flight.epoch, flight.peers, flight.gang_id, flight.mask = self._epoch, self._peers, 0, 0
+            flight.open = True
+            self._retire()
+        flight.step, flight.layer, flight.num_tokens = step, layer, num_tokens
+        flight.arrived.clear()
+        return flight
+
+    def begin(self, stream: int, step: int, num_tokens: int) -> Lane | None:
+        """For native code that makes layer 0 of a step, which is not waited for: see `lane`. None: use `send`."""
+        if len(self._peers) != 1 or self._selection is not None:
+            return None
+        flight = self._flight(stream, step, 0, num_tokens)
+        before = flight.meta(stream)._replace(layer=BEFORE_FIRST)
+        return self._mesh.lane_after_answer(flight.peers[0], before, num_tokens)
+
     def lane(self, stream: int) -> Lane | None:
         """For native code that goes on from the stream's newest exchange: one of dense rows, with one FFN rank.
 
@@ -163,8 +176,13 @@ class MeshExchange:
             return zip_longest(laps.posted_s.tolist(), laps.answered_s.tolist())
 
         self._mesh.relayed(lane, Trips(done.num_laps, done.num_answered, done.wait_s, done.ended_s, times))
-        flight.seq += done.num_laps
-        flight.layer += done.num_laps
+        newest = lane.newest()
+        flight.seq, flight.layer, flight.gang_id, flight.mask = (
+            newest.seq,
+            newest.layer,
+            newest.gang_id,
+            newest.member_mask,
+        )
         flight.waiting = done.num_answered < done.num_laps
         if flight.waiting:
             flight.arrived.clear()

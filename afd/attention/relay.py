@@ -18,6 +18,20 @@ class StreamRelay:
         self._layers = layers
         self._exchange = exchange
 
+    def begin(self, stream: int, step: int, x: Tensor, batch: AttentionBatch) -> Relayed | None:
+        """Layer 0 of a step, computed and sent, its answer still to come; None where nothing was done.
+
+        x [n, hidden]: the embedded rows.
+        """
+        num_tokens = x.shape[0]
+        if not self._layers.takes(0, num_tokens) or (lane := self._exchange.begin(stream, step, num_tokens)) is None:
+            return None
+        done = self._layers.begin(x, batch, lane)
+        if not done.num_laps:
+            return None
+        self._exchange.relayed(lane, done)
+        return done
+
     def run(self, stream: int, layer: int, x: Tensor, batch: AttentionBatch) -> tuple[Relayed, Combined | None] | None:
         """From `layer` on, where the stream's last exchange was that of the layer before: as far as it goes.
 

@@ -81,9 +81,7 @@ class StageClock:
         now = self._span(begun_s)
         self.totals.attention_s += now - begun_s
         if layer == 0:
-            self._steps[stream] = _StepSums(set(self._steps), exposed_before_s=self.totals.exposed_s)
-            for sums in self._steps.values():
-                sums.among.add(stream)
+            self._begin(stream)
         self._steps[stream].attention_s += now - begun_s
         num_tokens, step, add = batch.num_tokens, batch.step, self.ring.add
         add(Stage("combine" if layer else "embed", begun_s, entered_s, stream, layer - 1, num_tokens, step))
@@ -91,8 +89,18 @@ class StageClock:
         add(Stage("dispatch", computed_s, now, stream, layer, num_tokens, step))
         return now
 
-    def relayed(self, stream: int, batch: MicroBatch, layer: int, done: Relayed, gang: Combined) -> None:
-        """Layers from `layer` on that native code went through. gang: any exchange of this step."""
+    def embedded(self, stream: int, batch: MicroBatch, begun_s: float, embedded_s: float) -> None:
+        """The embedding of a step whose layers native code goes through, from 0 on."""
+        self._span(begun_s, embedded_s)
+        self._begin(stream)
+        self.totals.attention_s += embedded_s - begun_s
+        self._steps[stream].attention_s += embedded_s - begun_s
+        self.ring.add(Stage("embed", begun_s, embedded_s, stream, -1, batch.num_tokens, batch.step))
+
+    def relayed(self, stream: int, batch: MicroBatch, layer: int, done: Relayed, gang: Combined | None) -> None:
+        """Layers from `layer` on that native code went through. gang: any exchange of this step, None before the first
+        was answered.
+        """
         sums, totals, attention_s = self._steps[stream], self.totals, done.compute_s + done.post_s
         self._span(done.began_s, done.ended_s + done.open_wait_s)
         totals.attention_s += attention_s
@@ -103,13 +111,13 @@ class StageClock:
         self._unanswered_s += done.open_wait_s
         totals.other_s += max(0.0, done.ended_s - done.began_s - attention_s - done.wait_s)
         totals.num_exchanges += done.num_answered
-        totals.num_gang_members += done.num_answered * gang.gang_size
+        totals.num_gang_members += done.num_answered * (gang.gang_size if gang else 1)
         sums.attention_s += attention_s
         sums.exchange_s += done.wait_s
         sums.ffn_s += done.ffn_s
         sums.gang_tokens = done.gang_tokens or sums.gang_tokens
         # Numbers only: a ring that kept answers would keep the memory they lie in.
-        where = (gang.gang_id, gang.gang_size, gang.epoch)
+        where = (gang.gang_id, gang.gang_size, gang.epoch) if gang else (0, 1, 0)
         stages = partial(_relayed_stages, done, stream, layer, batch.num_tokens, batch.step, where)
         self.ring.add_block(StageBlock(done.ended_s, 2 * (done.num_laps + done.num_answered), stages))
         if done.open_wait_s:
@@ -196,6 +204,11 @@ class StageClock:
             sample = self._samples.popleft()
             if self.observer is not None:
                 self.observer(sample)
+
+    def _begin(self, stream: int) -> None:
+        self._steps[stream] = _StepSums(set(self._steps), exposed_before_s=self.totals.exposed_s)
+        for sums in self._steps.values():
+            sums.among.add(stream)
 
     def _representative(self, stream: int) -> bool:
         """Whether the step that has just ended there tells what others will take."""

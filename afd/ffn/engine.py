@@ -15,14 +15,12 @@ from afd.events import Stage, StageBlock, TraceRing
 from afd.ffn.dispatch_check import DispatchCheck
 from afd.ffn.gang import Arrival, GangBatch, GangTable
 from afd.ffn.lateness import Lateness
-from afd.kernels.relay import Relayed
+from afd.ffn.relay import GangRelay, RelayedGang
 from afd.model.expert_load import ExpertLoad
 from afd.model.halves import Dispatch, FFNHalf
-from afd.model.relay import FfnRelay
 from afd.model.threads import ThreadShare
 from afd.model.wire_format import decode_rows, encode_rows
 from stepmesh.errors import StaleArrivalError
-from stepmesh.lane import Trips
 from stepmesh.layout import PayloadLayout
 from stepmesh.mesh import Mesh
 from stepmesh.tensor import to_numpy, to_torch
@@ -34,7 +32,6 @@ from stepmesh.types import (
     Header,
     IdleNotice,
     PeerDown,
-    RankId,
     Rows,
 )
 
@@ -74,7 +71,7 @@ class FFNEngine:
         *,
         layout: PayloadLayout,
         threads: ThreadShare | None = None,
-        relay: FfnRelay | None = None,
+        relay: GangRelay | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ):
         self._half = half
@@ -88,7 +85,6 @@ class FFNEngine:
         self.lateness = Lateness(len(half.spec.layers))
         self.ring = TraceRing()
         self._relay = relay
-        self._late: tuple[RankId, int, int] | None = None  # peer, stream, step: relayed to no avail
 
     def expert_loads(self) -> dict[int, ExpertLoad]:
         """What the local experts of each MoE layer did so far; any thread."""
@@ -101,13 +97,17 @@ class FFNEngine:
         """
         now, totals = self._clock(), self.totals
         counted_s, blocked_s = totals.busy_s + totals.answer_s, 0.0
-        batch = self.gangs.next_batch(now)
-        if batch is None:
+        batch, relay = self.gangs.next_batch(now), self._relay
+        step = relay.next_step() if batch is None and relay is not None else None
+        if step is not None:
+            blocked_s = self._relayed(step) + self._take_events(0.0)
+        elif batch is None:
             blocked_s = self._wait(timeout_s)
             batch = self.gangs.next_batch(self._clock())
         if batch is not None:
             self._compute(batch)
-            blocked_s += self._relayed(batch)
+            if relay is not None and (behind := relay.behind(batch)) is not None:
+                blocked_s += self._relayed(behind)
             blocked_s += self._take_events(0.0)
         if batch is not None or self.gangs.under_way:
             counted_s = totals.busy_s + totals.answer_s - counted_s
@@ -199,44 +199,17 @@ class FFNEngine:
             start = end
         self._account(batch, begun_s, done_s, self._clock())
 
-    def _relayed(self, batch: GangBatch) -> float:
-        """The layers behind a batch that was answered, as far as native code gets by itself; seconds it waited.
-
-        For one attention worker with one stream: there is nobody whom it could keep waiting.
-        """
-        arrival = batch.arrivals[0].token
-        assert isinstance(arrival, DispatchArrived)
-        header = arrival.header
-        step = (arrival.peer, header.stream, header.step)
-        relay, layer = self._relay, batch.layer + 1
-        if relay is None or step == self._late or not relay.takes(layer, header.num_tokens):
-            return 0.0
-        if batch.mask != 1 << arrival.peer.rank or self.gangs.num_active_streams > 1 or self.gangs.has_pending:
-            return 0.0
-        lane = self._mesh.lane_after_arrival(arrival, CombineMeta(batch.gang_id, batch.mask))
-        if lane is None:
-            return 0.0
-        done = relay.run(layer, lane)
-        if not done.on_time:
-            self._late = step
-
-        def times() -> Iterator[tuple[float, float]]:
-            laps = done.laps()
-            return zip(laps.begun_s.tolist(), laps.posted_s.tolist(), strict=True)
-
-        self._mesh.relayed(lane, Trips(done.num_laps, done.num_laps, done.wait_s, done.ended_s, times))
-        totals = self.totals
+    def _relayed(self, gang: RelayedGang) -> float:
+        """Book what native code did; seconds it waited."""
+        done, totals = gang.done, self.totals
         totals.busy_s += done.compute_s
         totals.answer_s += done.post_s
         totals.wait_s += done.wait_s
         totals.num_batches += done.num_laps
-        totals.num_tokens += done.num_laps * batch.num_tokens
+        totals.num_tokens += done.num_laps * gang.num_tokens
         totals.num_members += done.num_laps
         if done.num_laps:
-            # Numbers only: a ring that kept dispatches would keep the memory they lie in.
-            where = (batch.stream, batch.num_tokens, batch.gang_id, batch.arrivals[0].epoch)
-            stages = partial(_relayed_stages, done, layer, *where)
-            self.ring.add_block(StageBlock(done.ended_s, 3 * done.num_laps, stages))
+            self.ring.add_block(StageBlock(done.ended_s, 3 * done.num_laps, partial(_relayed_stages, gang)))
         return done.wait_s
 
     def _merge(self, layer: int, parts: Sequence[DispatchParts]) -> Dispatch:
@@ -270,13 +243,11 @@ class FFNEngine:
         self.lateness.add(batch.arrivals, self.gangs.step_s(batch.stream))
 
 
-def _relayed_stages(
-    done: Relayed, layer: int, stream: int, num_tokens: int, gang_id: int, epoch: int
-) -> Iterator[Stage]:
-    laps, ended_s = done.laps(), done.began_s
+def _relayed_stages(gang: RelayedGang) -> Iterator[Stage]:
+    laps, ended_s = gang.done.laps(), gang.done.began_s
     times = zip(laps.begun_s.tolist(), laps.computed_s.tolist(), laps.posted_s.tolist(), strict=True)
-    for idx, (begun_s, computed_s, posted_s) in enumerate(times, layer):
-        where = (stream, idx, num_tokens, 0, gang_id, 1, epoch)
+    for layer, (begun_s, computed_s, posted_s) in enumerate(times, gang.layer):
+        where = (gang.stream, layer, gang.num_tokens, 0, gang.gang_id, 1, gang.epoch)
         yield Stage("wait", ended_s, begun_s)
         yield Stage("ffn", begun_s, computed_s, *where)
         yield Stage("combine", computed_s, posted_s, *where)

@@ -252,6 +252,17 @@ class GangTable:
         """Moving average of that stream's step; 0 where another rank forms its gangs, or too early to tell."""
         return self._stream(stream_idx).step_s
 
+    def sole_gang(self, rank: int, stream_idx: int, epoch: int) -> tuple[int, int] | None:
+        """(gang_id, mask) that this attention worker's next layer 0 in the stream gets, at once, if it comes before
+        anything else does. None where that is not certain.
+        """
+        stream, bit = self._stream(stream_idx), 1 << rank
+        if self._present != bit or stream.active != bit or self.has_pending or self.num_active_streams > 1:
+            return None
+        if stream.epoch != epoch or not self._is_former(stream_idx):
+            return None
+        return self._gang_id(epoch, self._counter + 1), bit
+
     # -- details ------------------------------------------------------------------------------------------
 
     def _stream(self, idx: int) -> _Stream:
@@ -326,5 +337,7 @@ class GangTable:
             stream.formed_s = now
             stream.members = group.ranks
         self._counter += 1
-        gang_id = (group.epoch & 0xFFFF) << 48 | self._rank << 32 | (self._counter & 0xFFFFFFFF)
-        return gang_id, group.ranks
+        return self._gang_id(group.epoch, self._counter), group.ranks
+
+    def _gang_id(self, epoch: int, number: int) -> int:
+        return (epoch & 0xFFFF) << 48 | self._rank << 32 | (number & 0xFFFFFFFF)

@@ -19,6 +19,7 @@ from afd.ffn.gang import GangTable
 from afd.ffn.gpu_engine import GpuFFNEngine
 from afd.ffn.metrics import FFNMetrics
 from afd.ffn.pipeline import RecentFFN
+from afd.ffn.relay import GangRelay
 from afd.messages.membership import ClusterView, WorkerInfo
 from afd.messages.membership_port import Announce, Join, SyncFields
 from afd.metrics import MetricsServer, process_registry
@@ -106,7 +107,8 @@ class _Worker:
             self._device = CudaDevice()
             self._engine = GpuFFNEngine(half, seat.mesh, gangs, self._device, layout=layout)
         else:
-            relay = half.relay() if relays_natively(layout) else None
+            layers = half.relay() if relays_natively(layout) else None
+            relay = None if layers is None else GangRelay(layers, seat.mesh, gangs)
             self._engine = FFNEngine(half, seat.mesh, gangs, layout=layout, threads=self._threads, relay=relay)
         self._trace.attach(seat.rank, self._engine.ring)
         self._recent = RecentFFN(self._engine)

@@ -7,6 +7,7 @@ bfloat16 rows on the wire; everything else as in `afd.kernels.fused`.
 from __future__ import annotations
 
 import ctypes
+import struct
 from collections.abc import Callable, Sequence
 from ctypes import byref, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from afd.kernels.native import NativeKernels, error_of
 from stepmesh.lane import Lane
 
 NS = 1e-9
+_FIRST = struct.Struct("=q")  # of a record
 
 
 class Outcome(IntEnum):
@@ -49,7 +51,7 @@ class Laps(NamedTuple):
 class _Bounds(ctypes.Structure):
     """AfdRelayBounds of src/api.h."""
 
-    _fields_ = (("until_ns", c_int64), ("patience_ns", c_int64))
+    _fields_ = (("until_ns", c_int64), ("patience_ns", c_int64), ("first_patience_ns", c_int64))
 
 
 class _Relayed(ctypes.Structure):
@@ -86,13 +88,30 @@ class _AttentionRelay(ctypes.Structure):
         ("batches", c_void_p),
         ("x", c_void_p),
         ("num_layers", c_int32),
+        ("begins", c_int32),
     )
 
 
 class _FfnRelay(ctypes.Structure):
     """AfdFfnRelay of src/api.h."""
 
-    _fields_ = (("lane", c_void_p), ("last", c_void_p), ("layers", c_void_p), ("num_layers", c_int32))
+    _fields_ = (
+        ("lane", c_void_p),
+        ("last", c_void_p),
+        ("layers", c_void_p),
+        ("num_layers", c_int32),
+        ("max_tokens", c_int32),
+    )
+
+
+class Bounds(NamedTuple):
+    """How long a relay may take. until_ns: at most, by the monotonic clock.  patience_ns: with each frame that is
+    awaited.  first_patience_ns: with the first one, 0 = it is left to the caller.
+    """
+
+    until_ns: int
+    patience_ns: int
+    first_patience_ns: int
 
 
 class Relayed(NamedTuple):
@@ -123,6 +142,12 @@ class Relayed(NamedTuple):
         """The next layers may be relayed, too; else the other side is slower than polling is for, or does not relay."""
         return self.outcome in (Outcome.DONE, Outcome.TIME_OVER)
 
+    @property
+    def first_begun_s(self) -> float:
+        """When the first layer began, of one at least."""
+        (begun_ns,) = _FIRST.unpack_from(self.record)
+        return float(begun_ns * NS)
+
     def laps(self) -> Laps:
         """Each layer by itself: for traces, which few look at."""
         times = np.frombuffer(self.record, np.int64).reshape(-1, len(Laps._fields)) * NS
@@ -140,10 +165,10 @@ class _Call:
         self._laps = np.zeros((num_layers, len(Laps._fields)), np.int64)
         self._row_bytes = self._laps.itemsize * len(Laps._fields)
 
-    def __call__(self, relay: ctypes.Structure, until_ns: int, patience_ns: int) -> Relayed:
+    def __call__(self, relay: ctypes.Structure, bounds: Bounds) -> Relayed:
         done = _Relayed(self._laps.ctypes.data)
-        threads, bounds = torch.get_num_threads(), _Bounds(until_ns, patience_ns)
-        status = self._function(self._isa, threads, byref(relay), byref(bounds), byref(done), self._detail)
+        threads = torch.get_num_threads()
+        status = self._function(self._isa, threads, byref(relay), byref(_Bounds(*bounds)), byref(done), self._detail)
         if status:
             raise error_of(status, self._detail[0], self._detail[1])
         # With all caches full of weights each call costs microseconds here: sums come from below, a record is bytes.
@@ -197,25 +222,35 @@ class AttentionRelayCall:
         )
         self._call = _Call(kernels, kernels.library.afd_relay_attention, len(layers))
 
-    def __call__(
-        self, first: int, x: Tensor, batches: Sequence[LayerBatch], lane: Lane, until_ns: int, patience_ns: int
-    ) -> Relayed:
+    def __call__(self, first: int, x: Tensor, batches: Sequence[LayerBatch], lane: Lane, bounds: Bounds) -> Relayed:
         """Layers first, first + 1, ... of residual x [n, hidden] float32, in place.
 
-        The answer to lane.last is the first one's partial; that of the last layer, if it came, is added, too. Ends at
-        until_ns, or when nothing came for patience_ns, as well.
+        The answer to lane.last is the first one's partial; that of the last layer, if it came, is added, too.
         """
+        return self._relay(first, len(self._layers) - first, x, batches, lane, bounds)
+
+    def begin(self, x: Tensor, batches: Sequence[LayerBatch], lane: Lane, bounds: Bounds) -> Relayed:
+        """The first layer of a step, by itself: there is nothing to add yet, and lane.last is what it comes behind."""
+        return self._relay(0, 1, x, batches, lane, bounds, begins=True)
+
+    def _relay(
+        self,
+        first: int,
+        num_layers: int,
+        x: Tensor,
+        batches: Sequence[LayerBatch],
+        lane: Lane,
+        bounds: Bounds,
+        *,
+        begins: bool = False,
+    ) -> Relayed:
         assert x.dtype is torch.float32 and x.is_contiguous() and x.shape[0] == batches[0].num_tokens
         pointers = (c_void_p * len(batches))(*[batch.args_address for batch in batches])
+        layers = ctypes.addressof(self._layers) + first * ctypes.sizeof(_RelayLayer)
         relay = _AttentionRelay(
-            lane.address,
-            lane.last_address,
-            ctypes.addressof(self._layers[first]),
-            ctypes.addressof(pointers),
-            x.data_ptr(),
-            len(self._layers) - first,
+            lane.address, lane.last_address, layers, ctypes.addressof(pointers), x.data_ptr(), num_layers, begins
         )
-        return self._call(relay, until_ns, patience_ns)
+        return self._call(relay, bounds)
 
 
 class FfnRelayCall:
@@ -226,13 +261,15 @@ class FfnRelayCall:
         self._layers = (c_void_p * len(layers))(*[call.args_address for call in layers])
         self._call = _Call(kernels, kernels.library.afd_relay_ffn, len(layers))
 
-    def __call__(self, first: int, lane: Lane, until_ns: int, patience_ns: int) -> Relayed:
+    def __call__(self, first: int, lane: Lane, bounds: Bounds) -> Relayed:
         """Answer dispatches of layers first, first + 1, ... with the rows, step and gang of lane.last."""
-        size = ctypes.sizeof(c_void_p)
-        relay = _FfnRelay(
-            lane.address,
-            lane.last_address,
-            ctypes.addressof(self._layers) + first * size,
-            len(self._layers) - first,
-        )
-        return self._call(relay, until_ns, patience_ns)
+        return self._relay(first, lane, bounds)
+
+    def begin(self, lane: Lane, bounds: Bounds, max_tokens: int) -> Relayed:
+        """From layer 0 on, another step of at most so many rows, in the gang that lane.last names."""
+        return self._relay(0, lane, bounds, max_tokens)
+
+    def _relay(self, first: int, lane: Lane, bounds: Bounds, max_tokens: int = 0) -> Relayed:
+        layers = ctypes.addressof(self._layers) + first * ctypes.sizeof(c_void_p)
+        relay = _FfnRelay(lane.address, lane.last_address, layers, len(self._layers) - first, max_tokens)
+        return self._call(relay, bounds)

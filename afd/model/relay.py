@@ -12,7 +12,7 @@ from torch import Tensor
 
 from afd.kernels.fused import LayerBatch, SwiGluCall
 from afd.kernels.native import NativeKernels
-from afd.kernels.relay import AttentionRelayCall, FfnRelayCall, Relayed, RelayLayer
+from afd.kernels.relay import AttentionRelayCall, Bounds, FfnRelayCall, Relayed, RelayLayer
 from afd.kv.cache import KVCache
 from afd.model.attention_kinds import FusedAttention
 from afd.model.batch import AttentionBatch
@@ -20,23 +20,27 @@ from stepmesh.lane import Lane
 
 PATIENCE_S = 5e-3
 """Longest polling for the other side's stage in a relay: the largest decode batches' stages take about that long."""
-RELAY_S = 50e-3
-"""Longest relay: bounds what a worker's other duties wait for."""
+STEP_PATIENCE_S = 50e-3
+"""Longest sleep of the FFN side for the next step: heads of the largest decode batches take a fifth of that."""
+RELAY_S = 100e-3
+"""Longest relay: bounds what a worker's other duties wait for. Decode steps of the largest batches take half of it."""
 MAX_RELAY_TOKENS = 256
 """Rows of a micro-batch above which a stage takes so long that what Python costs between two does not show."""
 
 
-def bounds_ns() -> tuple[int, int]:
-    """(until, patience) of a relay that begins now."""
-    return time.monotonic_ns() + int(RELAY_S * 1e9), int(PATIENCE_S * 1e9)
+def _bounds(first_patience_s: float | None = None) -> Bounds:
+    """Of a relay that begins now."""
+    patience_ns = int(PATIENCE_S * 1e9)
+    first_ns = patience_ns if first_patience_s is None else int(first_patience_s * 1e9)
+    return Bounds(time.monotonic_ns() + int(RELAY_S * 1e9), patience_ns, first_ns)
 
 
 class _Runs:
-    """Runs of layers, of which each but the first of all can be relayed: the first layer's exchange forms the gang."""
+    """Runs of layers that can be relayed."""
 
     def __init__(self, able: Sequence[bool]):
         self.ranges: list[range] = []
-        start = 1
+        start = 0
         for layer, can in enumerate((*able, False)):
             if not can:
                 if layer > start:
@@ -76,11 +80,17 @@ class AttentionRelay:
         self._kinds.append(layer)
         return len(self._kinds) - 1
 
+    def begin(self, x: Tensor, batch: AttentionBatch, lane: Lane) -> Relayed:
+        """Layer 0 of a step, computed and sent; nothing is awaited."""
+        return self._calls[0].begin(x, self._batches(batch), lane, _bounds(0.0))
+
     def run(self, layer: int, x: Tensor, batch: AttentionBatch, lane: Lane) -> Relayed:
         """From `layer` on, whose partial is the answer to lane.last: as far as it goes, at most RELAY_S."""
         run, place = self._runs.place(layer)
-        batches: list[LayerBatch] = [kind.tokens(batch) for kind in self._kinds]
-        return self._calls[run](place, x, batches, lane, *bounds_ns())
+        return self._calls[run](place, x, self._batches(batch), lane, _bounds())
+
+    def _batches(self, batch: AttentionBatch) -> list[LayerBatch]:
+        return [kind.tokens(batch) for kind in self._kinds]
 
 
 class FfnRelay:
@@ -89,11 +99,20 @@ class FfnRelay:
     def __init__(self, kernels: NativeKernels, layers: Sequence[SwiGluCall | None]):
         self._runs = _Runs([call is not None for call in layers])
         self.takes = self._runs.takes
+        self._last_layer = len(layers) - 1
         self._calls = [
             FfnRelayCall(kernels, [call for i in run if (call := layers[i]) is not None]) for run in self._runs.ranges
         ]
 
+    def ends_with(self, layer: int) -> bool:
+        """Whether a step ends with this layer and the next one can `begin`."""
+        return layer == self._last_layer and self._runs.takes(0, 0)
+
+    def begin(self, lane: Lane) -> Relayed:
+        """Answer the step behind lane.last from layer 0 on, in the gang that this names: as far as it goes."""
+        return self._calls[0].begin(lane, _bounds(STEP_PATIENCE_S), MAX_RELAY_TOKENS)
+
     def run(self, layer: int, lane: Lane) -> Relayed:
         """Answer `layer` and those behind it, with rows, step and gang of lane.last: as far as it goes."""
         run, place = self._runs.place(layer)
-        return self._calls[run](place, lane, *bounds_ns())
+        return self._calls[run](place, lane, _bounds())

@@ -96,7 +96,7 @@ class HostFabric(Fabric):
 
     def open_channel(self, transport: str, spec: ChannelSpec, link: Link) -> Channel:
         if transport == "shm":
-            return ShmChannel(spec, self._bell)
+            return ShmChannel(spec, self._bell, self._epoll.fileno())
         if transport == "verbs" and self._rdma is not None:
             return self._rdma.open_channel(spec)
         if transport != "tcp" or "tcp" not in self._transports:
@@ -122,6 +122,8 @@ class HostFabric(Fabric):
     def wait(self, timeout_s: float) -> Wakeups:
         wakeups = Wakeups()
         self._resume_accepting()
+        if self._woken:  # the bell may have rung for native code that slept on a lane
+            timeout_s = 0.0
         if self._rdma is not None and (self._rdma.arm() if timeout_s > 0.0 else self._rdma.drain()):
             timeout_s = 0.0
         for fd, mask in self._epoll.poll(timeout_s):

@@ -121,9 +121,10 @@ class ShmChannel(Channel):
 
     kind = "shm"
 
-    def __init__(self, spec: ChannelSpec, bell_fd: int) -> None:
+    def __init__(self, spec: ChannelSpec, bell_fd: int, wakeups_fd: int) -> None:
         self._spec = spec
-        self._bell_fd = bell_fd  # the fabric's; passed to the peer, not owned
+        # Both are the fabric's, not owned: the bell is passed to the peer, `wakeups` is readable when it rings, too.
+        self._bell_fd, self._wakeups_fd = bell_fd, wakeups_fd
         self._memfd = _sealed_memfd(region_bytes(spec.num_streams, spec.rx_slot_bytes))
         self._rx = _Region(self._memfd, spec.num_streams, spec.rx_slot_bytes)
         self._rx_board = self._rx.board
@@ -192,6 +193,8 @@ class ShmChannel(Channel):
             [self._tx.slots[place] for place in places],
             [self._rx.slots[place] for place in places],
             self._peer_bell_fd,
+            self._bell_fd,
+            self._wakeups_fd,
         )
 
     @property

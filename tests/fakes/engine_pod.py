@@ -21,6 +21,7 @@ from afd.errors import PeerLostError
 from afd.ffn.engine import FFNEngine
 from afd.ffn.gang import GangTable
 from afd.ffn.gpu_engine import GpuFFNEngine
+from afd.ffn.relay import GangRelay
 from afd.kv.block_pool import BlockPool
 from afd.kv.cache import KVCache
 from afd.model.cuda import CudaDevice
@@ -132,7 +133,7 @@ class Pod:
         with context(), torch.inference_mode():
             half = load_ffn_half(self.folder, ShardSpec(rank, self.num_ffn, self.parallel), self.dtype, self.device)
             if self.device == "cpu":
-                relay = half.relay() if Role.FFN in self.relays else None
+                relay = GangRelay(half.relay(), mesh, gangs) if Role.FFN in self.relays else None
                 engine = FFNEngine(half, mesh, gangs, layout=self.layout, relay=relay)
             else:
                 engine = GpuFFNEngine(half, mesh, gangs, CudaDevice(), layout=self.layout)

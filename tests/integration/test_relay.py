@@ -11,14 +11,15 @@ import torch
 
 from afd import kernels
 from afd.kernels.relay import Outcome
+from afd.kv.cache import KVCache
 from afd.model import presets
 from afd.model import relay as model_relay
-from afd.model.halves import Dispatch
-from afd.model.loading import load_ffn_half, resolve_model
+from afd.model.halves import AttentionBatch, Dispatch
+from afd.model.loading import load_attention_half, load_ffn_half, resolve_model
 from afd.model.relay import AttentionRelay, FfnRelay
 from afd.model.sharding import ShardSpec
 from afd.types import FfnParallel
-from stepmesh.lane import Trips
+from stepmesh.lane import BEFORE_FIRST, Trips
 from stepmesh.layout import PayloadLayout
 from stepmesh.native import native
 from stepmesh.tensor import to_numpy, to_torch
@@ -29,6 +30,7 @@ from stepmesh.types import (
     DispatchMeta,
     DispatchParts,
     FrameRejected,
+    IdleNotice,
     Role,
     WireDtype,
 )
@@ -59,23 +61,26 @@ def dense_tiny(monkeypatch):
 @pytest.fixture(autouse=True)
 def patience(monkeypatch):
     monkeypatch.setattr(model_relay, "PATIENCE_S", 0.5)  # a machine that stalls does not end a relay
+    monkeypatch.setattr(model_relay, "STEP_PATIENCE_S", 0.5)
     monkeypatch.setattr(model_relay, "RELAY_S", 5.0)
 
 
 @pytest.fixture
 def laps(monkeypatch) -> Counter:
-    """Layers that went through native code, by side."""
+    """Layers that went through native code, by side; and steps that began there, by (side, "begin")."""
     counted: Counter = Counter()
     for side in (AttentionRelay, FfnRelay):
-        plain = side.run
+        for name in ("run", "begin"):
+            plain = getattr(side, name)
 
-        def run(self, *args, side=side, plain=plain):
-            done = plain(self, *args)
-            counted[side] += done.num_laps
-            counted[done.outcome] += 1
-            return done
+            def run(self, *args, side=side, name=name, plain=plain):
+                done = plain(self, *args)
+                counted[side] += done.num_laps
+                counted[side, name] += done.num_laps > 0
+                counted[done.outcome] += 1
+                return done
 
-        monkeypatch.setattr(side, "run", run)
+            monkeypatch.setattr(side, name, run)
     return counted
 
 
@@ -132,7 +137,10 @@ def test_tokens_and_books_are_the_same_as_without(model, laps):
         # The layer adds the partials itself either way: a combine of no duration is not noted by native code.
         keep = {k: n for k, n in theirs.items() if k[0] != "combine" or theirs is plain[2][1]}
         assert {k: n for k, n in mine.items() if k in keep} == keep
-    assert laps[AttentionRelay] == laps[FfnRelay] > 0
+    # Whether a step begins in the FFN side's native code is a matter of who waited for it when it came.
+    begun = laps[FfnRelay, "begin"]
+    assert laps[AttentionRelay] == laps[FfnRelay] + relayed[1]["steps"] - begun
+    assert laps[AttentionRelay, "begin"] == relayed[1]["steps"] and (begun > 0) is (model != "dummy:dense-tiny")
 
 
 @pytest.mark.parametrize("relays", [(Role.ATTENTION,), (Role.FFN,)])
@@ -294,6 +302,157 @@ def test_nothing_is_relayed_without_a_dispatch(world, ffn_half, monkeypatch):
     with torch.inference_mode():
         done = ffn_half.relay().run(1, lane)
     assert (done.num_laps, done.outcome) == (0, Outcome.LATE)
+
+
+# Where a step begins.
+
+NAMED = CombineMeta(9, 1)
+
+
+def settled(world, **overrides):
+    """The FFN side's lane after layer 0 of step 1, as if that had been the whole step."""
+    arrival = answered(world, **overrides)
+    lane = world.meshes[F].lane_after_arrival(arrival, CombineMeta(**GANG))
+    world.meshes[F].relayed(lane, NO_TRIPS)
+    return lane
+
+
+def begin(ffn_half, lane):
+    with torch.inference_mode():
+        return ffn_half.relay().begin(lane)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 3, 8])
+def test_a_step_begins_natively_in_the_gang_that_was_named(world, ffn_half, num_tokens):
+    lane, parts = settled(world), DispatchParts(rows_of(2, num_tokens))
+    seq = world.dispatch(A, [F], parts, layer=0, step=2)
+    assert world.meshes[F].lane_before_step(lane, NAMED)
+    done = begin(ffn_half, lane)
+    assert done.num_laps == 1 and done.outcome is Outcome.LATE  # nobody sends layer 1
+    assert done.first_begun_s == done.laps().begun_s[0] >= done.began_s
+    newest = lane.newest()
+    assert (newest.seq, newest.step, newest.layer, newest.num_tokens, newest.gang_id) == (seq, 2, 0, num_tokens, 9)
+    before = world.meshes[F].stats()["peers"][str(A)]
+    world.meshes[F].relayed(lane, Trips(1, 1, done.wait_s, done.ended_s, lambda: [(0.0, 1.0)]))
+    after = world.meshes[F].stats()["peers"][str(A)]
+    assert after["received_bytes"] - before["received_bytes"] == num_tokens * HIDDEN * 2
+    (combined,) = world.take(A, CombineArrived)
+    header = combined.header
+    assert (header.seq, header.layer, header.gang_id, header.member_mask) == (seq, 0, 9, 1)
+    with torch.inference_mode():
+        expected = ffn_half.layer(Dispatch(0, to_torch(parts.rows, WireDtype.BF16)))
+    np.testing.assert_array_equal(combined.rows, to_numpy(expected))
+    # The mesh goes on from there as if it had done it all itself.
+    world.dispatch(A, [F], parts, layer=1, step=2, gang_id=9, member_mask=1)
+    (arrival,) = world.take(F, DispatchArrived)
+    assert arrival.header.seq == seq + 1
+
+
+@pytest.mark.parametrize(
+    "change", [{"layer": 1}, {"step": 1}, {"gang_id": 7}, {"member_mask": 1}, {"member_mask": 1 << 64}, {"stream": 1}]
+)
+def test_what_does_not_begin_a_step_is_left_to_the_mesh(world, ffn_half, change):
+    lane, parts = settled(world), DispatchParts(rows_of(2))
+    world.dispatch(A, [F], parts, **({"layer": 0, "step": 2} | change))
+    assert world.meshes[F].lane_before_step(lane, NAMED)
+    done = begin(ffn_half, lane)
+    assert (done.num_laps, done.outcome) == (0, Outcome.OTHER)
+    world.meshes[F].relayed(lane, NO_TRIPS)
+    (found,) = world.take(F, DispatchArrived)
+    np.testing.assert_array_equal(found.parts.rows, parts.rows)
+
+
+def test_a_step_of_too_many_rows_is_left_to_the_mesh(world, ffn_half, monkeypatch):
+    monkeypatch.setattr(model_relay, "MAX_RELAY_TOKENS", 2)
+    lane = settled(world)
+    world.dispatch(A, [F], DispatchParts(rows_of(2)), layer=0, step=2)
+    assert world.meshes[F].lane_before_step(lane, NAMED)
+    assert begin(ffn_half, lane).outcome is Outcome.OTHER
+
+
+@pytest.mark.parametrize(
+    ("forgery", "reason"),
+    [({"trailer": 99}, "incomplete frame"), ({"num_tokens": 2}, "2 tokens need"), ({"epoch": 2}, None)],
+)
+def test_a_forged_beginning_is_left_to_the_mesh_which_rejects_it(world, ffn_half, forgery, reason):
+    lane = settled(world)
+    world.forge(A, F, DispatchParts(rows_of(2)), seq=2, **({"wire_dtype": WireDtype.BF16, "step": 2} | forgery))
+    assert world.meshes[F].lane_before_step(lane, NAMED)
+    assert begin(ffn_half, lane).outcome is Outcome.OTHER
+    world.meshes[F].relayed(lane, NO_TRIPS)
+    if reason is None:  # of an epoch that may come yet
+        world.settle()
+        assert not world.seen(F, FrameRejected)
+        return
+    (rejected,) = world.take(F, FrameRejected)
+    assert reason in rejected.reason
+
+
+def test_who_sleeps_until_a_step_begins_hears_what_else_comes(world, ffn_half, monkeypatch):
+    monkeypatch.setattr(model_relay, "STEP_PATIENCE_S", 60.0)
+    monkeypatch.setattr(model_relay, "RELAY_S", 60.0)
+    lane = settled(world)
+    assert world.meshes[F].lane_before_step(lane, NAMED)
+    world.meshes[A].idle(0)
+    assert begin(ffn_half, lane).outcome is Outcome.OTHER
+    world.meshes[F].relayed(lane, NO_TRIPS)
+    world.take(F, IdleNotice)
+
+
+def test_a_wake_up_that_native_code_slept_through_is_not_lost(world, ffn_half, monkeypatch):
+    monkeypatch.setattr(model_relay, "STEP_PATIENCE_S", 0.01)
+    lane = settled(world)
+    assert world.meshes[F].lane_before_step(lane, NAMED)
+    world.meshes[F].wake()
+    begin(ffn_half, lane)
+    world.meshes[F].relayed(lane, NO_TRIPS)
+    begun_s = world.now()
+    world.meshes[F].progress(30.0)
+    assert world.now() - begun_s < 10.0
+
+
+def test_a_step_begins_on_a_lane_only_while_all_is_settled(world):
+    lane = settled(world)
+    mesh = world.meshes[F]
+    assert mesh.lane_before_step(lane, NAMED)
+    mesh.relayed(lane, NO_TRIPS)
+    world.dispatch(A, [F], DispatchParts(rows_of(2)), layer=0, step=2)
+    (arrival,) = world.take(F, DispatchArrived)
+    assert not mesh.lane_before_step(lane, NAMED), "another dispatch is newer"
+    mesh.combine(arrival, NAMED, rows_of(3))
+    world.take(A, CombineArrived)
+    assert not mesh.lane_before_step(lane, NAMED)
+    again = mesh.lane_after_arrival(arrival, NAMED)
+    assert again is lane and mesh.lane_before_step(lane, NAMED)
+    world.add(attention(1), layout=LAYOUT)
+    world.form(2)
+    world.until_connected()
+    assert not mesh.lane_before_step(lane, NAMED), "there is a second peer"
+
+
+def test_the_attention_sides_first_layer_is_sent_and_not_waited_for(world):
+    """With the row of the embedding alone, behind no answer; from there on the mesh, or the relay, goes on."""
+    folder = resolve_model("dummy:llama-tiny")
+    half = load_attention_half(folder, "bfloat16")
+    cache = KVCache(half.spec, 4, 16, half.dtype)
+    batch = AttentionBatch.build([(0, 3, [0])], 16, half.device)
+    half.prepare(batch)
+    world.build(1, 1, layout=LAYOUT)
+    world.forget()
+    meta = DispatchMeta(0, 1, 5, BEFORE_FIRST)
+    lane = world.meshes[A].lane_after_answer(F, meta, 3)
+    with torch.inference_mode():
+        x = half.embed(torch.tensor([1, 2, 3]))
+        done = half.relay(cache).begin(x, batch, lane)
+        expected = half.layer(0, half.embed(torch.tensor([1, 2, 3])), batch, KVCache(half.spec, 4, 16, half.dtype))
+    assert (done.num_laps, done.num_answered, done.outcome) == (1, 0, Outcome.LATE)
+    world.meshes[A].relayed(lane, Trips(1, 0, 0.0, done.ended_s, lambda: [(0.0, None)]))
+    (arrival,) = world.take(F, DispatchArrived)
+    header = arrival.header
+    assert (header.seq, header.step, header.layer, header.gang_id, header.member_mask) == (1, 5, 0, 0, 0)
+    np.testing.assert_array_equal(arrival.parts.rows, to_numpy(expected.rows))
+    world.meshes[F].combine(arrival, CombineMeta(**GANG), rows_of(5))
+    world.take(A, CombineArrived)
 
 
 @pytest.mark.parametrize("world", ["inproc", "tcp", "shm"], indirect=True)

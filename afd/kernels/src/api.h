@@ -130,7 +130,7 @@ enum RelayOutcome : int32_t {
     kRelayOther = 3,     // something else came; it was left untaken
 };
 struct AfdRelayBounds {
-    int64_t until_ns, patience_ns;
+    int64_t until_ns, patience_ns, first_patience_ns;  // with each frame and the first; 0 = does not look
 };
 // One layer's round trip, seen from one side.
 struct AfdLap {
@@ -155,17 +155,21 @@ struct AfdRelayLayer {
 };
 struct AfdAttentionRelay {
     const SmLane* lane;
-    const SmHeader* last;  // of the dispatch whose answer, [num_tokens, hidden] bf16, was taken last and is to be added
+    // Of the dispatch whose answer, [num_tokens, hidden] bf16, was taken last and is to be added; then of the newest that was
+    // sent. Where a step begins there is no answer: this is what the first dispatch has, but for seq and layer, one less.
+    SmHeader* last;
     const AfdRelayLayer* layers;
     const AfdBatch* const* batches;
     float* x;
-    int32_t num_layers;
+    int32_t num_layers, begins;
 };
 struct AfdFfnRelay {
     const SmLane* lane;
-    const SmHeader* last;  // of the dispatch that was answered last
+    SmHeader* last;  // of the dispatch that was answered last; then of the newest that was answered
     const AfdSwiGlu* const* layers;
     int32_t num_layers;
+    // > 0: a step begins, of so many rows at most, whose gang is the one that `last` names.
+    int32_t max_tokens;
 };
 // error_detail [2]: as of afd_attention_layer; unused by the FFN's.
 AFD_API int32_t afd_relay_attention(int32_t isa, int32_t num_threads, const AfdAttentionRelay* relay,

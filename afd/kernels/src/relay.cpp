@@ -10,13 +10,16 @@ namespace afd {
 namespace {
 
 constexpr uint32_t kBf16Bytes = 2;
+constexpr int64_t kPollNs = 50'000;  // before it sleeps: a wake-up takes about as long
 
-// What is awaited next on the lane: kRelayDone = it is here, in `frame`, untaken.
-RelayOutcome await(const SmLane& lane, const AfdRelayBounds& bounds, uint64_t seq, SmHeader* frame) {
-    const int64_t late_ns = sm_now_ns() + bounds.patience_ns;
-    if (!sm_lane_await(&lane, std::min(late_ns, bounds.until_ns)))
-        return late_ns < bounds.until_ns ? kRelayLate : kRelayTimeOver;
-    return sm_lane_look(&lane, seq, frame) ? kRelayDone : kRelayOther;
+// What is awaited next on the lane: kRelayDone = it is here, in `frame`, untaken. Who sleeps leaves the core to others.
+RelayOutcome await(const SmLane& lane, int64_t patience_ns, int64_t until_ns, bool sleeps, uint64_t seq, SmHeader* frame) {
+    if (patience_ns <= 0) return kRelayLate;
+    const int64_t now_ns = sm_now_ns(), late_ns = now_ns + patience_ns, end_ns = std::min(late_ns, until_ns);
+    int found = sm_lane_await(&lane, sleeps ? std::min(end_ns, now_ns + kPollNs) : end_ns);
+    if (!found && sleeps) found = sm_lane_sleep(&lane, end_ns);
+    if (!found) return late_ns < until_ns ? kRelayLate : kRelayTimeOver;
+    return found > 0 && sm_lane_look(&lane, seq, frame) ? kRelayDone : kRelayOther;
 }
 
 // The answer to `sent`, with one row for each of its rows.
@@ -31,6 +34,20 @@ bool follows(const SmHeader& frame, const SmHeader& last) {
            frame.gang_id == last.gang_id && frame.member_mask_low == last.member_mask_low &&
            frame.member_mask_high == last.member_mask_high && frame.num_tokens == last.num_tokens &&
            frame.layer == last.layer + 1 && frame.top_k == 0 && frame.payload_bytes == last.payload_bytes;
+}
+
+// Layer 0 of another step, of a gang that is still to be named, and no more than its rows.
+bool begins(const SmHeader& frame, const SmHeader& last, int32_t max_tokens, int32_t hidden) {
+    return frame.kind == SM_DISPATCH && frame.epoch == last.epoch && frame.step != last.step && frame.gang_id == 0 &&
+           frame.member_mask_low == 0 && frame.member_mask_high == 0 && frame.layer == 0 && frame.top_k == 0 &&
+           frame.num_tokens > 0 && frame.num_tokens <= static_cast<uint32_t>(max_tokens) &&
+           frame.payload_bytes == uint64_t{frame.num_tokens} * hidden * kBf16Bytes;
+}
+
+void name_gang(SmHeader* frame, const SmHeader& named) {
+    frame->gang_id = named.gang_id;
+    frame->member_mask_low = named.member_mask_low;
+    frame->member_mask_high = named.member_mask_high;
 }
 
 // x [count] += bf16 rows.
@@ -49,7 +66,7 @@ void add_rows(float* x, const void* rows, int64_t count) {
 int32_t relay_attention(const KernelTable& kernels, const AfdAttentionRelay& relay, const AfdRelayBounds& bounds,
                         AfdRelayed* done, int num_threads, int32_t* error_detail) {
     const SmLane& lane = *relay.lane;
-    SmHeader sent = *relay.last;
+    SmHeader& sent = *relay.last;
     done->began_ns = done->ended_ns = sm_now_ns();
     while (done->num_laps < relay.num_layers) {
         if (done->ended_ns >= bounds.until_ns) {
@@ -60,7 +77,9 @@ int32_t relay_attention(const KernelTable& kernels, const AfdAttentionRelay& rel
         lap = {};
         lap.begun_ns = done->ended_ns;
         const AfdRelayLayer& l = relay.layers[done->num_laps];
-        const Residual residual{relay.x, {sm_in_rows(&lane, sent.seq)}, 1, kBfloat16};
+        const bool is_first = done->num_laps == 0;
+        const int num_partials = is_first && relay.begins ? 0 : 1;
+        const Residual residual{relay.x, {sm_in_rows(&lane, sent.seq)}, num_partials, kBfloat16};
         sent.seq += 1;
         sent.layer += 1;
         const int32_t status =
@@ -74,7 +93,8 @@ int32_t relay_attention(const KernelTable& kernels, const AfdAttentionRelay& rel
         done->compute_ns += lap.computed_ns - lap.begun_ns;
         done->post_ns += lap.posted_ns - lap.computed_ns;
         SmHeader answer;
-        done->outcome = await(lane, bounds, sent.seq, &answer);
+        const int64_t patience_ns = is_first ? bounds.first_patience_ns : bounds.patience_ns;
+        done->outcome = await(lane, patience_ns, bounds.until_ns, false, sent.seq, &answer);
         if (done->outcome == kRelayDone && !answers(answer, sent)) done->outcome = kRelayOther;
         if (done->outcome != kRelayDone) {  // sent, not answered
             done->open_wait_ns = sm_now_ns() - lap.posted_ns;
@@ -82,6 +102,7 @@ int32_t relay_attention(const KernelTable& kernels, const AfdAttentionRelay& rel
         }
         sm_lane_take(&lane);
         lap.answered_ns = done->ended_ns = sm_now_ns();
+        if (sent.layer == 0) name_gang(&sent, answer);
         const int64_t took_ns = lap.answered_ns - lap.posted_ns;
         // Whatever the peer says, it cannot have computed for longer.
         const int64_t ffn_ns = static_cast<int64_t>(std::min<uint64_t>(answer.compute_ns, took_ns));
@@ -99,17 +120,22 @@ int32_t relay_attention(const KernelTable& kernels, const AfdAttentionRelay& rel
 int32_t relay_ffn(const KernelTable& kernels, const AfdFfnRelay& relay, const AfdRelayBounds& bounds, AfdRelayed* done,
                   int num_threads) {
     const SmLane& lane = *relay.lane;
-    SmHeader last = *relay.last;
+    SmHeader& last = *relay.last;
     done->began_ns = done->ended_ns = sm_now_ns();
     while (done->num_laps < relay.num_layers) {
         SmHeader frame;
-        done->outcome = await(lane, bounds, last.seq + 1, &frame);
-        if (done->outcome == kRelayDone && !follows(frame, last)) done->outcome = kRelayOther;
+        const bool is_first = done->num_laps == 0, is_begin = is_first && relay.max_tokens > 0;
+        const int64_t patience_ns = is_first ? bounds.first_patience_ns : bounds.patience_ns;
+        done->outcome = await(lane, patience_ns, bounds.until_ns, is_begin, last.seq + 1, &frame);
+        if (done->outcome == kRelayDone &&
+            !(is_begin ? begins(frame, last, relay.max_tokens, relay.layers[0]->hidden) : follows(frame, last)))
+            done->outcome = kRelayOther;
         const int64_t begun_ns = sm_now_ns();
         done->wait_ns += begun_ns - done->ended_ns;
         done->ended_ns = begun_ns;
         if (done->outcome != kRelayDone) return kOk;
         sm_lane_take(&lane);
+        if (is_begin) name_gang(&frame, last);
         AfdLap& lap = done->laps[done->num_laps];
         lap.begun_ns = begun_ns;
         const AfdSwiGlu& ffn = *relay.layers[done->num_laps];

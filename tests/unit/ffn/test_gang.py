@@ -1,6 +1,10 @@
 """Gangs by scripted scenarios (tests/sim has the simulation)."""
 
+import copy
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from afd.ffn.gang import Arrival, GangTable, mask_of
 
@@ -305,3 +309,66 @@ def test_a_new_plan_shortens_the_window():
     gangs.arrive(arrival(0, at=0.3))
     assert gangs.next_batch(0.3009) is None
     assert ranks(gangs.next_batch(0.3011)) == [0]
+
+
+def test_a_sole_workers_next_gang_is_known_before():
+    gangs = table()
+    assert gangs.sole_gang(0, 0, 1) is None, "it has not been heard of yet"
+    gangs.arrive(arrival(0))
+    assert gangs.sole_gang(0, 0, 1) is None, "something is here already"
+    gangs.next_batch(0.0)
+    known = gangs.sole_gang(0, 0, 1)
+    assert known is not None
+    gangs.arrive(arrival(0, at=1.0))
+    batch = gangs.next_batch(1.0)
+    assert (batch.gang_id, batch.mask) == known
+    assert gangs.sole_gang(0, 0, 2) is None, "another epoch may have other members"
+    assert gangs.sole_gang(0, 1, 1) is None and gangs.sole_gang(1, 0, 1) is None
+    gangs.idle(0, 0)
+    assert gangs.sole_gang(0, 0, 1) is None, "nothing is to be expected"
+
+
+@pytest.mark.parametrize("other", [arrival(1), arrival(0, stream=1)])
+def test_no_gang_is_known_before_while_anybody_else_is_at_work(other):
+    gangs = table()
+    for one in (arrival(0), other):
+        gangs.arrive(one)
+        while gangs.next_batch(1.0) is not None:
+            pass
+    assert gangs.sole_gang(0, 0, 1) is None
+    gangs.lost(1)
+    gangs.idle(0, 1)
+    assert gangs.sole_gang(0, 0, 1) is not None
+
+
+def test_only_a_streams_former_knows_its_gangs():
+    gangs = GangTable(1, 2)
+    for stream in (0, 1):
+        gangs.arrive(arrival(0, stream=stream))
+        gangs.next_batch(0.0)
+        known = gangs.sole_gang(0, stream, 1)
+        assert (known is not None) is (stream == 1)
+        gangs.idle(0, stream)
+
+
+@given(st.lists(st.tuples(st.sampled_from(("layer", "step", "idle", "lost", "take")), st.integers(0, 1)), max_size=30))
+def test_a_gang_that_was_known_before_is_formed_at_once_whatever_came_earlier(script):
+    gangs, now, gang = table(), 0.0, (0, 0)
+    for event, rank in script:
+        now += 0.001
+        if event == "layer":
+            gangs.arrive(arrival(rank, 1, at=now, gang=gang[0], mask=gang[1]))
+        elif event == "step":
+            gangs.arrive(arrival(rank, at=now))
+        elif event == "idle":
+            gangs.idle(rank, 0)
+        elif event == "lost":
+            gangs.lost(rank)
+        elif (batch := gangs.next_batch(now)) is not None:
+            gang = batch.gang_id, batch.mask
+        known = gangs.sole_gang(0, 0, 1)
+        if known is not None:
+            twin = copy.deepcopy(gangs)
+            twin.arrive(arrival(0, at=now))
+            batch = twin.next_batch(now)
+            assert batch is not None and (batch.gang_id, batch.mask, ranks(batch)) == (*known, [0])

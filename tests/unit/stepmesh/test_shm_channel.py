@@ -24,7 +24,7 @@ def ends() -> Iterator[Ends]:
     """Two channels, each with the other's memory and bell."""
     spec = ChannelSpec("test", NUM_STREAMS, SLOT_BYTES, SLOT_BYTES, b"")
     bells = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(2)]
-    one, other = (ShmChannel(spec, bell) for bell in bells)
+    one, other = (ShmChannel(spec, bell, bell) for bell in bells)
     offers = [end.offer() for end in (one, other)]
     passed = [[os.dup(fd) for fd in offer.fds] for offer in offers]
     one.attach(offers[1].descriptor, passed[1])
