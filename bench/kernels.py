@@ -195,11 +195,11 @@ def bench_gemm(
         num_copies = max(1, POOL_BYTES // (2 * n * k))
         weights = zeros_bf16(num_copies, n, k)
         weights.copy_(torch.randn(n, k, generator=torch.Generator().manual_seed(0)))
-        rounded = int8_copy(weights[0], n * k)
+        rounded = int8_copy(weights[0], torch.empty(n, k, dtype=torch.int8), n * k)
         packed = [PackedMatrix(w.clone()) for w in weights]
         for matrix in packed:
             kernels.pack(matrix.data)
-        narrow = [PackedInt8.pack(rounded.values.clone(), rounded.scales.clone()) for _ in weights]
+        narrow = [PackedInt8.pack(rounded.values.clone(), rounded.scales.clone(), kernels.int8_order) for _ in weights]
         turns = cycle(packed), cycle(narrow), cycle(weights)
         for m in (1, 16) if quick else (1, 8, 16, 32, 64, 256):
             x = torch.randn(m, k, generator=torch.Generator().manual_seed(1)).bfloat16()

@@ -247,7 +247,10 @@ def pack_int8(values: Tensor, scales: Tensor) -> PackedInt8:
     values are -127 to 127. Their memory belongs to the result from then on.
     """
     arguments.check_pack_int8(values, scales)
-    return PackedInt8.pack(values, scales)
+    native = native_kernels()
+    if native is None:
+        raise KernelsUnavailableError("packed matrices need the native kernels; see can_pack_int8")
+    return PackedInt8.pack(values, scales, native.int8_order)
 
 
 def unpack_rows(w: PackedMatrix, idx: Tensor, num_threads: int = 1) -> Tensor:
@@ -264,8 +267,8 @@ def unpack_rows(w: PackedMatrix, idx: Tensor, num_threads: int = 1) -> Tensor:
 def gemm(x: Tensor, w: Packed, out: Tensor | None = None, num_threads: int = 1) -> Tensor:
     """x `[m, k]` times the transpose of w `[n, k]`, bfloat16: `[m, n]`. `out` may be float32.
 
-    With int8 weights each row of x is rounded to integers of 9 to 15 bits beside its largest element
-    (`reference.round_rows`); their products are summed exactly.
+    With int8 weights x is rounded, too (`reference.round_rows`): with AVX-512 VNNI to 8 bits beside the largest of 64
+    elements of a row, else to 9 to 15 bits beside the row's largest one. Sums over what has one scale are exact.
     """
     out = x.new_empty(x.shape[0], w.shape[0]) if out is None else out
     arguments.check_gemm(x, w, out, num_threads)

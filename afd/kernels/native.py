@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from afd.kernels.base import RowMax
-from afd.kernels.packed import Packed, PackedInt8, PackedMatrix
+from afd.kernels.packed import PAIRS, QUADS, Packed, PackedInt8, PackedMatrix
 
 _ABI_VERSION = 5
 _POST_FAILED = 1000  # + errno
@@ -47,6 +47,7 @@ class NativeKernels:
         self.name = isa
         self.library = library
         self.isa = ISAS.index(isa)
+        self.int8_order = QUADS if isa == "avx512" else PAIRS
 
     def paged_attention(
         self,

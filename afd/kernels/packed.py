@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +12,21 @@ from torch import Tensor
 PANEL_ROWS = 64
 """Rows of a bfloat16 matrix that are packed together (`kPanel` of src/kernels.h)."""
 
-INT8_PANEL_ROWS = 32
-"""Of an int8 matrix (`kInt8Panel`); divides PANEL_ROWS."""
+INT8_DEPTH = 4
+"""Columns of an int8 matrix are filled up to a multiple of it."""
+
+
+class Int8Order(NamedTuple):
+    """Rows of an int8 matrix that are packed together, and columns that lie side by side in them."""
+
+    panel_rows: int
+    columns: int
+
+
+PAIRS = Int8Order(32, 2)
+"""For src/gemm_int8.h."""
+QUADS = Int8Order(32, 4)
+"""For src/gemm_vnni.h: values are stored as unsigned bytes, 128 more than they mean."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +67,8 @@ class PackedMatrix:
 class PackedInt8:
     """A matrix [n, k] of int8, row i of which is to be multiplied by scales[i]; `pack` makes it.
 
-    data: int8 [panels, ceil(k / 2), INT8_PANEL_ROWS, 2], contiguous; rows and a column beyond [n, k] are zeros.
-    scales: float32 [panels * INT8_PANEL_ROWS], zeros beyond n.
+    data: bytes [panels, ceil(k / INT8_DEPTH) * INT8_DEPTH / columns, panel rows, columns] of an `Int8Order`,
+    contiguous; rows and columns beyond [n, k] are zeros.  scales: float32 [panels * panel rows], zeros beyond n.
     """
 
     data: Tensor
@@ -62,31 +76,41 @@ class PackedInt8:
     shape: torch.Size
 
     @classmethod
-    def pack(cls, values: Tensor, scales: Tensor) -> PackedInt8:
+    def pack(cls, values: Tensor, scales: Tensor, order: Int8Order) -> PackedInt8:
         """values int8 [n, k], scales float32 [n], both contiguous. Where no padding is needed they are reused."""
         num_rows, width = values.shape
-        missing = (0, width % 2, 0, -num_rows % INT8_PANEL_ROWS)
+        panel_rows, columns = order
+        missing = (0, -width % INT8_DEPTH, 0, -num_rows % panel_rows)
         data = F.pad(values, missing) if any(missing) else values
-        num_panels, num_pairs = data.shape[0] // INT8_PANEL_ROWS, data.shape[1] // 2
-        pairs = data.view(num_panels, INT8_PANEL_ROWS, num_pairs, 2).transpose(1, 2)
-        data = data.view(pairs.shape)
-        data.copy_(pairs.clone(memory_format=torch.contiguous_format))
+        if order == QUADS:
+            data.bitwise_xor_(-128)
+        num_panels, num_words = data.shape[0] // panel_rows, data.shape[1] // columns
+        words = data.view(num_panels, panel_rows, num_words, columns).transpose(1, 2)
+        data = data.view(words.shape)
+        data.copy_(words.clone(memory_format=torch.contiguous_format))
         return cls(data, F.pad(scales, missing[2:]) if any(missing) else scales, torch.Size((num_rows, width)))
 
+    @property
+    def order(self) -> Int8Order:
+        return Int8Order(*self.data.shape[2:])
+
     def narrow_rows(self, start: int, stop: int) -> PackedInt8:
-        """A view of rows start..stop; start is a multiple of INT8_PANEL_ROWS, and so is stop, or it is the end."""
-        if start % INT8_PANEL_ROWS or (stop % INT8_PANEL_ROWS and stop != self.shape[0]):
+        """A view of rows start..stop; start is a multiple of the panel's rows, and so is stop, or it is the end."""
+        rows = self.order.panel_rows
+        if start % rows or (stop % rows and stop != self.shape[0]):
             raise ValueError(f"rows {start} to {stop} of a packed matrix do not begin and end with panels")
-        first, last = start // INT8_PANEL_ROWS, -(-stop // INT8_PANEL_ROWS)
-        scales = self.scales[start : last * INT8_PANEL_ROWS]
+        first, last = start // rows, -(-stop // rows)
+        scales = self.scales[start : last * rows]
         return PackedInt8(self.data[first:last], scales, torch.Size((stop - start, self.shape[1])))
 
     def unpacked(self) -> Tensor:
         """The integers as they were, int8 [n, k], a fresh tensor."""
         num_rows, width = self.shape
-        num_panels, pairs = self.data.shape[:2]
-        rows = self.data.transpose(1, 2).reshape(num_panels * INT8_PANEL_ROWS, 2 * pairs)
-        return rows[:num_rows, :width].contiguous()
+        panel_rows, columns = self.order
+        num_panels, num_words = self.data.shape[:2]
+        rows = self.data.transpose(1, 2).reshape(num_panels * panel_rows, columns * num_words)
+        values = rows[:num_rows, :width].contiguous()
+        return values.bitwise_xor(-128) if self.order == QUADS else values
 
 
 Packed = PackedMatrix | PackedInt8

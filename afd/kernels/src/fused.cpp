@@ -47,8 +47,9 @@ size_t swiglu_bytes(const AfdSwiGlu& f, int rows) { return gate_up_bytes(f, rows
 
 // silu(gate) * up of at most kSwiGluRows rows, panel by panel: gate and up stay in a cache near by.
 void gate_panels(const KernelTable& kernels, const GemmArgs& gate_up, const AfdSwiGlu& f, void* active, int num_threads) {
-    const GemmInput input(kernels, gate_up);
-    run_ranges(f.width, kPanel, gemm_threads(gate_up, num_threads), [&](int begin, int end) {
+    const int threads = gemm_threads(gate_up, num_threads);
+    const GemmInput input(kernels, gate_up, threads);
+    run_ranges(f.width, kPanel, threads, [&](int begin, int end) {
         alignas(64) float sums[kSwiGluRows * 2 * kPanel];
         GemmArgs part = gate_up;
         part.out_stride = 2 * kPanel;

@@ -1,4 +1,5 @@
-// out[m, n] = x[m, k] . w[n, k] over int8 weights with a scale for each of w's rows: integer sums, scaled at the end.
+// out[m, n] = x[m, k] . w[n, k] over int8 weights with a scale for each of w's rows, without VNNI: integer sums, scaled at
+// the end.
 //
 // x is rounded too: each row to int16, with a scale of its own, to integers so large that no sum of k products with
 // weights of -127 to 127 can leave an int32. They have 15 bits up to k = 516 and 9 bits at k = 32768, beside 7 of the
@@ -6,35 +7,37 @@
 // and split of the work.
 //
 // Packed: panels of kInt8Panel rows of w, transposed, two k together: [k / 2][rows][2], with zeros where the last panel
-// or the last pair is not full; scales likewise. Rounded x likewise: groups of up to kInt8Rows rows as [k / 2][rows][2]. A
-// vector of pairs of w, widened to int16, meets a pair of x broadcast.
+// or the last four k are not full; scales likewise. A vector of pairs of w, widened to int16, meets a pair of x broadcast.
 #pragma once
 
 #include "gemm.h"
 #include "kernels.h"
-#include "simd.h"
-
-// GCC keeps an array of vectors in registers only if loops over it are unrolled before it looks at the array's uses.
-#if defined(__clang__)
-#define AFD_UNROLL _Pragma("unroll")
-#else
-#define AFD_UNROLL _Pragma("GCC unroll 16")
-#endif
+#include "rounding.h"
 
 namespace AFD_ISA {
 
 using afd::kInt8Panel;
 
-constexpr int kInt8Rows = AFD_LANES == 16 ? 8 : 6;  // rows of x in a tile
+constexpr int kInt8Rows = 6;  // rows of x in a tile
 
 // Vectors of outputs in a tile of so many rows: with few, one tile sweeps over a whole panel.
-constexpr int int8_vectors(int rows) { return AFD_LANES == 16 || rows > 2 ? 2 : 4; }
+constexpr int int8_vectors(int rows) { return rows > 2 ? 2 : 4; }
+
+// Rows of x rounded to integers, each with its scale.
+struct Rounded {
+    int64_t num_pairs;  // of a row
+    int32_t* pairs;     // [m, num_pairs] of int16
+    float* scales;      // [m]
+    Rounded(void* memory, int m, int k)
+        : num_pairs(afd::int8_depth(k) / 2),
+          pairs(static_cast<int32_t*>(memory)),
+          scales(reinterpret_cast<float*>(pairs + m * num_pairs)) {}
+    static size_t bytes(int m, int k) { return sizeof(int32_t) * m * (afd::int8_depth(k) / 2 + 1); }
+};
 
 // kLanes pairs of int8 as pairs of int16.
 AFD_INLINE Vi load_int8_pairs(const int8_t* p) {
-#if AFD_LANES == 16
-    return (Vi)_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-#elif AFD_LANES == 8
+#if AFD_LANES == 8
     return (Vi)_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #else
     typedef int8_t Narrow __attribute__((vector_size(AFD_LANES * 2)));
@@ -45,108 +48,61 @@ AFD_INLINE Vi load_int8_pairs(const int8_t* p) {
 
 // sums + the dot product of the pairs of int16 in each word of x and y.
 AFD_INLINE Vi add_dot_pairs(Vi sums, Vi x, Vi y) {
-#if AFD_LANES == 16
-    return (Vi)_mm512_dpwssd_epi32((__m512i)sums, (__m512i)x, (__m512i)y);
-#elif AFD_LANES == 8
+#if AFD_LANES == 8
     return sums + (Vi)_mm256_madd_epi16((__m256i)x, (__m256i)y);
 #else
     return sums + (x >> 16) * (y >> 16) + ((x << 16) >> 16) * ((y << 16) >> 16);
 #endif
 }
 
-// To the nearest integer, to even from the middle.
-AFD_INLINE Vi nearest(Vf x) {
-#if AFD_LANES == 16
-    return (Vi)_mm512_cvtps_epi32((__m512)x);
-#elif AFD_LANES == 8
-    return (Vi)_mm256_cvtps_epi32((__m256)x);
-#else
-    Vi v;
-    for (int i = 0; i < kLanes; ++i) v[i] = static_cast<int32_t>(__builtin_lrintf(x[i]));
-    return v;
-#endif
-}
-
-// The bits of the largest magnitude of a row: among floats without a sign the order is that of their bits, and an
-// infinity or a NaN is the largest.
-AFD_INLINE int32_t largest_bits(const bf16* x, int k) {
-    Vi largest = {};
-    for (int i = 0; i < k; i += kChunk) {
-        const Chunk c = k - i >= kChunk ? load(x + i) : load_part(x + i, k - i);
-        const Vi a = (Vi)c.a & 0x7fffffff, b = (Vi)c.b & 0x7fffffff;
-        largest = a > largest ? a : largest;
-        largest = b > largest ? b : largest;
-    }
-    int32_t most = 0;
-    for (int i = 0; i < kLanes; ++i) most = largest[i] > most ? largest[i] : most;
-    return most;
-}
-
-AFD_INLINE Vi nearest_pairs(Chunk c, Vf factor) {
-    return (nearest(c.a * factor) & 0xffff) | (nearest(c.b * factor) << 16);
-}
-
-// Rows of x that are multiplied together: how many of the `left` ones come next.
-AFD_INLINE int next_group(int left) {
-    const int groups = (left + kInt8Rows - 1) / kInt8Rows;
-    return (left + groups - 1) / groups;
-}
-
-// Writes to[pair * step] for the k / 2 pairs of a row -> its scale. A row with an infinity or a NaN becomes zeros and NaN.
-AFD_INLINE float round_row(const bf16* x, int k, int32_t* to, int step) {
-    constexpr int32_t kInfinity = 0x7f800000;
-    constexpr float kSmallest = 0x1p-100f;  // of a row's largest magnitude: factors stay finite
+// Writes the pairs of a row -> its scale. A row with an infinity or a NaN becomes zeros and NaN.
+AFD_INLINE float round_row(const bf16* x, int k, int32_t* to) {
     const int64_t limit = 0x7fffffff / (127 * static_cast<int64_t>(k > 0 ? k : 1));
     const float most = static_cast<float>(limit < 0x7fff ? limit : 0x7fff);
     const int32_t bits = largest_bits(x, k);
     float largest;
     __builtin_memcpy(&largest, &bits, sizeof largest);
-    const bool finite = bits < kInfinity;
-    if (!finite || largest < kSmallest) largest = kSmallest;
+    const bool finite = bits < kInfinityBits;
+    if (!finite || largest < kSmallestLargest) largest = kSmallestLargest;
     const Vf factor = splat(most / largest);
     for (int i = 0; i < k; i += kChunk) {
-        const int pairs = k - i < kChunk ? (k - i + 1) / 2 : kLanes;
+        const int pairs = k - i < kChunk ? (afd::int8_depth(k) - i) / 2 : kLanes;
         const Chunk c = k - i < kChunk ? load_part(x + i, k - i) : load(x + i);
         const Vi rounded = finite ? nearest_pairs(c, factor) : Vi{};
-        for (int pair = 0; pair < pairs; ++pair) to[(i / 2 + pair) * step] = rounded[pair];
+        for (int pair = 0; pair < pairs; ++pair) to[i / 2 + pair] = rounded[pair];
     }
     return finite ? largest / most : __builtin_nanf("");
 }
 
-inline void round_rows(const afd::GemmArgs& a, afd::RoundedRows rows) {
-    const int64_t num_pairs = (a.k + 1) / 2;
-    for (int first = 0; first < a.m;) {
-        const int count = next_group(a.m - first);
-        for (int i = 0; i < count; ++i) {
-            const bf16* const x = static_cast<const bf16*>(a.x) + (first + i) * a.x_stride;
-            rows.scales[first + i] = round_row(x, a.k, rows.pairs + first * num_pairs + i, count);
-        }
-        first += count;
-    }
+inline void round_rows(const afd::GemmArgs& a, void* memory, int row_begin, int row_end) {
+    const Rounded rounded(memory, a.m, a.k);
+    for (int row = row_begin; row < row_end; ++row)
+        rounded.scales[row] =
+            round_row(static_cast<const bf16*>(a.x) + row * a.x_stride, a.k, rounded.pairs + row * rounded.num_pairs);
 }
 
 // Rows [row, row + R) of x against V vectors of columns.
 template <int R, int V, class Put>
-void int8_tile(const afd::GemmArgs& a, const afd::RoundedRows& rows, int row, int column) {
-    const int k = a.k + a.k % 2;
+void int8_tile(const afd::GemmArgs& a, const Rounded& rows, int row, int column) {
+    const int k = afd::int8_depth(a.k);
     const int8_t* const panel = static_cast<const int8_t*>(a.w.data) +
                                 static_cast<int64_t>(column / kInt8Panel) * kInt8Panel * k +
                                 2 * (column % kInt8Panel);
-    const int32_t* x = rows.pairs + static_cast<int64_t>(row) * (k / 2);
+    const int32_t* x = rows.pairs + row * rows.num_pairs;
     Vi sums[R][V];
     AFD_UNROLL
     for (int r = 0; r < R; ++r)
         AFD_UNROLL
         for (int v = 0; v < V; ++v) sums[r][v] = Vi{};
     const int8_t* const end = panel + static_cast<int64_t>(k) * kInt8Panel;
-    for (const int8_t* from = panel; from < end; from += 2 * kInt8Panel, x += R) {
+    for (const int8_t* from = panel; from < end; from += 2 * kInt8Panel, ++x) {
         prefetch(from + kAheadBytes);
         Vi weights[V];
         AFD_UNROLL
         for (int v = 0; v < V; ++v) weights[v] = load_int8_pairs(from + v * 2 * kLanes);
         AFD_UNROLL
         for (int r = 0; r < R; ++r) {
-            const Vi pair = Vi{} + x[r];
+            const Vi pair = Vi{} + x[r * rows.num_pairs];
             AFD_UNROLL
             for (int v = 0; v < V; ++v) sums[r][v] = add_dot_pairs(sums[r][v], weights[v], pair);
         }
@@ -174,7 +130,7 @@ void int8_tile(const afd::GemmArgs& a, const afd::RoundedRows& rows, int row, in
 
 // `count` rows, at most R, against one panel.
 template <int R, class Put>
-void int8_panel(const afd::GemmArgs& a, const afd::RoundedRows& rows, int row, int count, int column) {
+void int8_panel(const afd::GemmArgs& a, const Rounded& rows, int row, int count, int column) {
     if constexpr (R > 1)
         if (count < R) return int8_panel<R - 1, Put>(a, rows, row, count, column);
     constexpr int kVectors = int8_vectors(R);
@@ -184,12 +140,13 @@ void int8_panel(const afd::GemmArgs& a, const afd::RoundedRows& rows, int row, i
 
 // Columns [n_begin, n_end); n_begin is a multiple of kInt8Panel.
 template <class Put>
-void gemm_int8(const afd::GemmArgs& a, const afd::RoundedRows& rows, int n_begin, int n_end) {
+void gemm_int8(const afd::GemmArgs& a, const void* memory, int n_begin, int n_end) {
+    const Rounded rounded(const_cast<void*>(memory), a.m, a.k);
+    const afd::RowGroups groups(a.m, kInt8Rows);
     for (int column = n_begin; column < n_end; column += kInt8Panel)
-        for (int row = 0; row < a.m;) {
-            const int count = next_group(a.m - row);
-            int8_panel<kInt8Rows, Put>(a, rows, row, count, column);
-            row += count;
+        for (int group = 0; group < groups.num; ++group) {
+            const int row = groups.begin(group);
+            int8_panel<kInt8Rows, Put>(a, rounded, row, groups.begin(group + 1) - row, column);
         }
 }
 

@@ -4,7 +4,11 @@
 #include "attention.h"
 #include "elementwise.h"
 #include "gemm.h"
+#if AFD_LANES == 16
+#include "gemm_vnni.h"
+#else
 #include "gemm_int8.h"
+#endif
 
 namespace AFD_ISA {
 namespace {
@@ -82,13 +86,13 @@ void gemm_any(const afd::GemmArgs& a, int n_begin, int n_end) {
         gemm<AddToFloat>(a, n_begin, n_end);
 }
 
-void gemm_int8_any(const afd::GemmArgs& a, afd::RoundedRows rows, int n_begin, int n_end) {
+void gemm_int8_any(const afd::GemmArgs& a, const void* rounded, int n_begin, int n_end) {
     if (a.mode == afd::kToBfloat16)
-        gemm_int8<ToBf16>(a, rows, n_begin, n_end);
+        gemm_int8<ToBf16>(a, rounded, n_begin, n_end);
     else if (a.mode == afd::kToFloat32)
-        gemm_int8<ToFloat>(a, rows, n_begin, n_end);
+        gemm_int8<ToFloat>(a, rounded, n_begin, n_end);
     else
-        gemm_int8<AddToFloat>(a, rows, n_begin, n_end);
+        gemm_int8<AddToFloat>(a, rounded, n_begin, n_end);
 }
 
 float read_memory(const char* memory, int64_t num_bytes) {
@@ -104,8 +108,8 @@ float read_memory(const char* memory, int64_t num_bytes) {
 constexpr afd::KernelTable make_table(const char* name) {
     return {name,         state_floats,      scratch_bytes,    state_at,     attention_chunks, merge_states,
             finish,       write_kv_any,      rope_write_kv_any, add_rms_norm_any, silu_mul_any, add_bias,
-            gate_heads,   add_scaled_rows,   row_max,          gemm_any,     round_rows,
-            gemm_int8_any, read_memory};
+            gate_heads,   add_scaled_rows,   row_max,          gemm_any,     Rounded::bytes,
+            round_rows,   gemm_int8_any,     read_memory};
 }
 
 }  // namespace

@@ -16,7 +16,7 @@ constexpr int kChunkKeys = 512;  // keys summed up before a merge; fixed, so tha
 constexpr int kMaxRows = 64;     // query rows of a tile
 constexpr int kMaxPartials = 16;
 constexpr int kPanel = 64;      // rows of a bf16 weight matrix that are packed together (gemm.h)
-constexpr int kInt8Panel = 32;  // of an int8 one (gemm_int8.h); divides kPanel
+constexpr int kInt8Panel = 32;  // of an int8 one (gemm_int8.h, gemm_vnni.h); divides kPanel
 
 struct AttentionArgs {
     const void* q;               // [num_tokens, num_heads, head_dim], tokens q_stride apart
@@ -112,7 +112,7 @@ struct GemmArgs {
     void* out;      // [m, n], rows out_stride apart
     int64_t x_stride, out_stride;
     int32_t mode, m, n, k;  // mode: a GemmOut; k even if w is bf16
-    const void* after = nullptr;  // a panel of bf16 weights that will be read next, to be fetched meanwhile; null = none
+    const void* after = nullptr;  // a panel of weights that will be read next, to be fetched meanwhile; null = none
 };
 
 struct RowMaxArgs {
@@ -123,11 +123,15 @@ struct RowMaxArgs {
     int32_t num_rows, width;
 };
 
-// Rows of x rounded to integers, in the order of gemm_int8.h, each with its scale: what the int8 GEMM multiplies.
-struct RoundedRows {
-    int32_t* pairs;  // [m * (k + 1) / 2] pairs of int16
-    float* scales;   // [m]
+// m rows in groups of `most` at most, as even as can be: where each begins.
+struct RowGroups {
+    int m, num;
+    RowGroups(int m, int most) : m(m), num((m + most - 1) / most) {}
+    int begin(int group) const { return m / num * group + (group < m % num ? group : m % num); }
 };
+
+// k of int8 weights, with the zeros that fill their last four.
+inline int int8_depth(int k) { return (k + 3) / 4 * 4; }
 
 // Functions without state; each may run on any thread.
 struct KernelTable {
@@ -153,8 +157,10 @@ struct KernelTable {
     // Each row's first NaN, or else its first largest element, among what was found so far and x.
     void (*row_max)(const RowMaxArgs&, int row_begin, int row_end);
     void (*gemm)(const GemmArgs&, int n_begin, int n_end);  // bf16 weights
-    void (*round_rows)(const GemmArgs&, RoundedRows rows);  // writes `rows`, of a's x
-    void (*gemm_int8)(const GemmArgs&, RoundedRows rows, int n_begin, int n_end);
+    // Int8 weights. x rounded for them: its bytes; some rows of it; what multiplies it.
+    size_t (*rounded_bytes)(int m, int k);
+    void (*round_rows)(const GemmArgs&, void* rounded, int row_begin, int row_end);
+    void (*gemm_int8)(const GemmArgs&, const void* rounded, int n_begin, int n_end);
     // Sum of a multiple of 1 KiB of floats: the plainest way to read memory.
     float (*read)(const char* memory, int64_t num_bytes);
 };

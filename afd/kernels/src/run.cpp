@@ -87,14 +87,15 @@ int32_t attend(const KernelTable& kernels, const AttentionArgs& args, int num_th
     return job.out_of_memory ? kOutOfMemory : kOk;
 }
 
-GemmInput::GemmInput(const KernelTable& kernels, const GemmArgs& args) : kernels_(kernels) {
+GemmInput::GemmInput(const KernelTable& kernels, const GemmArgs& args, int num_threads) : kernels_(kernels) {
     if (args.w.scales == nullptr || args.m == 0) return;
     thread_local Arena arena;
-    const size_t pairs_bytes = aligned64(sizeof(int32_t) * args.m * ((args.k + 1) / 2));
-    char* const memory = static_cast<char*>(arena.reserve(pairs_bytes + sizeof(float) * args.m));
-    if (memory == nullptr) throw std::bad_alloc();
-    rounded_ = {reinterpret_cast<int32_t*>(memory), reinterpret_cast<float*>(memory + pairs_bytes)};
-    kernels.round_rows(args, rounded_);
+    const size_t bytes = kernels.rounded_bytes(args.m, args.k);
+    rounded_ = arena.reserve(bytes);
+    if (rounded_ == nullptr && bytes > 0) throw std::bad_alloc();
+    constexpr int kRowsPerThread = 16;
+    run_ranges(args.m, 1, std::clamp(args.m / kRowsPerThread, 1, num_threads),
+               [&](int begin, int end) { kernels.round_rows(args, rounded_, begin, end); });
 }
 
 void GemmInput::multiply(const GemmArgs& args, int begin, int end) const {
@@ -126,8 +127,8 @@ GemmArgs rows_of(const GemmArgs& args, int begin, int end) {
 
 void run_gemm(const KernelTable& kernels, const GemmArgs& args, int num_threads) {
     if (args.m == 0) return;
-    const GemmInput input(kernels, args);
     const int threads = gemm_threads(args, num_threads);
+    const GemmInput input(kernels, args, threads);
     const bool int8 = args.w.scales != nullptr;
     // Panels that cannot be shared out evenly are shared by rows, where a second reading of theirs costs less than that.
     constexpr int kRowsPerThread = 16;
@@ -157,8 +158,8 @@ void run_gemm_row_max(const KernelTable& kernels, const GemmArgs& args, const Ro
     constexpr int kItemsPerThread = 8;
     out.clear(args.m);
     if (args.m == 0) return;
-    const GemmInput input(kernels, args);
     const int threads = gemm_threads(args, num_threads);
+    const GemmInput input(kernels, args, threads);
     const int64_t blocks = (args.n + kColumns - 1) / kColumns;
     const int items = threads > 1 ? static_cast<int>(std::min<int64_t>(blocks, kItemsPerThread * threads)) : 1;
     std::vector<float> largest(static_cast<size_t>(items) * args.m);
@@ -199,7 +200,7 @@ void run_gemm_row_max(const KernelTable& kernels, const GemmArgs& args, const Ro
 
 AfdMatrix rows_from(const AfdMatrix& w, int row, int k) {
     const bool int8 = w.scales != nullptr;
-    const int64_t row_bytes = int8 ? (k + 1) / 2 * 2 : 2 * static_cast<int64_t>(k);
+    const int64_t row_bytes = int8 ? int8_depth(k) : 2 * static_cast<int64_t>(k);
     return {static_cast<const char*>(w.data) + row * row_bytes, int8 ? w.scales + row : nullptr};
 }
 

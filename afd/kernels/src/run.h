@@ -67,14 +67,14 @@ void run_ranges(int size, int grain, int num_threads, Function function) {
 // Good until the next one of this thread; any thread may multiply.
 class GemmInput {
   public:
-    GemmInput(const KernelTable& kernels, const GemmArgs& args);
+    GemmInput(const KernelTable& kernels, const GemmArgs& args, int num_threads);
 
     // Columns [begin, end) of `args`, whose x is the constructor's.
     void multiply(const GemmArgs& args, int begin, int end) const;
 
   private:
     const KernelTable& kernels_;
-    RoundedRows rounded_{};
+    void* rounded_ = nullptr;
 };
 
 // Of num_threads, how many a GEMM is worth.

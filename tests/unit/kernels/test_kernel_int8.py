@@ -10,9 +10,10 @@ from torch import Tensor
 
 from afd import kernels as face
 from afd.kernels.native import NativeKernels
-from afd.kernels.packed import INT8_PANEL_ROWS, PANEL_ROWS, PackedInt8
+from afd.kernels.packed import PAIRS, PANEL_ROWS, QUADS, Int8Order, PackedInt8
 from afd.kernels.reference import ReferenceKernels, round_rows
 
+ORDERS = st.sampled_from([PAIRS, QUADS])
 FAST = settings(
     max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -37,12 +38,20 @@ def rows(m: int, k: int, seed: int = 0) -> Tensor:
     return x.bfloat16()[:, :k]
 
 
-def oracle(x: Tensor, values: Tensor, scales: Tensor) -> Tensor:
+def oracle(x: Tensor, values: Tensor, scales: Tensor, order: Int8Order) -> Tensor:
     """float32 [m, n] by integers."""
-    integers, row_scales = round_rows(x)
-    sums = integers.long() @ values.long().T
-    assert sums.numel() == 0 or int(sums.abs().max()) < 2**31
-    return sums.float() * (row_scales[:, None] * scales)
+    integers, row_scales = round_rows(x, order)
+    if order == PAIRS:
+        sums = integers.long() @ values.long().T
+        assert sums.numel() == 0 or int(sums.abs().max()) < 2**31
+        return sums.float() * (row_scales * scales if x.shape[1] else scales)
+    out = torch.zeros(x.shape[0], values.shape[0])
+    for group, begin in enumerate(range(0, x.shape[1], 64)):
+        sums = integers[:, begin : begin + 64].long() @ values[:, begin : begin + 64].long().T
+        assert sums.numel() == 0 or int(sums.abs().max()) < 2**24, "as a float32 it is exact"
+        # A product of 48 bits and a sum that is rounded once: twice in float64 and float32 gives the same but in ties.
+        out = (out.double() + sums.double() * row_scales[:, group, None].double()).float()
+    return out * scales
 
 
 @FAST
@@ -58,49 +67,67 @@ def test_gemm_is_exact(
 ) -> None:
     x, (values, scales) = rows(m, k), matrix(n, k)
     wide = torch.full((m, n + 2), float("nan"), dtype=out_dtype)
-    kernels.gemm(x, PackedInt8.pack(values.clone(), scales.clone()), wide[:, :n], num_threads)
-    assert torch.equal(wide[:, :n], oracle(x, values, scales).to(out_dtype))
+    order = kernels.int8_order
+    kernels.gemm(x, PackedInt8.pack(values.clone(), scales.clone(), order), wide[:, :n], num_threads)
+    assert torch.equal(wide[:, :n], oracle(x, values, scales, order).to(out_dtype))
     assert wide[:, n:].isnan().all(), "wrote behind the rows of out"
 
 
 @FAST
-@given(m=st.integers(0, 9), n=st.integers(0, 70), k=st.integers(0, 40))
-def test_the_reference_is_exact(m: int, n: int, k: int) -> None:
+@given(
+    m=st.integers(0, 9),
+    n=st.integers(0, 70),
+    k=st.one_of(st.integers(0, 40), st.sampled_from([63, 64, 65, 300])),
+    order=ORDERS,
+)
+def test_the_reference_is_exact(m: int, n: int, k: int, order: Int8Order) -> None:
     x, (values, scales) = rows(m, k), matrix(n, k)
     out = torch.empty(m, n)
-    ReferenceKernels().gemm(x, PackedInt8.pack(values.clone(), scales.clone()), out, 1)
-    assert torch.equal(out, oracle(x, values, scales))
+    ReferenceKernels().gemm(x, PackedInt8.pack(values.clone(), scales.clone(), order), out, 1)
+    assert torch.equal(out, oracle(x, values, scales, order))
 
 
-@pytest.mark.parametrize("k", [1, 516, 517, 4096, 40000])
+@pytest.mark.parametrize("k", [1, 64, 516, 517, 4096, 40000])
 def test_the_largest_sums_fit(kernels: NativeKernels, k: int) -> None:
-    """All products of one sign and at their largest: one step more, and an int32 would wrap."""
+    """All products of one sign and at their largest: of PAIRS one step more, and an int32 would wrap."""
     x = torch.full((7, k), 3.0).bfloat16()
     values, scales = torch.full((33, k), 127, dtype=torch.int8), torch.full((33,), 0.5)
     values[1] = -127
-    out = torch.empty(7, 33)
-    kernels.gemm(x, PackedInt8.pack(values.clone(), scales), out, 2)
-    assert torch.equal(out, oracle(x, values, scales))
-    torch.testing.assert_close(out[:, 0], torch.full((7,), 3.0 * 127 * 0.5 * k), rtol=1e-6, atol=0)
-    integers, _ = round_rows(x)
-    assert k * 127 * int(integers.max()) < 2**31 <= k * 127 * (int(integers.max()) + 1) or int(integers.max()) == 32767
+    out, order = torch.empty(7, 33), kernels.int8_order
+    kernels.gemm(x, PackedInt8.pack(values.clone(), scales, order), out, 2)
+    assert torch.equal(out, oracle(x, values, scales, order))
+    torch.testing.assert_close(out[:, 0], torch.full((7,), 3.0 * 127 * 0.5 * k), rtol=1e-5, atol=0)
+    most = int(round_rows(x, PAIRS)[0].max())
+    assert k * 127 * most < 2**31 <= k * 127 * (most + 1) or most == 32767
 
 
-def test_rounded_rows_are_near_and_the_rest_is_the_weights() -> None:
+@pytest.mark.parametrize("order", [PAIRS, QUADS])
+def test_rounded_rows_are_near_and_the_rest_is_the_weights(order: Int8Order) -> None:
     x = rows(30, 577).float()
-    integers, scales = round_rows(x.bfloat16())
-    largest = x.abs().amax(1)
-    most = (2**31 - 1) // (127 * 577)
-    bound = torch.maximum(largest, torch.tensor(2.0**-100)) / most * 0.501
-    assert ((integers * scales[:, None] - x).abs().amax(1) <= bound).all()
-    assert (integers.abs().amax(1)[largest > 0] == most).all()
+    integers, scales = round_rows(x.bfloat16(), order)
+    width, most = (64, 127) if order == QUADS else (577, (2**31 - 1) // (127 * 577))
+    assert scales.shape == (30, -(-577 // width))
+    for group, begin in enumerate(range(0, 577, width)):
+        part, rounded = x[:, begin : begin + width], integers[:, begin : begin + width]
+        largest = part.abs().amax(1)
+        bound = torch.maximum(largest, torch.tensor(2.0**-100)) / most * 0.501
+        assert ((rounded * scales[:, group, None] - part).abs().amax(1) <= bound).all()
+        assert (rounded.abs().amax(1)[largest > 2.0**-100] == most).all()
+
+
+def test_a_large_element_coarsens_its_group_alone() -> None:
+    x = torch.ones(1, 256).bfloat16()
+    x[0, 200] = 1e4
+    integers, scales = round_rows(x, QUADS)
+    assert (integers[0, :128] * scales[0, 0] - 1.0).abs().max() < 1e-6
+    assert not integers[0, 192:200].any() and integers[0, 200] == 127
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf"), float("-inf")])
 def test_a_row_that_is_not_finite_spoils_itself_alone(kernels: NativeKernels, wrong: float) -> None:
-    x, (values, scales) = rows(9, 50), matrix(40, 50)
-    x[4, 49] = wrong
-    w = PackedInt8.pack(values.clone(), scales)
+    x, (values, scales) = rows(9, 250), matrix(40, 250)
+    x[4, 249] = wrong
+    w = PackedInt8.pack(values.clone(), scales, kernels.int8_order)
     out, want = torch.empty(9, 40), torch.empty(9, 40)
     kernels.gemm(x, w, out, 1)
     ReferenceKernels().gemm(x, w, want, 1)
@@ -111,7 +138,7 @@ def test_a_row_that_is_not_finite_spoils_itself_alone(kernels: NativeKernels, wr
 
 def test_a_row_depends_neither_on_its_batch_nor_on_threads(kernels: NativeKernels) -> None:
     x, (values, scales) = rows(32, 576), matrix(1603, 576)
-    w = PackedInt8.pack(values, scales)
+    w = PackedInt8.pack(values, scales, kernels.int8_order)
     together, again = torch.empty(32, 1603), torch.empty(32, 1603)
     kernels.gemm(x, w, together, 1)
     for num_threads in (2, 4):
@@ -123,22 +150,24 @@ def test_a_row_depends_neither_on_its_batch_nor_on_threads(kernels: NativeKernel
     kernels.close()
 
 
+@pytest.mark.parametrize("order", [PAIRS, QUADS])
 @pytest.mark.parametrize(("n", "k"), [(0, 4), (1, 1), (32, 2), (64, 6), (65, 9), (200, 0), (130, 32)])
-def test_packing_keeps_every_element(n: int, k: int) -> None:
+def test_packing_keeps_every_element(n: int, k: int, order: Int8Order) -> None:
     values, scales = matrix(n, k)
-    packed = PackedInt8.pack(values.clone(), scales.clone())
-    assert packed.shape == (n, k) and torch.equal(packed.unpacked(), values)
+    packed = PackedInt8.pack(values.clone(), scales.clone(), order)
+    assert packed.shape == (n, k) and packed.order == order and torch.equal(packed.unpacked(), values)
     assert torch.equal(packed.scales[:n], scales)
     if n > PANEL_ROWS:
         assert torch.equal(packed.narrow_rows(PANEL_ROWS, n).unpacked(), values[PANEL_ROWS:])
-        assert torch.equal(packed.narrow_rows(0, INT8_PANEL_ROWS).unpacked(), values[:INT8_PANEL_ROWS])
+        assert torch.equal(packed.narrow_rows(0, order.panel_rows).unpacked(), values[: order.panel_rows])
         with pytest.raises(ValueError, match="panels"):
             packed.narrow_rows(1, n)
 
 
-def test_whole_panels_are_packed_in_their_place() -> None:
-    values, scales = matrix(64, 6)
-    packed = PackedInt8.pack(values, scales)
+@pytest.mark.parametrize("order", [PAIRS, QUADS])
+def test_whole_panels_are_packed_in_their_place(order: Int8Order) -> None:
+    values, scales = matrix(64, 8)
+    packed = PackedInt8.pack(values, scales, order)
     assert packed.data.data_ptr() == values.data_ptr() and packed.scales.data_ptr() == scales.data_ptr()
 
 

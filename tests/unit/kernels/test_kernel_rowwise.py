@@ -244,7 +244,11 @@ def test_gemm_row_max(kernels: NativeKernels, m: int, n: int, k: int, weights: s
     x[1::3] = float("nan")
     x[2::3] = 0
     scales = torch.full((n,), 0.5)
-    matrix = packed(kernels, w) if weights == "bfloat16" else PackedInt8.pack((w * 20).to(torch.int8), scales)
+    matrix = (
+        packed(kernels, w)
+        if weights == "bfloat16"
+        else PackedInt8.pack((w * 20).to(torch.int8), scales, kernels.int8_order)
+    )
     products, want = torch.empty(m, n), RowMax.empty(m)
     kernels.gemm(x, matrix, products, 1)
     kernels.row_max(products, want, 1)

@@ -56,7 +56,7 @@ def test_int8_stays_close_to_float32(preset: str, dtype: str) -> None:
     halves = [load_ffn_half(folder, ShardSpec(rank, 2), dtype, weights="int8-all") for rank in range(2)]
     rounded = _logits(load_attention_half(folder, dtype, weights="int8-all"), halves, seqs)
     errors = (rounded - exact).norm(dim=1) / exact.norm(dim=1)
-    assert 1e-4 < errors.median() < 0.08
+    assert 1e-4 < errors.median() < 0.12
 
 
 @pytest.mark.parametrize("preset", TINY)
