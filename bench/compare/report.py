@@ -10,9 +10,16 @@ Tokens = Sequence[Sequence[int]]
 
 
 def equal_share(ours: Tokens, theirs: Tokens) -> float:
-    """Share of output tokens that are equal, position by position. ValueError when there are not equally many."""
-    pairs = [pair for a, b in zip(ours, theirs, strict=True) for pair in zip(a, b, strict=True)]
-    return sum(a == b for a, b in pairs) / len(pairs)
+    """Share of output tokens that are equal, of those that followed the same text: in each answer up to the first that is
+    not. ValueError when there are not equally many.
+    """
+    equal = compared = 0
+    for mine, other in zip(ours, theirs, strict=True):
+        same = [a == b for a, b in zip(mine, other, strict=True)]
+        num_equal = same.index(False) if False in same else len(same)
+        equal += num_equal
+        compared += min(num_equal + 1, len(same))
+    return equal / compared
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

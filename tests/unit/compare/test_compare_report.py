@@ -7,9 +7,10 @@ from bench.compare.report import equal_share, row, spread, table
 SPEEDS = {"1A1F:0": [10.0, 30.0, 20.0], "mono": [20.0, 30.0, 10.0], "vllm": [5.0, 10.0, 40.0]}
 
 
-def test_equal_share_counts_positions():
+def test_equal_share_counts_what_followed_the_same_text():
     assert equal_share([[1, 2], [3, 4]], [[1, 2], [3, 4]]) == 1.0
-    assert equal_share([[1, 2], [3, 4]], [[1, 9], [4, 3]]) == 0.25
+    assert equal_share([[1, 2], [3, 4]], [[1, 9], [4, 3]]) == 1 / 3
+    assert equal_share([[1, 2, 3, 4]], [[1, 9, 3, 4]]) == 0.5
 
 
 @pytest.mark.parametrize("theirs", [[[1, 2]], [[1, 2], [3]]])
