@@ -10,8 +10,8 @@ Tokens = Sequence[Sequence[int]]
 
 
 def equal_share(ours: Tokens, theirs: Tokens) -> float:
-    """Share of output tokens that are equal, of those that followed the same text: in each answer up to the first that is
-    not. ValueError when there are not equally many.
+    """Share of output tokens that are equal, of those that followed the same text: in each answer up to the first that
+    is not. ValueError when there are not equally many.
     """
     equal = compared = 0
     for mine, other in zip(ours, theirs, strict=True):
