@@ -4,8 +4,11 @@
    that can be expected, is left where it is: the mesh finds it, judges it, and says what is wrong with it. */
 #pragma once
 
-#include <poll.h>
 #include <sched.h>
+#if defined(__linux__)
+#include <poll.h>
+#include <sys/uio.h>
+#endif
 
 #include "frame.h"
 
@@ -64,15 +67,19 @@ static inline int sm_lane_await(const SmLane *lane, int64_t until_ns)
     }
 }
 
-/* Sleeps until something is posted, 1; 0 when nothing was until then; -1 when anything else wants this rank first. */
+#if defined(__linux__)
+/* Sleeps until something is posted, 1; 0 when nothing was until then; -1 when anything else wants this rank first.
+   (In C with _GNU_SOURCE.) */
 static inline int sm_lane_sleep(const SmLane *lane, int64_t until_ns)
 {
     uint64_t rings;
+    struct iovec into = {&rings, sizeof rings};
     struct pollfd wakeups = {(int)lane->wakeups_fd, POLLIN, 0};
     for (;;) {
-        /* Of posts that were seen; whoever rings for another reason leaves word of it, too (transports/host.py). */
-        ssize_t drained = read((int)lane->own_bell_fd, &rings, sizeof rings);
-        (void)drained;
+        /* For posts that were seen. Others who ring say so elsewhere, too, and are found by the mesh's next look. The peer
+           has this bell as well and could have made it a blocking one: it is read only if that takes no time. */
+        ssize_t heard = preadv2((int)lane->own_bell_fd, &into, 1, -1, RWF_NOWAIT);
+        (void)heard;
         if (sm_has_news(lane->in))
             return 1;
         int64_t left_ns = until_ns - sm_now_ns();
@@ -84,6 +91,9 @@ static inline int sm_lane_sleep(const SmLane *lane, int64_t until_ns)
             return -1;
     }
 }
+#else
+static inline int sm_lane_sleep(const SmLane *lane, int64_t until_ns) { return sm_lane_await(lane, until_ns); }
+#endif
 
 #ifdef __cplusplus
 }

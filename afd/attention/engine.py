@@ -251,7 +251,7 @@ class AttentionEngine:
         if done is None:
             return False
         self.stages.embedded(idx, micro_batch, begun_s, embedded_s)
-        self.stages.relayed(idx, micro_batch, 0, done, None)
+        self.stages.relayed(idx, micro_batch, 0, done, Combined(idx, ()))
         stream.layer, stream.sent_s = 0, done.ended_s
         return True
 

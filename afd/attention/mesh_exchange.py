@@ -177,12 +177,7 @@ class MeshExchange:
 
         self._mesh.relayed(lane, Trips(done.num_laps, done.num_answered, done.wait_s, done.ended_s, times))
         newest = lane.newest()
-        flight.seq, flight.layer, flight.gang_id, flight.mask = (
-            newest.seq,
-            newest.layer,
-            newest.gang_id,
-            newest.member_mask,
-        )
+        flight.seq, flight.layer = newest.seq, newest.layer
         flight.waiting = done.num_answered < done.num_laps
         if flight.waiting:
             flight.arrived.clear()

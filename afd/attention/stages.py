@@ -97,9 +97,9 @@ class StageClock:
         self._steps[stream].attention_s += embedded_s - begun_s
         self.ring.add(Stage("embed", begun_s, embedded_s, stream, -1, batch.num_tokens, batch.step))
 
-    def relayed(self, stream: int, batch: MicroBatch, layer: int, done: Relayed, gang: Combined | None) -> None:
-        """Layers from `layer` on that native code went through. gang: any exchange of this step, None before the first
-        was answered.
+    def relayed(self, stream: int, batch: MicroBatch, layer: int, done: Relayed, gang: Combined) -> None:
+        """Layers from `layer` on that native code went through. gang: any exchange of this step; of no account before the
+        first answer.
         """
         sums, totals, attention_s = self._steps[stream], self.totals, done.compute_s + done.post_s
         self._span(done.began_s, done.ended_s + done.open_wait_s)
@@ -111,13 +111,13 @@ class StageClock:
         self._unanswered_s += done.open_wait_s
         totals.other_s += max(0.0, done.ended_s - done.began_s - attention_s - done.wait_s)
         totals.num_exchanges += done.num_answered
-        totals.num_gang_members += done.num_answered * (gang.gang_size if gang else 1)
+        totals.num_gang_members += done.num_answered * gang.gang_size
         sums.attention_s += attention_s
         sums.exchange_s += done.wait_s
         sums.ffn_s += done.ffn_s
         sums.gang_tokens = done.gang_tokens or sums.gang_tokens
         # Numbers only: a ring that kept answers would keep the memory they lie in.
-        where = (gang.gang_id, gang.gang_size, gang.epoch) if gang else (0, 1, 0)
+        where = (gang.gang_id, gang.gang_size, gang.epoch)
         stages = partial(_relayed_stages, done, stream, layer, batch.num_tokens, batch.step, where)
         self.ring.add_block(StageBlock(done.ended_s, 2 * (done.num_laps + done.num_answered), stages))
         if done.open_wait_s:

@@ -91,7 +91,8 @@ class FFNEngine:
         return self._half.expert_loads()
 
     def run_once(self, timeout_s: float) -> None:
-        """Compute and answer one complete batch; where there is none, wait for it at most `timeout_s`.
+        """Compute and answer one complete batch; where there is none, wait for it at most `timeout_s`. What native code
+        relays, behind a batch or from a step's beginning on, has bounds of its own (afd/model/relay.py).
 
         One at a time: a rank that always has work must come back to its caller, too, whose loop shows that it lives.
         """
@@ -210,6 +211,8 @@ class FFNEngine:
         totals.num_members += done.num_laps
         if done.num_laps:
             self.ring.add_block(StageBlock(done.ended_s, 3 * done.num_laps, partial(_relayed_stages, gang)))
+        else:
+            self.ring.add(Stage("wait", done.began_s, done.ended_s))
         return done.wait_s
 
     def _merge(self, layer: int, parts: Sequence[DispatchParts]) -> Dispatch:

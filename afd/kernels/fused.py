@@ -88,7 +88,7 @@ class SwiGluCall:
         self._kernels = kernels
         self._hidden = hidden
         self._weights = (gate_up, down)
-        self._args = _SwiGlu(Matrix.of(gate_up), Matrix.of(down), hidden, width, limit)
+        self._args = _SwiGlu(kernels.matrix(gate_up), kernels.matrix(down), hidden, width, limit)
         self.args_address = ctypes.addressof(self._args)
 
     def __call__(self, rows: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ class ExpertsCall:
         self._hidden = hidden
         self._num_local = len(down)
         self._weights = (list(gate_up), list(down))
-        tables = [(Matrix * len(down))(*[Matrix.of(m) for m in matrices]) for matrices in self._weights]
+        tables = [(Matrix * len(down))(*[kernels.matrix(m) for m in matrices]) for matrices in self._weights]
         self._args = _Experts(*tables, first_expert, len(down), hidden, width, limit)
 
     def add_to(
@@ -245,13 +245,13 @@ class AttentionLayerCall:
         self._args = _Layer(
             _pointer(weights.attn_norm),
             _pointer(weights.ffn_norm),
-            Matrix.of(weights.qkv),
+            kernels.matrix(weights.qkv),
             _pointer(weights.qkv_bias),
             _pointer(weights.q_norm),
-            Matrix.of(weights.q_up),
+            kernels.matrix(weights.q_up),
             _pointer(weights.q_head_norm),
             _pointer(weights.k_head_norm),
-            Matrix.of(weights.o),
+            kernels.matrix(weights.o),
             _pointer(weights.o_bias),
             hidden,
             shape.q_rank,

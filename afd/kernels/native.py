@@ -15,7 +15,7 @@ from torch import Tensor
 from afd.kernels.base import RowMax
 from afd.kernels.packed import PAIRS, QUADS, Packed, PackedInt8, PackedMatrix
 
-_ABI_VERSION = 5
+_ABI_VERSION = 6
 _POST_FAILED = 1000  # + errno
 ISAS = ("portable", "avx2", "avx512")
 """Instruction sets, slowest first; the position is the number the library knows them by."""
@@ -27,13 +27,6 @@ class Matrix(ctypes.Structure):
     """AfdMatrix of src/api.h. It does not keep the matrix alive."""
 
     _fields_ = (("data", c_void_p), ("scales", c_void_p))
-
-    @classmethod
-    def of(cls, matrix: Packed | None) -> Matrix:
-        """Null pointers for None."""
-        if matrix is None:
-            return cls(None, None)
-        return cls(matrix.data.data_ptr(), matrix.scales.data_ptr() if isinstance(matrix, PackedInt8) else None)
 
 
 class KernelsUnavailableError(RuntimeError):
@@ -48,6 +41,14 @@ class NativeKernels:
         self.library = library
         self.isa = ISAS.index(isa)
         self.int8_order = QUADS if isa == "avx512" else PAIRS
+
+    def matrix(self, packed: Packed | None) -> Matrix:
+        """Null pointers for None. ValueError for one that was packed for another instruction set."""
+        if packed is None:
+            return Matrix(None, None)
+        if isinstance(packed, PackedInt8) and packed.order != self.int8_order:
+            raise ValueError(f"{self.name} multiplies int8 weights as {self.int8_order}, not as {packed.order}")
+        return Matrix(packed.data.data_ptr(), packed.scales.data_ptr() if isinstance(packed, PackedInt8) else None)
 
     def paged_attention(
         self,
@@ -216,7 +217,7 @@ class NativeKernels:
             self.isa,
             num_threads,
             x.data_ptr(),
-            ctypes.byref(Matrix.of(w)),
+            ctypes.byref(self.matrix(w)),
             out.data_ptr(),
             DTYPE_CODES[out.dtype],
             x.stride(0),
@@ -233,7 +234,7 @@ class NativeKernels:
             self.isa,
             num_threads,
             x.data_ptr(),
-            ctypes.byref(Matrix.of(w)),
+            ctypes.byref(self.matrix(w)),
             out.largest.data_ptr(),
             out.idx.data_ptr(),
             x.stride(0),

@@ -68,7 +68,7 @@ class PackedInt8:
     """A matrix [n, k] of int8, row i of which is to be multiplied by scales[i]; `pack` makes it.
 
     data: bytes [panels, ceil(k / INT8_DEPTH) * INT8_DEPTH / columns, panel rows, columns] of an `Int8Order`,
-    contiguous; rows and columns beyond [n, k] are zeros.  scales: float32 [panels * panel rows], zeros beyond n.
+    contiguous; rows and columns beyond [n, k] mean zero.  scales: float32 [panels * panel rows], zeros beyond n.
     """
 
     data: Tensor

@@ -34,6 +34,7 @@ class Outcome(IntEnum):
     TIME_OVER = 1
     LATE = 2
     OTHER = 3
+    SENT = 4
 
 
 class Laps(NamedTuple):
@@ -51,7 +52,7 @@ class Laps(NamedTuple):
 class _Bounds(ctypes.Structure):
     """AfdRelayBounds of src/api.h."""
 
-    _fields_ = (("until_ns", c_int64), ("patience_ns", c_int64), ("first_patience_ns", c_int64))
+    _fields_ = (("until_ns", c_int64), ("patience_ns", c_int64), ("step_patience_ns", c_int64))
 
 
 class _Relayed(ctypes.Structure):
@@ -106,12 +107,12 @@ class _FfnRelay(ctypes.Structure):
 
 class Bounds(NamedTuple):
     """How long a relay may take. until_ns: at most, by the monotonic clock.  patience_ns: with each frame that is
-    awaited.  first_patience_ns: with the first one, 0 = it is left to the caller.
+    awaited.  step_patience_ns: with the first one of a step (FFN).
     """
 
     until_ns: int
     patience_ns: int
-    first_patience_ns: int
+    step_patience_ns: int
 
 
 class Relayed(NamedTuple):
@@ -230,7 +231,7 @@ class AttentionRelayCall:
         return self._relay(first, len(self._layers) - first, x, batches, lane, bounds)
 
     def begin(self, x: Tensor, batches: Sequence[LayerBatch], lane: Lane, bounds: Bounds) -> Relayed:
-        """The first layer of a step, by itself: there is nothing to add yet, and lane.last is what it comes behind."""
+        """The first layer of a step, behind lane.last, with no partial: sent, and not waited for."""
         return self._relay(0, 1, x, batches, lane, bounds, begins=True)
 
     def _relay(

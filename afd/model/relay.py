@@ -28,11 +28,9 @@ MAX_RELAY_TOKENS = 256
 """Rows of a micro-batch above which a stage takes so long that what Python costs between two does not show."""
 
 
-def _bounds(first_patience_s: float | None = None) -> Bounds:
+def _bounds() -> Bounds:
     """Of a relay that begins now."""
-    patience_ns = int(PATIENCE_S * 1e9)
-    first_ns = patience_ns if first_patience_s is None else int(first_patience_s * 1e9)
-    return Bounds(time.monotonic_ns() + int(RELAY_S * 1e9), patience_ns, first_ns)
+    return Bounds(time.monotonic_ns() + int(RELAY_S * 1e9), int(PATIENCE_S * 1e9), int(STEP_PATIENCE_S * 1e9))
 
 
 class _Runs:
@@ -82,7 +80,7 @@ class AttentionRelay:
 
     def begin(self, x: Tensor, batch: AttentionBatch, lane: Lane) -> Relayed:
         """Layer 0 of a step, computed and sent; nothing is awaited."""
-        return self._calls[0].begin(x, self._batches(batch), lane, _bounds(0.0))
+        return self._calls[0].begin(x, self._batches(batch), lane, _bounds())
 
     def run(self, layer: int, x: Tensor, batch: AttentionBatch, lane: Lane) -> Relayed:
         """From `layer` on, whose partial is the answer to lane.last: as far as it goes, at most RELAY_S."""
@@ -110,7 +108,7 @@ class FfnRelay:
 
     def begin(self, lane: Lane) -> Relayed:
         """Answer the step behind lane.last from layer 0 on, in the gang that this names: as far as it goes."""
-        return self._calls[0].begin(lane, _bounds(STEP_PATIENCE_S), MAX_RELAY_TOKENS)
+        return self._calls[0].begin(lane, _bounds(), MAX_RELAY_TOKENS)
 
     def run(self, layer: int, lane: Lane) -> Relayed:
         """Answer `layer` and those behind it, with rows, step and gang of lane.last: as far as it goes."""

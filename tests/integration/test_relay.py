@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import threading
 from collections import Counter
 
 import numpy as np
@@ -31,6 +33,7 @@ from stepmesh.types import (
     DispatchParts,
     FrameRejected,
     IdleNotice,
+    PeerDown,
     Role,
     WireDtype,
 )
@@ -407,8 +410,60 @@ def test_a_wake_up_that_native_code_slept_through_is_not_lost(world, ffn_half, m
     begin(ffn_half, lane)
     world.meshes[F].relayed(lane, NO_TRIPS)
     begun_s = world.now()
-    world.meshes[F].progress(30.0)
+    world.meshes[F]._fabric.wait(30.0)
     assert world.now() - begun_s < 10.0
+
+
+@pytest.fixture
+def later():
+    """Calls something from another thread after 50 ms, when the main thread sleeps (or not yet: no matter)."""
+    timers = []
+
+    def call(function):
+        timers.append(threading.Timer(0.05, function))
+        timers[-1].start()
+
+    yield call
+    for timer in timers:
+        timer.join()
+
+
+def test_who_sleeps_until_a_step_begins_wakes_up_for_it(world, ffn_half, monkeypatch, later):
+    monkeypatch.setattr(model_relay, "STEP_PATIENCE_S", 60.0)
+    monkeypatch.setattr(model_relay, "RELAY_S", 60.0)
+    lane = settled(world)
+    assert world.meshes[F].lane_before_step(lane, NAMED)
+    later(lambda: world.dispatch(A, [F], DispatchParts(rows_of(2)), layer=0, step=2))
+    done = begin(ffn_half, lane)
+    assert (done.num_laps, done.outcome) == (1, Outcome.LATE) and done.ended_s - done.began_s < 30.0
+
+
+def test_who_sleeps_until_a_step_begins_can_be_woken(world, ffn_half, monkeypatch, later):
+    monkeypatch.setattr(model_relay, "STEP_PATIENCE_S", 60.0)
+    monkeypatch.setattr(model_relay, "RELAY_S", 60.0)
+    lane = settled(world)
+    assert world.meshes[F].lane_before_step(lane, NAMED)
+    later(world.meshes[F].wake)
+    done = begin(ffn_half, lane)
+    assert (done.num_laps, done.outcome) == (0, Outcome.OTHER) and done.ended_s - done.began_s < 30.0
+
+
+def test_a_peer_that_makes_the_bell_a_blocking_one_keeps_nobody_asleep(world, ffn_half, monkeypatch):
+    monkeypatch.setattr(model_relay, "STEP_PATIENCE_S", 0.05)
+    lane = settled(world)
+    assert world.meshes[F].lane_before_step(lane, NAMED)
+    os.set_blocking(world.pair(F, A).channel._bell_fd, True)
+    done = begin(ffn_half, lane)
+    assert done.num_laps == 0 and done.ended_s - done.began_s < 30.0
+
+
+def test_a_lane_of_a_pair_that_was_lost_begins_nothing(world):
+    lane = settled(world)
+    world.cut(A, F)
+    world.until(lambda: world.seen(F, PeerDown))
+    assert not world.meshes[F].lane_before_step(lane, NAMED)
+    world.until_connected()
+    assert not world.meshes[F].lane_before_step(lane, NAMED)
 
 
 def test_a_step_begins_on_a_lane_only_while_all_is_settled(world):
@@ -445,7 +500,7 @@ def test_the_attention_sides_first_layer_is_sent_and_not_waited_for(world):
         x = half.embed(torch.tensor([1, 2, 3]))
         done = half.relay(cache).begin(x, batch, lane)
         expected = half.layer(0, half.embed(torch.tensor([1, 2, 3])), batch, KVCache(half.spec, 4, 16, half.dtype))
-    assert (done.num_laps, done.num_answered, done.outcome) == (1, 0, Outcome.LATE)
+    assert (done.num_laps, done.num_answered, done.outcome) == (1, 0, Outcome.SENT) and done.open_wait_s == 0.0
     world.meshes[A].relayed(lane, Trips(1, 0, 0.0, done.ended_s, lambda: [(0.0, None)]))
     (arrival,) = world.take(F, DispatchArrived)
     header = arrival.header

@@ -19,7 +19,7 @@ extern const KernelTable kernels_avx512;
 
 namespace {
 
-constexpr int32_t kAbiVersion = 5;
+constexpr int32_t kAbiVersion = 6;
 
 const KernelTable& table_of(int32_t isa) {
 #if defined(AFD_HAVE_X86)

@@ -128,9 +128,10 @@ enum RelayOutcome : int32_t {
     kRelayTimeOver = 1,  // until_ns has come
     kRelayLate = 2,      // nothing came for patience_ns
     kRelayOther = 3,     // something else came; it was left untaken
+    kRelaySent = 4,      // attention, where a step begins: its first layer, whose answer is left to the caller
 };
 struct AfdRelayBounds {
-    int64_t until_ns, patience_ns, first_patience_ns;  // with each frame and the first; 0 = does not look
+    int64_t until_ns, patience_ns, step_patience_ns;  // with each frame, and with the first of a step (FFN)
 };
 // One layer's round trip, seen from one side.
 struct AfdLap {
@@ -156,7 +157,8 @@ struct AfdRelayLayer {
 struct AfdAttentionRelay {
     const SmLane* lane;
     // Of the dispatch whose answer, [num_tokens, hidden] bf16, was taken last and is to be added; then of the newest that was
-    // sent. Where a step begins there is no answer: this is what the first dispatch has, but for seq and layer, one less.
+    // sent. Where a step begins there is no answer: this is what the first dispatch has, but for seq and layer, one less;
+    // that one is sent, and not waited for.
     SmHeader* last;
     const AfdRelayLayer* layers;
     const AfdBatch* const* batches;

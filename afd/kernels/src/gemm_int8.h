@@ -142,7 +142,7 @@ void int8_panel(const afd::GemmArgs& a, const Rounded& rows, int row, int count,
 template <class Put>
 void gemm_int8(const afd::GemmArgs& a, const void* memory, int n_begin, int n_end) {
     const Rounded rounded(const_cast<void*>(memory), a.m, a.k);
-    const afd::RowGroups groups(a.m, kInt8Rows);
+    const RowGroups groups(a.m, kInt8Rows);
     for (int column = n_begin; column < n_end; column += kInt8Panel)
         for (int group = 0; group < groups.num; ++group) {
             const int row = groups.begin(group);

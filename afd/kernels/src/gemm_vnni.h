@@ -152,7 +152,7 @@ void multiply_row_group(int count, const uint8_t* panel, const float* weight_sca
 template <class Put>
 void gemm_int8(const afd::GemmArgs& a, const void* memory, int n_begin, int n_end) {
     const Rounded rounded(const_cast<void*>(memory), a.m, a.k);
-    const afd::RowGroups rows(a.m, kInt8Rows);
+    const RowGroups rows(a.m, kInt8Rows);
     const int64_t panel_bytes = static_cast<int64_t>(afd::int8_depth(a.k)) * kInt8Panel;
     for (int n = n_begin; n < n_end; n += kInt8Panel) {
         const int width = smaller(kInt8Panel, a.n - n);

@@ -123,15 +123,8 @@ struct RowMaxArgs {
     int32_t num_rows, width;
 };
 
-// m rows in groups of `most` at most, as even as can be: where each begins.
-struct RowGroups {
-    int m, num;
-    RowGroups(int m, int most) : m(m), num((m + most - 1) / most) {}
-    int begin(int group) const { return m / num * group + (group < m % num ? group : m % num); }
-};
-
-// k of int8 weights, with the zeros that fill their last four.
-inline int int8_depth(int k) { return (k + 3) / 4 * 4; }
+// k of int8 weights, with the zeros that fill their last four. static: files are compiled for different processors.
+static inline int int8_depth(int k) { return (k + 3) / 4 * 4; }
 
 // Functions without state; each may run on any thread.
 struct KernelTable {

@@ -14,7 +14,6 @@ constexpr int64_t kPollNs = 50'000;  // before it sleeps: a wake-up takes about 
 
 // What is awaited next on the lane: kRelayDone = it is here, in `frame`, untaken. Who sleeps leaves the core to others.
 RelayOutcome await(const SmLane& lane, int64_t patience_ns, int64_t until_ns, bool sleeps, uint64_t seq, SmHeader* frame) {
-    if (patience_ns <= 0) return kRelayLate;
     const int64_t now_ns = sm_now_ns(), late_ns = now_ns + patience_ns, end_ns = std::min(late_ns, until_ns);
     int found = sm_lane_await(&lane, sleeps ? std::min(end_ns, now_ns + kPollNs) : end_ns);
     if (!found && sleeps) found = sm_lane_sleep(&lane, end_ns);
@@ -77,9 +76,7 @@ int32_t relay_attention(const KernelTable& kernels, const AfdAttentionRelay& rel
         lap = {};
         lap.begun_ns = done->ended_ns;
         const AfdRelayLayer& l = relay.layers[done->num_laps];
-        const bool is_first = done->num_laps == 0;
-        const int num_partials = is_first && relay.begins ? 0 : 1;
-        const Residual residual{relay.x, {sm_in_rows(&lane, sent.seq)}, num_partials, kBfloat16};
+        const Residual residual{relay.x, {sm_in_rows(&lane, sent.seq)}, relay.begins ? 0 : 1, kBfloat16};
         sent.seq += 1;
         sent.layer += 1;
         const int32_t status =
@@ -92,9 +89,12 @@ int32_t relay_attention(const KernelTable& kernels, const AfdAttentionRelay& rel
         done->num_laps += 1;
         done->compute_ns += lap.computed_ns - lap.begun_ns;
         done->post_ns += lap.posted_ns - lap.computed_ns;
+        if (relay.begins) {
+            done->outcome = kRelaySent;
+            return kOk;
+        }
         SmHeader answer;
-        const int64_t patience_ns = is_first ? bounds.first_patience_ns : bounds.patience_ns;
-        done->outcome = await(lane, patience_ns, bounds.until_ns, false, sent.seq, &answer);
+        done->outcome = await(lane, bounds.patience_ns, bounds.until_ns, false, sent.seq, &answer);
         if (done->outcome == kRelayDone && !answers(answer, sent)) done->outcome = kRelayOther;
         if (done->outcome != kRelayDone) {  // sent, not answered
             done->open_wait_ns = sm_now_ns() - lap.posted_ns;
@@ -102,7 +102,6 @@ int32_t relay_attention(const KernelTable& kernels, const AfdAttentionRelay& rel
         }
         sm_lane_take(&lane);
         lap.answered_ns = done->ended_ns = sm_now_ns();
-        if (sent.layer == 0) name_gang(&sent, answer);
         const int64_t took_ns = lap.answered_ns - lap.posted_ns;
         // Whatever the peer says, it cannot have computed for longer.
         const int64_t ffn_ns = static_cast<int64_t>(std::min<uint64_t>(answer.compute_ns, took_ns));
@@ -123,9 +122,13 @@ int32_t relay_ffn(const KernelTable& kernels, const AfdFfnRelay& relay, const Af
     SmHeader& last = *relay.last;
     done->began_ns = done->ended_ns = sm_now_ns();
     while (done->num_laps < relay.num_layers) {
+        if (done->ended_ns >= bounds.until_ns) {
+            done->outcome = kRelayTimeOver;
+            return kOk;
+        }
         SmHeader frame;
-        const bool is_first = done->num_laps == 0, is_begin = is_first && relay.max_tokens > 0;
-        const int64_t patience_ns = is_first ? bounds.first_patience_ns : bounds.patience_ns;
+        const bool is_begin = done->num_laps == 0 && relay.max_tokens > 0;
+        const int64_t patience_ns = is_begin ? bounds.step_patience_ns : bounds.patience_ns;
         done->outcome = await(lane, patience_ns, bounds.until_ns, is_begin, last.seq + 1, &frame);
         if (done->outcome == kRelayDone &&
             !(is_begin ? begins(frame, last, relay.max_tokens, relay.layers[0]->hidden) : follows(frame, last)))

@@ -44,6 +44,13 @@ AFD_INLINE Vi nearest_pairs(Chunk c, Vf factor) {
     return (nearest(c.a * factor) & 0xffff) | (nearest(c.b * factor) << 16);
 }
 
+// m rows in groups of `most` at most, as even as can be: where each begins.
+struct RowGroups {
+    int m, num;
+    AFD_INLINE RowGroups(int m, int most) : m(m), num((m + most - 1) / most) {}
+    AFD_INLINE int begin(int group) const { return m / num * group + (group < m % num ? group : m % num); }
+};
+
 constexpr int32_t kInfinityBits = 0x7f800000;
 constexpr float kSmallestLargest = 0x1p-100f;  // of magnitudes that are scaled to integers: factors stay finite
 

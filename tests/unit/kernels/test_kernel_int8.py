@@ -171,6 +171,13 @@ def test_whole_panels_are_packed_in_their_place(order: Int8Order) -> None:
     assert packed.data.data_ptr() == values.data_ptr() and packed.scales.data_ptr() == scales.data_ptr()
 
 
+def test_a_matrix_packed_for_another_instruction_set_is_refused(kernels: NativeKernels) -> None:
+    (values, scales), x = matrix(40, 8), rows(3, 8)
+    w = PackedInt8.pack(values, scales, PAIRS if kernels.int8_order == QUADS else QUADS)
+    with pytest.raises(ValueError, match="multiplies int8 weights as"):
+        kernels.gemm(x, w, torch.empty(3, 40), 1)
+
+
 def test_what_cannot_be_packed_is_refused() -> None:
     values, scales = matrix(40, 8)
     assert not face.can_pack_int8(values[0])

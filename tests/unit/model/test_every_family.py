@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from afd.kernels import native_kernels
+from afd.kernels.packed import QUADS
 from afd.kv.cache import KVCache
 from afd.model.batch import AttentionBatch, NewTokens
 from afd.model.halves import AttentionHalf, FFNHalf
@@ -56,7 +58,9 @@ def test_int8_stays_close_to_float32(preset: str, dtype: str) -> None:
     halves = [load_ffn_half(folder, ShardSpec(rank, 2), dtype, weights="int8-all") for rank in range(2)]
     rounded = _logits(load_attention_half(folder, dtype, weights="int8-all"), halves, seqs)
     errors = (rounded - exact).norm(dim=1) / exact.norm(dim=1)
-    assert 1e-4 < errors.median() < 0.12
+    native = native_kernels()
+    rounds_x_to_8_bits = dtype == "bfloat16" and native is not None and native.int8_order == QUADS
+    assert 1e-4 < errors.median() < (0.12 if rounds_x_to_8_bits else 0.08)
 
 
 @pytest.mark.parametrize("preset", TINY)
