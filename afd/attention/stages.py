@@ -98,8 +98,8 @@ class StageClock:
         self.ring.add(Stage("embed", begun_s, embedded_s, stream, -1, batch.num_tokens, batch.step))
 
     def relayed(self, stream: int, batch: MicroBatch, layer: int, done: Relayed, gang: Combined) -> None:
-        """Layers from `layer` on that native code went through. gang: any exchange of this step; before the first answer
-        of no account.
+        """Layers from `layer` on that native code went through. gang: any exchange of this step; before the first
+        answer of no account.
         """
         sums, totals, attention_s = self._steps[stream], self.totals, done.compute_s + done.post_s
         self._span(done.began_s, done.ended_s + done.open_wait_s)

@@ -38,7 +38,7 @@ from bench.compare.peers import PEERS
 from bench.compare.peers.peer import Setup
 from bench.compare.report import equal_share, row, table
 
-GATE_PROMPTS, GATE_TOKENS, GATE_SHARE = 8, 16, 0.7
+GATE_PROMPTS, GATE_TOKENS, GATE_SHARE = 8, 16, 0.6
 IDLE_S = 3.0
 VOCAB = range(10, 49000)
 
