@@ -87,7 +87,8 @@ def main() -> None:
     prompts = [[rng.randrange(10, vocab) for _ in range(args.input_len)] for _ in range(most)]
     found: dict[tuple[str, int], list[Measured]] = {}
     with ExitStack() as stack:
-        flags = {config: flags_of(config, args.model, args.dtype, args.transport) for config in configs}
+        settings = [flag for setting in args.settings for flag in ("--set", setting)]
+        flags = {config: flags_of(config, args.model, args.dtype, args.transport) + settings for config in configs}
         clusters = {config: stack.enter_context(BenchCluster(*flags[config])) for config in configs}
         targets = {config: _targets(cluster) for config, cluster in clusters.items()}
         check_equal_tokens(clusters, prompts[:4])
@@ -123,6 +124,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--budget-s", type=float, default=math.inf, help="begin no further round after so long")
     parser.add_argument("--no-bound", action="store_true")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings", help="of `afd up`")
     return parser.parse_args()
 
 
