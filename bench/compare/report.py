@@ -10,16 +10,9 @@ Tokens = Sequence[Sequence[int]]
 
 
 def equal_share(ours: Tokens, theirs: Tokens) -> float:
-    """Share of output tokens that are equal, of those that followed the same text: of each answer up to the first that
-    is not, and of all answers alike, so that none which is wrong at once hides behind the others. ValueError when there
-    are not equally many.
-    """
-    shares = []
-    for mine, other in zip(ours, theirs, strict=True):
-        same = [a == b for a, b in zip(mine, other, strict=True)]
-        num_equal = same.index(False) if False in same else len(same)
-        shares.append(num_equal / min(num_equal + 1, len(same)))
-    return statistics.mean(shares)
+    """Share of output tokens that are equal, position by position. ValueError when there are not equally many."""
+    pairs = [pair for a, b in zip(ours, theirs, strict=True) for pair in zip(a, b, strict=True)]
+    return sum(a == b for a, b in pairs) / len(pairs)
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

