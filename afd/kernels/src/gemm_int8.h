@@ -59,19 +59,15 @@ AFD_INLINE Vi add_dot_pairs(Vi sums, Vi x, Vi y) {
 AFD_INLINE float round_row(const bf16* x, int k, int32_t* to) {
     const int64_t limit = 0x7fffffff / (127 * static_cast<int64_t>(k > 0 ? k : 1));
     const float most = static_cast<float>(limit < 0x7fff ? limit : 0x7fff);
-    const int32_t bits = largest_bits(x, k);
-    float largest;
-    __builtin_memcpy(&largest, &bits, sizeof largest);
-    const bool finite = bits < kInfinityBits;
-    if (!finite || largest < kSmallestLargest) largest = kSmallestLargest;
-    const Vf factor = splat(most / largest);
+    const Scaling scaling = scaling_of(x, k, most);
+    const Vf factor = splat(scaling.factor);
     for (int i = 0; i < k; i += kChunk) {
         const int pairs = k - i < kChunk ? (afd::int8_depth(k) - i) / 2 : kLanes;
         const Chunk c = k - i < kChunk ? load_part(x + i, k - i) : load(x + i);
-        const Vi rounded = finite ? nearest_pairs(c, factor) : Vi{};
+        const Vi rounded = scaling.finite ? nearest_pairs(c, factor) : Vi{};
         for (int pair = 0; pair < pairs; ++pair) to[i / 2 + pair] = rounded[pair];
     }
-    return finite ? largest / most : __builtin_nanf("");
+    return scaling.scale;
 }
 
 inline void round_rows(const afd::GemmArgs& a, void* memory, int row_begin, int row_end) {

@@ -43,23 +43,18 @@ struct Rounded {
 
 // Writes up to kInt8Group elements -> their scale and the first sum. Zeros and NaN where one is infinite or no number.
 AFD_INLINE float round_group(const bf16* x, int count, int32_t* to, int32_t* first_sum) {
-    constexpr float kMost = 127.0f;
-    const int32_t bits = largest_bits(x, count);
-    float largest;
-    __builtin_memcpy(&largest, &bits, sizeof largest);
-    const bool finite = bits < kInfinityBits;
-    if (!finite || largest < kSmallestLargest) largest = kSmallestLargest;
-    const Vf factor = splat(kMost / largest);
+    const Scaling scaling = scaling_of(x, count, 127.0f);
+    const Vf factor = splat(scaling.factor);
     __m512i sums = _mm512_setzero_si512();
     for (int i = 0; i < count; i += kChunk) {
         const Chunk c = count - i < kChunk ? load_part(x + i, count - i) : load(x + i);
-        const __m512i pairs = finite ? (__m512i)nearest_pairs(c, factor) : _mm512_setzero_si512();
+        const __m512i pairs = scaling.finite ? (__m512i)nearest_pairs(c, factor) : _mm512_setzero_si512();
         sums = _mm512_dpwssd_epi32(sums, pairs, _mm512_set1_epi16(1));
         const int num_words = (smaller(kChunk, count - i) + 3) / 4;
         _mm256_mask_storeu_epi32(to + i / 4, static_cast<__mmask8>((1 << num_words) - 1), _mm512_cvtepi16_epi8(pairs));
     }
     *first_sum = -128 * _mm512_reduce_add_epi32(sums);
-    return finite ? largest / kMost : __builtin_nanf("");
+    return scaling.scale;
 }
 
 inline void round_rows(const afd::GemmArgs& a, void* memory, int row_begin, int row_end) {

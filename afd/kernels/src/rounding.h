@@ -51,7 +51,22 @@ struct RowGroups {
     AFD_INLINE int begin(int group) const { return m / num * group + (group < m % num ? group : m % num); }
 };
 
-constexpr int32_t kInfinityBits = 0x7f800000;
-constexpr float kSmallestLargest = 0x1p-100f;  // of magnitudes that are scaled to integers: factors stay finite
+// How numbers become integers of -most to most: times factor; times scale they are what they were. Not finite (one of them is
+// infinite or no number): they are to become zeros, and scale is NaN.
+struct Scaling {
+    bool finite;
+    float factor, scale;
+};
+
+AFD_INLINE Scaling scaling_of(const bf16* x, int count, float most) {
+    constexpr int32_t kInfinity = 0x7f800000;
+    constexpr float kSmallest = 0x1p-100f;  // of the largest magnitude: factors stay finite
+    const int32_t bits = largest_bits(x, count);
+    float largest;
+    __builtin_memcpy(&largest, &bits, sizeof largest);
+    const bool finite = bits < kInfinity;
+    if (!finite || largest < kSmallest) largest = kSmallest;
+    return {finite, most / largest, finite ? largest / most : __builtin_nanf("")};
+}
 
 }  // namespace AFD_ISA
