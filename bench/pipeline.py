@@ -43,8 +43,8 @@ HERE = Bounds(0.0, 0.0)  # the workers are on this machine: one clock
 TIMES = ("own", "head", "ahead", "other", "ffn", "answer", "ffn_other", "transfer")
 SHARES = ("bubble", "ffn_bubble", "idle", "exposed")
 STEP_COLUMNS = [(name, f"{name}_ms", ".2f") for name in TIMES] + [("A/F", "balance", ".2f")]
-CYCLE_TITLE = """cycle: every stream makes one step. plain: the closed form's error; predicted: with heads together, its
-error's median, least and most. idle: neither half computes. limit: bare GEMMs"""
+CYCLE_TITLE = """cycle: every stream makes one step. plain: error of the closed form without the heads' lengths;
+predicted: with them, its error's median, least and most. idle: neither half computes. limit: bare GEMMs"""
 CYCLE_COLUMNS = [
     ("cycle ms", "cycle_ms", ".2f"),
     ("plain", "closed_form_error", "+.1%"),

@@ -128,6 +128,17 @@ class Mesh:
                     self._spinner.missed(now - start)
                 return self._leave()
 
+    def has_news(self) -> bool:
+        """Whether a frame of the data path has come, which the next progress will return: a look, for long computations
+        between calls of it.
+        """
+        self._check_open()
+        self._counter += 1
+        if self._roster.poll():
+            return True
+        self._fabric.leave()
+        return False
+
     def watch_fd(self, fd: int) -> None:
         """Let progress return when `fd` is readable (it says nothing more; the caller looks itself)."""
         self._fabric.watch(fd)

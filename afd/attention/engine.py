@@ -27,7 +27,7 @@ from afd.model.device import to_device
 from afd.model.halves import AttentionBatch, AttentionHalf, Dispatch
 from afd.model.sampling import Sampler
 from afd.model.threads import ThreadShare
-from afd.sched.head_slices import HEAD_SLICE_ROWS, NextStage, next_of, slice_end
+from afd.sched.head_slices import NextStage, next_of, slice_end
 from afd.sched.scheduler import Scheduler
 from afd.sched.sequence import BatchItem, MicroBatch, Progress
 from afd.types import FinishReason
@@ -102,7 +102,7 @@ class AttentionEngine:
         self._announced_idle: set[int] = set()
         self._look_ahead = LookAhead(scheduler, self._batch_of)
         self._logits: dict[int, Tensor] = {}  # by stream
-        self._head_slice_rows = HEAD_SLICE_ROWS
+        self._slices_heads = True
         self._clock = clock
         self.stages = StageClock(clock)
 
@@ -292,16 +292,14 @@ class AttentionEngine:
         return room[:num_rows]
 
     def _advance_head(self, idx: int, begun_s: float) -> list[Output]:
-        """One slice of the logits, so that the other streams' stages need not wait for the whole; after the last one,
-        sampling and commit.
-        """
+        """The logits until rows of another stream are back, or else all of them; then sampling and commit."""
         stream = self._streams[idx]
         head, vocab = stream.head, self._half.spec.vocab_size
         assert head is not None
-        if head.seqs:
-            stop = slice_end(head.done, vocab, rows=self._head_slice_rows, alone=len(self._streams) == 1)
-            head.advance(self._half, stop)
-            if stop < vocab:
+        alone = len(self._streams) == 1 or not self._slices_heads
+        while head.seqs and head.done < vocab:
+            head.advance(self._half, slice_end(head.done, vocab, len(head.seqs), alone=alone))
+            if head.done < vocab and self._exchange.has_news():
                 self.stages.head_slice(idx, stream.micro_batch, begun_s)
                 self._ready.append((idx, None))
                 return []

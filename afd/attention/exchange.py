@@ -49,6 +49,9 @@ class Exchange(Protocol):
     def poll(self, timeout_s: float) -> list[Combined]:
         """Completed exchanges in order of completion; returns early on any event. PeerLostError: see `cancel`."""
 
+    def has_news(self) -> bool:
+        """Whether `poll` would not have to wait: a look, which costs less than it does."""
+
     def idle(self, stream: int) -> None:
         """Tell the FFN ranks that this stream has nothing to run."""
 
@@ -82,6 +85,9 @@ class LocalExchange:
         partials = [half.layer(dispatch) for half in self._halves]
         num_tokens, took_s = int(dispatch.rows.shape[0]), self._clock() - begun_s
         return [Combined(stream, partials, gang_tokens=num_tokens, compute_s=took_s, local=True)]
+
+    def has_news(self) -> bool:
+        return bool(self._queue)
 
     def idle(self, stream: int) -> None:
         pass

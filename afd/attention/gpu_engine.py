@@ -113,7 +113,7 @@ class GpuAttentionEngine(AttentionEngine):
         self.stages = self._gpu_stages = GpuStageClock(clock)
         self._device = device
         self._sampling: dict[int, Download] = {}  # by stream: results of heads on their way
-        self._head_slice_rows = half.spec.vocab_size  # a launch delays nobody
+        self._slices_heads = False  # a launch delays nobody
         exchange.on_sent = self._sent
 
     def run_once(self, timeout_s: float) -> list[Output]:

@@ -77,6 +77,9 @@ class GpuExchange:
             if arrived or not self._stages or self._clock() >= until_s:
                 return arrived
 
+    def has_news(self) -> bool:
+        return bool(self._stages) or self._inner.has_news()
+
     def idle(self, stream: int) -> None:
         self._inner.idle(stream)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -23,31 +23,30 @@ class Head:
     """The vocabulary, slice by slice, for the sequences that sample; the first `done` entries of it are there.
 
     rows: [num_seqs, hidden], normed.
-    logits: [num_seqs, vocab] float32, room for them; None unless `keeps_logits`: then `best` is kept, of those so far.
+    logits: [num_seqs, vocab] float32, room for them; None unless `keeps_logits`.  best: of those so far, without them.
     """
 
     seqs: list[Sequence]
     rows: Tensor
     logits: Tensor | None
-    best: RowMax | None = None
+    best: RowMax = field(init=False)
     done: int = 0
+
+    def __post_init__(self) -> None:
+        self.best = RowMax.of_nothing(len(self.seqs), self.rows.device)
 
     def advance(self, half: AttentionHalf, stop: int) -> None:
         """The vocabulary's entries up to `stop`."""
         if self.logits is not None:
             half.head_slice(self.rows, self.logits, self.done, stop)
         else:
-            found = half.head_slice_max(self.rows, self.done, stop)
-            self.best = found if self.best is None else self.best.joined(found)
+            half.head_slice_max(self.rows, self.best, self.done, stop)
         self.done = stop
 
     @property
     def results(self) -> tuple[Tensor, ...]:
         """What `sample` looks at, where it was computed."""
-        if self.logits is not None:
-            return (self.logits,)
-        assert self.best is not None
-        return self.best
+        return self.best if self.logits is None else (self.logits,)
 
     @results.setter
     def results(self, tensors: Seq[Tensor]) -> None:
@@ -59,7 +58,6 @@ class Head:
     def sample(self, sampler: Sampler) -> SampledBatch:
         """The next token of every sequence."""
         if self.logits is None:
-            assert self.best is not None
             return sampler.largest(self.best)
         needs_history = any(seq.sampling.needs_history for seq in self.seqs)
         return sampler.sample(

@@ -133,6 +133,9 @@ class MeshExchange:
         self._completed.clear()
         return completed
 
+    def has_news(self) -> bool:
+        return bool(self._completed) or self._mesh.has_news()
+
     def _flight(self, stream: int, step: int, layer: int, num_tokens: int) -> _InFlight:
         """The stream's, before a dispatch. Layer 0: the step is of the newest epoch, and of no gang yet."""
         flight = self._streams.setdefault(stream, _InFlight())

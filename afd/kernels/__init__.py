@@ -215,7 +215,7 @@ def row_max(x: Tensor, num_threads: int = 1) -> RowMax:
     Of equal ones the first; a row with a NaN gives its first NaN, as numpy's argmax does.
     """
     arguments.check_row_max(x, num_threads)
-    out = RowMax.empty(x.shape[0])
+    out = RowMax.of_nothing(x.shape[0])
     _kernels().row_max(x, out, num_threads)
     return out
 
@@ -276,9 +276,11 @@ def gemm(x: Tensor, w: Packed, out: Tensor | None = None, num_threads: int = 1) 
     return out
 
 
-def gemm_row_max(x: Tensor, w: Packed, num_threads: int = 1) -> RowMax:
-    """`row_max` of what `gemm` would write to a float32 `out`, which is not kept: that saves its way to memory."""
-    arguments.check_gemm_row_max(x, w, num_threads)
-    out = RowMax.empty(x.shape[0])
-    _kernels().gemm_row_max(x, w, out, num_threads)
-    return out
+def gemm_row_max(x: Tensor, w: Packed, best: RowMax, start: int, stop: int, num_threads: int = 1) -> None:
+    """Go on in `best`, `row_max` of what `gemm` would write to a float32 `out`, from column start to stop.
+
+    The products are not kept, which saves their way to memory. best: of the columns before start, which were as many
+    whole panels of w's rows; `RowMax.of_nothing` before the first.
+    """
+    arguments.check_gemm_row_max(x, w, best, start, stop, num_threads)
+    _kernels().gemm_row_max(x, w, best, start, stop, num_threads)

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from afd.kernels.base import KEY_GROUP, MAX_HEAD_DIM, MAX_PARTIALS
-from afd.kernels.packed import Packed, PackedMatrix
+from afd.kernels.base import KEY_GROUP, MAX_HEAD_DIM, MAX_PARTIALS, RowMax
+from afd.kernels.packed import Packed, PackedMatrix, check_panels
 
 _STORAGE = (torch.float32, torch.bfloat16)
 
@@ -138,10 +138,14 @@ def check_gemm(x: Tensor, w: Packed, out: Tensor, num_threads: int) -> None:
     check_threads(num_threads)
 
 
-def check_gemm_row_max(x: Tensor, w: Packed, num_threads: int) -> None:
+def check_gemm_row_max(x: Tensor, w: Packed, best: RowMax, start: int, stop: int, num_threads: int) -> None:
     _check_factors(x, w)
-    if w.shape[0] == 0:
-        raise ValueError("w has no rows: there is no largest product")
+    if not 0 <= start < stop <= w.shape[0]:
+        raise ValueError(f"{start} to {stop} are no columns of a product with {w.shape[0]}")
+    check_panels(w, start, stop)
+    for found, dtype in zip(best, (torch.float32, torch.int64), strict=True):
+        if found.shape != x.shape[:1] or found.dtype != dtype or not found.is_cpu or not found.is_contiguous():
+            raise ValueError(f"best must be contiguous {dtype} for {x.shape[0]} rows; it is {_describe(found)}")
     check_threads(num_threads)
 
 

@@ -6,6 +6,7 @@ computes in float32 whatever the storage type, with one rounding on the way out.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -31,13 +32,16 @@ class RowMax(NamedTuple):
     idx: Tensor
 
     @classmethod
-    def empty(cls, num_rows: int) -> RowMax:
-        return cls(torch.empty(num_rows, dtype=torch.float32), torch.empty(num_rows, dtype=torch.int64))
+    def of_nothing(cls, num_rows: int, device: torch.device | None = None) -> RowMax:
+        """Of matrices without columns, to be joined with others."""
+        largest = torch.full((num_rows,), -math.inf, dtype=torch.float32, device=device)
+        return cls(largest, torch.zeros(num_rows, dtype=torch.int64, device=device))
 
-    def joined(self, later: RowMax) -> RowMax:
-        """Of both matrices side by side. later: of columns that follow this one's, numbered on from them."""
+    def join(self, later: RowMax) -> None:
+        """Become that of both matrices side by side. later: of columns behind this one's, numbered on from them."""
         better = (later.largest > self.largest) | (later.largest.isnan() & ~self.largest.isnan())
-        return RowMax(*(torch.where(better, new, old) for new, old in zip(later, self, strict=True)))
+        for old, new in zip(self, later, strict=True):
+            torch.where(better, new, old, out=old)
 
 
 class Kernels(Protocol):
@@ -83,4 +87,4 @@ class Kernels(Protocol):
 
     def gemm(self, x: Tensor, w: Packed, out: Tensor, num_threads: int) -> None: ...
 
-    def gemm_row_max(self, x: Tensor, w: Packed, out: RowMax, num_threads: int) -> None: ...
+    def gemm_row_max(self, x: Tensor, w: Packed, best: RowMax, start: int, stop: int, num_threads: int) -> None: ...

@@ -15,7 +15,7 @@ from torch import Tensor
 from afd.kernels.base import RowMax
 from afd.kernels.packed import PAIRS, QUADS, Packed, PackedInt8, PackedMatrix
 
-_ABI_VERSION = 6
+_ABI_VERSION = 7
 _POST_FAILED = 1000  # + errno
 ISAS = ("portable", "avx2", "avx512")
 """Instruction sets, slowest first; the position is the number the library knows them by."""
@@ -229,17 +229,19 @@ class NativeKernels:
         if status:
             raise error_of(status, 0, 0)
 
-    def gemm_row_max(self, x: Tensor, w: Packed, out: RowMax, num_threads: int) -> None:
+    def gemm_row_max(self, x: Tensor, w: Packed, best: RowMax, start: int, stop: int, num_threads: int) -> None:
         status = self.library.afd_gemm_row_max(
             self.isa,
             num_threads,
             x.data_ptr(),
             ctypes.byref(self.matrix(w)),
-            out.largest.data_ptr(),
-            out.idx.data_ptr(),
+            best.largest.data_ptr(),
+            best.idx.data_ptr(),
             x.stride(0),
             x.shape[0],
-            *w.shape,
+            start,
+            stop,
+            w.shape[1],
         )
         if status:
             raise error_of(status, 0, 0)
@@ -300,7 +302,7 @@ def _declare(library: ctypes.CDLL) -> None:
         "afd_unpack_rows": (None, [i32, pointer, i32, i32, pointer, i32, pointer]),
         "afd_pack": (None, [pointer] + [i32] * 3),
         "afd_gemm": (i32, [i32] * 2 + [pointer] * 3 + [i32] + [i64] * 2 + [i32] * 3),
-        "afd_gemm_row_max": (i32, [i32] * 2 + [pointer] * 4 + [i64] + [i32] * 3),
+        "afd_gemm_row_max": (i32, [i32] * 2 + [pointer] * 4 + [i64] + [i32] * 4),
         "afd_swiglu": (i32, [i32] * 2 + [pointer] * 2 + [i64, i32, pointer]),
         "afd_experts": (i32, [i32] * 2 + [pointer] * 4 + [i32] * 2 + [pointer] * 3),
         "afd_attention_layer": (i32, [i32] * 2 + [pointer] * 4 + [i32] * 2 + [pointer] * 2 + [i32] * 2 + [pointer] * 2),

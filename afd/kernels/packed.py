@@ -42,10 +42,13 @@ class PackedMatrix:
     def shape(self) -> torch.Size:
         return self.data.shape
 
+    @property
+    def panel_rows(self) -> int:
+        return PANEL_ROWS
+
     def narrow_rows(self, start: int, stop: int) -> PackedMatrix:
-        """A view of rows start..stop; start is a multiple of PANEL_ROWS, and so is stop, or it is the end."""
-        if start % PANEL_ROWS or (stop % PANEL_ROWS and stop != self.shape[0]):
-            raise ValueError(f"rows {start} to {stop} of a packed matrix do not begin and end with panels")
+        """A view of rows start..stop, which are whole panels."""
+        check_panels(self, start, stop)
         return PackedMatrix(self.data[start:stop])
 
     def rows(self, idx: Tensor) -> Tensor:
@@ -94,11 +97,14 @@ class PackedInt8:
     def order(self) -> Int8Order:
         return Int8Order(*self.data.shape[2:])
 
+    @property
+    def panel_rows(self) -> int:
+        return self.data.shape[2]
+
     def narrow_rows(self, start: int, stop: int) -> PackedInt8:
-        """A view of rows start..stop; start is a multiple of the panel's rows, and so is stop, or it is the end."""
-        rows = self.order.panel_rows
-        if start % rows or (stop % rows and stop != self.shape[0]):
-            raise ValueError(f"rows {start} to {stop} of a packed matrix do not begin and end with panels")
+        """A view of rows start..stop, which are whole panels."""
+        check_panels(self, start, stop)
+        rows = self.panel_rows
         first, last = start // rows, -(-stop // rows)
         scales = self.scales[start : last * rows]
         return PackedInt8(self.data[first:last], scales, torch.Size((stop - start, self.shape[1])))
@@ -114,3 +120,9 @@ class PackedInt8:
 
 
 Packed = PackedMatrix | PackedInt8
+
+
+def check_panels(w: Packed, start: int, stop: int) -> None:
+    """ValueError unless rows start..stop of w are whole panels, of which the last may be the matrix's narrower one."""
+    if start % w.panel_rows or (stop % w.panel_rows and stop != w.shape[0]):
+        raise ValueError(f"rows {start} to {stop} of a packed matrix do not begin and end with panels")

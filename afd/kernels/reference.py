@@ -101,10 +101,11 @@ class ReferenceKernels:
         else:
             out.copy_(x.float() @ w.unpacked().float().T)
 
-    def gemm_row_max(self, x: Tensor, w: Packed, out: RowMax, num_threads: int) -> None:
-        products = torch.empty(x.shape[0], w.shape[0])
-        self.gemm(x, w, products, num_threads)
-        self.row_max(products, out, num_threads)
+    def gemm_row_max(self, x: Tensor, w: Packed, best: RowMax, start: int, stop: int, num_threads: int) -> None:
+        products, found = torch.empty(x.shape[0], stop - start), RowMax.of_nothing(x.shape[0])
+        self.gemm(x, w.narrow_rows(start, stop), products, num_threads)
+        self.row_max(products, found, num_threads)
+        best.join(RowMax(found.largest, found.idx + start))
 
 
 def int8_product(x: Tensor, values: Tensor, scales: Tensor, order: Int8Order) -> Tensor:

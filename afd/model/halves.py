@@ -6,7 +6,6 @@ so one half may serve any number of streams, from one thread at a time.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -131,12 +130,12 @@ class AttentionHalf:
         for at, end in self._head_pieces(start, stop):
             linear_into(out[:, at:end], head_rows, rows_of(self._head, at, end))
 
-    def head_slice_max(self, head_rows: Tensor, start: int, stop: int) -> RowMax:
-        """The largest of the logits that `head_slice` would write, and the vocabulary's entry that it is of."""
-        pieces = self._head_pieces(start, stop)
-        found = [linear_row_max(head_rows, rows_of(self._head, at, end)) for at, end in pieces]
-        numbered = (RowMax(best.largest, best.idx + at) for best, (at, _) in zip(found, pieces, strict=True))
-        return functools.reduce(RowMax.joined, numbered)
+    def head_slice_max(self, head_rows: Tensor, best: RowMax, start: int, stop: int) -> None:
+        """Go on in `best`, the largest logits before start and the entries they are of, with what `head_slice` would
+        write.
+        """
+        for at, end in self._head_pieces(start, stop):
+            linear_row_max(head_rows, self._head, best, at, end)
 
     def _head_pieces(self, start: int, stop: int) -> list[tuple[int, int]]:
         width = stop - start if isinstance(self._head, Packed) else HEAD_PIECE_ROWS

@@ -54,11 +54,13 @@ def linear_into(out: Tensor, x: Tensor, weight: Weight) -> None:
         out.copy_(linear(x, weight))
 
 
-def linear_row_max(x: Tensor, weight: Weight) -> RowMax:
-    """The largest entry of each row of what `linear_into` writes, which is not kept."""
+def linear_row_max(x: Tensor, weight: Weight, best: RowMax, start: int, stop: int) -> None:
+    """Go on in `best`, of the columns before start, up to stop. What `linear_into` would write is not kept."""
     if isinstance(weight, Packed):
-        return kernels.gemm_row_max(x, weight, num_threads=torch.get_num_threads())
-    return RowMax(*linear(x, weight).float().max(dim=1))
+        kernels.gemm_row_max(x, weight, best, start, stop, num_threads=torch.get_num_threads())
+        return
+    largest, idx = linear(x, rows_of(weight, start, stop)).float().max(dim=1)
+    best.join(RowMax(largest, idx + start))
 
 
 def rows_of(weight: Weight, start: int, stop: int) -> Weight:

@@ -106,7 +106,8 @@ class LayerPath:
     def _run_head(self, device: _Device, step: Step) -> None:
         """The whole of it, or a slice where other streams are in flight; a step without samples has none."""
         vocab = self._times.vocab
-        end = slice_end(step.head_rows, vocab, alone=len(device.worker.flying) == 1) if step.head_s else vocab
+        alone = len(device.worker.flying) == 1 or not step.head_s
+        end = slice_end(step.head_rows, vocab, int(step.load.num_samples), alone=alone)
         seconds = step.head_s * (end - step.head_rows) / vocab
         step.head_rows = end
         self._results.attention_busy(device.worker.rank, seconds)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from math import inf
 from statistics import fmean, quantiles
 
 from afd.events import Stage
@@ -108,16 +109,21 @@ class Pipeline:
 
     @property
     def predicted_s(self) -> float:
-        """The cycle, if the streams come to their heads together, as streams do that began together: m (L p + head).
+        """The cycle, where heads fill the attention worker's waiting, one after the other.
 
-        p = max(a, f, (a + F + C) / m), a layer's; a includes other, f is all of the FFN worker's time. While the
-        attention worker computes the heads, no stream has rows for the FFN worker. The planner's `step_time`.
+        k streams in the layers make min(1/a, 1/f, k / (a + F + C)) layers a second; a includes other, f is all of the
+        FFN worker's time. For one that is at its head the others leave what they do not need of the attention worker.
         """
         m, layers = self.num_streams, self.num_layers
         a_s = (self.own_s + self.other_s) / layers
-        busy_s = (self.ffn_s + self.answer_s + self.ffn_other_s) / layers
-        layer_s = max(a_s, busy_s, (a_s + (self.ffn_s + self.transfer_s) / layers) / m)
-        return m * (layers * layer_s + self.head_s)
+        f_s = (self.ffn_s + self.answer_s + self.ffn_other_s) / layers
+        way_s = a_s + (self.ffn_s + self.transfer_s) / layers
+        rate, others = (min(1 / a_s, 1 / f_s, k / way_s) for k in (m, m - 1))
+        left = 1.0 - others * a_s
+        heads_s = m * self.head_s / left if left > 0.0 else inf
+        if others * heads_s >= m * layers:  # there is always one at its head: the attention worker never waits
+            return self.closed_form_s
+        return max(self.closed_form_s, heads_s + (m * layers - others * heads_s) / rate)
 
 
 def pipeline_of(timeline: Timeline) -> Pipeline | None:

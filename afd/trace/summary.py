@@ -87,7 +87,7 @@ def _cycle_lines(timeline: Timeline) -> list[str]:
     return [
         f"{found.num_streams} streams make a step each in {found.cycle_s * 1e3:.1f} ms; "
         f"closed form: {found.closed_form_s * 1e3:.1f} ms, the largest of {terms} ms; "
-        f"with heads together {found.predicted_s * 1e3:.1f} ms"
+        f"with heads {found.predicted_s * 1e3:.1f} ms"
     ]
 
 

@@ -329,6 +329,22 @@ def test_stats_and_trace_tell_what_happened(world: World) -> None:
     assert stages == ["peer_up", "dispatch_arrived", "combine_posted"]
 
 
+def test_a_look_between_two_progresses_takes_nothing_away(world: World) -> None:
+    world.build(1, 1)
+    mesh = world.meshes[A0]
+    assert mesh.has_news() is False
+    world.dispatch(A0, [F0], make_parts(3))
+    (arrival,) = world.take(F0, DispatchArrived)
+    assert mesh.has_news() is False
+    world.answer(arrival, F0)
+    world.frozen.add(A0)  # no progress of its own
+    world.until(mesh.has_news)
+    assert mesh.has_news() is True
+    (combined,) = [event for event in mesh.progress(0.0) if isinstance(event, CombineArrived)]
+    assert combined.header.num_tokens == 3
+    assert mesh.has_news() is False
+
+
 def test_progress_wakes_on_request(world: World) -> None:
     world.build(1, 1)
     mesh = world.meshes[A0]

@@ -19,7 +19,7 @@ extern const KernelTable kernels_avx512;
 
 namespace {
 
-constexpr int32_t kAbiVersion = 6;
+constexpr int32_t kAbiVersion = 7;
 
 const KernelTable& table_of(int32_t isa) {
 #if defined(AFD_HAVE_X86)
@@ -169,10 +169,10 @@ int32_t afd_gemm(int32_t isa, int32_t num_threads, const void* x, const AfdMatri
 }
 
 int32_t afd_gemm_row_max(int32_t isa, int32_t num_threads, const void* x, const AfdMatrix* w, float* largest,
-                         int64_t* idx, int64_t x_stride, int32_t m, int32_t n, int32_t k) {
+                         int64_t* idx, int64_t x_stride, int32_t m, int32_t begin, int32_t end, int32_t k) {
     return guarded([&] {
-        const GemmArgs args{x, *w, nullptr, x_stride, 0, kToFloat32, m, n, k};
-        run_gemm_row_max(table_of(isa), args, {largest, idx}, num_threads);
+        const GemmArgs args{x, rows_from(*w, begin, k), nullptr, x_stride, 0, kToFloat32, m, end - begin, k};
+        run_gemm_row_max(table_of(isa), args, {largest, idx}, begin, num_threads);
         return kOk;
     });
 }

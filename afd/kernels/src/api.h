@@ -65,9 +65,10 @@ struct AfdMatrix {
 // mode: 0 = out is float32, 1 = out is bf16, 2 = added to a float32 out.
 AFD_API int32_t afd_gemm(int32_t isa, int32_t num_threads, const void* x, const AfdMatrix* w, void* out, int32_t mode,
                          int64_t x_stride, int64_t out_stride, int32_t m, int32_t n, int32_t k);
-// The same of x [m, k] . w [n, k]^T in float32, which is not kept.
+// Goes on with the same of columns [begin, end) of x [m, k] . w^T in float32, which is not kept; begin is a multiple of
+// the rows of a panel of w.
 AFD_API int32_t afd_gemm_row_max(int32_t isa, int32_t num_threads, const void* x, const AfdMatrix* w, float* largest,
-                                 int64_t* idx, int64_t x_stride, int32_t m, int32_t n, int32_t k);
+                                 int64_t* idx, int64_t x_stride, int32_t m, int32_t begin, int32_t end, int32_t k);
 
 // down(silu(gate(x)) * up(x)).
 struct AfdSwiGlu {

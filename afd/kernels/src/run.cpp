@@ -153,10 +153,10 @@ void run_gemm(const KernelTable& kernels, const GemmArgs& args, int num_threads)
     });
 }
 
-void run_gemm_row_max(const KernelTable& kernels, const GemmArgs& args, const RowMaxima& out, int num_threads) {
+void run_gemm_row_max(const KernelTable& kernels, const GemmArgs& args, const RowMaxima& best, int64_t first,
+                      int num_threads) {
     constexpr int kColumns = 256;  // multiplied before they are looked at: of 64 rows, they stay in the L2 cache
     constexpr int kItemsPerThread = 8;
-    out.clear(args.m);
     if (args.m == 0) return;
     const int threads = gemm_threads(args, num_threads);
     const GemmInput input(kernels, args, threads);
@@ -191,10 +191,10 @@ void run_gemm_row_max(const KernelTable& kernels, const GemmArgs& args, const Ro
     for (int item = 0; item < items; ++item)
         for (int row = 0; row < args.m; ++row) {
             const size_t at = static_cast<size_t>(item) * args.m + row;
-            const bool is_nan = largest[at] != largest[at], was_nan = out.largest[row] != out.largest[row];
-            if (was_nan || !(is_nan || largest[at] > out.largest[row])) continue;
-            out.largest[row] = largest[at];
-            out.idx[row] = idx[at];
+            const bool is_nan = largest[at] != largest[at], was_nan = best.largest[row] != best.largest[row];
+            if (was_nan || !(is_nan || largest[at] > best.largest[row])) continue;
+            best.largest[row] = largest[at];
+            best.idx[row] = first + idx[at];
         }
 }
 

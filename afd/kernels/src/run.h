@@ -98,7 +98,9 @@ struct RowMaxima {
     }
 };
 
-// The rows' maxima of what run_gemm would write; args.out and its stride are not used. Throws std::bad_alloc.
-void run_gemm_row_max(const KernelTable& kernels, const GemmArgs& args, const RowMaxima& out, int num_threads);
+// Joins the rows' maxima of what run_gemm would write, columns numbered from `first` on, into `best`, of columns before
+// them; args.out and its stride are not used. Throws std::bad_alloc.
+void run_gemm_row_max(const KernelTable& kernels, const GemmArgs& args, const RowMaxima& best, int64_t first,
+                      int num_threads);
 
 }  // namespace afd

@@ -14,6 +14,7 @@ from afd.kv.windowed_blocks import WindowedBlocks
 from afd.model.loading import load_attention_half, load_ffn_half, resolve_model
 from afd.model.reference import compare, reference_generate
 from afd.model.sharding import ShardSpec
+from afd.sched import head_slices
 from afd.sched.scheduler import Scheduler, SchedulerConfig
 from afd.sched.sequence import Sequence
 from afd.types import FfnParallel, SamplingParams
@@ -139,20 +140,62 @@ def test_steps_are_prepared_while_the_rows_of_the_one_before_are_away(halves, en
     assert engine.stages.totals.ahead_s == pytest.approx(sum(stage.end_s - stage.start_s for stage in ahead))
 
 
-def test_one_head_at_a_time(halves):
+class SlowExchange(LateExchange):
+    """Answers when it is asked to wait, or while somebody computes a head: after each slice one."""
+
+    def __init__(self, halves):
+        super().__init__(halves)
+        self._answers = False
+
+    def has_news(self):
+        self._answers = super().has_news()
+        return self._answers
+
+    def poll(self, timeout_s):
+        answers, self._answers = self._answers, False
+        return super().poll(1.0 if answers else timeout_s)
+
+
+class SilentExchange(LateExchange):
+    """Answers when it is asked to wait."""
+
+    def has_news(self):
+        return False
+
+
+def stages_of_three_streams(halves, monkeypatch, exchange):
+    """Of heads that can be cut every 64 entries of the vocabulary."""
     attention, whole, _ = halves
-    engine = make_engine(attention, [whole], num_streams=3)
-    engine._head_slice_rows = attention.spec.vocab_size // 4 // 64 * 64
+    monkeypatch.setattr(head_slices, "MIN_SLICE_ROWS", 64)
+    monkeypatch.setattr(head_slices, "SLICE_LOGITS", 64)
+    engine = make_engine(attention, [whole], num_streams=3, exchange=exchange([whole]))
     for idx in range(6):
         engine.scheduler.add(request(idx, random.Random(idx), attention.spec.vocab_size, max_tokens=6))
-    run_all(engine)
-    under_way, num_slices = None, 0
-    for stage in engine.stages.ring.snapshot():
+    run_all(engine, timeout_s=1.0)
+    return engine.stages.ring.snapshot()
+
+
+def test_one_head_at_a_time_and_layers_before_it(halves, monkeypatch):
+    last_layer = halves[0].spec.num_layers - 1
+    under_way, num_slices, num_gave_way, arrived = None, 0, 0, None
+    for stage in stages_of_three_streams(halves, monkeypatch, SlowExchange):
         if stage.name in ("head", "head_slice"):
+            assert arrived is None, "rows waited for a head"
             assert under_way in (None, stage.stream), "a head began while another one was not finished"
             under_way = stage.stream if stage.name == "head_slice" else None
             num_slices += stage.name == "head_slice"
-    assert num_slices > 20
+        elif stage.name == "exchange" and stage.layer < last_layer:
+            arrived = stage.stream
+        elif stage.name == "attention" and stage.stream == arrived:
+            num_gave_way += under_way is not None
+            arrived = None
+    assert num_slices > 20 and num_gave_way > 20
+
+
+def test_a_head_that_keeps_nobody_waiting_is_not_cut(halves, monkeypatch):
+    stages = stages_of_three_streams(halves, monkeypatch, SilentExchange)
+    names = {stage.name for stage in stages}
+    assert "head" in names and "head_slice" not in names
 
 
 def test_logprobs_only_where_asked(halves):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import itertools
 
 import pytest
 import torch
@@ -221,7 +221,7 @@ def test_row_max(kernels: Kernels, rows: int, width: int, marks: list, num_threa
     x = random(rows, width + 3).bfloat16().float()[:, :width]
     for row, column, value in marks:
         x[row % rows, column % width] = value
-    got = RowMax.empty(rows)
+    got = RowMax.of_nothing(rows)
     kernels.row_max(x, got, num_threads)
     assert got.idx.tolist() == x.numpy().argmax(axis=1).tolist()
     assert torch.equal(got.largest.nan_to_num(7.5), x.amax(dim=1).nan_to_num(7.5))
@@ -229,7 +229,7 @@ def test_row_max(kernels: Kernels, rows: int, width: int, marks: list, num_threa
 
 @pytest.mark.parametrize("value", [0.0, -float("inf"), float("inf"), float("nan")])
 def test_row_max_of_equal_elements(kernels: Kernels, value: float) -> None:
-    got = RowMax.empty(2)
+    got = RowMax.of_nothing(2)
     kernels.row_max(torch.full((2, 3000), value), got, 1)
     assert got.idx.tolist() == [0, 0]
 
@@ -249,12 +249,13 @@ def test_gemm_row_max(kernels: NativeKernels, m: int, n: int, k: int, weights: s
         if weights == "bfloat16"
         else PackedInt8.pack((w * 20).to(torch.int8), scales, kernels.int8_order)
     )
-    products, want = torch.empty(m, n), RowMax.empty(m)
+    products, want = torch.empty(m, n), RowMax.of_nothing(m)
     kernels.gemm(x, matrix, products, 1)
     kernels.row_max(products, want, 1)
-    for num_threads in (1, 2, 3):
-        got = RowMax.empty(m)
-        kernels.gemm_row_max(x, matrix, got, num_threads)
+    for num_threads, step in itertools.product((1, 2, 3), (64, 192, 5056)):
+        got = RowMax.of_nothing(m)
+        for start in range(0, n, step):
+            kernels.gemm_row_max(x, matrix, got, start, min(start + step, n), num_threads)
         assert torch.equal(got.idx, want.idx)
         assert torch.equal(got.largest.nan_to_num(7.5), want.largest.nan_to_num(7.5))
     kernels.close()
@@ -265,13 +266,13 @@ def test_gemm_row_max(kernels: NativeKernels, m: int, n: int, k: int, weights: s
 def test_row_maxima_of_two_parts_are_those_of_the_whole(values: list[float], data: st.DataObject) -> None:
     row = torch.tensor([values])
     at = data.draw(st.integers(1, max(1, len(values) - 1)))
-    found = []
+    best = RowMax.of_nothing(1)
     for begin, end in ((0, at), (at, len(values))):
         if begin < end:
-            part = RowMax.empty(1)
+            part = RowMax.of_nothing(1)
             REFERENCE.row_max(row[:, begin:end], part, 1)
-            found.append(RowMax(part.largest, part.idx + begin))
-    assert functools.reduce(RowMax.joined, found).idx.item() == row.numpy().argmax()
+            best.join(RowMax(part.largest, part.idx + begin))
+    assert best.idx.item() == row.numpy().argmax()
 
 
 @pytest.mark.parametrize(("n", "k"), [(0, 4), (1, 2), (64, 6), (65, 10), (200, 0), (130, 32)])

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import pytest
-
 from afd.kv.block_pool import BlockPool
 from afd.messages.serving import Refused, Submit
-from afd.sched.head_slices import HEAD_SLICE_ROWS, slice_end
 from afd.sched.latency import LatencyModel
 from afd.sched.policy import Admission
 from afd.sched.scheduler import Scheduler, SchedulerConfig
@@ -48,12 +45,3 @@ def test_admissions_refusal_goes_back_as_want_of_capacity():
     assert isinstance(answer, Refused)
     assert (answer.req_id, answer.attempt, answer.reason) == ("r", 1, "capacity")
     assert "KV cache of 4 blocks" in answer.detail and answer.retry_after_s > 0.0
-
-
-@pytest.mark.parametrize("vocab", [1, HEAD_SLICE_ROWS, HEAD_SLICE_ROWS + 1, 49152])
-def test_slices_of_the_head_cover_the_vocabulary(vocab):
-    done, num_slices = 0, 0
-    while done < vocab:
-        done, num_slices = slice_end(done, vocab, alone=False), num_slices + 1
-    assert done == vocab and num_slices == -(-vocab // HEAD_SLICE_ROWS)
-    assert slice_end(0, vocab, alone=True) == vocab

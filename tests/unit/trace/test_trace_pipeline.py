@@ -152,14 +152,22 @@ def measured(num_streams: int, *, a: float, f: float, c: float, head: float) -> 
     [
         # Attention bound: heads are the attention worker's own time and cost nothing else.
         (measured(2, a=4.0, f=1.0, c=0.5, head=1.0), "attention", 1.0, 1.0),
-        # FFN bound: it has nothing to do while the heads are computed, whatever the number of streams.
-        (measured(3, a=2.0, f=4.0, c=1.0, head=0.5), "ffn", 1.2, 1.2 + 3 * 0.05),
-        (measured(2, a=2.0, f=4.0, c=1.0, head=0.5), "ffn", 0.8, 0.8 + 2 * 0.05),
+        # FFN bound: two streams keep it busy while the head of a third is computed beside their layers.
+        (measured(3, a=2.0, f=4.0, c=1.0, head=0.5), "ffn", 1.2, 1.2),
+        # One does not: 7 ms a layer for it, of which 5 are left for the head, instead of 8 for both. So 14 ms for the
+        # two heads of 5 ms, in which 2 layers of the 200 are made, and 4 ms for each of the others.
+        (measured(2, a=2.0, f=4.0, c=1.0, head=0.05), "ffn", 0.8, 0.014 + 0.198 * 4),
+        # Attention bound, though its heads find no waiting to fill: it is always at a layer or at a head.
+        (measured(3, a=4.0, f=1.0, c=0.5, head=1.0), "attention", 1.5, 1.5),
+        # Heads take 100 ms of the 3 in 4 that one stream leaves: 267 ms, in which it makes 67 of the 200 layers.
+        (measured(2, a=1.0, f=1.0, c=2.0, head=1.0), "latency", 0.5, 0.8 / 3 + 0.4 * 2 / 3),
+        # There is always one stream at its head.
+        (measured(2, a=1.0, f=1.0, c=2.0, head=3.5), "attention", 0.9, 0.9),
         # Balanced, and too few streams to hide the transfer.
         (measured(2, a=2.0, f=2.0, c=4.0, head=0.0), "latency", 0.8, 0.8),
         (measured(1, a=2.0, f=4.0, c=1.0, head=0.5), "latency", 0.75, 0.75),
     ],
 )
-def test_the_closed_form_and_heads_that_come_together(found, bound, closed_form_s, predicted_s):
+def test_the_closed_form_without_and_with_heads_lengths(found, bound, closed_form_s, predicted_s):
     assert found.bound == bound
     assert found.closed_form_s == pytest.approx(closed_form_s) and found.predicted_s == pytest.approx(predicted_s)
