@@ -8,8 +8,8 @@ Each round is a closed batch. The stages from when every request has its first t
 from the workers' rings (as `afd trace` does, once the round is over), so each half is timed with its partner at work.
 `afd/trace/pipeline.py` says what the columns mean and how the cycle is predicted; docs/pipeline.md explains it. Rounds
 of all configurations are interleaved; medians of those in which other programs used less than a twentieth of a core (of
-all, where these are fewer than three: "quiet 0"). The gate comes first; the limit from bare GEMMs stands beside; the
-last line is one JSON object.
+all, where these are fewer than three: "quiet 0"). `--streams 0` is auto, which takes some seconds to settle: see
+`--last-s`. The gate comes first; the limit from bare GEMMs stands beside; the last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ CYCLE_COLUMNS = [
     ("bubble F", "ffn_bubble", ".1%"),
     ("idle", "idle", ".1%"),
     ("exposed", "exposed", ".1%"),
+    ("streams", "num_streams", ".0f"),
     ("gang", "gang_size", ".2f"),
     ("F rows", "ffn_rows", ".1f"),
     ("F us/row", "ffn_us_per_row", ".2f"),
@@ -122,6 +123,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--input-len", type=int, default=50)
     parser.add_argument("--output-len", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--last-s", type=float, default=math.inf, help="of each round; default: all of it")
     parser.add_argument("--budget-s", type=float, default=math.inf, help="begin no further round after so long")
     parser.add_argument("--no-bound", action="store_true")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings", help="of `afd up`")
@@ -141,20 +143,20 @@ def one_round(
     begun_s, foreign_s = time.perf_counter(), foreign_cpu_s()
     result = run_round(cluster, prompts, args.output_len)
     foreign = (foreign_cpu_s() - foreign_s) / (time.perf_counter() - begun_s)
-    timeline = decoding(result, targets)
+    timeline = decoding(result, targets, args.last_s)
     pipeline = pipeline_of(timeline)
     assert pipeline is not None, f"no step in {timeline.seconds:.2f} s of decoding; raise --output-len"
     return Measured(pipeline, foreign)
 
 
-def decoding(result: Round, targets: Sequence[Target]) -> Timeline:
-    """The stages of all workers while every request of the round decoded."""
-    begin_s = max(timeline.token_s[0] for timeline in result.timelines)
+def decoding(result: Round, targets: Sequence[Target], last_s: float) -> Timeline:
+    """The stages of all workers while every request of the round decoded: the last seconds of that."""
     end_s = min(timeline.token_s[-1] for timeline in result.timelines)
+    begin_s = max(end_s - last_s, *(timeline.token_s[0] for timeline in result.timelines))
     dumps = []
     for target in targets:
         header, stages = fetch(target, time.perf_counter() - begin_s)
-        assert header.kept_since_s < begin_s, f"{target.name}: its ring is shorter than a round; lower --output-len"
+        assert header.kept_since_s < begin_s, f"{target.name}: its ring is too short; lower --output-len or --last-s"
         dumps.append(Dump(target.role, target.rank, header.pid, end_s, 0.0, stages, Offset(HERE, HERE)))
     return build(dumps, end_s - begin_s)
 
@@ -220,6 +222,7 @@ def row(config: str, sequences: int, measured: Sequence[Measured]) -> dict[str, 
         "bound_by": statistics.mode(r.bound for r in rounds),
         "balance": _median(r.terms["attention"] / r.terms["ffn"] for r in rounds),
         **shares,
+        "num_streams": _median(r.num_streams for r in rounds),
         "gang_size": _median(r.gang_size for r in rounds),
         "ffn_rows": _median(r.ffn_rows for r in rounds),
         "ffn_us_per_row": _median(r.ffn_s * 1e6 / (r.ffn_rows * r.num_layers) for r in rounds),
