@@ -1,7 +1,8 @@
-"""Record a real run with `afd trace` and draw it: `python -m bench.trace_picture` makes docs/figures/trace_2a1f.png.
+"""Record a real run with `afd trace` and draw it: `python -m bench.trace_picture` makes docs/figures/trace_2a1f.png,
+and with `--topology 1A1F --streams 3 --num-seqs 96 --png docs/figures/trace_1a1f.png` the other one.
 
 Several recordings are taken of one run. The picture shows their least disturbed part in which a step ends: the window
-with the most batches of the FFN workers. Whoever else uses the machine's cores shows up as stages that are stretched.
+in which the FFN workers answer most. Whoever else uses the machine's cores shows up as stages that are stretched.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ import sys
 import tempfile
 from bisect import bisect_left
 from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
 from pathlib import Path
 
+from afd.events import Stage
 from afd.trace.chrome import from_chrome
 from afd.trace.picture import draw
 from afd.trace.summary import summary_text
@@ -71,17 +74,23 @@ def least_disturbed(timelines: list[Timeline], span_s: float) -> tuple[Timeline,
     """The recording and where its window begins."""
     candidates: list[tuple[int, int, float]] = []
     for idx, timeline in enumerate(timelines):
-        batches = sorted(s.start_s for w in timeline.of_role(FFN) for s in w.stages if s.name == "ffn")
+        batches = sorted((s for w in timeline.of_role(FFN) for s in w.stages if s.name == "ffn"), key=_start_s)
+        answers = [0, *accumulate(max(1, s.gang_size) for s in batches)]
         for worker in timeline.of_role(ATTENTION):
             for head in worker.stages:
                 start_s = head.start_s - LEAD * span_s
                 if head.name == "head" and 0.0 <= start_s <= timeline.seconds - span_s:
-                    count = bisect_left(batches, start_s + span_s) - bisect_left(batches, start_s)
+                    begin, end = (bisect_left(batches, at_s, key=_start_s) for at_s in (start_s, start_s + span_s))
+                    count = answers[end] - answers[begin]
                     candidates.append((count, -idx, start_s))
     if not candidates:
         raise RuntimeError("no step ended inside any recording: record longer (--seconds), or draw less (--for-ms)")
     _, idx, start_s = max(candidates)
     return timelines[-idx], start_s
+
+
+def _start_s(stage: Stage) -> float:
+    return stage.start_s
 
 
 if __name__ == "__main__":
