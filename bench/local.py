@@ -20,13 +20,13 @@ from pathlib import Path
 
 import zmq
 
+from afd.attention.frontend import MAX_LEASE_S
 from afd.messages.codec import encode
 from afd.messages.serving import Lease, Refused, Submit, Tokens, worker_message_decoder
 from afd.types import FinishReason, SamplingParams
 from afd.zmq_sockets import client_socket
 
 READY_S = 120.0
-LEASE_S = 60.0  # as long as a worker grants; a round may take longer, and renews it
 
 
 def flags_of(config: str, model: str, dtype: str, transport: str = "auto") -> list[str]:
@@ -158,12 +158,11 @@ def run_round(
     poller = zmq.Poller()
     for socket, endpoint in zip(sockets, cluster.endpoints, strict=True):
         socket.connect(endpoint)
-        socket.send(encode(Lease("bench", LEASE_S)))
         poller.register(socket, zmq.POLLIN)
     params = SamplingParams(max_tokens=output_len, seed=0, temperature=0.0)
     timelines: dict[str, Timeline] = {}
     deadline = time.perf_counter() + timeout_s
-    renew_s = time.perf_counter() + LEASE_S / 2
+    lease_until = 0.0
     try:
         for idx, prompt in enumerate(prompts):
             req_id = f"bench-{os.urandom(6).hex()}"
@@ -173,10 +172,10 @@ def run_round(
         while live:
             if time.perf_counter() > deadline:
                 raise TimeoutError(f"{len(live)} requests did not finish in {timeout_s} s")
-            if time.perf_counter() > renew_s:
-                renew_s += LEASE_S / 2
+            if time.perf_counter() > lease_until - MAX_LEASE_S / 2:  # a round may take longer than a worker grants
+                lease_until = time.perf_counter() + MAX_LEASE_S
                 for socket in sockets:
-                    socket.send(encode(Lease("bench", LEASE_S)))
+                    socket.send(encode(Lease("bench", MAX_LEASE_S)))
             for socket, _ in poller.poll(1000):
                 message = worker_message_decoder.decode(socket.recv())
                 now = time.perf_counter()

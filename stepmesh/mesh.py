@@ -133,7 +133,7 @@ class Mesh:
         between calls of it.
         """
         self._check_open()
-        self._counter += 1
+        self.tick()
         if self._roster.poll():
             return True
         self._fabric.leave()

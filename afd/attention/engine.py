@@ -21,6 +21,7 @@ from afd.attention.head import Head, keeps_logits
 from afd.attention.look_ahead import LookAhead
 from afd.attention.relay import StreamRelay
 from afd.attention.stages import StageClock
+from afd.kernels import RowMax
 from afd.kv.cache import KVCache
 from afd.messages.serving import TokenLogprobs
 from afd.model.device import to_device
@@ -279,8 +280,10 @@ class AttentionEngine:
         assert stream.x is not None
         x = stream.x if len(rows) == end else stream.x[self._indices(rows)]
         normed = self._half.head_rows(x)
-        logits = self._logits_of(stream.micro_batch.stream, len(seqs)) if keeps_logits(seqs) else None
-        stream.head = Head(seqs, normed, logits)
+        if keeps_logits(seqs):
+            stream.head = Head(seqs, normed, self._logits_of(stream.micro_batch.stream, len(seqs)))
+        else:
+            stream.head = Head(seqs, normed, RowMax.of_nothing(len(seqs), self._half.device))
 
     def _logits_of(self, stream: int, num_rows: int) -> Tensor:
         """Room for a head's logits [num_rows, vocab] float32: kept, as fresh memory costs page faults."""

@@ -78,7 +78,7 @@ class GpuExchange:
                 return arrived
 
     def has_news(self) -> bool:
-        return bool(self._stages) or self._inner.has_news()
+        return self._inner.has_news()
 
     def idle(self, stream: int) -> None:
         self._inner.idle(stream)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -23,45 +23,38 @@ class Head:
     """The vocabulary, slice by slice, for the sequences that sample; the first `done` entries of it are there.
 
     rows: [num_seqs, hidden], normed.
-    logits: [num_seqs, vocab] float32, room for them; None unless `keeps_logits`.  best: of those so far, without them.
+    found: where `keeps_logits` room for the logits [num_seqs, vocab] float32; else the largest of those so far.
     """
 
     seqs: list[Sequence]
     rows: Tensor
-    logits: Tensor | None
-    best: RowMax = field(init=False)
+    found: Tensor | RowMax
     done: int = 0
-
-    def __post_init__(self) -> None:
-        self.best = RowMax.of_nothing(len(self.seqs), self.rows.device)
 
     def advance(self, half: AttentionHalf, stop: int) -> None:
         """The vocabulary's entries up to `stop`."""
-        if self.logits is not None:
-            half.head_slice(self.rows, self.logits, self.done, stop)
+        if isinstance(self.found, RowMax):
+            half.head_slice_max(self.rows, self.found, self.done, stop)
         else:
-            half.head_slice_max(self.rows, self.best, self.done, stop)
+            half.head_slice(self.rows, self.found, self.done, stop)
         self.done = stop
 
     @property
     def results(self) -> tuple[Tensor, ...]:
         """What `sample` looks at, where it was computed."""
-        return self.best if self.logits is None else (self.logits,)
+        return self.found if isinstance(self.found, RowMax) else (self.found,)
 
     @results.setter
     def results(self, tensors: Seq[Tensor]) -> None:
-        if self.logits is not None:
-            [self.logits] = tensors
-        else:
-            self.best = RowMax(*tensors)
+        self.found = RowMax(*tensors) if isinstance(self.found, RowMax) else tensors[0]
 
     def sample(self, sampler: Sampler) -> SampledBatch:
         """The next token of every sequence."""
-        if self.logits is None:
-            return sampler.largest(self.best)
+        if isinstance(self.found, RowMax):
+            return sampler.largest(self.found)
         needs_history = any(seq.sampling.needs_history for seq in self.seqs)
         return sampler.sample(
-            self.logits,
+            self.found,
             [seq.sampling for seq in self.seqs],
             [seq.num_output for seq in self.seqs],
             [(seq.prompt_ids(), seq.output_ids()) for seq in self.seqs] if needs_history else None,

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from afd.kernels import gemm_row_max
 from afd.kernels.base import Kernels, RowMax
 from afd.kernels.native import NativeKernels
 from afd.kernels.packed import PANEL_ROWS, PackedInt8, PackedMatrix
@@ -259,6 +260,23 @@ def test_gemm_row_max(kernels: NativeKernels, m: int, n: int, k: int, weights: s
         assert torch.equal(got.idx, want.idx)
         assert torch.equal(got.largest.nan_to_num(7.5), want.largest.nan_to_num(7.5))
     kernels.close()
+
+
+@pytest.mark.parametrize(
+    ("start", "stop", "rows", "message"),
+    [
+        (64, 64, 2, "no columns"),
+        (-64, 64, 2, "no columns"),
+        (64, 131, 2, "no columns"),
+        (0, 100, 2, "panels"),
+        (32, 130, 2, "panels"),
+        (0, 130, 3, "best must be"),
+    ],
+)
+def test_gemm_row_max_refuses(start: int, stop: int, rows: int, message: str) -> None:
+    w, x = PackedMatrix(torch.zeros(130, 8, dtype=torch.bfloat16)), torch.zeros(2, 8, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=message):
+        gemm_row_max(x, w, RowMax.of_nothing(rows), start, stop)
 
 
 @given(st.lists(st.sampled_from([float("nan"), -float("inf"), 0.0, 1.0, 2.0]), min_size=1, max_size=6), st.data())

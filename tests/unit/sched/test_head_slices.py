@@ -19,7 +19,7 @@ def test_slices_cover_the_vocabulary_once(vocab, num_seqs):
             assert (end - done) * num_seqs <= max(SLICE_LOGITS, MIN_SLICE_ROWS * num_seqs)
         ends.append(end)
         done = end
-    assert ends == sorted(set(ends))
+    assert len(ends) == -(-vocab // ends[0])
     assert slice_end(0, vocab, num_seqs, alone=True) == vocab
 
 
