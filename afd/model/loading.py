@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from afd.errors import ModelError
-from afd.model.families import ConfigReader, family_of_config, family_of_gguf
+from afd.model.families import ConfigReader, family_of_config, family_of_gguf, text_config
 from afd.model.inventory import inventory
+from afd.model.model_files import MAX_JSON_BYTES, find_file, json_object, read_file, read_json_object
 from afd.model.presets import PRESETS
 from afd.model.sharding import ShardSpec
 from afd.model.spec import ModelSpec
@@ -150,45 +150,34 @@ def _resolve_gguf(path: Path, name: str) -> ModelFolder:
 def _resolve_hf_folder(folder: Path) -> ModelFolder:
     raw_config, config = _read_hf_config(folder)
     family = family_of_config(config)
-    spec = family.parse(config, folder.name)
+    spec = replace(family.parse(config, folder.name), eos_token_ids=_end_token_ids(folder, config))
     source = SafetensorsSource(folder)
     checkpoint = Checkpoint(spec, source, family.naming, str(folder), config.fp8_block())
     checkpoint.verify()
-    tokenizer = folder / "tokenizer.json"
     return ModelFolder(
         name=folder.name,
         spec=spec,
         path=folder,
-        tokenizer_path=tokenizer if tokenizer.exists() else None,
+        tokenizer_path=folder / "tokenizer.json" if find_file(folder, "tokenizer.json") else None,
         fingerprint=_fingerprint(source, raw_config),
         checkpoint=checkpoint,
     )
 
 
 def _read_hf_config(folder: Path) -> tuple[bytes, ConfigReader]:
-    """config.json, with the EOS ids that generation_config.json adds."""
     path = folder / "config.json"
-    if not path.exists():
+    raw = read_file(folder, path.name, MAX_JSON_BYTES)
+    if raw is None:
         raise ModelError(f"{folder}: no config.json")
-    raw = path.read_bytes()
-    values = _json_object(path, raw)
-    generation = folder / "generation_config.json"
-    if generation.exists():
-        eos = _json_object(generation, generation.read_bytes()).get("eos_token_id")
-        own = ConfigReader(values, str(path)).token_ids("eos_token_id")
-        more = ConfigReader({"eos_token_id": eos}, str(generation)).token_ids("eos_token_id")
-        values["eos_token_id"] = list(dict.fromkeys(own + more))
-    return raw, ConfigReader(values, str(path))
+    return raw, ConfigReader(json_object(path, raw), str(path))
 
 
-def _json_object(path: Path, raw: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(raw)
-    except ValueError as error:
-        raise ModelError(f"{path}: not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
+def _end_token_ids(folder: Path, config: ConfigReader) -> tuple[int, ...]:
+    """Every token id that ends a text by config.json, its text_config, or generation_config.json."""
+    name = "generation_config.json"
+    generation = ConfigReader(read_json_object(folder, name) or {}, str(folder / name))
+    places = (config, text_config(config), generation)
+    return tuple(dict.fromkeys(i for place in places if place is not None for i in place.token_ids("eos_token_id")))
 
 
 def _default_model_file() -> Path:

@@ -19,7 +19,7 @@ FAMILIES: tuple[Family, ...] = (
     ernie.FAMILY,
 )
 
-__all__ = ["FAMILIES", "ConfigReader", "Family", "Naming", "family_of_config", "family_of_gguf"]
+__all__ = ["FAMILIES", "ConfigReader", "Family", "Naming", "family_of_config", "family_of_gguf", "text_config"]
 
 
 def family_of_config(config: ConfigReader) -> Family:

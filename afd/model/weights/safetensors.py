@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from afd.errors import ModelError
+from afd.model.model_files import find_file, read_json_object
 from afd.model.weights.block_fp8 import E4M3_VALUES
 from afd.model.weights.source import RawTensor, Slices, StoredTensor, TensorSource
 
@@ -67,21 +68,21 @@ class SafetensorsSource(TensorSource):
 
 def _shard_files(folder: Path) -> tuple[Path, ...]:
     index_path = folder / INDEX_NAME
-    if not index_path.exists():
-        single = folder / SINGLE_NAME
-        if not single.exists():
+    index = read_json_object(folder, INDEX_NAME)
+    if index is None:
+        single = find_file(folder, SINGLE_NAME)
+        if single is None:
             raise ModelError(f"{folder}: has neither {SINGLE_NAME} nor {INDEX_NAME}")
-        return (single,)
+        return (folder / SINGLE_NAME,)
     try:
-        weight_map = json.loads(index_path.read_bytes())["weight_map"]
-        names = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        names = sorted(set(index["weight_map"].values()))
+    except (KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{index_path}: not a safetensors index: {error}") from error
     files = tuple(folder / str(name) for name in names)
     for path in files:
         if path.parent != folder:
             raise ModelError(f"{index_path}: shard {str(path)!r} lies outside the folder")
-        if not path.exists():
+        if find_file(folder, path.name) is None:
             raise ModelError(f"{path}: missing, although {INDEX_NAME} names it")
     return files
 

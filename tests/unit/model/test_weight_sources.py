@@ -132,7 +132,7 @@ def test_the_same_tensor_in_two_shards_is_an_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("index", "message"),
-    [("not json", "not a safetensors index"), ("{}", "not a safetensors index"),
+    [("not json", "not JSON"), ("{}", "not a safetensors index"),
      ('{"weight_map": {"t": "../x.safetensors"}}', "lies outside the folder")],
 )  # fmt: skip
 def test_a_broken_index_is_named(tmp_path: Path, index: str, message: str) -> None:
