@@ -29,7 +29,7 @@ from afd.data_plane import config_hash, mesh_members, payload_layout, relays_nat
 from afd.errors import ConfigError, PeerLostError
 from afd.events import TracePage
 from afd.kv.block_pool import BlockPool
-from afd.kv.cache import KVCache, count_blocks
+from afd.kv.cache import KVCache, count_blocks, too_small_for_context
 from afd.kv.windowed_blocks import WindowedBlocks, held_at_most
 from afd.messages.membership import ClusterView, StepCosts, WorkerInfo
 from afd.messages.membership_port import Announce, Join, SyncFields
@@ -234,12 +234,16 @@ class _Worker:
         blocks = count_blocks(spec, int(section.kv_cache_gib * 2**30), block_size, dtype, held, section.num_blocks)
         if blocks.full < 1:
             raise ConfigError(f"attention.kv_cache_gib {section.kv_cache_gib} holds not one block of {spec.name}")
+        max_context = min(config.model.max_context or spec.max_context, spec.max_context)
+        if blocks.full * block_size < max_context:
+            gib = 0.0 if section.num_blocks else section.kv_cache_gib
+            log.warning("%s", too_small_for_context(blocks.full * block_size, max_context, gib))
         return Scheduler(
             SchedulerConfig(
                 max_step_tokens=section.max_step_tokens,
                 min_chunk_tokens=section.min_chunk_tokens,
                 max_num_seqs=section.max_num_seqs,
-                max_context=min(config.model.max_context or spec.max_context, spec.max_context),
+                max_context=max_context,
                 num_streams=section.streams or (1 if config.topology.mono else self._first_streams),
                 first_stream=rank,
             ),
@@ -415,6 +419,7 @@ class _Worker:
             prefix_hits=scheduler.prefix_hits,
             prefix_queries=scheduler.prefix_queries,
             num_preemptions=scheduler.num_preemptions,
+            max_tokens=min(scheduler.config.max_context, scheduler.pool.num_blocks * scheduler.pool.block_size),
         )
         if stats != last or now - sent_s >= STATS_MAX_S:
             for gateway in list(self._frontend.gateways):

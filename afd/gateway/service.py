@@ -40,7 +40,8 @@ class GatewayService:
 
     def __init__(self, config: ClusterConfig, model: ServedModel, membership: MembershipLike, secret: bytes):
         self.config = config
-        self.model = model
+        self._own_model = model
+        self.model = model  # with the context that the workers have room for
         self.gateway_id = uuid.uuid4().hex
         self.draining = False
         self._membership = membership
@@ -177,12 +178,21 @@ class GatewayService:
 
     def _on_view(self, view: ClusterView) -> None:
         self.dispatcher.on_view(view, time.monotonic())
+        self._follow_context()
         self._publish_ready()
 
     def _on_message(self, key: str, message: WorkerMessage) -> None:
         self.dispatcher.on_message(key, message, time.monotonic())
         if isinstance(message, WorkerStats):
+            self._follow_context()
             self._publish_ready()
+
+    def _follow_context(self) -> None:
+        """A request may run at any worker, now or after a migration: the smallest KV cache bounds its context."""
+        reported = [worker.stats.max_tokens for worker in self.dispatcher.workers.values() if worker.stats is not None]
+        max_context = min([self._own_model.max_context, *(tokens for tokens in reported if tokens > 0)])
+        if max_context != self.model.max_context:
+            self.model = replace(self._own_model, max_context=max_context)
 
     async def _tick_forever(self) -> None:
         while True:

@@ -104,6 +104,18 @@ def count_blocks(
     return BlockCounts((num_bytes - most_windowed * windowed) // full, most_windowed)
 
 
+def too_small_for_context(num_tokens: int, max_context: int, gib: float) -> str:
+    """What a KV cache of `num_tokens` means for users, and what to set.  gib: its size; 0 = given in blocks."""
+    text = (
+        f"a request can have {num_tokens} tokens, prompt and answer together: the KV cache holds no more, "
+        f"the model's context is {max_context}"
+    )
+    if gib:
+        enough = math.ceil(100 * gib * max_context / num_tokens) / 100
+        return f"{text}; --kv-cache-gib {enough:g} instead of {gib:g} holds all of it"
+    return f"{text}; more blocks (attention.num_blocks) hold more of it"
+
+
 def _elements(layer: KVLayer) -> int:
     """Of one token in one layer."""
     return layer.num_kv_heads * (layer.cached_k_dim + layer.cached_v_dim)

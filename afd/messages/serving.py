@@ -116,7 +116,8 @@ class WorkerStats(msgspec.Struct, tag="stats", frozen=True):
     """Load of one attention worker: sent on every change of note, at most every 100 ms, at least every second.
 
     tpot_headroom_s: the tightest TPOT target less the predicted one.  predicted_wait_s: until a typical request would
-    be admitted; 0 = now.
+    be admitted; 0 = now.  max_tokens: prompt and output together, of the longest sequence that can run here; 0 = not
+    known.
     """
 
     rank: int
@@ -134,6 +135,7 @@ class WorkerStats(msgspec.Struct, tag="stats", frozen=True):
     num_preemptions: int = 0
     place_interval_s: float = 0.0  # between two places while the worker is full; 0 = not known
     prefill_token_s: float = 0.0  # predicted, from a place to the first token, per prompt token
+    max_tokens: int = 0
 
 
 WorkerMessage = Union[Tokens, Refused, WorkerStats]

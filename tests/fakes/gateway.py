@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +44,12 @@ class Rig:
         members = [worker.member() for worker in (self.workers if workers is None else workers)]
         self.membership.publish(members, num_attention=len(self.workers))
 
+    async def wait_until(self, condition: Callable[[], bool]) -> None:
+        """For what comes with messages of the workers."""
+        async with asyncio.timeout(10):
+            while not condition():
+                await asyncio.sleep(0.005)
+
     async def chat(self, content: str = "hi", **fields: Any) -> httpx.Response:
         body = {"messages": [{"role": "user", "content": content}], **fields}
         return await self.client.post("/v1/chat/completions", json=body)
@@ -74,7 +80,7 @@ async def gateway(
         if workers:
             rig.publish()
             await membership.wait_ready()
-            await _all_serving(service, num_workers)
+            await rig.wait_until(lambda: _num_serving(service) >= num_workers)
         yield rig
     finally:
         await client.aclose()
@@ -118,10 +124,8 @@ async def served_gateway(
             await worker.close()
 
 
-async def _all_serving(service: GatewayService, count: int) -> None:
-    async with asyncio.timeout(10):
-        while sum(worker.serving for worker in service.dispatcher.workers.values()) < count:
-            await asyncio.sleep(0.005)
+def _num_serving(service: GatewayService) -> int:
+    return sum(worker.serving for worker in service.dispatcher.workers.values())
 
 
 def events(text: str) -> list[dict[str, Any]]:

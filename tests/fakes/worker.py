@@ -77,6 +77,7 @@ class FakeWorker:
         self.forget_submits = False
         self.cached_tokens = 0
         self.predicted_wait_s = 0.0
+        self.max_tokens = 0
         self.draining = False
         self.received: list[GatewayMessage] = []
         self.aborted: set[str] = set()
@@ -242,6 +243,7 @@ class FakeWorker:
             step_s=0.01,
             draining=self.draining,
             predicted_wait_s=self.predicted_wait_s,
+            max_tokens=self.max_tokens,
         )
 
     async def send_stats(self) -> None:

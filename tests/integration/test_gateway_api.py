@@ -166,6 +166,24 @@ async def test_defaults_of_max_tokens():
 
 
 @async_test
+async def test_the_smallest_kv_cache_bounds_the_context():
+    """`max_model_len`, the default of max_tokens, generous wishes and refusals all go by what the workers report."""
+    async with gateway(text_model(max_context=200), num_workers=2) as rig:
+        rig.workers[0].max_tokens, rig.workers[1].max_tokens = 150, 60
+        for worker in rig.workers:
+            await worker.send_stats()
+        await rig.wait_until(lambda: rig.service.model.max_context == 60)
+        assert (await rig.client.get("/v1/models")).json()["data"][0]["max_model_len"] == 60
+        assert (await rig.client.get("/cluster")).json()["max_context"] == 60
+        for wish in ({}, {"max_tokens": 150}, {"max_completion_tokens": 10_000}):
+            assert (await rig.chat(ignore_eos=True, **wish)).json()["usage"]["total_tokens"] == 60
+        answer = await rig.complete([5] * 60)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "context_length_exceeded")
+        rig.publish(rig.workers[:1])  # the small one leaves
+        await rig.wait_until(lambda: rig.service.model.max_context == 150)
+
+
+@async_test
 async def test_stop_strings_end_the_text_and_the_work():
     async with gateway(MODEL) as rig:
         rig.worker.script = saying(MODEL, "one, two, three, four", end=False)

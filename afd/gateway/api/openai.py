@@ -34,6 +34,7 @@ from afd.gateway.api.schema import (
 )
 from afd.gateway.body import read_body
 from afd.gateway.generation import GenerationJob
+from afd.gateway.served_model import ServedModel
 from afd.gateway.service import GatewayService
 from afd.gateway.stream import GenerationResponse
 
@@ -56,8 +57,11 @@ class OpenAiRoutes:
 
     def __init__(self, service: GatewayService):
         self._service = service
-        self._model = service.model
         self._limits = service.config.gateway
+
+    @property
+    def _model(self) -> ServedModel:
+        return self._service.model
 
     def install(self, app: FastAPI) -> None:
         def post(path: str, handler: Any, decoder: BodyDecoder[Any]) -> None:

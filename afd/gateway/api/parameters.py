@@ -38,11 +38,9 @@ def chat_job(
             code="unsupported",
         )
     logprobs = (body.top_logprobs or 0) if body.logprobs else -1
-    newer = body.max_completion_tokens is not None
-    max_tokens = body.max_completion_tokens if newer else body.max_tokens
-    max_param = "max_completion_tokens" if newer else "max_tokens"
+    max_tokens = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     num_room = _room(len(prompt_ids), model, "messages")
-    return _job(body, [(prompt_ids, num_room)], max_tokens, max_param, logprobs, headers, model, limits)
+    return _job(body, [(prompt_ids, num_room)], max_tokens, logprobs, headers, model, limits)
 
 
 def completion_job(
@@ -64,7 +62,7 @@ def completion_job(
     if max_tokens is None:
         rooms = [(prompt, min(room, DEFAULT_COMPLETION_TOKENS)) for prompt, room in rooms]
     logprobs = body.logprobs if body.logprobs is not None else -1
-    return _job(body, rooms, max_tokens, "max_tokens", logprobs, headers, model, limits)
+    return _job(body, rooms, max_tokens, logprobs, headers, model, limits)
 
 
 def split_prompts(prompt: str | list[str | int | list[int]]) -> list[str | list[int]]:
@@ -135,7 +133,7 @@ def _room(num_prompt_tokens: int, model: ServedModel, param: str) -> int:
 
 def _too_long(size: str, model: ServedModel, param: str) -> RequestError:
     return RequestError(
-        f"the prompt has {size}; the model's context is {model.max_context} tokens, output included",
+        f"the prompt has {size}; this model's maximum context length is {model.max_context} tokens, output included",
         param=param,
         code="context_length_exceeded",
     )
@@ -145,13 +143,12 @@ def _job(
     body: SamplingBody,
     rooms: list[tuple[list[int], int]],
     max_tokens: int | None,
-    max_param: str,
     logprobs: int,
     headers: Mapping[str, str],
     model: ServedModel,
     limits: GatewayConfig,
 ) -> GenerationJob:
-    """rooms: (prompt ids, most output tokens if max_tokens is not given) of each prompt."""
+    """rooms: (prompt ids, most output tokens) of each prompt. A max_tokens above that is cut: it is a bound."""
     num_choices = body.n or 1
     if num_choices > limits.max_n:
         raise RequestError(f"n is {num_choices}; at most {limits.max_n} (gateway.max_n)", param="n")
@@ -172,14 +169,7 @@ def _job(
     prompts = []
     for prompt_ids, num_room in rooms:
         check_token_ids(prompt_ids, model, "prompt")
-        if max_tokens is not None and len(prompt_ids) + max_tokens > model.max_context:
-            raise RequestError(
-                f"the prompt has {len(prompt_ids)} tokens and {max_param} is {max_tokens}: together more than the "
-                f"model's context of {model.max_context} tokens",
-                param=max_param,
-                code="context_length_exceeded",
-            )
-        num_output = max_tokens if max_tokens is not None else num_room
+        num_output = num_room if max_tokens is None else min(max_tokens, num_room)
         if (body.min_tokens or 0) > num_output:
             raise RequestError(f"min_tokens is more than the {num_output} tokens of output allowed", param="min_tokens")
         sampling = SamplingParams(
