@@ -262,6 +262,8 @@ def check_config(config: ClusterConfig) -> None:
     host, _, port = config.coordinator.address.rpartition(":")
     if not host or not port.isdigit() or int(port) > 65535:
         raise ConfigError(f"coordinator.address {config.coordinator.address!r} is not host:port")
+    if 3 * config.coordinator.heartbeat_s > config.coordinator.lost_after_s:
+        raise ConfigError("coordinator.lost_after_s must be at least three times coordinator.heartbeat_s")
     if bool(config.coordinator.tls_cert_file) != bool(config.coordinator.tls_key_file):
         raise ConfigError("coordinator.tls_cert_file and coordinator.tls_key_file belong together: set both")
     for name, section in (("attention", config.attention), ("ffn", config.ffn)):

@@ -11,6 +11,7 @@ from afd.messages.membership import ExpertId, Member, MemberStatus, PairReport, 
 
 ATTENTION, FFN, GATEWAY = "attention", "ffn", "gateway"
 ROLES = (ATTENTION, FFN, GATEWAY)
+MIN_DEAF_S = 0.5  # twice the pause between a newcomer's attempts to register
 LOADING_PATIENCE = 3  # a process that loads a model may starve its side thread, and nobody waits for it yet
 
 
@@ -29,10 +30,30 @@ class Timing:
         return cls(config.lost_after_s, config.stall_timeout_s, config.restart_grace_s, drain_s)
 
 
+class Hearing:
+    """Whether the coordinator hears anybody. When it hears nobody, that is its own deafness and nobody's death: this
+    process stood still, or its port was shut or flooded.
+    """
+
+    def __init__(self, lost_after_s: float, now: float):
+        self._deaf_after_s = max(lost_after_s / 2, MIN_DEAF_S)
+        self._heard_at = now
+
+    def heard(self, now: float) -> float:
+        """A call was served -> how long nothing had been heard before it, where that was deafness; else 0."""
+        gap_s, self._heard_at = now - self._heard_at, now
+        return gap_s if gap_s > self._deaf_after_s else 0.0
+
+    def is_deaf(self, now: float) -> bool:
+        """Nobody can be judged by silence now."""
+        return now - self._heard_at > self._deaf_after_s
+
+
 @dataclass(slots=True)
 class Entry:
     """One registered process. Times are the coordinator's clock.
 
+    excused_s: of the time since `last_seen`, that in which the coordinator could hear nobody.
     resumed_until: set while this member is known only from the view of an earlier coordinator and has not been
         heard of since; it is given until then.
     drain_asked: an operator asked for the drain (`draining` is what the member says of itself).
@@ -42,6 +63,7 @@ class Entry:
     rank: int
     last_seen: float
     progress_at: float
+    excused_s: float = 0.0
     resumed_until: float | None = None
     progress: int = 0
     pending: bool = False
@@ -75,6 +97,7 @@ class Entry:
     def heard(self, now: float) -> None:
         """Any call from this member."""
         self.last_seen = now
+        self.excused_s = 0.0
         self.resumed_until = None
 
     def beat(self, request: SyncRequest, now: float) -> bool:
@@ -104,7 +127,7 @@ class Entry:
             if now > self.resumed_until:
                 return "it did not come back to the restarted coordinator"
             return None
-        silence = now - self.last_seen
+        silence = now - self.last_seen - self.excused_s
         if silence > timing.lost_after_s * (1 if self.ready else LOADING_PATIENCE):
             return f"no heartbeat for {silence:.1f} s"
         stalled = now - self.progress_at
@@ -112,9 +135,9 @@ class Entry:
             return f"its main loop has had work but made no progress for {stalled:.1f} s"
         return None
 
-    def shift_clock(self, gap_s: float) -> None:
-        """The coordinator itself did not run for `gap_s`: that time is nobody's silence."""
-        self.last_seen += gap_s
+    def excuse(self, gap_s: float) -> None:
+        """The coordinator heard nobody for `gap_s`: that time is not this member's silence, nor its standstill."""
+        self.excused_s += gap_s
         self.progress_at += gap_s
         if self.resumed_until is not None:
             self.resumed_until += gap_s

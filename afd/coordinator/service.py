@@ -1,17 +1,16 @@
 """gRPC shell around the coordinator's state: authenticates, decodes, locks, answers. Decides nothing.
 
 Generic handlers with msgpack bodies (no generated code): service "afd.Coordinator", methods Register, Sync, Status
-and Control. Every call needs the cluster's bearer token; a stranger gets UNAUTHENTICATED and nothing else.
+and Control. Every call needs the cluster's bearer token (`door`); a stranger gets UNAUTHENTICATED and nothing else.
 """
 
 from __future__ import annotations
 
-import hmac
 import logging
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent import futures
 from typing import Any, TypeVar
 
@@ -20,6 +19,7 @@ import msgspec
 
 from afd.config import ClusterConfig
 from afd.coordinator.client import SERVICE
+from afd.coordinator.door import PendingBodies, TokenCheck, server_options
 from afd.coordinator.members import Timing
 from afd.coordinator.metrics import CoordinatorMetrics
 from afd.coordinator.plan import PlanRules
@@ -39,17 +39,10 @@ from afd.secrets import grpc_token
 
 log = logging.getLogger(__name__)
 
-MAX_REQUEST_BYTES = 1 << 20
-NUM_THREADS = 4  # each call holds the lock for microseconds
+NUM_THREADS = 16  # each call holds the lock for microseconds, and its thread until its message is there
 MAX_CONCURRENT_CALLS = 512
 TICK_S = 0.1
 _T = TypeVar("_T")
-
-_SERVER_OPTIONS = [
-    ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
-    ("grpc.max_metadata_size", 16 << 10),
-    ("grpc.so_reuseport", 0),  # a second coordinator on the port is an error, not a silent split
-]
 
 
 class CoordinatorServer:
@@ -67,14 +60,14 @@ class CoordinatorServer:
     ):
         self._state = state
         self._clock = clock
-        self._expected = f"Bearer {token}".encode()
         self._lock = threading.Lock()
         self._metrics = metrics
-        self._refusal_logged_at = float("-inf")
+        self._bodies = PendingBodies(clock)
         self._pool = futures.ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="coordinator")
         self._server = grpc.server(
             self._pool,
-            options=_SERVER_OPTIONS,
+            interceptors=[TokenCheck(token, clock)],
+            options=server_options(),
             maximum_concurrent_rpcs=MAX_CONCURRENT_CALLS,
         )
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, self._handlers()),))
@@ -94,6 +87,7 @@ class CoordinatorServer:
 
     def step(self) -> bool:
         """Let time pass in the state and do what it asks for; False once the cluster has been shut down."""
+        self._bodies.cut_off()
         with self._lock:
             self._state.tick(self._clock())
             actions = self._state.take_actions()
@@ -115,27 +109,19 @@ class CoordinatorServer:
         }
 
     def _method(self, decoder: Decoder[_T], act: Callable[[_T, float], msgspec.Struct]) -> Any:
-        def handle(body: bytes, context: grpc.ServicerContext) -> bytes:
-            sent = dict(context.invocation_metadata()).get("authorization", "")
-            if not hmac.compare_digest(str(sent).encode(), self._expected):
-                self._log_refusal(context.peer())
-                context.abort(grpc.StatusCode.UNAUTHENTICATED, "wrong or no cluster secret")
+        def handle(messages: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
+            with self._bodies.waiting(context):
+                body = next(messages, None)
             try:
-                request = decoder.decode(body)
+                request = decoder.decode(body if body is not None else b"")
             except MessageError as error:
                 context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
             with self._lock:
                 reply = act(request, self._clock())
             return encode(reply)
 
-        return grpc.unary_unary_rpc_method_handler(handle)
-
-    def _log_refusal(self, peer: str) -> None:
-        """At most one line in five seconds: a stranger cannot fill the log."""
-        now = self._clock()
-        if now - self._refusal_logged_at >= 5.0:
-            self._refusal_logged_at = now
-            log.warning("refused a call from %s: wrong or no secret", peer)
+        # The client sends one message and knows no difference; here its absence can be noticed.
+        return grpc.stream_unary_rpc_method_handler(handle)
 
     def _perform(self, action: Action) -> bool:
         """Do what the state asks; True when it asks to stop."""

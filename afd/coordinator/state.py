@@ -22,7 +22,7 @@ from typing import Union
 
 import msgspec
 
-from afd.coordinator.members import ATTENTION, FFN, GATEWAY, ROLES, Entry, Timing, blame
+from afd.coordinator.members import ATTENTION, FFN, GATEWAY, ROLES, Entry, Hearing, Timing, blame
 from afd.coordinator.placement import expert_ranks
 from afd.coordinator.plan import Planner, PlanRules
 from afd.errors import CoordinatorError
@@ -108,6 +108,7 @@ class CoordinatorState:
         self._planner = Planner(spec.rules)
         self._started = now
         self._last_now = now
+        self._hearing = Hearing(timing.lost_after_s, now)
         self._entries: dict[str, Entry] = {}  # by incarnation
         self._lost: OrderedDict[str, str] = OrderedDict()  # incarnation -> why
         self._epoch_members: frozenset[tuple[str, int, str]] = frozenset()
@@ -145,7 +146,7 @@ class CoordinatorState:
 
     def register(self, request: RegisterRequest, now: float) -> RegisterReply:
         """A process joins, or says again who it is (idempotent; its addresses may have changed)."""
-        self._advance(now)
+        self._hear(now)
         try:
             return self._register(request, now)
         except RefusedError as error:
@@ -156,7 +157,7 @@ class CoordinatorState:
 
     def sync(self, request: SyncRequest, now: float) -> SyncReply:
         """A heartbeat; `leaving` is a goodbye."""
-        self._advance(now)
+        self._hear(now)
         entry = self._entries.get(request.incarnation)
         if entry is None:
             why = self._lost.get(request.incarnation)
@@ -176,7 +177,7 @@ class CoordinatorState:
 
     def control(self, request: ControlRequest, now: float) -> ControlReply:
         """An operator's wish: "shutdown", "drain" of one member, or a "note" for the events that `afd status` shows."""
-        self._advance(now)
+        self._hear(now)
         if request.action == "shutdown":
             if self._shutdown_until is None:
                 self._shutdown_until = now + 2 * self._timing.drain_s
@@ -203,21 +204,15 @@ class CoordinatorState:
 
     def tick(self, now: float) -> None:
         """Time passed: declare lost who is lost. Call several times per `lost_after_s`."""
-        self._advance(now)
-        before = len(self._entries)
-        for entry in list(self._entries.values()):
-            why = entry.why_lost(now, self._timing)
-            if why is not None:
-                self._declare_lost(entry, why)
-        while (verdict := blame(self._entries.values(), now, self._timing.lost_after_s)) is not None:
-            self._declare_lost(*verdict)
-        if len(self._entries) != before:
-            self._publish()
+        self._last_now = now
+        if not self._hearing.is_deaf(now):
+            self._judge(now)
         self._replan(now)
         self._stop_when_done(now)
 
     def status(self, now: float) -> StatusReply:
         """Everything an operator may want to see."""
+        self._hear(now)
         order = sorted(self._entries.values(), key=lambda entry: (ROLES.index(entry.info.role), entry.rank))
         return StatusReply(
             self._view,
@@ -356,19 +351,36 @@ class CoordinatorState:
 
     # --- consequences -----------------------------------------------------------------------------------
 
-    def _advance(self, now: float) -> None:
-        """Notice when this process itself was stopped (suspended host, debugger): nobody else is to blame then."""
-        gap = now - self._last_now
+    def _hear(self, now: float) -> None:
+        """A call is served. After a time in which none was, nobody is to blame for having been silent then."""
         self._last_now = now
-        if gap > self._timing.lost_after_s:
-            self._log(logging.WARNING, f"the coordinator itself did not run for {gap:.1f} s; nobody is blamed for it")
+        gap_s = self._hearing.heard(now)
+        if gap_s and self._entries:
+            self._log(logging.WARNING, f"nobody could be heard for {gap_s:.1f} s; nobody is blamed for it")
             for entry in self._entries.values():
-                entry.shift_clock(gap)
+                entry.excuse(gap_s)
+
+    def _judge(self, now: float) -> None:
+        """Strike out who is silent, stands still, or is to blame for broken links."""
+        before = len(self._entries)
+        for entry in list(self._entries.values()):
+            why = entry.why_lost(now, self._timing)
+            if why is not None:
+                self._declare_lost(entry, why)
+        while (verdict := blame(self._entries.values(), now, self._timing.lost_after_s)) is not None:
+            self._declare_lost(*verdict)
+        if len(self._entries) != before:
+            self._publish()
 
     def _declare_lost(self, entry: Entry, why: str) -> None:
-        """Strike a member out; the caller publishes (several losses at once are one epoch)."""
+        """Strike a member out; the caller publishes (several losses at once are one epoch).
+
+        A worker's place is free for a successor, so it may not come back. A gateway has no rank or state that others
+        rely on: should it have been paused only, it registers again and its streams go on.
+        """
         self._remove(entry)
-        self._lost[entry.info.incarnation] = why
+        if entry.is_worker:
+            self._lost[entry.info.incarnation] = why
         while len(self._lost) > MAX_REMEMBERED_LOST:
             self._lost.popitem(last=False)
         self._log(logging.WARNING, f"{entry.name} lost: {why}")

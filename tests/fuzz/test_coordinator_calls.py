@@ -18,9 +18,10 @@ import pytest
 
 from afd.config import resolve_config
 from afd.coordinator.client import MAX_REPLY_BYTES, SERVICE
+from afd.coordinator.door import MAX_REQUEST_BYTES
 from afd.coordinator.members import Timing
 from afd.coordinator.plan import PlanRules
-from afd.coordinator.service import MAX_REQUEST_BYTES, CoordinatorServer
+from afd.coordinator.service import CoordinatorServer
 from afd.coordinator.state import ClusterSpec, CoordinatorState
 from afd.messages.codec import Decoder, MessageError, encode
 from afd.messages.membership import (
@@ -188,8 +189,9 @@ def test_an_honest_cluster_forms_after_all_that() -> None:
                 calls[name](DECODERS[name].decode(mutated(rng, message)), now)
             except MessageError:
                 continue
-        for _ in range(400):  # the others fall silent and are declared lost
+        for _ in range(400):  # the others fall silent and are declared lost: somebody else can be heard
             now += 0.1
+            state.status(now)
             state.tick(now)
         for number in range(2):
             role = ("attention", "ffn")[number % 2]

@@ -9,8 +9,9 @@ import threading
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import grpc
 import msgspec
@@ -18,8 +19,9 @@ import pytest
 
 from afd.config import ClusterConfig, resolve_config
 from afd.coordinator.client import SERVICE, CoordinatorClient, CoordinatorUnreachableError
+from afd.coordinator.door import BODY_TIMEOUT_S, HANDSHAKE_TIMEOUT_S, MAX_STREAMS
 from afd.coordinator.membership import Membership, MembershipLostError, MembershipTiming
-from afd.coordinator.service import run_coordinator
+from afd.coordinator.service import NUM_THREADS, run_coordinator
 from afd.errors import ConfigError, CoordinatorError
 from afd.messages.membership import (
     MAX_SILENT_EXPERTS,
@@ -129,6 +131,30 @@ class Joined:
         return view
 
 
+@contextmanager
+def held_calls(address: str, count: int, token: str) -> Iterator[list[Any]]:
+    """Calls whose body never comes, as many on one connection as it takes; each is a future."""
+    ended = threading.Event()
+
+    def never() -> Iterator[bytes]:
+        ended.wait(6 * WAIT_S)
+        yield from ()
+
+    metadata = (("authorization", f"Bearer {token}"),) if token else ()
+    with ExitStack() as channels:
+        calls = []
+        for idx in range(count):
+            if idx % MAX_STREAMS == 0:
+                options = [("grpc.use_local_subchannel_pool", 1)]
+                channel = channels.enter_context(grpc.insecure_channel(address, options=options))
+                method = channel.stream_unary(f"/{SERVICE}/Status")
+            calls.append(method.future(never(), metadata=metadata))
+        try:
+            yield calls
+        finally:
+            ended.set()
+
+
 @pytest.fixture
 def join() -> Iterator[Callable[..., Joined]]:
     joined: list[Joined] = []
@@ -217,6 +243,46 @@ def test_strangers_do_not_disturb() -> None:
                 call(bytes(2 << 20), timeout=WAIT_S, metadata=metadata)
             assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED  # type: ignore[attr-defined]
         assert client.status().members == []
+
+
+@pytest.mark.parametrize("count", [4, 200])
+def test_calls_of_strangers_that_never_send_a_body_disturb_nobody(
+    count: int, join: Callable[..., Joined], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither the members, nor new calls; each of them is answered at once."""
+    with coordinator() as running, held_calls(running.address, count, token="") as calls:
+        members = [join(running.address, info(role)) for role in ("attention", "ffn", "gateway")]
+        for member in members:
+            member.wait_view(lambda view: view.formed)
+        for call in calls:
+            assert call.exception(timeout=WAIT_S).code() is grpc.StatusCode.UNAUTHENTICATED
+        with CoordinatorClient(running.address, TOKEN) as client:
+            assert len(client.status().members) == 3
+        assert all(member.fatal.empty() for member in members)
+    assert sum("wrong or no secret" in record.getMessage() for record in caplog.records) <= 2
+
+
+def test_a_member_that_never_sends_its_body_is_cut_off_and_nobody_is_lost_for_it(join: Callable[..., Joined]) -> None:
+    """It holds every thread there is until its deadline; then all others are there again."""
+    with coordinator() as running:
+        members = [join(running.address, info(role)) for role in ("attention", "ffn", "gateway")]
+        for member in members:
+            member.membership.wait_rank(WAIT_S)
+        with held_calls(running.address, 2 * NUM_THREADS, token=TOKEN) as calls:
+            for call in calls:
+                assert call.exception(timeout=4 * BODY_TIMEOUT_S) is not None
+        with CoordinatorClient(running.address, TOKEN, timeout_s=WAIT_S) as client:
+            assert len(client.status().members) == 3
+        assert all(member.fatal.empty() for member in members)
+
+
+def test_idle_strangers_are_cut_off() -> None:
+    """A connection that never says anything ends; the members' own ones are not counted among them."""
+    with coordinator() as running:
+        host, _, port = running.address.rpartition(":")
+        with socket.create_connection((host, int(port)), timeout=4 * HANDSHAKE_TIMEOUT_S) as stranger:
+            while stranger.recv(4096):
+                pass  # the server's own first frames
 
 
 def test_tls_when_certificates_are_given() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from afd.coordinator.state import Lost, Stop
 from tests.unit.coordinator.scenario import BEAT_S, TIMING, formed
 
@@ -122,10 +124,68 @@ def test_a_coordinator_that_was_stopped_itself_blames_nobody() -> None:
     scenario.now += 60.0
     scenario.state.tick(scenario.now)
     assert len(scenario.view.members) == 4
-    assert "itself did not run for 60.0 s" in scenario.log()
+    assert "nobody could be heard for 60.0 s" in scenario.log()
     scenario.silent.add("a1")
     scenario.wait(2.0)
     assert scenario.ranks("attention") == {"a0": 0}
+
+
+@pytest.mark.parametrize("rounds", [1, 6])
+def test_a_coordinator_whose_port_was_shut_blames_nobody_and_finds_the_dead_one_afterwards(rounds: int) -> None:
+    """Its clock ticks, but no call comes through: for long, or in rounds with a short gap."""
+    scenario = formed("2A1F")
+    scenario.report("a0", "ffn/0")
+    for progress in range(rounds):
+        scenario.sync("a0", pending=True, progress=progress)
+        for _ in range(int(30.0 / BEAT_S)):
+            scenario.now += BEAT_S
+            scenario.state.tick(scenario.now)
+        scenario.report("a0")
+        scenario.wait(1.0)
+    assert scenario.view.epoch == 1 and len(scenario.view.members) == 4
+    scenario.silent.add("a1")
+    scenario.wait(TIMING.lost_after_s + 2 * BEAT_S)
+    assert scenario.ranks("attention") == {"a0": 0}
+
+
+def test_the_last_caller_before_a_deafness_is_not_the_only_one_forgiven() -> None:
+    """Members beat at different times: the one heard first must not be over its limit when deafness is noticed."""
+    scenario = formed("2A1F")
+    scenario.sync("a0")
+    scenario.now += BEAT_S
+    scenario.sync("a1")
+    for _ in range(100):
+        scenario.now += 0.1
+        scenario.state.tick(scenario.now)
+    assert len(scenario.view.members) == 4
+
+
+def test_who_dies_while_nobody_else_is_there_is_found_when_somebody_comes() -> None:
+    scenario = formed("1A1F")
+    scenario.silent.update(("a0", "f0", "g0"))
+    scenario.wait(600.0)
+    status = {member.member.info.role: member.age_s for member in scenario.state.status(scenario.now).members}
+    assert status["attention"] >= 600.0  # as an operator must see it
+    assert "held by another" in scenario.register("a1", rank=0).error
+    for _ in range(int((TIMING.lost_after_s + 1.0) / BEAT_S)):
+        scenario.now += BEAT_S
+        scenario.register("a1", rank=0)
+        scenario.state.tick(scenario.now)
+    assert scenario.register("a1", rank=0).rank == 0
+
+
+def test_a_lost_gateway_may_come_back_as_it_is() -> None:
+    scenario = formed("1A1F")
+    scenario.silent.add("g0")
+    scenario.wait(2.0)
+    assert scenario.ranks("gateway") == {}
+    assert scenario.register("g1").rank == 0
+    reply = scenario.sync("g0")
+    assert not reply.known and not reply.lost
+    assert scenario.register("g0", again=True).rank == 1
+    scenario.silent.clear()
+    scenario.wait(60.0)
+    assert scenario.ranks("gateway") == {"g1": 0, "g0": 1}
 
 
 def test_drain_is_published_and_refused_for_ffn() -> None:
