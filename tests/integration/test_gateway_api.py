@@ -235,7 +235,7 @@ async def test_completion_logprobs():
     assert logprobs["tokens"] == ["hello", " ", "bytes:\\xe6", "bytes:\\x97"]
     assert logprobs["token_logprobs"] == [-0.5] * 4
     assert logprobs["top_logprobs"][0] == {"hello": -0.5}
-    assert logprobs["text_offset"] == [0, 5, 6, 7]
+    assert logprobs["text_offset"] == [0, 5, 6, 6]
     assert only_sampled["top_logprobs"] == [{"hello": -0.5}]
     merged = {key: [] for key in logprobs}
     for event in stream:

@@ -87,9 +87,9 @@ class ChatFormat:
         return {"content": content}
 
     def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
-        token_bytes = self._tokenizer.token_bytes(token_id)
+        """bytes: what the token adds to the text, nothing for a special token; all tokens' bytes make the text."""
         return {
-            "token": token_bytes.decode(errors="replace"),
+            "token": self._tokenizer.token_text(token_id),
             "logprob": clamp_logprob(logprob),
-            "bytes": list(token_bytes),
+            "bytes": list(self._tokenizer.shown_bytes(token_id)),
         }

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from afd.gateway.api.formats import Choice, clamp_logprob, json
 from afd.gateway.sequence import Delta
-from afd.gateway.tokenizer import TextTokenizer
+from afd.gateway.tokenizer import TextOffsets, TextTokenizer
 from afd.messages.serving import TokenLogprobs
 
 
@@ -38,7 +39,7 @@ class CompletionFormat:
         self._return_token_ids = return_token_ids
         self._echoed = echoed
         self._begun: set[int] = set()
-        self._text_offsets: dict[int, int] = {}
+        self._offsets: dict[int, TextOffsets] = {}
 
     def chunk(self, delta: Delta, usage: dict[str, Any] | None) -> bytes:
         wants_tokens = self._return_token_ids or self._num_logprobs >= 0
@@ -91,7 +92,7 @@ class CompletionFormat:
 
     def _logprobs(self, choice_idx: int, ids: list[int], logprobs: list[TokenLogprobs]) -> dict[str, Any]:
         """OpenAI's parallel lists. The sampled token is always among `top_logprobs`."""
-        offset = self._text_offsets.get(choice_idx, 0)
+        place = self._place(choice_idx)
         tokens, token_logprobs, tops, offsets = [], [], [], []
         for token_id, entry in zip(ids, logprobs, strict=False):
             tokens.append(self._key(token_id))
@@ -99,11 +100,19 @@ class CompletionFormat:
             top = {self._key(i): clamp_logprob(logprob) for i, logprob in entry.top[: self._num_logprobs]}
             top.setdefault(tokens[-1], token_logprobs[-1])
             tops.append(top)
-            offsets.append(offset)
-            if self._tokenizer is not None:
-                offset += len(self._tokenizer.token_text(token_id))
-        self._text_offsets[choice_idx] = offset
+            offsets.append(place(token_id))
         return {"tokens": tokens, "token_logprobs": token_logprobs, "top_logprobs": tops, "text_offset": offsets}
+
+    def _place(self, choice_idx: int) -> Callable[[int], int]:
+        """What gives the place of a choice's next token in its text; 0 where there is no text."""
+        if self._tokenizer is None:
+            return lambda token_id: 0
+        offsets = self._offsets.get(choice_idx)
+        if offsets is None:
+            prompt_ids = self._prompts[choice_idx // self._num_choices]
+            offsets = TextOffsets(self._tokenizer.detokenizer(prompt_ids))
+            self._offsets[choice_idx] = offsets
+        return offsets.next
 
     def _key(self, token_id: int) -> str:
         """A token's text; its bytes, spelled out, where they are no whole character; its id without a tokenizer."""

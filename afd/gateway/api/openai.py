@@ -24,7 +24,6 @@ from afd.gateway.api.parameters import (
 )
 from afd.gateway.api.schema import (
     BodyDecoder,
-    CompletionBody,
     SamplingBody,
     TokenizeBody,
     chat_decoder,
@@ -104,13 +103,14 @@ class OpenAiRoutes:
         """Text completion of one or several prompts, given as texts or as token ids."""
         body = completion_decoder.decode(await read_body(request, self._limits.max_body_bytes))
         self._model.check_name(body.model)
-        prompts = await self._prompt_ids(body)
+        given = split_prompts(body.prompt)
+        prompts = await self._prompt_ids(given, add_special_tokens=body.add_special_tokens is not False)
         job = completion_job(body, prompts, request.headers, self._model, self._limits)
         tokenizer = self._model.tokenizer
         echoed = None
         if body.echo:
-            decode = self._model.need_tokenizer("echo").decode
-            echoed = [decode(prompt) for prompt in prompts]
+            prompt_text = self._model.need_tokenizer("echo").prompt_text
+            echoed = [prompt if isinstance(prompt, str) else prompt_text(prompt) for prompt in given]
         response_format = CompletionFormat(
             f"cmpl-{request.state.request_id}",
             int(time.time()),
@@ -138,13 +138,11 @@ class OpenAiRoutes:
         )
         return _Reply(response)
 
-    async def _prompt_ids(self, body: CompletionBody) -> list[list[int]]:
+    async def _prompt_ids(self, prompts: list[str | list[int]], *, add_special_tokens: bool) -> list[list[int]]:
         """Token ids of each prompt."""
-        special = body.add_special_tokens is not False
-        prompts = split_prompts(body.prompt)
         texts = [prompt for prompt in prompts if isinstance(prompt, str)]
         if texts:
-            return await self._encode(texts, "prompt", add_special_tokens=special)
+            return await self._encode(texts, "prompt", add_special_tokens=add_special_tokens)
         return [prompt for prompt in prompts if not isinstance(prompt, str)]
 
     async def _encode(self, texts: list[str], param: str, *, add_special_tokens: bool) -> list[list[int]]:
