@@ -6,6 +6,7 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Mapping
 
 
 class _TextFormatter(logging.Formatter):
@@ -27,16 +28,20 @@ class _JsonFormatter(logging.Formatter):
         self._who = who
 
     def format(self, record: logging.LogRecord) -> str:
-        entry = {
-            "time": round(record.created, 3),
-            "level": record.levelname.lower(),
-            "who": self._who,
-            "logger": record.name,
-            "message": record.getMessage(),
-        }
+        more: dict[str, object] = {"logger": record.name}
         if record.exc_info:
-            entry["exception"] = self.formatException(record.exc_info)
-        return json.dumps(entry, ensure_ascii=False)
+            more["exception"] = self.formatException(record.exc_info)
+        return json_line(record.levelname.lower(), self._who, record.getMessage(), more, at=record.created)
+
+
+def json_line(
+    level: str, who: str, message: str, more: Mapping[str, object] | None = None, *, at: float | None = None
+) -> str:
+    """One line of a JSON log. more: further keys.  at: Unix time, now by default."""
+    when = round(time.time() if at is None else at, 3)
+    return json.dumps(
+        {"time": when, "level": level, "who": who, "message": message, **(more or {})}, ensure_ascii=False
+    )
 
 
 def setup_logging(who: str, *, level: str = "info", fmt: str = "text") -> None:

@@ -120,7 +120,9 @@ def config_from_args(args: argparse.Namespace) -> ClusterConfig:
                 overrides[key] = {"true": True, "false": False}.get(value, value)
     for setting in args.set:
         overrides.update([_parse_setting(setting)])
-    return resolve_config(args.config, overrides)
+    config = resolve_config(args.config, overrides)
+    args.log_format = config.log.format  # of a later error, too
+    return config
 
 
 def _parse_setting(setting: str) -> tuple[str, Any]:

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from afd import __version__
 from afd.bench import cli as bench
 from afd.cli import autoscale, chat, inspect, k8s, roles, status, trace, up
-from afd.command_line import EXIT_USAGE, Parser
+from afd.command_line import EXIT_USAGE, Parser, make_streams_usable
 from afd.errors import AfdError
+from afd.log import json_line
 from afd.plan import cli as plan
 from afd.simulate import cli as simulate
 
@@ -42,12 +43,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0, 1 for a failure at run time, 2 for what the user has to change."""
+    make_streams_usable()
     args = build_parser().parse_args(argv)
     try:
         code: int = args.func(args)
         return code
     except AfdError as error:
-        print(f"afd: error: {error}", file=sys.stderr)
+        print(_error_line(error, args), file=sys.stderr)
         from afd.cluster.role_process import exit_code_of
 
         return exit_code_of(error) if hasattr(args, "role") else EXIT_USAGE
@@ -56,6 +58,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `afd status | head`: stdout is closed, nothing more to say
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_INTERRUPTED
+
+
+def _error_line(error: AfdError, args: argparse.Namespace) -> str:
+    """In the format of the log: the one that was resolved, or else asked for by flag."""
+    if getattr(args, "log_format", vars(args).get("key:log.format")) == "json":
+        return json_line("error", f"afd {args.command}", str(error))
+    return f"afd: error: {error}"
 
 
 def _print_version(args: argparse.Namespace) -> int:

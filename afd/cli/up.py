@@ -23,9 +23,11 @@ def run(args: argparse.Namespace) -> int:
     from afd.cluster.restart import RestartPolicy
     from afd.cluster.secret_file import new_secret, read_secret
     from afd.cluster.supervisor import Supervisor
+    from afd.log import setup_logging
 
     config, folder = find_model(config_from_args(args))
     config = share_threads(config, usable_cores())
+    setup_logging("afd up", level=config.log.level, fmt=config.log.format)
     secret = read_secret(config.cluster.secret_file) if config.cluster.secret_file else new_secret()
     if args.dry_run:
         print(config_toml(config))

@@ -16,11 +16,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
 import setproctitle
 
+from afd.cluster.launcher import MAX_LINE_BYTES, Lines
 from afd.cluster.process import Process, adopt_orphans, die_with_parent, role_command, role_environment
 
 FORKED_ROLES = ("attention", "ffn")
@@ -41,24 +42,39 @@ class _Answer(msgspec.Struct):
 
 
 class ForkServer:
-    """The supervisor's end. fd: readable once the server is ready, or gone.  threads: that a worker computes with.
+    """The supervisor's end. fd: readable once the server is ready, or gone.  output: what it writes, line by line.
+
+    threads: that a worker computes with.
 
     command: the server's; our process id and the descriptor of its socket are put behind it.
     """
+
+    name = "fork server"
 
     def __init__(self, threads: int, command: Sequence[str] = COMMAND):
         adopt_orphans()
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket.settimeout(FORK_TIMEOUT_S)
+        output_read, output_write = os.pipe()
+        os.set_blocking(output_read, False)
         with theirs:
             self._process = subprocess.Popen(
                 [*command, str(os.getpid()), str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
+                stdout=output_write,
+                stderr=output_write,
                 pass_fds=(theirs.fileno(),),
                 process_group=0,
                 env=role_environment(threads),
             )
+        os.close(output_write)
+        self.output = Lines(output_read, MAX_LINE_BYTES)
         self.fd = self._socket.fileno()
+
+    def read_output(self) -> Iterator[str]:
+        """What was written since the last call: warnings of the libraries that are imported, a traceback."""
+        for line in self.output.read():
+            yield line.decode(errors="replace")
 
     def is_ready(self) -> bool:
         """To be asked once `fd` is readable. False: it has died."""
@@ -92,6 +108,9 @@ class ForkServer:
         except subprocess.TimeoutExpired:  # it still imports
             self._process.kill()
             self._process.wait()
+        if self.output.fd >= 0:
+            os.close(self.output.fd)
+            self.output.fd = -1
 
 
 class Forked:
@@ -182,7 +201,6 @@ def run(imports: Callable[[], None], worker: Callable[[str, int], int]) -> int:
     """The server of the supervisor and on the socket that the command line ends with; in its workers, `worker`."""
     supervisor, requests = int(sys.argv[-2]), socket.socket(fileno=int(sys.argv[-1]))
     die_with_parent(signal.SIGKILL)
-    signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # a warning written to the terminal (stty tostop) must not stop us
     if os.getppid() != supervisor:
         return 0  # it was gone before we began
     imports()

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from afd.cluster.console import fit, width
 from afd.config import ClusterConfig
 
 
@@ -27,17 +30,23 @@ class ChildProgress:
         return (self.loading, self.ready) != before
 
     def __str__(self) -> str:
-        if self.ready:
-            return "ready"
         if self.loading is None:
             return "starting"
         return "loaded" if self.loading >= 1.0 else f"{self.loading:.0%}"
 
 
-def progress_line(model: str, children: Mapping[str, ChildProgress], elapsed_s: float) -> str:
-    """One line: every process with what it is doing."""
-    states = "  ".join(f"{name} {state}" for name, state in children.items())
-    return f"loading {model}: {states}  ({elapsed_s:.1f} s)"
+def progress_line(model: str, children: Mapping[str, ChildProgress], elapsed_s: float, columns: int) -> str:
+    """One line of at most so many columns: how many processes are ready, and what the others are doing."""
+    num_ready = sum(child.ready for child in children.values())
+    head, tail = f"{num_ready} of {len(children)} ready", f"  ({elapsed_s:.1f} s)"
+    busy = [f"{name} {child}" for name, child in children.items() if not child.ready]
+    line = "  ".join([f"loading {model}: {head}", *busy]) + tail
+    for num_shown in range(len(busy), 0, -1):
+        if width(line) <= columns:
+            break
+        hidden = [f"and {len(busy) - num_shown} more"] if num_shown < len(busy) else []
+        line = "  ".join([f"loading: {head}", *busy[:num_shown], *hidden]) + tail
+    return fit(line, columns)
 
 
 def ready_text(config: ClusterConfig, url: str, *, has_tokenizer: bool) -> str:
@@ -52,7 +61,7 @@ def ready_text(config: ClusterConfig, url: str, *, has_tokenizer: bool) -> str:
 
 
 def curl_line(config: ClusterConfig, url: str, *, has_tokenizer: bool) -> str:
-    """A first request; a model without tokenizer takes token ids."""
+    """A first request, with the first key of the file if there is one; a model without tokenizer takes token ids."""
     body: dict[str, object] = {"model": config.model.served_name}
     if has_tokenizer:
         path = "/v1/chat/completions"
@@ -60,5 +69,8 @@ def curl_line(config: ClusterConfig, url: str, *, has_tokenizer: bool) -> str:
     else:
         path = "/v1/completions"
         body |= {"prompt": [1, 2, 3], "max_tokens": 16, "return_token_ids": True}
-    body["temperature"] = 0
-    return f"curl {url}{path} -H 'Content-Type: application/json' -d '{json.dumps(body)}'"
+    headers = "-H 'Content-Type: application/json'"
+    if keys := config.gateway.api_keys_file:
+        first_key = f"$(grep -m1 '^[^# ]' {shlex.quote(os.path.abspath(keys))})"
+        headers += f' -H "Authorization: Bearer {first_key}"'
+    return f"curl {url}{path} {headers} -d {shlex.quote(json.dumps(body))}"

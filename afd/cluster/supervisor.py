@@ -70,7 +70,7 @@ class Supervisor:
         self._make_fork_server = fork_server
         self._fork_server: ForkServer | None = None
         self._cores = worker_cores(config)
-        self._console = console if console is not None else Console(sys.stdout, sys.stderr)
+        self._console = console if console is not None else Console(sys.stdout, sys.stderr, config.log.format)
         self._clock = clock
         self._started = clock()
         self._selector = selectors.DefaultSelector()
@@ -116,10 +116,12 @@ class Supervisor:
         for key, _ in self._selector.select(self._patience()):
             if key.fileobj is signals:
                 signals.recv(4096)
-            elif isinstance(key.data, ForkServer):
+            elif isinstance(key.data, Child):
+                self._hear(key.data)
+            elif key.fd == key.data.fd:
                 self._hear_fork_server(key.data)
             else:
-                self._hear(key.data)
+                self._forward(key.data)
         self._reap()
         self._handle_interrupts()
         now = self._clock()
@@ -130,7 +132,8 @@ class Supervisor:
             del self._due[name]
             self._start(*self._place_of(name))
         if not self._answers:
-            self._console.progress(progress_line(self._config.model.served_name, self._progress, now - self._started))
+            name = self._config.model.served_name
+            self._console.progress(partial(progress_line, name, self._progress, now - self._started))
             if self._url and answers(self._url):
                 self._announce_ready()
 
@@ -140,13 +143,17 @@ class Supervisor:
 
     def _hear(self, child: Child) -> None:
         """Forward what a child wrote, take its news in; forget a pipe that has ended."""
-        for line in child.read_output():
-            self._console.line(line)
+        self._forward(child)
         for news in child.read_news():
             self._take_news(child, news)
-        for lines in (child.output, child.news):
-            if lines.ended and lines.fd in self._selector.get_map():
-                self._selector.unregister(lines.fd)
+        if child.news.ended and child.news.fd in self._selector.get_map():
+            self._selector.unregister(child.news.fd)
+
+    def _forward(self, source: Child | ForkServer) -> None:
+        for line in source.read_output():
+            self._console.line(line, source.name)
+        if source.output.ended and source.output.fd in self._selector.get_map():
+            self._selector.unregister(source.output.fd)
 
     def _take_news(self, child: Child, news: dict[str, Any]) -> None:
         was_ready = self._progress[child.name].ready
@@ -162,7 +169,7 @@ class Supervisor:
             self._url = str(news["url"])
             self._progress[child.name].ready = True
         if self._answers and not was_ready and self._progress[child.name].ready:
-            self._console.line(f"afd up: {child.name} is ready again")
+            self._console.note(f"{child.name} is ready again")
 
     # --- children -------------------------------------------------------------------------------------------
 
@@ -181,7 +188,8 @@ class Supervisor:
 
     def _start_fork_server(self, make: Callable[[int], ForkServer]) -> None:
         self._fork_server = make(max(most_threads(self._config, role) for role in FORKED_ROLES))
-        self._selector.register(self._fork_server.fd, selectors.EVENT_READ, self._fork_server)
+        for fd in (self._fork_server.fd, self._fork_server.output.fd):
+            self._selector.register(fd, selectors.EVENT_READ, self._fork_server)
 
     def _hear_fork_server(self, server: ForkServer) -> None:
         """It is ready, or has died."""
@@ -196,7 +204,7 @@ class Supervisor:
         self._due = {name: now if due == inf else due for name, due in self._due.items()}
 
     def _lose_fork_server(self, why: str) -> None:
-        self._console.line(f"afd up: the fork server {why}; workers are spawned from now on")
+        self._console.note(f"the fork server {why}; workers are spawned from now on")
         self._close_fork_server()
         self._end_wait_for_fork_server()
 
@@ -208,6 +216,9 @@ class Supervisor:
     def _close_fork_server(self) -> None:
         if self._fork_server is not None:
             self._end_fork_server(self._fork_server)
+            self._forward(self._fork_server)
+            if self._fork_server.output.fd in self._selector.get_map():
+                self._selector.unregister(self._fork_server.output.fd)
             self._fork_server.close()
             self._fork_server = None
 
@@ -271,23 +282,23 @@ class Supervisor:
         """An end that nobody asked the supervisor for: report it, then heal or give up."""
         now = self._clock()
         if exit_code == EXIT_OK:
-            self._console.line(f"afd up: {child.name} has left the cluster")
+            self._console.note(f"{child.name} has left the cluster")
             if child.role in ("coordinator", "gateway") or not self._alive():
                 self._stop(EXIT_OK)
             return
-        self._console.line(f"afd up: {child.name} (pid {child.pid}) died: {describe_exit(exit_code)}")
+        self._console.note(f"{child.name} (pid {child.pid}) died: {describe_exit(exit_code)}")
         for line in child.tail:
-            self._console.line(f"    {child.name} | {line}")
+            self._console.line(f"    {child.name} | {line}", child.name)
         if not worth_restarting(exit_code):
             self._stop(EXIT_CONFIG)
             return
         due = self._policies[child.name].next_start(now) if self._restart is not None else None
         if due is None:
             why = "it dies again and again" if self._restart is not None else "--no-restart"
-            self._console.line(f"afd up: {child.name} is not started again ({why}); stopping the cluster")
+            self._console.note(f"{child.name} is not started again ({why}); stopping the cluster")
             self._stop(EXIT_FAILURE)
             return
-        self._console.line(f"afd up: starting {child.name} again in {due - now:.1f} s")
+        self._console.note(f"starting {child.name} again in {due - now:.1f} s")
         self._due[child.name] = due
 
     def _alive(self) -> list[tuple[str, str]]:
@@ -296,7 +307,7 @@ class Supervisor:
     def _send(self, orders: list[tuple[str, signal.Signals]]) -> None:
         for name, signum in orders:
             if signum is signal.SIGKILL:
-                self._console.line(f"afd up: killing {name}")
+                self._console.note(f"killing {name}")
             self._children[name].signal(signum)
 
     # --- ready and stop -------------------------------------------------------------------------------------
@@ -304,7 +315,7 @@ class Supervisor:
     def _announce_ready(self) -> None:
         self._answers = True
         self._write_run_file()
-        self._console.say(ready_text(self._config, self._url, has_tokenizer=self._has_tokenizer))
+        self._console.say(ready_text(self._config, self._url, has_tokenizer=self._has_tokenizer), url=self._url)
 
     def _write_run_file(self) -> None:
         """Let `afd status` find this cluster: as soon as it has a coordinator, and again with its URL."""
@@ -324,6 +335,7 @@ class Supervisor:
         """Begin to stop; the first reason decides the exit code."""
         if self._stopping is None:
             self._exit_code = exit_code
+            self._console.close()
             self._stopping = StopSequence(stages(self._config.gateway.drain_s))
             self._due.clear()
             if self._fork_server is not None:
@@ -331,7 +343,7 @@ class Supervisor:
 
     def _handle_interrupts(self) -> None:
         if self._num_interrupts and self._stopping is None:
-            self._console.line("afd up: draining and stopping (again: stop at once)")
+            self._console.note("draining and stopping (again: stop at once)")
             self._stop(EXIT_OK)
         elif self._num_interrupts > 1 and self._stopping is not None and not self._stopping.killing:
             self._send(self._stopping.kill(self._alive()))

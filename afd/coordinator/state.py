@@ -168,7 +168,7 @@ class CoordinatorState:
         if request.leaving:
             self._remove(entry)
             self._log(logging.INFO, f"{entry.name} left")
-            self._publish()
+            self._publish(goodbye=True)
         else:
             if entry.beat(request, now):
                 self._publish()
@@ -389,8 +389,11 @@ class CoordinatorState:
     def _remove(self, entry: Entry) -> None:
         del self._entries[entry.info.incarnation]
 
-    def _publish(self) -> None:
-        """Bring the view up to date: members, epoch, plan; one version later if anything differs."""
+    def _publish(self, *, goodbye: bool = False) -> None:
+        """Bring the view up to date: members, epoch, plan; one version later if anything differs.
+
+        goodbye: a member left by itself. After the last gateway that is a cluster that ends, and nothing is waited for.
+        """
         shown = sorted(
             (entry for entry in self._entries.values() if entry.announced(mono=self._spec.topology.mono)),
             key=lambda entry: (ROLES.index(entry.info.role), entry.rank),
@@ -405,7 +408,7 @@ class CoordinatorState:
             epoch = max(epoch, self._epoch_floor) + 1
             self._epoch_members = workers
             self._log(logging.INFO, f"epoch {epoch}: {num_attention} attention, {num_ffn} FFN workers")
-        elif not complete and self._view.formed:
+        elif not complete and self._view.formed and not (goodbye and self._ends()):
             missing = "an attention worker" if num_ffn == self._view.num_ffn else "an FFN worker"
             self._log(logging.INFO, f"the cluster waits for {missing}")
         holder = next((entry for entry in self._entries.values() if entry.is_worker), None)
@@ -459,6 +462,10 @@ class CoordinatorState:
             return
         self._stopped = True
         self._actions.append(Stop())
+
+    def _ends(self) -> bool:
+        gone = all(entry.is_worker for entry in self._entries.values())
+        return gone or self._shutdown_until is not None
 
     def _names(self) -> str:
         return ", ".join(sorted(entry.name for entry in self._entries.values())) or "none"

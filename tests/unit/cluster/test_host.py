@@ -1,8 +1,7 @@
-"""What touches the host: pipes and their frames, the run file, the secret file, threads and ports, the console."""
+"""What touches the host: pipes and their frames, the run file, the secret file, threads and ports."""
 
 from __future__ import annotations
 
-import io
 import os
 import socket
 import stat
@@ -11,11 +10,9 @@ from pathlib import Path
 import pytest
 
 from afd.cluster import resolve
-from afd.cluster.console import Console
 from afd.cluster.launch import RoleLaunch, parse_news, read_launch, write_launch, write_news
 from afd.cluster.launcher import MAX_LINE_BYTES, Lines
 from afd.cluster.process import describe_exit, role_environment
-from afd.cluster.progress import ChildProgress, curl_line, progress_line
 from afd.cluster.run_file import (
     PARTIAL,
     RunInfo,
@@ -255,54 +252,3 @@ def test_one_fixed_port_cannot_serve_two_workers() -> None:
     config = {"cluster.topology": "1A2F", "ffn.mesh_port": 7000, "gateway.port": 0}
     with pytest.raises(ConfigError, match=r"ffn.mesh_port = 7000 cannot serve 2 processes"):
         resolve.check_ports(resolve_config(None, config))
-
-
-# --- text -----------------------------------------------------------------------------------------------
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-def test_progress_of_a_child() -> None:
-    progress = ChildProgress()
-    assert str(progress) == "starting"
-    assert progress.update({"loading": 0.42}) and str(progress) == "42%"
-    assert not progress.update({"loading": 0.42, "other": 1})
-    assert progress.update({"loading": 1.0}) and str(progress) == "loaded"
-    assert progress.update({"ready": True}) and str(progress) == "ready"
-    assert progress_line("m", {"ffn/0": progress}, 1.25) == "loading m: ffn/0 ready  (1.2 s)"
-
-
-def test_the_curl_line_fits_the_model() -> None:
-    config = resolve_config(None, {"model.served_name": "mine"})
-    assert "/v1/chat/completions" in curl_line(config, "http://h:1", has_tokenizer=True)
-    ids = curl_line(config, "http://h:1", has_tokenizer=False)
-    assert "/v1/completions" in ids and '"prompt": [1, 2, 3]' in ids
-
-
-def test_the_progress_line_stays_below_the_log() -> None:
-    out, err = io.StringIO(), Terminal()
-    console = Console(out, err)
-    console.progress("50%")
-    console.line("a log line")
-    console.say("ready")
-    console.line("later")
-    assert err.getvalue() == "\r\x1b[2K50%\r\x1b[2Ka log line\n50%\r\x1b[2Klater\n"
-    assert out.getvalue() == "ready\n"
-
-
-def test_without_a_terminal_progress_is_logged_now_and_then() -> None:
-    err = io.StringIO()
-    console = Console(io.StringIO(), err)
-    for percent in range(100):
-        console.progress(f"{percent}%")
-    assert err.getvalue() == "0%\n"
-
-
-def test_a_terminal_that_goes_away_is_no_reason_to_end() -> None:
-    closed = io.StringIO()
-    console = Console(closed, closed)
-    closed.close()
-    console.line("nobody reads this")

@@ -128,3 +128,16 @@ def test_experts_are_placed_as_soon_as_an_ffn_worker_names_them() -> None:
     scenario = Scenario("1A2F")
     reply = scenario.register("f0", num_experts=5, bound=False)
     assert reply.view is not None and reply.view.expert_ranks == [0, 0, 1, 1, 1]
+
+
+def test_a_cluster_that_ends_waits_for_nobody() -> None:
+    scenario = formed("1A1F")
+    for who in ("g0", "f0", "a0"):
+        scenario.sync(who, leaving=True)
+    assert "the cluster waits for an FFN worker" not in scenario.log()
+
+
+def test_a_worker_that_leaves_is_waited_for_while_there_is_a_gateway() -> None:
+    scenario = formed("1A1F")
+    scenario.sync("f0", leaving=True)
+    assert "the cluster waits for an FFN worker" in scenario.log()
