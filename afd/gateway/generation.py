@@ -18,8 +18,8 @@ from afd.types import SamplingParams
 class GenerationJob:
     """A checked request, ready to run: each prompt gets `num_choices` sequences, numbered prompt by prompt.
 
-    own_stop_ids: the client's stop_token_ids (also part of each `SamplingParams`).  ttft_s: None = the cluster's
-    target.  tpot_s: 0 = the cluster's.
+    own_stop_ids: the client's stop_token_ids (also part of each `SamplingParams`).  skip_special_tokens: they are no
+    part of the text.  ttft_s: None = the cluster's target.  tpot_s: 0 = the cluster's.
     """
 
     prompts: list[tuple[list[int], SamplingParams]]
@@ -27,6 +27,7 @@ class GenerationJob:
     stops: tuple[str, ...] = ()
     include_stop: bool = False
     own_stop_ids: tuple[int, ...] = ()
+    skip_special_tokens: bool = True
     priority: int = 0
     ttft_s: float | None = None
     tpot_s: float = 0.0

@@ -30,8 +30,8 @@ class ServedModel:
         return self.names[0]
 
     def check_name(self, name: str | None) -> None:
-        """RequestError (404) unless `name` is ours; a request without a model means the one we serve."""
-        if name is not None and name not in self.names:
+        """RequestError (404) unless `name` is ours; a request without a model ("" too) means ours."""
+        if name and name not in self.names:
             raise RequestError(
                 f"the model {name!r} does not exist; this server serves {self.name!r}",
                 param="model",

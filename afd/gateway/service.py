@@ -161,7 +161,10 @@ class GatewayService:
     def _sequence(
         self, generation: Generation, job: GenerationJob, prompt_ids: list[int], sampling: SamplingParams
     ) -> Sequence:
-        tokenizer = self.model.tokenizer
+        detokenizer = None
+        if self.model.tokenizer is not None:
+            skip_special = job.skip_special_tokens
+            detokenizer = self.model.tokenizer.detokenizer(prompt_ids, skip_special_tokens=skip_special)
         choice_idx = len(generation.sequences)
         return Sequence(
             f"{self.gateway_id}-{self._num_requests}-{choice_idx}",
@@ -169,7 +172,7 @@ class GatewayService:
             prompt_ids,
             sampling,
             generation,
-            detokenizer=tokenizer.detokenizer(prompt_ids) if tokenizer is not None else None,
+            detokenizer=detokenizer,
             stop=StopMatcher(job.stops, include=job.include_stop) if job.stops else None,
             own_stop_ids=job.own_stop_ids,
             priority=job.priority,

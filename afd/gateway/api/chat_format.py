@@ -24,8 +24,13 @@ class ChatFormat:
         top_logprobs: int,
         include_usage: bool,
         return_token_ids: bool,
+        tokens_as_ids: bool = False,
+        skip_special_tokens: bool = True,
     ):
-        """top_logprobs: -1 = no log-probabilities.  include_usage: chunks carry "usage" (null until the last)."""
+        """top_logprobs: -1 = no log-probabilities.  include_usage: chunks carry "usage" (null until the last).
+
+        tokens_as_ids: tokens of log-probabilities are called "token_id:5".  skip_special_tokens: the text is without.
+        """
         self._envelope = {"id": response_id, "object": "chat.completion", "created": created, "model": model}
         chunk_envelope = json({**self._envelope, "object": "chat.completion.chunk"})
         self._head = b"data: " + chunk_envelope[:-1] + b',"choices":['
@@ -34,6 +39,8 @@ class ChatFormat:
         self._prompt_ids = prompt_ids
         self._top_logprobs = top_logprobs
         self._return_token_ids = return_token_ids
+        self._tokens_as_ids = tokens_as_ids
+        self._bytes_of = tokenizer.shown_bytes if skip_special_tokens else tokenizer.token_bytes
         self._begun: set[int] = set()
 
     def chunk(self, delta: Delta, usage: dict[str, Any] | None) -> bytes:
@@ -89,7 +96,7 @@ class ChatFormat:
     def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
         """bytes: what the token adds to the text, nothing for a special token; all tokens' bytes make the text."""
         return {
-            "token": self._tokenizer.token_text(token_id),
+            "token": f"token_id:{token_id}" if self._tokens_as_ids else self._tokenizer.token_text(token_id),
             "logprob": clamp_logprob(logprob),
-            "bytes": list(self._tokenizer.shown_bytes(token_id)),
+            "bytes": list(self._bytes_of(token_id)),
         }

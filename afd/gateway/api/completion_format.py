@@ -27,8 +27,13 @@ class CompletionFormat:
         include_usage: bool,
         return_token_ids: bool,
         echoed: list[str] | None,
+        tokens_as_ids: bool = False,
+        skip_special_tokens: bool = True,
     ):
-        """num_logprobs: -1 = none.  echoed: the prompts' texts, to be put before the output; None = not asked for."""
+        """num_logprobs: -1 = none.  echoed: the prompts' texts, to be put before the output; None = not asked for.
+
+        tokens_as_ids: tokens of log-probabilities are called "token_id:5".  skip_special_tokens: the text is without.
+        """
         self._envelope = {"id": response_id, "object": "text_completion", "created": created, "model": model}
         self._head = b"data: " + json(self._envelope)[:-1] + b',"choices":['
         self._tail = b'],"usage":null}\n\n' if include_usage else b"]}\n\n"
@@ -38,6 +43,8 @@ class CompletionFormat:
         self._num_logprobs = num_logprobs
         self._return_token_ids = return_token_ids
         self._echoed = echoed
+        self._tokens_as_ids = tokens_as_ids
+        self._skip_special_tokens = skip_special_tokens
         self._begun: set[int] = set()
         self._offsets: dict[int, TextOffsets] = {}
 
@@ -110,12 +117,15 @@ class CompletionFormat:
         offsets = self._offsets.get(choice_idx)
         if offsets is None:
             prompt_ids = self._prompts[choice_idx // self._num_choices]
-            offsets = TextOffsets(self._tokenizer.detokenizer(prompt_ids))
+            skip_special = self._skip_special_tokens
+            offsets = TextOffsets(self._tokenizer.detokenizer(prompt_ids, skip_special_tokens=skip_special))
             self._offsets[choice_idx] = offsets
         return offsets.next
 
     def _key(self, token_id: int) -> str:
         """A token's text; its bytes, spelled out, where they are no whole character; its id without a tokenizer."""
+        if self._tokens_as_ids:
+            return f"token_id:{token_id}"
         if self._tokenizer is None:
             return str(token_id)
         token_bytes = self._tokenizer.token_bytes(token_id)

@@ -85,7 +85,7 @@ class OpenAiRoutes:
         add_prompt = body.add_generation_prompt is not False
         messages = template_messages(body.messages)
         text = template.render(messages, add_generation_prompt=add_prompt, extra=body.chat_template_kwargs)
-        (prompt_ids,) = await self._encode([text], "messages", add_special_tokens=False)
+        (prompt_ids,) = await self._encode([text], "messages", add_special_tokens=bool(body.add_special_tokens))
         job = chat_job(body, prompt_ids, request.headers, self._model, self._limits)
         response_format = ChatFormat(
             f"chatcmpl-{request.state.request_id}",
@@ -96,6 +96,8 @@ class OpenAiRoutes:
             top_logprobs=job.prompts[0][1].logprobs,
             include_usage=_include_usage(body),
             return_token_ids=bool(body.return_token_ids),
+            tokens_as_ids=bool(body.return_tokens_as_token_ids),
+            skip_special_tokens=job.skip_special_tokens,
         )
         return self._reply(body, job, response_format)
 
@@ -122,6 +124,8 @@ class OpenAiRoutes:
             include_usage=_include_usage(body),
             return_token_ids=tokenizer is None if body.return_token_ids is None else body.return_token_ids,
             echoed=echoed,
+            tokens_as_ids=bool(body.return_tokens_as_token_ids),
+            skip_special_tokens=job.skip_special_tokens,
         )
         return self._reply(body, job, response_format)
 

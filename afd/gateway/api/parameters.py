@@ -27,16 +27,12 @@ def chat_job(
     body: ChatBody, prompt_ids: list[int], headers: Mapping[str, str], model: ServedModel, limits: GatewayConfig
 ) -> GenerationJob:
     """Chat: output may fill the context unless max_(completion_)tokens says otherwise."""
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.top_logprobs and not body.logprobs:
         raise RequestError("top_logprobs needs logprobs to be true", param="top_logprobs")
     if body.tools and body.tool_choice != "none":
         raise RequestError("this server does not support tools", param="tools", code="unsupported")
-    if body.response_format is not None and body.response_format.get("type", "text") != "text":
-        raise RequestError(
-            "this server does not support structured output; only response_format type 'text'",
-            param="response_format",
-            code="unsupported",
-        )
+    if body.tool_choice not in (None, "none"):
+        raise RequestError("tool_choice needs tools, which this server does not support", param="tool_choice")
     logprobs = (body.top_logprobs or 0) if body.logprobs else -1
     max_tokens = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     num_room = _room(len(prompt_ids), model, "messages")
@@ -51,8 +47,6 @@ def completion_job(
     limits: GatewayConfig,
 ) -> GenerationJob:
     """Text completions: each prompt by itself."""
-    if body.suffix:
-        raise RequestError("this server does not support suffix", param="suffix", code="unsupported")
     if body.best_of is not None and body.best_of != (body.n or 1):
         raise RequestError("this server does not support best_of other than n", param="best_of", code="unsupported")
     if body.echo and body.logprobs is not None:
@@ -149,6 +143,12 @@ def _job(
     limits: GatewayConfig,
 ) -> GenerationJob:
     """rooms: (prompt ids, most output tokens) of each prompt. A max_tokens above that is cut: it is a bound."""
+    if body.response_format is not None and body.response_format.get("type", "text") != "text":
+        raise RequestError(
+            "this server does not support structured output; only response_format type 'text'",
+            param="response_format",
+            code="unsupported",
+        )
     num_choices = body.n or 1
     if num_choices > limits.max_n:
         raise RequestError(f"n is {num_choices}; at most {limits.max_n} (gateway.max_n)", param="n")
@@ -195,6 +195,7 @@ def _job(
         stops=_stops(body.stop, model, limits),
         include_stop=bool(body.include_stop_str_in_output),
         own_stop_ids=own_stop_ids,
+        skip_special_tokens=body.skip_special_tokens is not False,
         priority=body.priority or 0,
         ttft_s=None if ttft_ms is None else ttft_ms / 1e3,
         tpot_s=0.0 if tpot_ms is None else tpot_ms / 1e3,

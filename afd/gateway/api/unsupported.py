@@ -1,0 +1,95 @@
+"""Fields of other servers that this one does not act on: refused by name, unless their value asks for nothing.
+
+An answer that silently leaves out what was asked for (a schema, a salt, a list of bad words) is worse than an error.
+Pure.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from afd.errors import RequestError
+
+Fields = dict[str, tuple[object, ...]]
+
+# Name -> the values that ask for nothing, beside null. A field leaves this table when `schema` takes it.
+_SHARED: Fields = {
+    # what the answer must look like
+    "structured_outputs": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "allowed_token_ids": (),
+    "bad_words": ([],),
+    "thinking_token_budget": (-1,),
+    "repetition_detection": (),
+    # how it is found
+    "use_beam_search": (False,),
+    "length_penalty": (1,),
+    # what comes with it
+    "prompt_logprobs": (),
+    "logprob_token_ids": ([],),
+    "return_token_offsets": (False,),
+    # what happens to the prompt
+    "truncate_prompt_tokens": (),
+    "truncation_side": (),
+    "cache_salt": (),
+}
+CHAT: Fields = _SHARED | {
+    "continue_final_message": (False,),
+    "reasoning_effort": (),
+    "include_reasoning": (True,),
+    "echo": (False,),
+    "chat_template": (),
+    "documents": ([],),
+    "return_prompt_text": (False,),
+    "functions": ([],),
+    "function_call": ("none",),
+    "modalities": (["text"],),
+    "audio": (),
+}
+COMPLETION: Fields = _SHARED | {"prompt_embeds": (), "suffix": ("",)}
+TOKENIZE: Fields = {
+    "continue_final_message": (False,),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "tools": ([],),
+}
+
+_HINTS = {
+    "chat_template": "the model's own is used",
+    "documents": "a template that reads them takes them from chat_template_kwargs",
+    "reasoning_effort": "a template that reads it takes it from chat_template_kwargs",
+}
+
+
+class UnsupportedFields:
+    """Looks for the fields of one table in request bodies."""
+
+    def __init__(self, fields: Fields):
+        self.fields = fields
+        record = msgspec.defstruct("Record", [(name, Any, None) for name in fields])
+        self._decoder: msgspec.json.Decoder[Any] = msgspec.json.Decoder(record)
+
+    def check(self, data: bytes) -> None:
+        """RequestError (400) with the name of a field that asks for what is not done.  data: a JSON object."""
+        record = self._decoder.decode(data)
+        for name, harmless in self.fields.items():
+            value = getattr(record, name)
+            if value is not None and not any(_same(value, other) for other in harmless):
+                hint = f": {_HINTS[name]}" if name in _HINTS else ""
+                raise RequestError(f"this server does not support {name}{hint}", param=name, code="unsupported")
+
+    def schema(self) -> dict[str, Any]:
+        """The fields as JSON schema properties."""
+        return {
+            name: {"enum": [None, *harmless], "description": "Not supported"} for name, harmless in self.fields.items()
+        }
+
+
+def _same(value: object, other: object) -> bool:
+    """Equal as JSON: 1 is not true."""
+    return value == other and isinstance(value, bool) == isinstance(other, bool)

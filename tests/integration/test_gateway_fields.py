@@ -1,0 +1,214 @@
+"""Every field of vLLM's request classes is honoured, refused by its name, or harmless; none is ignored in silence."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from afd.gateway.api.schema import chat_decoder, completion_decoder, detokenize_decoder, tokenize_decoder
+from tests.fakes.async_test import async_test
+from tests.fakes.gateway import events, gateway, saying, text_of
+from tests.fakes.text_model import ids_model, text_model
+
+VLLM = json.loads((Path(__file__).parents[1] / "fixtures" / "vllm_request_fields.json").read_text())
+MODEL = text_model()
+TOKENIZER = MODEL.tokenizer
+HI = [{"role": "user", "content": "hi"}]
+# kind -> (path, decoder, the smallest body)
+KINDS = {
+    "chat": ("/v1/chat/completions", chat_decoder, {"messages": HI, "max_tokens": 1}),
+    "completion": ("/v1/completions", completion_decoder, {"prompt": "hi", "max_tokens": 1}),
+    "tokenize": ("/tokenize", tokenize_decoder, {"messages": HI}),
+    "detokenize": ("/detokenize", detokenize_decoder, {"tokens": [1]}),
+}
+# They ask for nothing that could be missing from the answer.
+HARMLESS = {
+    "parallel_tool_calls",
+    "spaces_between_special_tokens",
+    "media_io_kwargs",
+    "mm_processor_kwargs",
+    "mm_payload",
+    "return_mm_kwargs",
+    "request_id",
+    "session_id",
+    "stream_interval",
+    "kv_transfer_params",
+    "ec_transfer_params",
+    "vllm_xargs",
+    "watermarking",
+    "routed_experts_prompt_start",
+}
+HARMLESS_OF_OPENAI = {
+    "store": False,
+    "metadata": {"a": "b"},
+    "service_tier": "auto",
+    "prediction": None,
+    "verbosity": "low",
+    "prompt_cache_key": "k",
+    "safety_identifier": "me",
+}
+SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}
+TOOL = {"type": "function", "function": {"name": "f"}}
+# A value of each field that the answer would have to show.
+ASKING = {
+    "structured_outputs": {"choice": ["yes", "no"]},
+    "guided_json": {"type": "object"},
+    "guided_regex": "a+",
+    "guided_choice": ["yes", "no"],
+    "guided_grammar": "root ::= 'a'",
+    "allowed_token_ids": [5],
+    "bad_words": ["hello"],
+    "thinking_token_budget": 0,
+    "repetition_detection": {"max_pattern_size": 4},
+    "use_beam_search": True,
+    "length_penalty": 0.5,
+    "prompt_logprobs": 0,
+    "logprob_token_ids": [5],
+    "return_token_offsets": True,
+    "truncate_prompt_tokens": 5,
+    "truncation_side": "left",
+    "cache_salt": "salt",
+    "continue_final_message": True,
+    "reasoning_effort": "high",
+    "include_reasoning": False,
+    "echo": True,
+    "chat_template": "{{ messages }}",
+    "chat_template_kwargs": {"a": 1},
+    "documents": [{"text": "x"}],
+    "return_prompt_text": True,
+    "functions": [{"name": "f"}],
+    "function_call": "auto",
+    "modalities": ["text", "audio"],
+    "audio": {"voice": "alloy"},
+    "prompt_embeds": "AAAA",
+    "suffix": "x",
+    "tools": [TOOL],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_field_has_one_place(kind):
+    _, decoder, _ = KINDS[kind]
+    honoured, refused = set(decoder.body_type.__struct_fields__), set(decoder.unsupported.schema())
+    assert not set(VLLM[kind]) - honoured - refused - HARMLESS
+    assert not honoured & refused
+    assert not (honoured | refused) & HARMLESS
+
+
+@async_test
+@pytest.mark.parametrize("kind", KINDS)
+async def test_fields_that_are_not_served_are_refused_by_name(kind):
+    path, decoder, body = KINDS[kind]
+    async with gateway(MODEL) as rig:
+        for name, harmless in decoder.unsupported.fields.items():
+            answer = await rig.client.post(path, json={**body, name: ASKING[name]})
+            error = answer.json()["error"]
+            assert (answer.status_code, error["param"], error["code"]) == (400, name, "unsupported"), name
+            assert name in error["message"]
+            for value in (None, *harmless):
+                answer = await rig.client.post(path, json={**body, name: value})
+                assert answer.status_code == 200, (name, value, answer.text)
+
+
+@async_test
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_body_with_every_field_at_its_default_is_served(kind):
+    path, _, body = KINDS[kind]
+    optional = {name: value for name, value in VLLM[kind].items() if name not in ("messages", "prompt", "tokens")}
+    async with gateway(MODEL) as rig:
+        answer = await rig.client.post(path, json={**optional, **body})
+        with_openai = await rig.client.post(
+            path, json={**optional, **HARMLESS_OF_OPENAI, **body, "new_field": {"x": 1}}
+        )
+    assert answer.status_code == with_openai.status_code == 200, (answer.text, with_openai.text)
+
+
+@async_test
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"messages": HI, "response_format": SCHEMA}, "response_format"),
+        ({"prompt": "hi", "response_format": {"type": "json_object"}}, "response_format"),
+        ({"messages": HI, "tools": [TOOL]}, "tools"),
+        ({"messages": HI, "tool_choice": "required"}, "tool_choice"),
+        ({"messages": HI, "tool_choice": "auto"}, "tool_choice"),
+        ({"messages": HI, "tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
+        ({"messages": HI, "temperature": 2.1}, "temperature"),
+        ({"messages": HI, "top_logprobs": 1}, "top_logprobs"),
+        ({"messages": [{"role": "", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "a<|end|>", "content": "x"}]}, "messages[0].role"),
+        ({"messages": HI, "use_beam_search": 0}, "use_beam_search"),
+        ({"messages": HI, "length_penalty": True}, "length_penalty"),
+    ],
+)
+async def test_rules_of_single_fields(body, param):
+    path = KINDS["chat" if "messages" in body else "completion"][0]
+    async with gateway(MODEL) as rig:
+        answer = await rig.client.post(path, json=body)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+
+
+@async_test
+async def test_what_clients_send_without_meaning_it():
+    async with gateway(MODEL) as rig:
+        post = rig.client.post
+        harmless = {"model": "", "top_logprobs": 0, "tools": [TOOL], "tool_choice": "none", "temperature": 2}
+        answer = await rig.chat("hi", max_tokens=1, response_format={"type": "text"}, **harmless)
+        wizard = await post(KINDS["chat"][0], json={"messages": [{"role": "ipython", "content": "x"}], "max_tokens": 1})
+    assert answer.status_code == wizard.status_code == 200
+
+
+@async_test
+async def test_integers_may_be_written_as_floats():
+    body = b'{"prompt": [1.0, 2], "max_tokens": 4.0, "n": 2.0, "seed": 7.0, "top_k": 40.0, "stop_token_ids": [9.0]}'
+    async with gateway(MODEL) as rig:
+        answer = await rig.client.post("/v1/completions", content=body)
+        half = await rig.client.post("/v1/completions", content=b'{"prompt": [1, 2], "max_tokens": 4.5}')
+        number = await rig.client.post("/v1/completions", content=b"4.0")
+        text = await rig.client.post("/v1/completions", content=b'{"prompt": [1, 2], "max_tokens": "4"}')
+        first, *_ = rig.worker.submits()
+    assert answer.status_code == 200
+    assert (first.prompt_ids, first.sampling.max_tokens, first.sampling.seed, first.sampling.top_k) == (
+        [1, 2],
+        4,
+        7,
+        40,
+    )
+    assert 9 in first.sampling.stop_token_ids
+    assert (half.status_code, half.json()["error"]["param"]) == (400, "max_tokens")
+    assert (text.status_code, text.json()["error"]["param"]) == (400, "max_tokens")
+    assert number.status_code == 400
+
+
+@async_test
+async def test_special_tokens_are_shown_where_that_is_asked_for():
+    start, end = (TOKENIZER.encode(text)[0] for text in ("<|start|>", "<|end|>"))
+    hello = TOKENIZER.encode("hello")
+    script = [start, *hello, start, end]
+    async with gateway(MODEL) as rig:
+        rig.worker.script = lambda prompt_ids, idx: script[idx]
+        hidden = (await rig.complete("x", logprobs=0)).json()["choices"][0]
+        shown = (await rig.complete("x", logprobs=0, skip_special_tokens=False)).json()["choices"][0]
+        stream = events((await rig.complete("x", skip_special_tokens=False, stream=True)).text)
+        chat = (await rig.chat(logprobs=True, skip_special_tokens=False)).json()["choices"][0]
+    assert (hidden["text"], hidden["logprobs"]["text_offset"]) == ("hello", [0, 0, 5, 5])
+    assert shown["text"] == text_of(stream) == chat["message"]["content"] == "<|start|>hello<|start|>"
+    assert shown["logprobs"]["text_offset"] == [0, 9, 14, 23]
+    assert b"".join(bytes(entry["bytes"]) for entry in chat["logprobs"]["content"][:-1]).decode() == shown["text"]
+
+
+@async_test
+async def test_tokens_named_by_their_ids():
+    (hello,) = TOKENIZER.encode("hello")
+    async with gateway(MODEL) as rig:
+        rig.worker.script = saying(MODEL, "hello")
+        fields = {"max_tokens": 1, "return_tokens_as_token_ids": True}
+        completion = (await rig.complete("x", logprobs=2, **fields)).json()["choices"][0]["logprobs"]
+        chat = (await rig.chat(logprobs=True, top_logprobs=1, **fields)).json()["choices"][0]["logprobs"]["content"][0]
+    async with gateway(ids_model()) as rig:
+        bare = (await rig.complete([1, 2], logprobs=0, **fields)).json()["choices"][0]["logprobs"]["tokens"]
+    name = f"token_id:{hello}"
+    assert completion["tokens"] == [name]
+    assert completion["top_logprobs"] == [{name: -0.5, f"token_id:{hello + 1}": -1.5}]
+    assert (chat["token"], chat["top_logprobs"][0]["token"], bytes(chat["bytes"])) == (name, name, b"hello")
+    assert bare[0].startswith("token_id:")
