@@ -48,9 +48,8 @@ def run_gateway(
     """
     keys = load_api_keys(config.gateway.api_keys_file)
     served = model if model is not None else load_served_model(config.model)
-    listener = bind(config.gateway.host, config.gateway.port)
 
-    async def serve() -> None:
+    async def serve(listener: socket.socket) -> None:
         service = GatewayService(config, served, membership, secret)
         server = _Server(
             uvicorn.Config(
@@ -84,10 +83,8 @@ def run_gateway(
             await serving
             await service.close()
 
-    try:
-        uvloop.run(serve())
-    finally:
-        listener.close()
+    with contextlib.closing(served), bind(config.gateway.host, config.gateway.port) as listener:
+        uvloop.run(serve(listener))
     return 0
 
 

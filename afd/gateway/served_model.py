@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass
 
 from afd.config import ModelConfig
-from afd.errors import RequestError
-from afd.gateway.templating import ChatTemplate
+from afd.errors import ModelError, RequestError
+from afd.gateway.template_process import TemplateProcess
+from afd.gateway.templating import BAD_TEMPLATE, Renderer
 from afd.gateway.tokenizer import TextTokenizer
 from afd.model.loading import resolve_model
-from afd.model.tokenizer_files import load_tokenizer
+from afd.model.tokenizer_files import TokenizerFiles, load_tokenizer
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """names: the first is what responses say, the others are accepted too.  tokenizer None: token ids only."""
+    """names: the first is what responses say, the others are accepted too.  tokenizer None: token ids only.
+
+    template: blocks, so not for the event loop.  None = no chat, and template_problem says why if the model has one.
+    """
 
     names: tuple[str, ...]
     vocab_size: int
     max_context: int
     eos_token_ids: tuple[int, ...] = ()
     tokenizer: TextTokenizer | None = None
-    template: ChatTemplate | None = None
+    template: Renderer | None = None
+    template_problem: str = ""
     created: int = 0
 
     @property
@@ -50,9 +58,11 @@ class ServedModel:
             )
         return self.tokenizer
 
-    def need_template(self) -> ChatTemplate:
+    def need_template(self) -> Renderer:
         """RequestError (400) when chat messages cannot be turned into a prompt."""
         self.need_tokenizer("messages")
+        if self.template_problem:
+            raise RequestError(self.template_problem, param="messages", code=BAD_TEMPLATE)
         if self.template is None:
             raise RequestError(
                 f"the model {self.name!r} has no chat template: use /v1/completions",
@@ -61,23 +71,44 @@ class ServedModel:
             )
         return self.template
 
+    def close(self) -> None:
+        """End the process that renders templates. Idempotent."""
+        if self.template is not None:
+            self.template.close()
+
 
 def load_served_model(config: ModelConfig) -> ServedModel:
-    """Resolve the configured model; ModelError when it cannot be served."""
+    """Resolve the configured model; ModelError when it cannot be served. The caller must `close` it."""
     folder = resolve_model(config.name)
     files = load_tokenizer(folder)
-    template = None
-    if files is not None and files.chat_template is not None:
-        template = ChatTemplate(files.chat_template, bos_token=files.bos_token or "", eos_token=files.eos_token or "")
-    max_context = folder.spec.max_context
-    if config.max_context:
-        max_context = min(max_context, config.max_context)
+    spec = folder.spec
+    max_context = min(spec.max_context, config.max_context or spec.max_context)
+    named = spec.eos_token_ids + (files.eos_token_ids if files is not None else ())
+    eos_token_ids = tuple(dict.fromkeys(token_id for token_id in named if token_id < spec.vocab_size))
+    if not eos_token_ids:
+        log.warning("no file of the model names an end token: every answer goes on until its limit of tokens")
+    template, problem = _template(files)
     return ServedModel(
         names=tuple(dict.fromkeys(name for name in (config.served_name, folder.name, config.name) if name)),
-        vocab_size=folder.spec.vocab_size,
+        vocab_size=spec.vocab_size,
         max_context=max_context,
-        eos_token_ids=tuple(token for token in folder.spec.eos_token_ids if token < folder.spec.vocab_size),
+        eos_token_ids=eos_token_ids,
         tokenizer=TextTokenizer(files.tokenizer) if files is not None else None,
         template=template,
+        template_problem=problem,
         created=int(time.time()),
     )
+
+
+def _template(files: TokenizerFiles | None) -> tuple[Renderer | None, str]:
+    """(what renders, why nothing does although the model has a template)"""
+    if files is None or not files.chat_templates:
+        return None, ""
+    template = TemplateProcess(files.chat_templates, files.special_tokens)
+    try:
+        template.check()
+    except ModelError as error:
+        template.close()
+        log.error("chat is not served: %s", error)
+        return None, str(error)
+    return template, ""

@@ -1,34 +1,54 @@
-"""A model's tokenizer and chat template, from GGUF metadata or from the files beside config.json. No torch."""
+"""A model's tokenizer and chat templates, from GGUF metadata or from the files beside config.json. No torch.
+
+A Hugging Face folder is read as `transformers` reads it: tokenizer.json, then the tokens that the files beside it add.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel, Digits, PreTokenizer, Sequence
+from tokenizers.pre_tokenizers import ByteLevel, Digits, PreTokenizer
+from tokenizers.pre_tokenizers import Sequence as PreTokenizers
 from tokenizers.processors import TemplateProcessing
 
 from afd.errors import ModelError
+from afd.model.chat_templates import templates_of_folder, templates_of_gguf
 from afd.model.loading import ModelFolder
+from afd.model.model_files import read_file, read_json_object
 from afd.model.weights.gguf import GgufSource
 
+MAX_TOKENIZER_BYTES = 256 << 20
 _CONTROL, _USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
+_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_GGUF_NAMED = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "seperator": "sep_token",
+               "padding": "pad_token", "cls": "cls_token", "mask": "mask_token"}  # fmt: skip
+_GGUF_END_KEYS = ("eos", "eot", "eom")
+# Tokens that end a text by their names, as llama.cpp has it: converters often name only one of them.
+_END_NAMES = frozenset((
+    "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>",
+    "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>",
+    "<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>",
+))  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class TokenizerFiles:
-    """chat_template: Jinja source; None = the model has none.  bos_token, eos_token: as text, for the template."""
+    """chat_templates: Jinja source by name; empty = the model has none.
+
+    special_tokens: their text by name ("bos_token"), which templates use.  eos_token_ids: tokens that end a text by the
+    tokenizer's files (config.json and generation_config.json may name more).
+    """
 
     tokenizer: Tokenizer
-    chat_template: str | None
-    bos_token: str | None
-    eos_token: str | None
+    chat_templates: Mapping[str, str] = field(default_factory=dict)
+    special_tokens: Mapping[str, str] = field(default_factory=dict)
+    eos_token_ids: tuple[int, ...] = ()
 
 
 def load_tokenizer(folder: ModelFolder) -> TokenizerFiles | None:
@@ -39,7 +59,112 @@ def load_tokenizer(folder: ModelFolder) -> TokenizerFiles | None:
     source = folder.checkpoint.source
     if isinstance(source, GgufSource):
         return _from_gguf(source.metadata, path)
-    return _from_hf_folder(path)
+    return read_tokenizer_folder(path.parent)
+
+
+# --- Hugging Face folders ---------------------------------------------------------------------------------
+
+
+def read_tokenizer_folder(folder: Path) -> TokenizerFiles:
+    """tokenizer.json, and beside it tokenizer_config.json, special_tokens_map.json, added_tokens.json and templates.
+
+    ModelError, with the file's name, for what cannot be read.
+    """
+    path = folder / "tokenizer.json"
+    data = read_file(folder, path.name, MAX_TOKENIZER_BYTES)
+    if data is None:
+        raise ModelError(f"{path}: missing")
+    try:
+        tokenizer = Tokenizer.from_buffer(data)
+    except Exception as error:  # the library raises bare Exception for a malformed file
+        raise ModelError(f"{path}: not a tokenizer: {error}") from error
+    tokenizer.no_truncation()  # what training left in the file would cut or pad every prompt
+    tokenizer.no_padding()
+    config = read_json_object(folder, "tokenizer_config.json") or {}
+    try:
+        special_tokens = _add_tokens(tokenizer, folder, config)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ModelError(f"{folder / 'tokenizer_config.json'}, or a file of tokens beside it: {error}") from error
+    tokenizer.encode_special_tokens = config.get("split_special_tokens") is True
+    eos = tokenizer.token_to_id(special_tokens["eos_token"]) if "eos_token" in special_tokens else None
+    return TokenizerFiles(
+        tokenizer, templates_of_folder(folder, config), special_tokens, (eos,) if eos is not None else ()
+    )
+
+
+def _add_tokens(tokenizer: Tokenizer, folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """Add the tokens that the files beside tokenizer.json name; the text of the named ones ("bos_token").
+
+    added_tokens_decoder of tokenizer_config.json is the whole list where it is there. Without it the older files count,
+    special_tokens_map.json (over tokenizer_config.json) and added_tokens.json.
+    """
+    own = tokenizer.get_added_tokens_decoder()
+    settings = dict(config)
+    listed: dict[int, AddedToken] = {}
+    if "added_tokens_decoder" in config:
+        listed = {int(token_id): AddedToken(**fields) for token_id, fields in config["added_tokens_decoder"].items()}
+    else:
+        older = read_json_object(folder, "special_tokens_map.json") or {}
+        settings |= older
+        settings["extra_special_tokens"] = _merged(_listed(config), older)
+        special = {_text(settings.get(name)) for name in _NAMED_TOKENS} | {_text(t) for t in _listed(settings)}
+        for text, token_id in (read_json_object(folder, "added_tokens.json") or {}).items():
+            listed[int(token_id)] = AddedToken(text, normalized=text not in special, special=text in special)
+        listed |= own
+    named = {**_named_tokens(config), **_named_tokens(settings)}
+    by_text = {token.content: token for token in listed.values()}
+    known = {repr(token) for token in own.values()}
+    added = [token for _, token in sorted(listed.items()) if repr(token) not in known]
+    texts = {token.content for token in (*own.values(), *added)}
+    for value in (*named.values(), *_listed(settings)):
+        token = by_text.get(_text(value)) or _added_token(value)
+        if token.content not in texts:
+            texts.add(token.content)
+            added.append(token)
+    names = {_text(value) for value in named.values()}
+    for token in added:
+        token.special = token.special or token.content in names
+    tokenizer.add_tokens(added)
+    return {name: _text(value) for name, value in named.items()}
+
+
+def _named_tokens(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The special tokens that have a name: the usual seven, then any other NAME_token, then those of an object."""
+    named = {name: settings[name] for name in _NAMED_TOKENS if settings.get(name) is not None}
+    named |= {name: value for name, value in settings.items() if name.endswith("_token") and isinstance(value, str)}
+    extra = settings.get("extra_special_tokens")
+    return {**named, **(extra if isinstance(extra, Mapping) else {})}
+
+
+def _listed(settings: Mapping[str, Any]) -> Sequence[Any]:
+    """The special tokens without names, under their new or old key."""
+    extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or ()
+    return () if isinstance(extra, Mapping) else tuple(extra)
+
+
+def _merged(extra: Sequence[Any], older: Mapping[str, Any]) -> Any:
+    """extra: of tokenizer_config.json.  older: special_tokens_map.json, its old key counts only without extra."""
+    more = older.get("extra_special_tokens")
+    if isinstance(more, Mapping):
+        return more
+    if more is None:
+        more = () if extra else older.get("additional_special_tokens") or ()
+    return [*extra, *(token for token in more if token not in extra)]
+
+
+def _text(token: Any) -> str:
+    """Special tokens are texts, or objects with `content`."""
+    return str(token["content"] if isinstance(token, Mapping) else token)
+
+
+def _added_token(token: Any) -> AddedToken:
+    if not isinstance(token, Mapping):
+        return AddedToken(str(token), special=True)
+    fields = {name: value for name, value in token.items() if name != "__type"}
+    return AddedToken(**{"special": True, **fields})
+
+
+# --- GGUF files -------------------------------------------------------------------------------------------
 
 
 def _from_gguf(metadata: Mapping[str, Any], path: Path) -> TokenizerFiles:
@@ -49,27 +174,49 @@ def _from_gguf(metadata: Mapping[str, Any], path: Path) -> TokenizerFiles:
             f"{path}: tokenizer {model!r} with pre-tokenizer {pre!r} is not supported "
             f"(known: gpt2 with {', '.join(_PRE_TOKENIZERS)})"
         )
-    tokens: list[str] = metadata["tokenizer.ggml.tokens"]
+    try:
+        tokenizer = _gguf_tokenizer(metadata, _PRE_TOKENIZERS[pre]())
+    except Exception as error:  # the library raises bare Exception for merges that are not in the vocabulary
+        raise ModelError(f"{path}: malformed vocabulary: {error}") from error
+    ids = {key: _token_id(metadata, key, path) for key in (*_GGUF_NAMED, *_GGUF_END_KEYS)}
+    tokens: Sequence[str] = metadata["tokenizer.ggml.tokens"]
+    special_tokens = {name: tokens[i] for key, name in _GGUF_NAMED.items() if (i := ids[key]) is not None}
+    bos, bos_id = special_tokens.get("bos_token"), ids["bos"]
+    if metadata.get("tokenizer.ggml.add_bos_token") and bos is not None:
+        tokenizer.post_processor = TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, bos_id)])
+    named = [token_id for key in _GGUF_END_KEYS if (token_id := ids[key]) is not None]
+    ends = dict.fromkeys(named + [token_id for token_id, token in enumerate(tokens) if token in _END_NAMES])
+    if {"<|return|>", "<|call|>"} <= {tokens[token_id] for token_id in ends}:  # there <|end|> ends a message only
+        ends = {token_id: None for token_id in ends if tokens[token_id] != "<|end|>"}
+    return TokenizerFiles(tokenizer, templates_of_gguf(metadata), special_tokens, tuple(ends))
+
+
+def _gguf_tokenizer(metadata: Mapping[str, Any], pre_tokenizer: PreTokenizer) -> Tokenizer:
+    tokens: Sequence[str] = metadata["tokenizer.ggml.tokens"]
     merges = [str(merge).partition(" ") for merge in metadata.get("tokenizer.ggml.merges", ())]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     tokenizer = Tokenizer(BPE(vocabulary, [(left, right) for left, _, right in merges]))
-    tokenizer.pre_tokenizer = _PRE_TOKENIZERS[pre]()
+    tokenizer.pre_tokenizer = pre_tokenizer
     tokenizer.decoder = ByteLevelDecoder()
     kinds = metadata.get("tokenizer.ggml.token_type", ())
     for kind, add in ((_CONTROL, tokenizer.add_special_tokens), (_USER_DEFINED, tokenizer.add_tokens)):
         added = [token for token, k in zip(tokens, kinds, strict=False) if k == kind]
         add([AddedToken(token, special=kind == _CONTROL, normalized=False) for token in added])
-    bos, eos = (_token(tokens, metadata.get(f"tokenizer.ggml.{name}_token_id")) for name in ("bos", "eos"))
-    if metadata.get("tokenizer.ggml.add_bos_token") and bos is not None:
-        tokenizer.post_processor = TemplateProcessing(
-            single=f"{bos} $A", special_tokens=[(bos, metadata["tokenizer.ggml.bos_token_id"])]
-        )
-    return TokenizerFiles(tokenizer, metadata.get("tokenizer.chat_template"), bos, eos)
+    return tokenizer
+
+
+def _token_id(metadata: Mapping[str, Any], key: str, path: Path) -> int | None:
+    """None where the file names no token of its vocabulary; converters write -1 for "none"."""
+    name = f"tokenizer.ggml.{key}_token_id"
+    value = metadata.get(name)
+    if value is not None and not isinstance(value, int):
+        raise ModelError(f"{path}: {name}: expected a token id, found {value!r}")
+    return value if value is not None and 0 <= value < len(metadata["tokenizer.ggml.tokens"]) else None
 
 
 def _smollm() -> PreTokenizer:
     """Every digit alone, then GPT-2's split into words."""
-    return Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)])
+    return PreTokenizers([Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)])
 
 
 def _gpt2() -> PreTokenizer:
@@ -77,41 +224,3 @@ def _gpt2() -> PreTokenizer:
 
 
 _PRE_TOKENIZERS = {"smollm": _smollm, "gpt-2": _gpt2}
-
-
-def _token(tokens: list[str], token_id: int | None) -> str | None:
-    return tokens[token_id] if token_id is not None and token_id < len(tokens) else None
-
-
-def _from_hf_folder(path: Path) -> TokenizerFiles:
-    """tokenizer.json, with tokenizer_config.json and chat_template.jinja beside it where they exist."""
-    try:
-        tokenizer = Tokenizer.from_str(path.read_text("utf-8"))
-    except Exception as error:  # the library raises bare Exception for a malformed file
-        raise ModelError(f"{path}: not a tokenizer: {error}") from error
-    config_path = path.with_name("tokenizer_config.json")
-    config: dict[str, Any] = {}
-    if config_path.exists():
-        try:
-            config = json.loads(config_path.read_bytes())
-        except ValueError as error:
-            raise ModelError(f"{config_path}: not JSON: {error}") from error
-    template_path = path.with_name("chat_template.jinja")
-    template = template_path.read_text("utf-8") if template_path.exists() else _template(config)
-    return TokenizerFiles(tokenizer, template, _text(config.get("bos_token")), _text(config.get("eos_token")))
-
-
-def _template(config: Mapping[str, Any]) -> str | None:
-    """A string, or a list of named templates of which "default" is meant."""
-    value = config.get("chat_template")
-    if isinstance(value, list):
-        named = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}
-        value = named.get("default")
-    return value if isinstance(value, str) else None
-
-
-def _text(token: object) -> str | None:
-    """Special tokens are strings, or objects with `content`."""
-    if isinstance(token, Mapping):
-        token = token.get("content")
-    return token if isinstance(token, str) else None

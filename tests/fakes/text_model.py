@@ -37,7 +37,7 @@ def text_model(max_context: int = 256) -> ServedModel:
         max_context=max_context,
         eos_token_ids=(tokenizer.token_to_id("<|end|>"),),
         tokenizer=TextTokenizer(tokenizer),
-        template=ChatTemplate(TEMPLATE),
+        template=ChatTemplate({"default": TEMPLATE}),
         created=1,
     )
 

@@ -47,7 +47,8 @@ class Holdings:
         for name in os.listdir("/proc/self/fd"):
             with contextlib.suppress(FileNotFoundError):  # the one that lists the folder
                 fds.append(os.readlink(f"/proc/self/fd/{name}").split(":")[0])
-        return cls(tuple(sorted(fds)), tuple(sorted(thread.name for thread in threading.enumerate())))
+        names = [thread.name for thread in threading.enumerate() if not thread.name.startswith("asyncio_")]
+        return cls(tuple(sorted(fds)), tuple(sorted(names)))  # without the event loop's own pool, which ends with it
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
 from typing import Any
 
@@ -19,11 +20,13 @@ from afd.gateway.api.parameters import (
     check_prompt_chars,
     check_token_ids,
     completion_job,
+    max_prompt_chars,
     split_prompts,
     template_messages,
 )
 from afd.gateway.api.schema import (
     BodyDecoder,
+    ChatBody,
     SamplingBody,
     TokenizeBody,
     chat_decoder,
@@ -81,10 +84,7 @@ class OpenAiRoutes:
         """Chat completion, streamed or not."""
         body = chat_decoder.decode(await read_body(request, self._limits.max_body_bytes))
         self._model.check_name(body.model)
-        template = self._model.need_template()
-        add_prompt = body.add_generation_prompt is not False
-        messages = template_messages(body.messages)
-        text = template.render(messages, add_generation_prompt=add_prompt, extra=body.chat_template_kwargs)
+        text = await self._prompt_text(body)
         (prompt_ids,) = await self._encode([text], "messages", add_special_tokens=bool(body.add_special_tokens))
         job = chat_job(body, prompt_ids, request.headers, self._model, self._limits)
         response_format = ChatFormat(
@@ -142,6 +142,19 @@ class OpenAiRoutes:
         )
         return _Reply(response)
 
+    async def _prompt_text(self, body: ChatBody | TokenizeBody) -> str:
+        """Messages through the chat template, off the event loop: a template is a program."""
+        assert body.messages is not None
+        render = functools.partial(
+            self._model.need_template().render,
+            template_messages(body.messages),
+            max_chars=max_prompt_chars(self._model, "messages"),
+            add_generation_prompt=body.add_generation_prompt is not False,
+        )
+        if isinstance(body, ChatBody):
+            render = functools.partial(render, tools=body.tools, extra=body.chat_template_kwargs)
+        return await asyncio.to_thread(render)
+
     async def _prompt_ids(self, prompts: list[str | list[int]], *, add_special_tokens: bool) -> list[list[int]]:
         """Token ids of each prompt."""
         texts = [prompt for prompt in prompts if isinstance(prompt, str)]
@@ -191,10 +204,7 @@ class OpenAiRoutes:
             special = body.add_special_tokens is not False
             (ids,) = await self._encode([body.prompt], "prompt", add_special_tokens=special)
             return ids
-        assert body.messages is not None
-        text = self._model.need_template().render(
-            template_messages(body.messages), add_generation_prompt=body.add_generation_prompt is not False
-        )
+        text = await self._prompt_text(body)
         (ids,) = await self._encode([text], "messages", add_special_tokens=bool(body.add_special_tokens))
         return ids
 

@@ -5,8 +5,12 @@ Every refusal is a RequestError (400) with the parameter's name.
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 from collections.abc import Mapping
+from typing import Any
+
+import msgspec
 
 from afd.config import GatewayConfig
 from afd.errors import RequestError
@@ -81,10 +85,14 @@ def check_token_ids(ids: list[int], model: ServedModel, param: str) -> list[int]
     return ids
 
 
+def max_prompt_chars(model: ServedModel, param: str) -> int:
+    """Characters of a text beyond which it cannot fit the context whatever its tokens are."""
+    return model.max_context * model.need_tokenizer(param).max_token_chars
+
+
 def check_prompt_chars(text: str, model: ServedModel, param: str) -> str:
     """Refuse, before any work, a text that cannot fit whatever its tokens are."""
-    tokenizer = model.need_tokenizer(param)
-    if len(text) > model.max_context * tokenizer.max_token_chars:
+    if len(text) > max_prompt_chars(model, param):
         raise _too_long(f"{len(text)} characters", model, param)
     return text
 
@@ -108,12 +116,37 @@ def template_messages(messages: list[ChatMessage]) -> list[Message]:
             entry["content"] = "\n".join(texts)
         else:
             entry["content"] = message.content if message.content is not None else ""
-        for name in ("name", "tool_calls", "tool_call_id", "reasoning_content"):
+        for name in ("name", "tool_call_id"):
             value = getattr(message, name)
             if value is not None:
                 entry[name] = value
+        if message.tool_calls:
+            entry["tool_calls"] = _tool_calls(message.tool_calls, f"messages[{message_idx}].tool_calls")
+        reasoning = message.reasoning if message.reasoning is not None else message.reasoning_content
+        if reasoning is not None:
+            entry["reasoning"] = entry["reasoning_content"] = reasoning
         rendered.append(entry)
     return rendered
+
+
+def _tool_calls(calls: list[dict[str, Any]], param: str) -> list[dict[str, Any]]:
+    """Calls of the history with `arguments` as the mapping that templates iterate, where OpenAI's form is JSON text.
+
+    Arguments that are no JSON object become an empty one, as vLLM has it: the model wrote them, and a refusal would end
+    the conversation for good.
+    """
+    decoded = []
+    for call_idx, call in enumerate(calls):
+        function = call.get("function")
+        if call.get("type", "function") != "function" or not isinstance(function, dict):
+            raise RequestError("only calls of type 'function' can be in a history", param=f"{param}[{call_idx}]")
+        arguments = function.get("arguments")
+        if isinstance(arguments, str):
+            with contextlib.suppress(msgspec.DecodeError, RecursionError):
+                arguments = msgspec.json.decode(arguments)
+        function = {**function, "arguments": arguments if isinstance(arguments, dict) else {}}
+        decoded.append({**call, "function": function})
+    return decoded
 
 
 def _room(num_prompt_tokens: int, model: ServedModel, param: str) -> int:

@@ -1,5 +1,7 @@
 """The default model as the gateway sees it, and a model without a tokenizer."""
 
+import contextlib
+
 import pytest
 
 from afd.config import ModelConfig
@@ -11,11 +13,12 @@ SMOLLM2 = "smollm2-135m-instruct"
 
 @pytest.fixture(scope="module")
 def smollm2():
-    return load_served_model(ModelConfig())
+    with contextlib.closing(load_served_model(ModelConfig())) as model:
+        yield model
 
 
 def test_chat_prompt_of_the_default_model(smollm2):
-    text = smollm2.template.render([{"role": "user", "content": "What is the capital of France?"}])
+    text = smollm2.template.render([{"role": "user", "content": "What is the capital of France?"}], max_chars=1000)
     assert text == (
         "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
         "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
@@ -23,7 +26,7 @@ def test_chat_prompt_of_the_default_model(smollm2):
     ids = smollm2.tokenizer.encode(text, add_special_tokens=False)
     assert ids[:3] == [1, 9690, 198]
     assert smollm2.tokenizer.decode(ids, skip_special_tokens=False) == text
-    assert 2 in smollm2.eos_token_ids
+    assert smollm2.eos_token_ids == (2, 0)  # the file's, and <|endoftext|> by its name
     assert smollm2.max_context == 8192
 
 
@@ -37,14 +40,14 @@ def test_streamed_text_of_the_default_model(smollm2, text):
 
 def test_names(smollm2):
     assert smollm2.names == (SMOLLM2,)
-    renamed = load_served_model(ModelConfig(served_name="mine", max_context=100))
-    assert renamed.names == ("mine", SMOLLM2)
-    assert renamed.max_context == 100
-    for name in (None, "mine", SMOLLM2):
-        renamed.check_name(name)
-    with pytest.raises(RequestError) as error:
-        renamed.check_name("other")
-    assert error.value.status == 404
+    with contextlib.closing(load_served_model(ModelConfig(served_name="mine", max_context=100))) as renamed:
+        assert renamed.names == ("mine", SMOLLM2)
+        assert renamed.max_context == 100
+        for name in (None, "mine", SMOLLM2):
+            renamed.check_name(name)
+        with pytest.raises(RequestError) as error:
+            renamed.check_name("other")
+        assert error.value.status == 404
 
 
 def test_a_model_without_tokenizer():

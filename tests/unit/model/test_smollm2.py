@@ -128,8 +128,9 @@ def test_digits_and_special_tokens(files: TokenizerFiles) -> None:
     assert tokenizer.encode(CHAT).ids[:2] == [1, 4093]
     assert tokenizer.decode(tokenizer.encode(CHAT).ids).startswith("user\nWhat")
     assert tokenizer.get_vocab_size() == 49152
-    assert (files.bos_token, files.eos_token) == ("<|im_start|>", "<|im_end|>")
-    assert files.chat_template is not None and "add_generation_prompt" in files.chat_template
+    assert (files.special_tokens["bos_token"], files.special_tokens["eos_token"]) == ("<|im_start|>", "<|im_end|>")
+    assert files.eos_token_ids == (2, 0)
+    assert "add_generation_prompt" in files.chat_templates["default"]
 
 
 def test_a_hf_folder_with_a_tokenizer(files: TokenizerFiles, make_folder: Callable[..., Path]) -> None:
@@ -137,20 +138,10 @@ def test_a_hf_folder_with_a_tokenizer(files: TokenizerFiles, make_folder: Callab
     assert load_tokenizer(resolve_model(str(path))) is None
     (path / "tokenizer.json").write_text(files.tokenizer.to_str())
     loaded = load_tokenizer(resolve_model(str(path)))
-    assert loaded is not None and loaded.chat_template is None and loaded.eos_token is None
+    assert loaded is not None and not loaded.chat_templates and not loaded.special_tokens
     assert isinstance(loaded.tokenizer, Tokenizer)
     assert loaded.tokenizer.encode(CHAT).ids == files.tokenizer.encode(CHAT).ids
     config = path / "tokenizer_config.json"
-    config.write_text(
-        '{"chat_template": [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}],'
-        ' "bos_token": "<s>", "eos_token": {"content": "</s>"}}'
-    )
-    loaded = load_tokenizer(resolve_model(str(path)))
-    assert loaded is not None
-    assert (loaded.chat_template, loaded.bos_token, loaded.eos_token) == ("D", "<s>", "</s>")
-    (path / "chat_template.jinja").write_text("J")
-    loaded = load_tokenizer(resolve_model(str(path)))
-    assert loaded is not None and loaded.chat_template == "J"
     for file, name in ((config, "tokenizer_config.json: not JSON"), (path / "tokenizer.json", "not a tokenizer")):
         file.write_text("{")
         with pytest.raises(ModelError, match=name):
