@@ -174,6 +174,7 @@ class GatewayConfig(Listener, frozen=True):
 
     port: Port = 8000
     api_keys_file: str = ""
+    max_connections: PositiveInt = 4096
     max_queue: PositiveInt = 1024
     max_body_bytes: PositiveInt = 8 << 20
     max_n: PositiveInt = 16

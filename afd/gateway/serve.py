@@ -14,13 +14,17 @@ import uvicorn
 import uvloop
 
 from afd.config import ClusterConfig
-from afd.errors import ConfigError
+from afd.errors import ConfigError, RequestError
+from afd.gateway.acceptor import Acceptor
 from afd.gateway.api_keys import load_api_keys
 from afd.gateway.app import build_app
-from afd.gateway.http_protocol import BoundedHttpProtocol
+from afd.gateway.connections import Connections
+from afd.gateway.http_protocol import HttpEdge, StrictHttpProtocol
 from afd.gateway.served_model import ServedModel, load_served_model
 from afd.gateway.service import GatewayService
 from afd.messages.membership_port import MembershipLike
+from afd.open_files import open_files_limit
+from afd.rare_log import RareLog
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +32,8 @@ STOP_POLL_S = 0.1
 LOAD_S = 1.0
 FAREWELL_S = 2  # for the last events of ended streams to leave
 BACKLOG = 1024
+OWN_FILES = 128  # sockets to workers and coordinator, model files, event loop
+MIN_CONNECTIONS = 16
 SEND_BUFFER_BYTES = 256 << 10  # per connection, inherited: a client that does not read is noticed, and costs no more
 
 
@@ -51,23 +57,30 @@ def run_gateway(
 
     async def serve(listener: socket.socket) -> None:
         service = GatewayService(config, served, membership, secret)
+        connections = Connections(max_connections(config.gateway.max_connections, open_files_limit()))
         server = _Server(
             uvicorn.Config(
                 build_app(service, keys),
-                http=BoundedHttpProtocol,
+                http=StrictHttpProtocol,
                 ws="none",
                 lifespan="off",
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                proxy_headers=False,
                 timeout_graceful_shutdown=FAREWELL_S,
             )
         )
         service.start()
-        serving = asyncio.get_running_loop().create_task(server.serve(sockets=[listener]))
+        serving = asyncio.get_running_loop().create_task(server.serve(sockets=[]))
+        acceptor: Acceptor | None = None
         try:
             while not server.started and not serving.done():
                 await asyncio.sleep(0.01)
+            edge = HttpEdge(connections, _on_refused(service))
+            acceptor = Acceptor(
+                listener, connections, lambda: StrictHttpProtocol(edge, server.config, server.server_state, {})
+            )
             on_ready(url_of(listener))
             load_at = 0.0
             while not (stop.is_set() or serving.done() or _shut_down(membership)):
@@ -79,6 +92,8 @@ def run_gateway(
             log.info("draining: %d requests are running", service.num_requests_running)
             await service.drain(config.gateway.drain_s)
         finally:
+            if acceptor is not None:
+                await acceptor.close()
             server.should_exit = True
             await serving
             await service.close()
@@ -86,6 +101,11 @@ def run_gateway(
     with contextlib.closing(served), bind(config.gateway.host, config.gateway.port) as listener:
         uvloop.run(serve(listener))
     return 0
+
+
+def max_connections(wanted: int, max_open_files: int) -> int:
+    """How many connections are taken: `wanted`, or as many as leave the process the files that it needs itself."""
+    return max(MIN_CONNECTIONS, min(wanted, max_open_files - OWN_FILES))
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -110,6 +130,17 @@ def url_of(listener: socket.socket) -> str:
     if host in ("0.0.0.0", "::"):
         host = "localhost"
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _on_refused(service: GatewayService) -> Callable[[RequestError, str], None]:
+    """Count what was refused before it was a request, and log it now and then."""
+    news = RareLog(log)
+
+    def on_refused(error: RequestError, client: str) -> None:
+        service.metrics.http_request("invalid", error.status)
+        news.warn(f"refused what {client or 'a client'} sent: {error}")
+
+    return on_refused
 
 
 def _shut_down(membership: MembershipLike) -> bool:

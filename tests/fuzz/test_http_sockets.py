@@ -13,6 +13,7 @@ import io
 import json
 import logging
 import random
+import re
 import socket
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -31,7 +32,7 @@ MODEL = text_model(max_context=4096)
 AT_ONCE = 16
 PATIENCE_S = 0.2
 LIMIT_S = 30.0  # for one connection; the server's own limits are set below that
-SOUND = (200, 400, 404, 405, 408, 413, 431)
+SOUND = (200, 400, 404, 405, 408, 413, 417, 431, 501, 505)
 
 Attack = Callable[[random.Random, "Connection"], Awaitable[None]]
 
@@ -314,7 +315,7 @@ async def at_rest(rig: Rig) -> None:
 def test_hostile_connections(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_protocol, "HEAD_TIMEOUT_S", 0.4)
     monkeypatch.setattr(http_protocol, "WRITE_STALL_S", 0.4)
-    monkeypatch.setattr("afd.gateway.body.BODY_TIMEOUT_S", 0.6)
+    monkeypatch.setattr("afd.gateway.http_protocol.BODY_TIMEOUT_S", 0.6)
     for name in ("afd", "uvicorn.error"):
         monkeypatch.setattr(logging.getLogger(name), "level", logging.CRITICAL)
     asyncio.run(once())  # what is made once per process is made here
@@ -381,8 +382,11 @@ async def test_garbage_behind_a_request_is_not_its_answer() -> None:
     async with served_gateway(MODEL) as rig, connected(rig) as connection:
         rig.worker.hold()
         await connection.send(request("/v1/completions", b'{"prompt": [1], "max_tokens": 2}') + b"\x00garbage\r\n\r\n")
-        await connection.read_all(5.0)
+        await rig.worker.wait_submits(1)
         assert connection.received == b""
+        rig.worker.run_freely()
+        await connection.read_all(5.0)
+        assert re.findall(rb"HTTP/1.1 (\d+)", connection.received) == [b"200", b"400"]
         await at_rest(rig)
 
 

@@ -60,8 +60,6 @@ def error_response(error: Exception) -> Response:
     status, body, headers = describe(error)
     if status == 401:
         headers["www-authenticate"] = "Bearer"
-    if status in (408, 413):
-        headers["connection"] = "close"  # the rest of the body is not read
     return Response(body.json(), status, headers, media_type="application/json")
 
 
