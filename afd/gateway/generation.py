@@ -11,7 +11,11 @@ from dataclasses import dataclass
 from afd.errors import AfdError
 from afd.gateway.metrics import GatewayMetrics
 from afd.gateway.sequence import Delta, Sequence
-from afd.types import SamplingParams
+from afd.types import FinishReason, SamplingParams
+
+
+class ClientGoneError(AfdError):
+    """The client closed its connection; nobody reads what comes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +57,7 @@ class Generation:
         self._pending: dict[int, Delta] = {}
         self._failure: AfdError | None = None
         self._num_open = 0
+        self._closed = False
         self._nudged = False
         self._waiter: asyncio.Future[None] | None = None
 
@@ -113,6 +118,10 @@ class Generation:
 
     def close(self) -> None:
         """Nobody reads any more: abort what still runs. Idempotent."""
+        if not self._closed and self._num_open:
+            failed = self._failure is not None and not isinstance(self._failure, ClientGoneError)
+            self._metrics.unfinished(self._num_open, FinishReason.ERROR if failed else FinishReason.ABORT)
+        self._closed = True
         self._abort(self)
 
     def _wake(self) -> None:

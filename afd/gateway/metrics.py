@@ -1,5 +1,7 @@
 """The gateway's metrics: own names (afd_*) and vLLM's, which dashboards and endpoint pickers already query.
 
+To the outside the cluster is one engine ("0"): endpoint pickers take the first series of a name, whatever its labels,
+so each of vLLM's names has one, a total over the workers. Each worker exports its own share (afd_*).
 Histograms are observed as tokens pass; everything the dispatcher counts anyway is read from it at scrape time.
 """
 
@@ -49,18 +51,15 @@ class GatewayMetrics:
         self._output_length = histogram("vllm:request_generation_tokens", "Output tokens per request", _LENGTH_BUCKETS)
         self._max_tokens = histogram("vllm:request_params_max_tokens", "max_tokens asked for", _LENGTH_BUCKETS)
         self._prompt_tokens = Counter(
-            "vllm:prompt_tokens", "Prompt tokens processed", list(labels), registry=registry
+            "vllm:prompt_tokens", "Prompt tokens of sequences that have a first token", list(labels), registry=registry
         ).labels(**labels)
         self._output_tokens = Counter(
             "vllm:generation_tokens", "Output tokens received", list(labels), registry=registry
         ).labels(**labels)
         success = Counter(
-            "vllm:request_success", "Sequences that ended well", [*labels, "finished_reason"], registry=registry
+            "vllm:request_success", "Sequences that ended", [*labels, "finished_reason"], registry=registry
         )
-        self._success = {
-            reason: success.labels(**labels, finished_reason=str(reason))
-            for reason in (FinishReason.STOP, FinishReason.LENGTH)
-        }
+        self._success = {reason: success.labels(**labels, finished_reason=str(reason)) for reason in FinishReason}
         self._http = Counter(
             "afd_gateway_http_requests", "HTTP requests by path and status", ["path", "status"], registry=registry
         )
@@ -83,7 +82,6 @@ class GatewayMetrics:
 
     def submitted(self, sequence: Sequence) -> None:
         self._prompt_length.observe(len(sequence.prompt_ids))
-        self._prompt_tokens.inc(len(sequence.prompt_ids))
         self._max_tokens.observe(sequence.sampling.max_tokens)
 
     def tokens(self, sequence: Sequence, delta: Delta, now: float) -> None:
@@ -92,6 +90,7 @@ class GatewayMetrics:
         if sequence.first_token_at:
             self._itl.observe(now - sequence.last_token_at)
         else:
+            self._prompt_tokens.inc(len(sequence.prompt_ids))
             self._ttft.observe(now - sequence.created_at)
             self._queue_time.observe(sequence.placed_at - sequence.created_at)
 
@@ -106,14 +105,42 @@ class GatewayMetrics:
             self._tpot.observe(tpot_s)
         self.sla.add(now, sequence.first_token_at - sequence.created_at, tpot_s)
 
+    def unfinished(self, num_sequences: int, reason: FinishReason) -> None:
+        """Sequences of a request ended before their time: ABORT (the client has gone) or ERROR."""
+        self._success[reason].inc(num_sequences)
+
+
+class _Total:
+    """A sum of workers' counters that does not fall when a worker leaves, and does not count one twice."""
+
+    def __init__(self, name: str, text: str):
+        self._name, self._text = name, text
+        self._value = 0
+        self._seen: dict[str, int] = {}
+
+    def add(self, incarnation: str, value: int) -> None:
+        """value: the worker's own count so far."""
+        self._value += max(0, value - self._seen.get(incarnation, 0))
+        self._seen[incarnation] = value
+
+    def family(self, labels: dict[str, str]) -> Metric:
+        family = CounterMetricFamily(self._name, self._text, labels=list(labels))
+        family.add_metric(list(labels.values()), self._value)
+        return family
+
 
 class DispatchCollector(Collector):
     """Everything that is known without observing: workers' load, queue, counters, SLA. Rendered at scrape time."""
 
-    def __init__(self, dispatcher: Dispatcher, model_name: str, sla: SlaWindow):
+    def __init__(self, dispatcher: Dispatcher, model_name: str, sla: SlaWindow, block_size: int):
+        """block_size: tokens of a KV block."""
         self._dispatcher = dispatcher
-        self._model_name = model_name
+        self._labels = {"model_name": model_name, "engine": "0"}
         self._sla = sla
+        self._block_size = block_size
+        self._queries = _Total("vllm:prefix_cache_queries", "Prompt tokens looked up")
+        self._hits = _Total("vllm:prefix_cache_hits", "Prompt tokens found")
+        self._preemptions = _Total("vllm:num_preemptions", "Preemptions")
 
     def describe(self) -> Iterable[Metric]:
         """Nothing to check at registration: names are fixed here."""
@@ -143,28 +170,36 @@ class DispatchCollector(Collector):
         yield rejections
 
     def _worker_metrics(self) -> Iterable[Metric]:
-        labels = ["model_name", "engine"]
+        workers = [worker for worker in self._dispatcher.workers.values() if not worker.lost]
         up = GaugeMetricFamily("afd_gateway_worker_up", "1 = the worker serves", labels=["rank"])
-        running = GaugeMetricFamily("vllm:num_requests_running", "Sequences running", labels=labels)
-        waiting = GaugeMetricFamily("vllm:num_requests_waiting", "Sequences waiting at the worker", labels=labels)
-        kv_usage = GaugeMetricFamily("vllm:kv_cache_usage_perc", "KV blocks in use, 0..1", labels=labels)
-        queries = CounterMetricFamily("vllm:prefix_cache_queries", "Prompt tokens looked up", labels=labels)
-        hits = CounterMetricFamily("vllm:prefix_cache_hits", "Prompt tokens found", labels=labels)
-        preemptions = CounterMetricFamily("vllm:num_preemptions", "Preemptions", labels=labels)
         for worker in self._dispatcher.workers.values():
             up.add_metric([str(worker.rank)], float(worker.serving))
-            stats = worker.stats
-            if stats is None:
-                continue
-            engine = [self._model_name, str(worker.rank)]
-            running.add_metric(engine, stats.num_running)
-            waiting.add_metric(engine, stats.num_waiting)
-            kv_usage.add_metric(engine, 1.0 - stats.kv_blocks_free / max(1, stats.kv_blocks_total))
-            queries.add_metric(engine, stats.prefix_queries)
-            hits.add_metric(engine, stats.prefix_hits)
-            preemptions.add_metric(engine, stats.num_preemptions)
-        waiting.add_metric([self._model_name, "gateway"], len(self._dispatcher.queue))
-        yield from (up, running, waiting, kv_usage, queries, hits, preemptions)
+        yield up
+        reports = {worker.key: worker.stats for worker in workers if worker.stats is not None}
+        for key, stats in reports.items():
+            self._queries.add(key, stats.prefix_queries)
+            self._hits.add(key, stats.prefix_hits)
+            self._preemptions.add(key, stats.num_preemptions)
+        yield from (total.family(self._labels) for total in (self._queries, self._hits, self._preemptions))
+        num_waiting = sum(stats.num_waiting for stats in reports.values()) + len(self._dispatcher.queue)
+        num_blocks = sum(stats.kv_blocks_total for stats in reports.values())
+        num_free = sum(stats.kv_blocks_free for stats in reports.values())
+        running = sum(stats.num_running for stats in reports.values())
+        yield self._gauge("vllm:num_requests_running", "Sequences running, in the cluster", running)
+        yield self._gauge("vllm:num_requests_waiting", "Sequences waiting at workers and in this gateway", num_waiting)
+        usage = 1.0 - num_free / num_blocks if num_blocks else 0.0
+        yield self._gauge("vllm:kv_cache_usage_perc", "KV blocks in use, 0..1, of all workers together", usage)
+        awake = float(any(worker.serving for worker in workers))
+        yield self._gauge("vllm:engine_sleep_state", "1 = a worker serves", awake, sleep_state="awake")
+        if num_blocks:
+            sizes = {"block_size": str(self._block_size), "num_gpu_blocks": str(num_blocks)}
+            yield self._gauge("vllm:cache_config_info", "KV cache of all workers together", 1, **sizes)
+
+    def _gauge(self, name: str, text: str, value: float, **labels: str) -> Metric:
+        labels = self._labels | labels
+        family = GaugeMetricFamily(name, text, labels=list(labels))
+        family.add_metric(list(labels.values()), value)
+        return family
 
     def _sla_metrics(self, now: float) -> Iterable[Metric]:
         report = self._sla.report(now)

@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 from afd.errors import AfdError
 from afd.gateway.api.errors import describe, error_event, error_response
 from afd.gateway.api.formats import Choice, ResponseFormat, usage_of
-from afd.gateway.generation import Generation
+from afd.gateway.generation import ClientGoneError, Generation
 from afd.gateway.metrics import GatewayMetrics
 
 log = logging.getLogger(__name__)
@@ -32,10 +32,6 @@ _SSE_START = {
         (b"x-accel-buffering", b"no"),
     ],
 }
-
-
-class ClientGoneError(AfdError):
-    """The client closed its connection; nobody reads what comes."""
 
 
 class GenerationResponse:

@@ -1,6 +1,7 @@
 """Every refusal: its status, its parameter, and the one error shape."""
 
 import asyncio
+import re
 
 import pytest
 
@@ -86,6 +87,23 @@ async def test_refused_parameters():
             assert text in error["message"], (body, error)
         assert rig.worker.submits() == []
         assert rig.service.num_requests_running == 0
+
+
+@async_test
+async def test_too_long_a_prompt_is_told_in_the_words_that_clients_look_for():
+    """litellm goes to a longer model where a lower-cased message has one of these, other clients by the code."""
+    too_long = [
+        (CHAT, {"messages": [{"role": "user", "content": "x" * 100}]}),
+        (CHAT, {"messages": [{"role": "user", "content": "x" * 10**6}]}),
+        (COMPLETIONS, {"prompt": [1] * 64}),
+        (COMPLETIONS, {"prompt": ["x", "x" * 100]}),
+    ]
+    async with gateway(MODEL) as rig:
+        for path, body in too_long:
+            error = assert_error(await rig.client.post(path, json=body), 400, code="context_length_exceeded")
+            assert error["type"] == "invalid_request_error"
+            assert "this model's maximum context length is" in error["message"].lower()
+            assert re.search(r"maximum context length is (\d+) tokens\.", error["message"])[1] == "64"
 
 
 @async_test

@@ -159,8 +159,10 @@ def _room(num_prompt_tokens: int, model: ServedModel, param: str) -> int:
 
 
 def _too_long(size: str, model: ServedModel, param: str) -> RequestError:
+    # OpenAI's words: clients that can go to a longer model look for them (litellm and others).
     return RequestError(
-        f"the prompt has {size}; this model's maximum context length is {model.max_context} tokens, output included",
+        f"This model's maximum context length is {model.max_context} tokens. However, your prompt has {size}, "
+        "and the output needs room too. Please reduce the length of the prompt.",
         param=param,
         code="context_length_exceeded",
     )
