@@ -170,11 +170,16 @@ class CoordinatorConfig(Section, frozen=True):
 
 
 class GatewayConfig(Listener, frozen=True):
-    """Limits protect the process: every one is answered with 400 or 503 and its name."""
+    """Limits protect the process: every one is answered with 400 or 503 and its name.
+
+    generation_config: auto = what a request leaves out is sampled as the model's publisher recommends
+    (generation_config.json); none = as OpenAI does, temperature 1 and no filter.
+    """
 
     port: Port = 8000
     api_keys_file: str = ""
     max_connections: PositiveInt = 4096
+    generation_config: Literal["auto", "none"] = "auto"
     max_queue: PositiveInt = 1024
     max_body_bytes: PositiveInt = 8 << 20
     max_n: PositiveInt = 16

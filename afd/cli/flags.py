@@ -74,6 +74,13 @@ FLAGS = (
     Flag("--metrics-port", ("coordinator.metrics_port",), "0 = any", (COORDINATOR,), int, metavar="PORT"),
     Flag("--metrics-port", ("attention.metrics_port",), "0 = any", (ATTENTION,), int, metavar="PORT"),
     Flag("--metrics-port", ("ffn.metrics_port",), "0 = any", (FFN,), int, metavar="PORT"),
+    Flag(
+        "--generation-config",
+        ("gateway.generation_config",),
+        "the model's own sampling defaults",
+        (UP, GATEWAY),
+        choices=("auto", "none"),
+    ),
     Flag("--api-keys-file", ("gateway.api_keys_file",), "one key a line", (UP, GATEWAY), metavar="FILE"),
     Flag("--sla-tpot-ms", ("sla.tpot_ms",), "time per output token, p99", (UP, ATTENTION, GATEWAY), float),
     Flag("--sla-ttft-ms", ("sla.ttft_ms",), "time to first token", (UP, ATTENTION, GATEWAY), float),

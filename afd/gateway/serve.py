@@ -53,7 +53,7 @@ def run_gateway(
     model: None = resolve the configured one. ConfigError: port in use, bad key file. ModelError: bad model files.
     """
     keys = load_api_keys(config.gateway.api_keys_file)
-    served = model if model is not None else load_served_model(config.model)
+    served = model if model is not None else load_served_model(config.model, config.gateway.generation_config)
 
     async def serve(listener: socket.socket) -> None:
         service = GatewayService(config, served, membership, secret)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass
+from typing import Literal
 
 from afd.config import ModelConfig
 from afd.errors import ModelError, RequestError
@@ -12,6 +13,7 @@ from afd.gateway.template_process import TemplateProcess
 from afd.gateway.templating import BAD_TEMPLATE, Renderer
 from afd.gateway.tokenizer import TextTokenizer
 from afd.model.loading import resolve_model
+from afd.model.sampling_defaults import NO_DEFAULTS, SamplingDefaults, sampling_defaults
 from afd.model.tokenizer_files import TokenizerFiles, load_tokenizer
 
 log = logging.getLogger(__name__)
@@ -31,6 +33,7 @@ class ServedModel:
     tokenizer: TextTokenizer | None = None
     template: Renderer | None = None
     template_problem: str = ""
+    sampling_defaults: SamplingDefaults = NO_DEFAULTS
     created: int = 0
 
     @property
@@ -77,9 +80,12 @@ class ServedModel:
             self.template.close()
 
 
-def load_served_model(config: ModelConfig) -> ServedModel:
+def load_served_model(config: ModelConfig, generation_config: Literal["auto", "none"] = "auto") -> ServedModel:
     """Resolve the configured model; ModelError when it cannot be served. The caller must `close` it."""
     folder = resolve_model(config.name)
+    defaults = sampling_defaults(folder) if generation_config == "auto" else NO_DEFAULTS
+    if defaults != NO_DEFAULTS:
+        log.info("sampling defaults of this model: %s (gateway.generation_config = none: OpenAI's)", defaults)
     files = load_tokenizer(folder)
     spec = folder.spec
     max_context = min(spec.max_context, config.max_context or spec.max_context)
@@ -96,6 +102,7 @@ def load_served_model(config: ModelConfig) -> ServedModel:
         tokenizer=TextTokenizer(files.tokenizer) if files is not None else None,
         template=template,
         template_problem=problem,
+        sampling_defaults=defaults,
         created=int(time.time()),
     )
 

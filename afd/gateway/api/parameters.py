@@ -202,7 +202,9 @@ def _job(
     seed = body.seed if body.seed is not None else secrets.randbits(63)
     bias = _logit_bias(body.logit_bias or {}, model)
     prompts = []
-    for prompt_ids, num_room in rooms:
+    defaults = model.sampling_defaults
+    for prompt_ids, room in rooms:
+        num_room = room if max_tokens is not None else min(room, defaults.max_tokens or room)
         check_token_ids(prompt_ids, model, "prompt")
         num_output = num_room if max_tokens is None else min(max_tokens, num_room)
         if (body.min_tokens or 0) > num_output:
@@ -210,15 +212,15 @@ def _job(
         sampling = SamplingParams(
             max_tokens=num_output,
             seed=seed,
-            temperature=_given(body.temperature, 1.0),
-            top_p=_given(body.top_p, 1.0),
-            top_k=max(0, body.top_k or 0),
-            min_p=_given(body.min_p, 0.0),
+            temperature=_given(body.temperature, defaults.temperature, 1.0),
+            top_p=_given(body.top_p, defaults.top_p, 1.0),
+            top_k=max(0, int(_given(body.top_k, defaults.top_k, 0))),
+            min_p=_given(body.min_p, defaults.min_p, 0.0),
             stop_token_ids=tuple(dict.fromkeys(own_stop_ids + (() if body.ignore_eos else model.eos_token_ids))),
             min_tokens=body.min_tokens or 0,
-            presence_penalty=_given(body.presence_penalty, 0.0),
-            frequency_penalty=_given(body.frequency_penalty, 0.0),
-            repetition_penalty=_given(body.repetition_penalty, 1.0),
+            presence_penalty=body.presence_penalty or 0.0,
+            frequency_penalty=body.frequency_penalty or 0.0,
+            repetition_penalty=_given(body.repetition_penalty, defaults.repetition_penalty, 1.0),
             logit_bias=bias,
             logprobs=logprobs,
         )
@@ -237,8 +239,9 @@ def _job(
     )
 
 
-def _given(value: float | None, default: float) -> float:
-    return default if value is None else value
+def _given(value: float | None, recommended: float | None, default: float) -> float:
+    """The request's value, else the model's, else OpenAI's."""
+    return next(number for number in (value, recommended, default) if number is not None)
 
 
 def _stops(stop: str | list[str] | None, model: ServedModel, limits: GatewayConfig) -> tuple[str, ...]:
