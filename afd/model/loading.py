@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from afd.errors import ModelError
 from afd.model.families import ConfigReader, family_of_config, family_of_gguf, text_config
+from afd.model.families.quantisation import fp8_block, refuse_quant_file
 from afd.model.inventory import inventory
 from afd.model.model_files import MAX_JSON_BYTES, find_file, json_object, read_file, read_json_object
 from afd.model.presets import PRESETS
@@ -36,6 +37,15 @@ DEFAULT_MODEL = "smollm2-135m-instruct"
 DUMMY_PREFIX = "dummy:"
 DUMMY_SEED = 0
 FINGERPRINT_EDGE_BYTES = 1 << 20
+MAX_ROPE_FREQS = 1 << 12
+
+QUANT_NAME = "hf_quant_config.json"
+MAX_MESSAGE = 2000
+
+FILE_ERRORS = (
+    ArithmeticError, AttributeError, LookupError, MemoryError, OSError, RecursionError, TypeError, ValueError,
+)  # fmt: skip
+"""What reading a file of unknown content may raise."""
 
 Progress = Callable[[int, int], None]
 """Called as (tensors done, tensors in all) while a half loads."""
@@ -60,8 +70,25 @@ class ModelFolder:
 def resolve_model(name_or_path: str) -> ModelFolder:
     """The default model's name, a Hugging Face folder, a .gguf file, or "dummy:<preset>".
 
-    ModelError when it does not exist, is of an unknown architecture, or its files are not whole and consistent.
+    ModelError, on one line, when it does not exist, is of an unknown architecture, or its files are not whole and
+    consistent: whatever is in the files, no other error leaves.
     """
+    try:
+        return _resolve(name_or_path)
+    except ModelError as error:
+        raise ModelError(_one_line(str(error))) from error
+    except FILE_ERRORS as error:
+        what = _one_line(f"{type(error).__name__}: {error}")
+        raise ModelError(f"{_one_line(name_or_path)}: its files cannot be read: {what}") from error
+
+
+def _one_line(message: str) -> str:
+    """What files say may hold any character and be of any length."""
+    cut = message if len(message) <= MAX_MESSAGE else message[:MAX_MESSAGE] + "..."
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in cut)
+
+
+def _resolve(name_or_path: str) -> ModelFolder:
     if name_or_path.startswith(DUMMY_PREFIX):
         return _resolve_dummy(name_or_path)
     if name_or_path.lower() == DEFAULT_MODEL:
@@ -130,12 +157,15 @@ def _resolve_dummy(name: str) -> ModelFolder:
 
 def _resolve_gguf(path: Path, name: str) -> ModelFolder:
     source = GgufSource(path)
-    metadata = ConfigReader({**source.metadata, "gguf.has_output": "output.weight" in source.tensors}, str(path))
+    of_tensors = {"gguf.has_output": "output.weight" in source.tensors, "gguf.rope_freqs": _rope_freqs(source)}
+    metadata = ConfigReader({**source.metadata, **of_tensors}, str(path))
     family = family_of_gguf(metadata)
-    assert family.gguf_parse is not None and family.gguf_naming is not None
-    spec, naming = family.gguf_parse(metadata, name), family.gguf_naming
-    checkpoint = Checkpoint(spec, source, naming, str(path))
-    checkpoint.verify()
+    assert family.gguf_naming is not None
+    spec, naming = family.parse_gguf(metadata, name), family.gguf_naming
+    if isinstance(parts := source.metadata.get("split.count"), int) and parts > 1:
+        raise ModelError(f"{path}: one of {parts} parts of a split model; join them with llama-gguf-split --merge")
+    checkpoint = _verified(Checkpoint(spec, source, naming, str(path)))
+    spec = checkpoint.spec
     has_tokenizer = "tokenizer.ggml.tokens" in source.metadata
     return ModelFolder(
         name=name,
@@ -149,19 +179,42 @@ def _resolve_gguf(path: Path, name: str) -> ModelFolder:
 
 def _resolve_hf_folder(folder: Path) -> ModelFolder:
     raw_config, config = _read_hf_config(folder)
+    quant = read_json_object(folder, QUANT_NAME)
+    if quant is not None:
+        refuse_quant_file(ConfigReader(quant, str(folder / QUANT_NAME)))
     family = family_of_config(config)
     spec = replace(family.parse(config, folder.name), eos_token_ids=_end_token_ids(folder, config))
     source = SafetensorsSource(folder)
-    checkpoint = Checkpoint(spec, source, family.naming, str(folder), config.fp8_block())
-    checkpoint.verify()
+    block = fp8_block(text_config(config) or config)
+    checkpoint = _verified(Checkpoint(spec, source, family.naming, str(folder), block))
     return ModelFolder(
         name=folder.name,
-        spec=spec,
+        spec=checkpoint.spec,
         path=folder,
         tokenizer_path=folder / "tokenizer.json" if find_file(folder, "tokenizer.json") else None,
         fingerprint=_fingerprint(source, raw_config),
         checkpoint=checkpoint,
     )
+
+
+def _rope_freqs(source: GgufSource) -> tuple[float, ...]:
+    """The numbers of rope_freqs.weight, one for each rotary frequency of a head; () where the file has none."""
+    tensor = source.tensors.get("rope_freqs.weight")
+    if tensor is None:
+        return ()
+    if len(tensor.shape) != 1 or tensor.shape[0] > MAX_ROPE_FREQS or tensor.dtype != "F32":
+        raise ModelError(f"{tensor.file}: tensor {tensor.name}: expected a vector of F32, one for each frequency")
+    return tuple(float(number) for number in source.read(tensor.name).array)
+
+
+def _verified(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint, or the same with a head of its own where a tied one is stored with other numbers."""
+    checkpoint.verify()
+    if not checkpoint.spec.tie_embeddings or not checkpoint.has_own_head():
+        return checkpoint
+    untied = checkpoint.with_spec(replace(checkpoint.spec, tie_embeddings=False))
+    untied.verify()
+    return untied
 
 
 def _read_hf_config(folder: Path) -> tuple[bytes, ConfigReader]:

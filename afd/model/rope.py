@@ -19,6 +19,8 @@ def inverse_frequencies(spec: RopeSpec) -> Tensor:
     """[rotary_dim / 2] float32, scaled as the spec says."""
     exponents = torch.arange(0, spec.rotary_dim, 2, dtype=torch.int64).float() / spec.rotary_dim
     frequencies = 1.0 / (spec.theta**exponents)
+    if spec.divisors:
+        frequencies = frequencies / torch.tensor(spec.divisors)
     scaling = spec.scaling
     if scaling is None:
         return frequencies

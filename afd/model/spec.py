@@ -57,12 +57,14 @@ class RopeSpec:
     """Rotary embedding of the first `rotary_dim` of a head's dimensions.
 
     interleaved: pairs are (2i, 2i+1); otherwise (i, i + rotary_dim/2), the "NeoX" or half-split form.
+    divisors: one for each of the rotary_dim/2 frequencies, stored with the weights (llama.cpp); () = none.
     """
 
     theta: float
     rotary_dim: int
     interleaved: bool = False
     scaling: RopeScaling | None = None
+    divisors: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,61 +1,107 @@
-"""Typed, named access to a model's configuration: every error says which file and which key."""
+"""Typed, named access to a model's configuration: every error says which file and which key.
+
+A reader remembers which keys were asked for, so that what nobody asked for can be refused in the end: a key that AFD
+does not know might change the numbers.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from afd.errors import ModelError
-from afd.model.spec import RopeScaling
 
-DEFAULT_BLOCK = (128, 128)
-"""Rows and columns that share a scale in block-scaled float8 checkpoints."""
+MAX_SIZE = 1 << 24
+"""Of any width, count or context that a configuration may claim."""
+
+MAX_LAYERS = 1_000
+MAX_EXPERTS = 10_000
+_MAX_SHOWN = 80
 
 
 @dataclass(frozen=True, slots=True)
 class ConfigReader:
-    """values: config.json's object, or GGUF metadata.  where: the file, for messages."""
+    """values: config.json's object, or GGUF metadata.  where: the file, for messages.  asked: keys read so far."""
 
     values: Mapping[str, Any]
     where: str
+    asked: set[str] = field(default_factory=set, compare=False, repr=False)
 
     def fail(self, key: str, problem: str) -> ModelError:
-        return ModelError(f"{self.where}: {key}: {problem}")
+        return ModelError(f"{self.where}: {key if key.isprintable() else repr(key)}: {problem}")
+
+    def get(self, key: str) -> Any:
+        """The value as it stands; None when absent."""
+        self.asked.add(key)
+        return self.values.get(key)
 
     def has(self, key: str) -> bool:
-        return self.values.get(key) is not None
+        return self.get(key) is not None
 
-    def integer(self, *keys: str, default: int | None = None) -> int:
-        """The first of `keys` that is set, as a positive integer."""
-        for key in keys:
-            value = self.values.get(key)
-            if value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise self.fail(key, f"expected a positive integer, found {value!r}")
-            return value
+    def section(self, key: str) -> ConfigReader | None:
+        """A reader of the object under `key`; None when absent, null or empty."""
+        value = self.get(key)
+        if not value:
+            return None
+        if not isinstance(value, Mapping):
+            raise self.fail(key, f"expected an object, found {shown(value)}")
+        return ConfigReader(value, f"{self.where}: {key}")
+
+    def integer(self, *keys: str, default: int | None = None, least: int = 1, most: int = MAX_SIZE) -> int:
+        """An integer from `least` to `most` under any of `keys`, which are names for the same: those set must agree."""
+        found = [(key, value) for key in keys if (value := self.get(key)) is not None]
+        for key, value in found:
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                kind = "a positive integer" if least == 1 else f"an integer from {least}"
+                raise self.fail(key, f"expected {kind}, found {shown(value)}")
+            if value > most:
+                raise self.fail(key, f"{shown(value)} is more than {most}, the most that is believed")
+            if value != found[0][1]:
+                raise self.fail(key, f"{value} contradicts {found[0][0]}, {found[0][1]}")
+        if found:
+            return int(found[0][1])
         if default is None:
             raise self.fail(keys[0], "missing")
         return default
 
+    def layers(self, key: str = "num_hidden_layers") -> int:
+        return self.integer(key, most=MAX_LAYERS)
+
+    def experts(self, *keys: str) -> int:
+        return self.integer(*keys, most=MAX_EXPERTS)
+
     def number(self, key: str, default: float | None = None) -> float:
-        value = self.values.get(key)
+        """A finite number."""
+        value = self.get(key)
         if value is None:
             if default is None:
                 raise self.fail(key, "missing")
             return default
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise self.fail(key, f"expected a number, found {value!r}")
-        return float(value)
+            raise self.fail(key, f"expected a number, found {shown(value)}")
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if not math.isfinite(number):
+            raise self.fail(key, f"expected a finite number, found {shown(value)}")
+        return number
+
+    def positive(self, key: str, default: float | None = None) -> float:
+        """A finite number above 0."""
+        number = self.number(key, default)
+        if number <= 0.0:
+            raise self.fail(key, f"expected a number above 0, found {shown(number)}")
+        return number
 
     def flag(self, key: str, default: bool = False) -> bool:
-        value = self.values.get(key)
+        value = self.get(key)
         if value is None:
             return default
         if not isinstance(value, bool):
-            raise self.fail(key, f"expected true or false, found {value!r}")
+            raise self.fail(key, f"expected true or false, found {shown(value)}")
         return value
 
     def token_id(self, key: str) -> int | None:
@@ -64,103 +110,67 @@ class ConfigReader:
 
     def token_ids(self, key: str) -> tuple[int, ...]:
         """A token id, a list of them, or nothing."""
-        value = self.values.get(key)
+        value = self.get(key)
         if value is None:
             return ()
         ids = value if isinstance(value, list | tuple) else [value]
         if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
-            raise self.fail(key, f"expected token ids, found {value!r}")
+            raise self.fail(key, f"expected token ids, found {shown(value)}")
         return tuple(ids)
 
     def dtype(self) -> str:
-        name = str(self.values.get("torch_dtype") or self.values.get("dtype") or "bfloat16")
+        name = str(self.get("torch_dtype") or self.get("dtype") or "bfloat16")
         return name.removeprefix("torch.")
-
-    def fp8_block(self) -> tuple[int, int]:
-        """Rows and columns that share a scale in a float8 checkpoint; any other quantisation is refused."""
-        settings = self.values.get("quantization_config")
-        if settings is None:
-            return DEFAULT_BLOCK
-        method = settings.get("quant_method") if isinstance(settings, Mapping) else settings
-        if method != "fp8":
-            raise self.fail("quantization_config", f"quant_method {method!r} is not supported (known: fp8)")
-        block = settings.get("weight_block_size") or DEFAULT_BLOCK
-        if len(block) != 2 or any(not isinstance(size, int) or size < 1 for size in block):
-            raise self.fail("quantization_config", f"weight_block_size {block!r} is not two positive integers")
-        return int(block[0]), int(block[1])
 
     def refuse(self, key: str, *, unless: object = None) -> None:
         """A setting that changes the forward pass and that AFD does not have: an error, never ignored."""
-        value = self.values.get(key)
+        value = self.get(key)
         if value is not None and value != unless:
-            raise self.fail(key, f"{value!r} is not supported for this family")
+            raise self.fail(key, f"{shown(value)} is not supported for this family")
 
-    def rope(self, default_theta: float) -> tuple[float, RopeScaling | None]:
-        """(theta, scaling) from either layout: rope_theta + rope_scaling, or one rope_parameters object."""
-        parameters = self.values.get("rope_parameters") or self.values.get("rope_scaling") or {}
-        if not isinstance(parameters, Mapping):
-            raise self.fail("rope_scaling", f"expected an object, found {parameters!r}")
-        inner = ConfigReader(parameters, f"{self.where}: rope_scaling")
-        theta = inner.number("rope_theta", self.number("rope_theta", default_theta))
-        kind = parameters.get("rope_type") or parameters.get("type") or "default"
-        if kind == "default":
-            return theta, None
-        if kind == "linear":
-            return theta, RopeScaling("linear", inner.number("factor"))
-        if kind == "llama3":
-            return theta, RopeScaling(
-                "llama3",
-                factor=inner.number("factor"),
-                low_freq_factor=inner.number("low_freq_factor"),
-                high_freq_factor=inner.number("high_freq_factor"),
-                original_max_position=inner.integer("original_max_position_embeddings"),
-            )
-        if kind == "yarn":
-            return theta, self._yarn(inner)
-        raise self.fail("rope_scaling", f"type {kind!r} is not supported (known: default, linear, llama3, yarn)")
+    def refuse_rest(self, known: Collection[str], reader: str) -> None:
+        """Refuse every key that is set, was not asked for and is not among `known`, which have no part in the numbers.
 
-    def _yarn(self, inner: ConfigReader) -> RopeScaling:
-        original = inner.integer("original_max_position_embeddings")
-        factor = inner.number("factor", self.integer("max_position_embeddings", default=original) / original)
-        mscale, mscale_all = inner.number("mscale", 0.0), inner.number("mscale_all_dim", 0.0)
-        attention_factor = yarn_mscale(factor, 1.0)
-        if mscale and mscale_all:
-            attention_factor = yarn_mscale(factor, mscale) / yarn_mscale(factor, mscale_all)
-        return RopeScaling(
-            "yarn",
-            factor=factor,
-            original_max_position=original,
-            beta_fast=inner.number("beta_fast", 32.0),
-            beta_slow=inner.number("beta_slow", 1.0),
-            attention_factor=inner.number("attention_factor", attention_factor),
-            truncate=inner.flag("truncate", True),
-        )
+        reader: who reads, for the message.
+        """
+        for key, value in self.values.items():
+            if value is not None and key not in self.asked and key not in known:
+                raise self.fail(
+                    key,
+                    f"{shown(value)} is not known to {reader}, so it might change the model's numbers; "
+                    "if it does not, remove it from the file",
+                )
 
     def per_layer(self, key: str, num_layers: int) -> list[Any] | None:
         """A list with one entry for each layer (and perhaps more, for layers that are not the model's own), or None."""
-        value = self.values.get(key)
+        value = self.get(key)
         if value is None:
             return None
         if not isinstance(value, list | tuple) or len(value) < num_layers:
-            raise self.fail(key, f"expected a list with an entry for each of {num_layers} layers, found {value!r}")
+            raise self.fail(key, f"expected a list with an entry for each of {num_layers} layers, found {shown(value)}")
         return list(value[:num_layers])
 
     def layer_set(self, key: str, num_layers: int, num_beyond: int = 0) -> frozenset[int] | None:
         """Layer numbers, "4,5,6" or a list; None when absent. num_beyond: further layers that may be named."""
-        value = self.values.get(key)
+        value = self.get(key)
         if value is None:
             return None
         items = [i for i in value.strip().split(",") if i.strip()] if isinstance(value, str) else value
         try:
             layers = frozenset(int(item) for item in items)
-        except (TypeError, ValueError):
-            raise self.fail(key, f"expected layer numbers, found {value!r}") from None
+        except (TypeError, ValueError, OverflowError):
+            raise self.fail(key, f"expected layer numbers, found {shown(value)}") from None
         for layer in sorted(layers):
             if not 0 <= layer < num_layers + num_beyond:
-                raise self.fail(key, f"names layer {layer}, but the model has layers 0 to {num_layers - 1}")
+                raise self.fail(key, f"names layer {shown(layer)}, but the model has layers 0 to {num_layers - 1}")
         return layers
 
 
-def yarn_mscale(factor: float, mscale: float) -> float:
-    """YaRN's attention temperature (arXiv 2309.00071, equation 22, with DeepSeek's multiplier)."""
-    return 1.0 if factor <= 1.0 else 0.1 * mscale * math.log(factor) + 1.0
+def shown(value: object) -> str:
+    """A value of a file as it may stand in a message: on one line, cut where it is long."""
+    if isinstance(value, int) and abs(value) >= 10**_MAX_SHOWN:
+        return "a number of more than 80 digits"
+    if isinstance(value, str | list | tuple):
+        value = value[:_MAX_SHOWN]
+    text = repr(value)
+    return text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + "..."

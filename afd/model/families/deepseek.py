@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
-from afd.model.families.config_reader import ConfigReader, yarn_mscale
+from afd.model.families.config_reader import ConfigReader
 from afd.model.families.family import Family, Naming
-from afd.model.families.layout import LAYER, ROTARY_BUFFER, TRUNK_NAMES, check_top_k, model_spec, swiglu_names
+from afd.model.families.layout import (
+    LAYER,
+    ROTARY_BUFFER,
+    TRUNK_NAMES,
+    check_attention,
+    check_top_k,
+    full_attention_only,
+    fused_expert_names,
+    max_position,
+    model_spec,
+    swiglu_names,
+)
+from afd.model.families.rope_reader import read_rope, yarn_mscale
 from afd.model.spec import (
     AttentionKind,
     AttentionSpec,
@@ -35,6 +47,10 @@ NAMES = {
 }
 
 
+_CONTEXT = 4096
+"""Where none is named, as in transformers' class."""
+
+
 def parse(config: ConfigReader, name: str) -> ModelSpec:
     for key, known in (
         ("attention_bias", False),
@@ -44,45 +60,50 @@ def parse(config: ConfigReader, name: str) -> ModelSpec:
         ("moe_layer_freq", 1),
     ):
         config.refuse(key, unless=known)
-    num_layers = config.integer("num_hidden_layers")
+    num_layers = config.layers()
+    full_attention_only(config, num_layers)
     dense = FfnSpec(FfnKind.DENSE, config.integer("intermediate_size"))
     moe = _moe(config)
     attention = _attention(config)
-    first_moe = _count(config, "first_k_dense_replace", 3)
+    first_moe = config.integer("first_k_dense_replace", default=3, least=0)
     layers = tuple(LayerSpec(attention, dense if i < first_moe else moe) for i in range(num_layers))
-    return model_spec(config, name, "deepseek_v3", layers, default_eps=1e-6)
+    return model_spec(config, name, "deepseek_v3", layers, default_eps=1e-6, default_context=_CONTEXT)
 
 
 def _attention(config: ConfigReader) -> AttentionSpec:
     rotary_dim = config.integer("qk_rope_head_dim")
-    theta, scaling = config.rope(default_theta=10000.0)
-    parameters = config.values.get("rope_parameters") or config.values.get("rope_scaling") or {}
-    all_dim = ConfigReader(parameters, f"{config.where}: rope_scaling").number("mscale_all_dim", 0.0)
+    theta, scaling = read_rope(config, 1e4, max_position(config, _CONTEXT), also=("mscale_all_dim",))
+    parameters = config.section("rope_scaling") or config.section("rope_parameters")
+    all_dim = parameters.number("mscale_all_dim", 0.0) if parameters is not None else 0.0
     mscale = yarn_mscale(scaling.factor, all_dim) if scaling is not None and all_dim else 1.0
-    return AttentionSpec(
+    num_heads = config.integer("num_attention_heads")
+    config.refuse("num_key_value_heads", unless=num_heads)
+    attention = AttentionSpec(
         kind=AttentionKind.MLA,
-        num_heads=config.integer("num_attention_heads"),
+        num_heads=num_heads,
         num_kv_heads=1,
         head_dim=config.integer("qk_nope_head_dim") + rotary_dim,
         v_head_dim=config.integer("v_head_dim"),
         rope=RopeSpec(theta, rotary_dim, interleaved=config.flag("rope_interleave", True), scaling=scaling),
-        q_rank=config.integer("q_lora_rank") if config.has("q_lora_rank") else 0,
+        q_rank=config.integer("q_lora_rank", default=0 if "q_lora_rank" in config.values else 1536),
         kv_rank=config.integer("kv_lora_rank"),
         temperature=mscale * mscale,
     )
+    check_attention(config, attention, "num_key_value_heads")
+    return attention
 
 
 def _moe(config: ConfigReader) -> FfnSpec:
-    num_experts = config.integer("n_routed_experts")
-    num_groups = config.integer("n_group", default=1)
-    top_groups = config.integer("topk_group", default=1)
+    num_experts = config.experts("n_routed_experts", "num_local_experts")
+    num_groups = config.integer("n_group", default=1 if "n_group" in config.values else 8)
+    top_groups = config.integer("topk_group", default=1 if "topk_group" in config.values else 4)
     width = config.integer("moe_intermediate_size")
     ffn = FfnSpec(
         FfnKind.MOE,
         intermediate=width,
         num_experts=num_experts,
         top_k=config.integer("num_experts_per_tok"),
-        shared_intermediate=width * _count(config, "n_shared_experts", 1),
+        shared_intermediate=width * config.integer("n_shared_experts", default=1, least=0),
         router=RouterSpec(
             rule=RouterRule.SIGMOID,
             dtype="float32",
@@ -90,7 +111,7 @@ def _moe(config: ConfigReader) -> FfnSpec:
             num_groups=num_groups,
             top_groups=top_groups,
             renormalise=config.flag("norm_topk_prob", True),
-            scaling=config.number("routed_scaling_factor", 1.0),
+            scaling=config.number("routed_scaling_factor", 2.5),
         ),
     )
     check_top_k(config, ffn, "num_experts_per_tok", "n_routed_experts")
@@ -106,15 +127,10 @@ def _moe(config: ConfigReader) -> FfnSpec:
     return ffn
 
 
-def _count(config: ConfigReader, key: str, default: int) -> int:
-    """An integer that may be 0."""
-    return 0 if config.values.get(key) == 0 else config.integer(key, default=default)
-
-
 FAMILY = Family(
     name="deepseek_v3",
     model_types=("deepseek_v3",),
     architectures=("DeepseekV3ForCausalLM",),
-    parse=parse,
-    naming=Naming(NAMES, ignored=(ROTARY_BUFFER,), layer_prefix="model.layers."),
+    read=parse,
+    naming=Naming(NAMES, (fused_expert_names("mlp.experts"),), ignored=(ROTARY_BUFFER,), layer_prefix="model.layers."),
 )

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import dropwhile
+from itertools import dropwhile, islice
+from math import prod
 
 import numpy as np
 
 from afd.errors import ModelError
 from afd.model.families import Naming
-from afd.model.families.config_reader import DEFAULT_BLOCK
+from afd.model.families.quantisation import DEFAULT_BLOCK, WHAT_LOADS
 from afd.model.inventory import TensorSpec, inventory
 from afd.model.spec import ModelSpec
 from afd.model.weights.block_fp8 import SCALE_SUFFIX, apply_scales, block_range, scale_shape
+from afd.model.weights.foreign import foreign_layout
 from afd.model.weights.source import RawTensor, Slices, StoredTensor, TensorSource, bounds
 
 FP8_DTYPES = frozenset(("F8_E4M3",))
 MAX_PROBLEMS_SHOWN = 3
+COMPARED_ELEMENTS = 1 << 22
 
 
 class Checkpoint:
@@ -37,35 +40,75 @@ class Checkpoint:
         self.source = source
         self.where = where
         self._block = block
-        self._stored = {naming.canonical(name): tensor for name, tensor in source.tensors.items()}
-        self.naming = naming.for_names(self._stored)
+        self._layout = naming
+        self._stored: dict[str, StoredTensor] = {}
+        for name, tensor in source.tensors.items():
+            other = self._stored.setdefault(naming.canonical(name), tensor)
+            if other is not tensor:
+                raise ModelError(f"{where}: tensors {other.name} and {name} are the same part of the model")
+        self.naming = naming.for_names(self._stored, spec.num_layers)
+
+    def with_spec(self, spec: ModelSpec) -> Checkpoint:
+        """The same files, read as another model."""
+        return Checkpoint(spec, self.source, self._layout, self.where, self._block)
 
     def verify(self) -> None:
-        """Compare the whole header with the spec's inventory; every difference found is in one ModelError."""
+        """Compare the header with the spec's inventory; the first differences found are in one ModelError."""
+        problems = list(islice(self._differences(), MAX_PROBLEMS_SHOWN + 1))
+        if not problems:
+            return
+        layout = foreign_layout(self._stored)
+        if layout is not None:
+            raise ModelError(f"{self.where}: weights are stored as {layout}, which is not supported; {WHAT_LOADS}")
+        more = " (and more)" if len(problems) > MAX_PROBLEMS_SHOWN else ""
+        raise ModelError(f"{self.where}: {'; '.join(problems[:MAX_PROBLEMS_SHOWN])}{more}")
+
+    def _differences(self) -> Iterator[str]:
+        """One by one, so that the many tensors that a configuration may claim are not all looked for."""
         expected: set[str] = set()
-        problems: list[str] = []
         for tensor in inventory(self.spec):
             for name, shape in self._pieces(tensor):
+                if name in expected:
+                    continue
                 expected.add(name)
                 if name in self._stored and self._stored[name].dtype in FP8_DTYPES:
                     expected.add(name + SCALE_SUFFIX)
-                problems.extend(self._problems(name, shape))
+                yield from self._problems(name, shape)
         tied_head = self.naming.names["head"] if self.spec.tie_embeddings else None
         for name, found in self._stored.items():
-            if name not in expected and name != tied_head and not self.naming.is_ignored(name, self.spec.num_layers):
-                problems.append(
+            if name in expected or name == tied_head or not found.listed:
+                continue
+            if not self.naming.is_ignored(name, self.spec.num_layers):
+                yield (
                     f"{found.file}: extra tensor {name} of shape {list(found.shape)}, "
                     f"which family {self.spec.family} does not have"
                 )
-        if problems:
-            hidden = len(problems) - MAX_PROBLEMS_SHOWN
-            more = f" (and {hidden} more)" if hidden > 0 else ""
-            raise ModelError(f"{self.where}: {'; '.join(problems[:MAX_PROBLEMS_SHOWN])}{more}")
+
+    def has_own_head(self) -> bool:
+        """Whether a head is stored beside the embedding with other numbers: then it is not tied, whatever is said."""
+        head, embedding = (self._stored.get(self.naming.names[part]) for part in ("head", "embed"))
+        if head is None or embedding is None:
+            return False
+        if (head.shape, head.dtype) != (embedding.shape, embedding.dtype):
+            return True
+        step = max(COMPARED_ELEMENTS // max(prod(head.shape[1:]), 1), 1)
+        for start in range(0, head.shape[0], step):
+            rows = (slice(start, start + step),)
+            ours, theirs = (self.source.read(tensor.name, rows).array for tensor in (head, embedding))
+            if not np.array_equal(ours, theirs):
+                return True
+        return False
 
     def read(self, tensor: TensorSpec, slices: Slices = ()) -> RawTensor:
         """A part, or its slice, whatever way it is stored."""
         if not self.naming.is_per_expert(tensor.part):
-            return self._read(self.naming.stored_name(tensor), tensor.shape, slices)
+            place, number = self.naming.stack_of(tensor.part)
+            if number == 1:
+                return self._read(self.naming.stored_name(tensor), tensor.shape, slices)
+            limits = [slice(*limit) for limit in bounds(tensor.shape, slices)]
+            offset = place * tensor.shape[-2]
+            limits[-2] = slice(limits[-2].start + offset, limits[-2].stop + offset)
+            return self._read(self.naming.stored_name(tensor), _stacked(tensor.shape, number), tuple(limits))
         first, stop = bounds(tensor.shape, slices)[0]
         one = [self._read(self.naming.stored_name(tensor, e), tensor.shape[1:], slices[1:]) for e in range(first, stop)]
         if not one:
@@ -93,7 +136,8 @@ class Checkpoint:
     def _pieces(self, tensor: TensorSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
         """(canonical name, shape) of the stored tensors that make up a part."""
         if not self.naming.is_per_expert(tensor.part):
-            yield self.naming.stored_name(tensor), tensor.shape
+            _, number = self.naming.stack_of(tensor.part)
+            yield self.naming.stored_name(tensor), _stacked(tensor.shape, number)
             return
         for expert in range(tensor.shape[0]):
             yield self.naming.stored_name(tensor, expert), tensor.shape[1:]
@@ -124,6 +168,11 @@ class Checkpoint:
             )
         elif found.dtype not in ("F32", "BF16"):
             yield f"{found.file}: tensor {found.name}: scales are F32 or BF16, found {found.dtype}"
+
+
+def _stacked(shape: tuple[int, ...], number: int) -> tuple[int, ...]:
+    """The shape of `number` such parts, one below the other."""
+    return shape if number == 1 else (*shape[:-2], number * shape[-2], shape[-1])
 
 
 def as_float32(raw: RawTensor) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:

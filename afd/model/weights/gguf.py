@@ -6,6 +6,7 @@ would be paid by every process of the cluster; the `gguf` package dequantises.
 
 from __future__ import annotations
 
+import mmap
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,11 +19,17 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from afd.errors import ModelError
-from afd.model.weights.source import RawTensor, Slices, StoredTensor, TensorSource, bounds
+from afd.model.families.config_reader import shown
+from afd.model.weights.source import MAX_TENSORS, RawTensor, Slices, StoredTensor, TensorSource, bounds
 
 MAX_HEADER_BYTES = 256 << 20
 MAX_DIMENSIONS = 4
-MAX_NESTING = 4
+MAX_KEYS = 1 << 16
+MAX_ITEMS = 1 << 22
+"""Of all arrays together: four times what the largest vocabulary with its merges, scores and types has."""
+
+_LEAST_KEY_BYTES = 8 + 4 + 1
+_LEAST_TENSOR_BYTES = 8 + 4 + 8 + 4 + 8
 _STRING, _ARRAY = 8, 9
 _SCALARS = {
     0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d",
@@ -90,14 +97,22 @@ def _row_bytes(kind: GGMLQuantizationType, row_elements: int) -> int:
 
 
 def read_gguf_header(path: Path) -> GgufHeader:
-    """Parse and check everything before the tensor data; ModelError when the file is not whole."""
+    """Parse and check everything before the tensor data; ModelError when the file is not whole.
+
+    The file is mapped, so only what the header holds is read, and no count in it is believed before the bytes left and
+    the bounds of this module allow it.
+    """
     file_bytes = path.stat().st_size
-    with path.open("rb") as file:
-        cursor = _Cursor(file.read(min(file_bytes, MAX_HEADER_BYTES)))
-    try:
-        return _parse(cursor, path, file_bytes)
-    except (struct.error, IndexError, UnicodeDecodeError) as error:
-        raise ModelError(f"{path}: truncated or malformed GGUF header at byte {cursor.pos} of {file_bytes}") from error
+    if file_bytes < 4:
+        raise ModelError(f"{path}: not a GGUF file")
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        cursor = _Cursor(data, min(file_bytes, MAX_HEADER_BYTES))
+        try:
+            return _parse(cursor, path, file_bytes)
+        except (struct.error, LookupError, ValueError, OverflowError) as error:
+            raise ModelError(
+                f"{path}: truncated or malformed GGUF header at byte {cursor.pos} of {file_bytes}: {error}"
+            ) from error
 
 
 def _parse(cursor: _Cursor, path: Path, file_bytes: int) -> GgufHeader:
@@ -107,14 +122,18 @@ def _parse(cursor: _Cursor, path: Path, file_bytes: int) -> GgufHeader:
     if version not in (2, 3):
         raise ModelError(f"{path}: GGUF version {version} is not supported (known: 2, 3)")
     num_tensors, num_keys = cursor.scalar("<Q"), cursor.scalar("<Q")
+    cursor.expect(num_keys, _LEAST_KEY_BYTES, MAX_KEYS, "keys")
     metadata: dict[str, Any] = {}
     for _ in range(num_keys):
         key = cursor.string()
+        if key in metadata:
+            raise ValueError(f"key {shown(key)} stands twice")
         metadata[key] = cursor.value(cursor.scalar("<I"))
+    cursor.expect(num_tensors, _LEAST_TENSOR_BYTES, MAX_TENSORS, "tensors")
     infos = [_tensor_info(cursor, path) for _ in range(num_tensors)]
-    alignment = int(metadata.get("general.alignment", 32))
-    if alignment < 1:
-        raise ModelError(f"{path}: general.alignment is {alignment}")
+    alignment = metadata.get("general.alignment", 32)
+    if not isinstance(alignment, int) or isinstance(alignment, bool) or alignment < 1 or alignment & (alignment - 1):
+        raise ModelError(f"{path}: general.alignment is {shown(alignment)}, expected a power of two")
     data_start = -(-cursor.pos // alignment) * alignment
     tensors: dict[str, StoredTensor] = {}
     offsets: dict[str, int] = {}
@@ -123,6 +142,8 @@ def _parse(cursor: _Cursor, path: Path, file_bytes: int) -> GgufHeader:
         end = start + prod(tensor.shape[:-1]) * _row_bytes(kind, tensor.shape[-1])
         if end > file_bytes:
             raise ModelError(f"{path}: truncated: tensor {tensor.name} ends at byte {end}, the file has {file_bytes}")
+        if tensor.name in tensors:
+            raise ModelError(f"{path}: tensor {tensor.name} stands twice")
         tensors[tensor.name], offsets[tensor.name] = tensor, start
     return GgufHeader(metadata, tensors, offsets)
 
@@ -144,16 +165,23 @@ def _tensor_info(cursor: _Cursor, path: Path) -> tuple[StoredTensor, GGMLQuantiz
 
 
 class _Cursor:
-    """Reads little-endian values from bytes; struct.error or IndexError past the end."""
+    """Reads little-endian values from bytes; struct.error, LookupError or ValueError past the end or the bounds."""
 
-    def __init__(self, data: bytes):
+    def __init__(self, data: mmap.mmap, end: int):
         self._data = data
+        self._end = end
+        self._items_left = MAX_ITEMS
         self.pos = 0
+
+    def expect(self, count: int, least_bytes: int, most: int, what: str) -> None:
+        """Believe a count: so many items of at least so many bytes are still to come."""
+        if count > most or count * least_bytes > self._end - self.pos:
+            raise ValueError(f"{count} {what} are more than the file holds or than {most}")
 
     def take(self, num_bytes: int) -> bytes:
         end = self.pos + num_bytes
-        if end > len(self._data):
-            raise IndexError(end)
+        if end > self._end:
+            raise IndexError(f"{num_bytes} bytes are more than are left")
         chunk = self._data[self.pos : end]
         self.pos = end
         return chunk
@@ -166,32 +194,33 @@ class _Cursor:
     def string(self) -> str:
         return self.take(self.scalar("<Q")).decode("utf-8")
 
-    def value(self, kind: int, nesting: int = 0) -> Any:
+    def value(self, kind: int) -> Any:
+        """A number, a string, a list of strings, or an array of numbers."""
         if kind == _STRING:
             return self.string()
         if kind != _ARRAY:
             if kind not in _SCALARS:
-                raise IndexError(f"value type {kind}")
+                raise ValueError(f"value type {kind}")
             return self.scalar(_SCALARS[kind])
         item_kind, count = self.scalar("<I"), self.scalar("<Q")
-        if item_kind in _SCALARS:
-            dtype = np.dtype(_SCALARS[item_kind])
-            return np.frombuffer(self.take(count * dtype.itemsize), dtype).tolist()
-        if nesting == MAX_NESTING or count > len(self._data):
-            raise IndexError(f"array of {count}")
+        if item_kind not in _SCALARS and item_kind != _STRING:
+            raise ValueError(f"array of type {item_kind}")
+        dtype = np.dtype(_SCALARS.get(item_kind, "<Q"))  # a string has its length before it
+        self.expect(count, dtype.itemsize, self._items_left, "array items")
+        self._items_left -= count
         if item_kind == _STRING:
             return self._strings(count)
-        return [self.value(item_kind, nesting + 1) for _ in range(count)]
+        return np.frombuffer(self.take(count * dtype.itemsize), dtype)
 
     def _strings(self, count: int) -> list[str]:
         """A vocabulary has tens of thousands: read without a call per string."""
-        data, pos, unpack = self._data, self.pos, struct.Struct("<Q").unpack_from
+        data, pos, end, unpack = self._data, self.pos, self._end, struct.Struct("<Q").unpack_from
         strings = []
         for _ in range(count):
             start = pos + 8
             pos = start + unpack(data, pos)[0]
+            if pos > end:
+                raise IndexError("a string is longer than the bytes that are left")
             strings.append(data[start:pos].decode("utf-8"))
-        if pos > len(data):
-            raise IndexError(pos)
         self.pos = pos
         return strings

@@ -16,15 +16,22 @@ import numpy.typing as npt
 
 Slices = tuple[slice, ...]
 
+MAX_TENSORS = 400_000
+"""Of a checkpoint, three times what those with most experts have."""
+
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """dtype: the format's own name for it ("BF16", "Q4_1").  file: for error messages."""
+    """dtype: the format's own name for it ("BF16", "Q4_1").  file: that holds it.
+
+    listed: False for a tensor that the folder's index does not name: read if the model has it, else left alone.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     file: str
+    listed: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -98,7 +99,31 @@ def test_rope_from_either_layout() -> None:
         ({"mlp_bias": True}, "mlp_bias: True is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act: 'gelu' is not supported"),
         ({"rope_scaling": {"rope_type": "dynamic"}}, "type 'dynamic' is not supported"),
-        ({"rope_scaling": {"rope_type": "yarn"}}, "original_max_position_embeddings: missing"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "rope_scaling: low_freq_factor: missing"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "beta_slow": -1.0}}, "beta_slow: expected a number of"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 0}}, "factor: expected a number above 0"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 1e300}}, "a context of 8.192e+303 tokens is not believed"),
+        (
+            {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "beta_fast": 3}},
+            "beta_fast: 3 is not known to rotary",
+        ),
+        ({"rope_scaling": {"factor": 2.0}}, "rope_scaling: factor: 2.0 is not known to rotary type 'default'"),
+        ({"rope_scaling": {"type": "linear", "rope_type": "yarn"}}, "type: 'linear' contradicts rope_type, 'yarn'"),
+        ({"rope_scaling": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor: 0.5 is not supported"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: 0.5 is not supported"),
+        ({"rope_parameters": {"rope_theta": 5.0}, "rope_scaling": {"rope_theta": 6.0}}, "rope_theta 5.0 contradicts"),
+        ({"rope_theta": 10**400}, "rope_theta: expected a finite number, found a number of more than 80 digits"),
+        ({"rope_theta": math.inf}, "rope_theta: expected a finite number, found inf"),
+        ({"rope_theta": 0}, "rope_theta: expected a number above 0"),
+        ({"rms_norm_eps": math.nan}, "rms_norm_eps: expected a finite number"),
+        ({"num_hidden_layers": 10**6}, "num_hidden_layers: 1000000 is more than 1000, the most that is believed"),
+        ({"vocab_size": 2**40}, "vocab_size: 1099511627776 is more than 16777216"),
+        ({"head_dim": 15}, "head_dim: 15 of 15 dimensions cannot rotate in pairs"),
+        ({"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "layer 1 is 'sliding_attention'"),
+        ({"sliding_window": 64}, "sliding_window: 64 is not known to family llama"),
+        ({"logit_scale": 0.5}, "logit_scale: 0.5 is not supported"),
+        ({"a_key_of_tomorrow": [1, 2]}, "a_key_of_tomorrow: [1, 2] is not known to family llama, so it might change"),
+        ({"x\ny": 1}, r"'x\ny': 1 is not known"),
         ({"rope_scaling": {"rope_type": "linear"}}, "rope_scaling: factor: missing"),
         ({"eos_token_id": "x"}, "eos_token_id: expected token ids"),
         ({"rms_norm_eps": "1e-5"}, "rms_norm_eps: expected a number"),
@@ -109,6 +134,46 @@ def test_a_wrong_config_names_file_and_key(changes: dict[str, Any], message: str
     with pytest.raises(ModelError, match=r"^config\.json") as error:
         llama(**changes)
     assert message in str(error.value)
+
+
+def test_keys_without_a_part_in_the_numbers_are_let_through() -> None:
+    harmless = {
+        "_name_or_path": "x", "transformers_version": "5", "attention_dropout": 0.1, "initializer_range": 0.5,
+        "top_p": 0.3, "use_cache": False, "pretraining_tp": 2, "unsloth_version": "1", "pad_token_id": 7,
+        "head_dim": None, "attention_bias": False, "logit_scale": 1.0, "is_causal": True, "num_nextn_predict_layers": 1,
+        "torch_dtype": "float32",
+        "some_setting_that_is_off": None, "per_layer_config": {}, "layer_types": ["full_attention"] * 3,
+    }  # fmt: skip
+    assert llama(**harmless) == replace(llama(), torch_dtype="float32")
+
+
+@pytest.mark.parametrize(
+    ("top", "inner", "context"),
+    [
+        ({"max_position_embeddings": 512}, {"factor": 4.0, "original_max_position_embeddings": 512}, 2048),
+        ({"max_position_embeddings": 40960}, {"factor": 4.0, "original_max_position_embeddings": 32768}, 131072),
+        ({"max_position_embeddings": 2048}, {"factor": None, "original_max_position_embeddings": 512}, 2048),
+        ({"max_position_embeddings": 512}, {"factor": 4.0}, 2048),
+        ({"max_position_embeddings": 512, "original_max_position_embeddings": 64}, {"factor": 4.0}, 256),
+        (
+            {"max_position_embeddings": 512, "original_max_position_embeddings": 64},
+            {"factor": 4.0, "original_max_position_embeddings": 128},
+            256,
+        ),
+    ],
+)
+def test_the_context_of_yarn_is_its_factor_times_the_original(
+    top: dict[str, Any], inner: dict[str, Any], context: int
+) -> None:
+    spec = llama(**top, rope_scaling={"rope_type": "yarn", **inner})
+    scaling = spec.layers[0].attention.rope.scaling
+    assert spec.max_context == context
+    assert scaling is not None and scaling.original_max_position * scaling.factor == context
+
+
+def test_yarn_turns_of_0_are_the_defaults() -> None:
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    assert llama(rope_scaling={**yarn, "beta_fast": 0, "beta_slow": 0}) == llama(rope_scaling=yarn)
 
 
 def test_top_k_beyond_the_experts_is_refused() -> None:
@@ -202,6 +267,15 @@ def test_deepseek_caches_the_latent_only() -> None:
         ("step3.5-flash-tiny", {"moe_router_activation": "tanh"}, "'tanh' is not supported"),
         ("step3.5-flash-tiny", {"sliding_window": None}, "sliding_window: missing"),
         ("step3.5-flash-tiny", {"sink": True}, "sink: True is not supported"),
+        ("step3.5-flash-tiny", {"gating": "per-value"}, "gating: 'per-value' is not supported"),
+        ("step3.5-flash-tiny", {"n_routed_experts": 6}, "n_routed_experts: 6 contradicts moe_num_experts, 12"),
+        ("step3.5-flash-tiny", {"mlp_layer_types": ["sparse"] * 6}, "mlp_layer_types: contradicts moe_layers_enum"),
+        ("step3.5-flash-tiny", {"rope_parameters": {"rope_theta": 1.0}}, "expected an object for each layer type"),
+        ("step3.5-flash-tiny", {"per_layer_config": {"1": {"head_dim": 8}}}, "num_attention_heads: missing"),
+        ("deepseek-v3-tiny", {"num_key_value_heads": 2}, "num_key_value_heads: 2 is not supported"),
+        ("qwen3-moe-tiny", {"num_experts": 10**9}, "num_experts: 1000000000 is more than 10000"),
+        ("qwen3-moe-tiny", {"shared_expert_intermediate_size": 64}, "shared_expert_intermediate_size: 64 is not supp"),
+        ("qwen3-tiny", {"use_qk_norm": False}, "use_qk_norm: False is not supported"),
         ("step3.5-flash-tiny", {"use_rope_layers": [0]}, r"use_rope_layers: \[0\] is not supported"),
         ("deepseek-v3-tiny", {"n_group": 3}, "n_group: 3 does not divide 16 experts"),
         ("deepseek-v3-tiny", {"topk_group": 1, "num_experts_per_tok": 5}, "cannot give 5 experts"),
@@ -229,3 +303,14 @@ def test_a_vision_language_model_is_its_text_model(outer: str, preset: str) -> N
     config = {"model_type": outer, "text_config": inner, "eos_token_id": PRESETS[preset]["eos_token_id"],
               "vision_config": {"hidden_size": 7}, "architectures": ["SomethingForConditionalGeneration"]}  # fmt: skip
     assert parse(config) == parse(dict(PRESETS[preset]))
+
+
+def test_a_key_of_the_text_model_beside_text_config_is_refused() -> None:
+    inner = {key: value for key, value in PRESETS["qwen3-tiny"].items() if key != "rope_theta"}
+    with pytest.raises(ModelError, match=r"config\.json: rope_theta: is read in text_config only"):
+        parse({"model_type": "internvl", "text_config": inner, "rope_theta": 5.0, "projector_hidden_act": "gelu"})
+
+
+def test_query_pre_attn_scalar_scales_the_scores() -> None:
+    attention = _family("step3.5-flash-tiny", query_pre_attn_scalar=64).layers[0].attention
+    assert attention.scale == pytest.approx(64**-0.5)

@@ -148,10 +148,10 @@ def test_a_gguf_type_that_cannot_be_dequantised_is_named(tmp_path: Path) -> None
     path = tmp_path / "m.gguf"
     writer = gguf.GGUFWriter(path, "llama")
     for key in ("block_count", "embedding_length", "feed_forward_length", "attention.head_count", "context_length"):
-        writer.add_uint32(f"llama.{key}", 1)
+        writer.add_uint32(f"llama.{key}", 2 if key == "embedding_length" else 1)
     writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
     writer.add_uint32("llama.vocab_size", 2)
-    writer.add_tensor("token_embd.weight", np.ones((2, 1), np.int32))
+    writer.add_tensor("token_embd.weight", np.ones((2, 2), np.int32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -165,7 +165,7 @@ def test_a_layer_too_many_is_one_error(make_folder: MakeFolder) -> None:
         config["num_hidden_layers"] = 4
 
     path = make_folder("llama-tiny", edit_config=deeper)
-    with pytest.raises(ModelError, match=r"missing tensor model\.layers\.3.*\(and 6 more\)$"):
+    with pytest.raises(ModelError, match=r"missing tensor model\.layers\.3.*\(and more\)$"):
         resolve_model(str(path))
 
 

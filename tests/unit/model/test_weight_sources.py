@@ -92,7 +92,7 @@ def test_gguf_header_against_the_gguf_package(
     assert isinstance(source, GgufSource)
     reader = gguf.GGUFReader(source.files[0])
     for key in ("general.architecture", "llama.block_count", "some.words", "some.numbers"):
-        assert source.metadata[key] == reader.fields[key].contents(), key
+        np.testing.assert_array_equal(source.metadata[key], reader.fields[key].contents(), key)
     for tensor in reader.tensors:
         np.testing.assert_array_equal(wholes[tensor.name], gguf.dequantize(tensor.data, tensor.tensor_type))
 
@@ -121,13 +121,40 @@ def test_shards_are_read_through_the_index(tmp_path: Path) -> None:
         SafetensorsSource(tmp_path)
 
 
-def test_the_same_tensor_in_two_shards_is_an_error(tmp_path: Path) -> None:
-    for shard in ("a", "b"):
-        save_file({"vector": ARRAYS["vector"]}, tmp_path / f"{shard}.safetensors")
-    index = {"weight_map": {"vector": "a.safetensors", "other": "b.safetensors"}}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ModelError, match=r"b\.safetensors: tensor vector is also in .*a\.safetensors"):
-        SafetensorsSource(tmp_path)
+def _shards(folder: Path, shards: dict[str, dict[str, np.ndarray]], weight_map: dict[str, str]) -> SafetensorsSource:
+    for name, tensors in shards.items():
+        save_file(tensors, folder / f"{name}.safetensors")
+    index = {"weight_map": {tensor: f"{shard}.safetensors" for tensor, shard in weight_map.items()}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return SafetensorsSource(folder)
+
+
+@pytest.mark.parametrize("named", ["a", "b"])
+def test_a_tensor_in_two_shards_is_read_from_the_one_that_the_index_names(tmp_path: Path, named: str) -> None:
+    shared = {"vector": ARRAYS["vector"]}
+    shards = {"a": shared, "b": {**shared, "matrix": ARRAYS["matrix"]}}
+    source = _shards(tmp_path, shards, {"vector": named, "matrix": "b", **({"other": "a"} if named == "b" else {})})
+    assert source.tensors["vector"].file == str(tmp_path / f"{named}.safetensors")
+    np.testing.assert_array_equal(source.read("vector").array, ARRAYS["vector"])
+
+
+def test_two_shards_that_hold_other_numbers_under_one_name_are_an_error(tmp_path: Path) -> None:
+    shards = {"a": {"vector": ARRAYS["vector"]}, "b": {"vector": ARRAYS["vector"] + 1, "matrix": ARRAYS["matrix"]}}
+    with pytest.raises(ModelError, match=r"b\.safetensors: tensor vector is also in .*a\.safetensors, with other"):
+        _shards(tmp_path, shards, {"vector": "a", "matrix": "b"})
+
+
+def test_a_tensor_that_the_index_does_not_name_is_there_but_not_listed(tmp_path: Path) -> None:
+    source = _shards(tmp_path, {"a": {"vector": ARRAYS["vector"], "matrix": ARRAYS["matrix"]}}, {"vector": "a"})
+    assert source.tensors["vector"].listed and not source.tensors["matrix"].listed
+    np.testing.assert_array_equal(source.read("matrix").array, ARRAYS["matrix"])
+
+
+def test_one_whole_file_counts_before_an_index(tmp_path: Path) -> None:
+    """As in transformers."""
+    save_file({"vector": ARRAYS["vector"] + 2}, tmp_path / "model.safetensors")
+    source = _shards(tmp_path, {"a": {"vector": ARRAYS["vector"]}}, {"vector": "a"})
+    np.testing.assert_array_equal(source.read("vector").array, ARRAYS["vector"] + 2)
 
 
 @pytest.mark.parametrize(
