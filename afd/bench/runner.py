@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import resource
 import time
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
@@ -33,10 +32,10 @@ from afd.bench.workload import (
     repeat_prompts,
 )
 from afd.errors import AfdError, ConfigError
+from afd.open_files import OWN_FILES, raise_open_files, too_few_files
 
 DEFAULT_NUM_PROMPTS = 100
 MAX_RUNNING = 4096  # of an open loop without a limit of its own: bounds sockets and memory
-_SPARE_DESCRIPTORS = 64
 
 T = TypeVar("T")
 
@@ -205,14 +204,10 @@ async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, T]) -> T:
 
 
 def _allow_descriptors(num_connections: int) -> None:
-    """Raise the soft limit of open files when it would get in the way; ConfigError when the hard limit is too low."""
-    wanted = num_connections + _SPARE_DESCRIPTORS
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY or soft >= wanted:
-        return
-    if hard != resource.RLIM_INFINITY and hard < wanted:
-        raise ConfigError(f"{num_connections} connections need {wanted} open files; the limit is {hard} (ulimit -Hn)")
-    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    """Raise the limit on open files; ConfigError when it stays too low for so many connections."""
+    limit, needed = raise_open_files(), num_connections + OWN_FILES
+    if limit < needed:
+        raise ConfigError(too_few_files(limit, needed, f"a benchmark with {num_connections} connections"))
 
 
 @contextmanager

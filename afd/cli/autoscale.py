@@ -96,10 +96,13 @@ def _serve(
     from afd.cluster.autoscale.decision import Adviser
     from afd.cluster.autoscale.metrics import AutoscaleMetrics
     from afd.cluster.autoscale.scale_target import ScaleTarget
+    from afd.cluster.launch import files_needed
     from afd.log import setup_logging
     from afd.metrics import MetricsServer, process_registry
+    from afd.open_files import want_open_files
 
     setup_logging("autoscale", level=config.log.level, fmt=config.log.format)
+    want_open_files(files_needed("autoscale", config), "autoscale")
     target = ScaleTarget.parse(args.apply) if args.apply else None
     stop = threading.Event()
 

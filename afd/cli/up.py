@@ -19,11 +19,13 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(args: argparse.Namespace) -> int:
     from afd.cluster.fork_server import ForkServer
+    from afd.cluster.launch import files_needed
     from afd.cluster.resolve import check_ports, find_model, share_threads, usable_cores
     from afd.cluster.restart import RestartPolicy
     from afd.cluster.secret_file import new_secret, read_secret
     from afd.cluster.supervisor import Supervisor
     from afd.log import setup_logging
+    from afd.open_files import want_open_files
 
     config, folder = find_model(config_from_args(args))
     config = share_threads(config, usable_cores())
@@ -33,6 +35,7 @@ def run(args: argparse.Namespace) -> int:
         print(config_toml(config))
         print(process_table(config))
         return 0
+    want_open_files(files_needed("up", config), "afd up")
     check_ports(config)
     if "cuda" in (config.attention.device, config.ffn.device):
         from afd.model.device import check_device  # imports torch: only where it must look for a GPU

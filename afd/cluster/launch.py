@@ -15,12 +15,14 @@ import msgspec
 
 from afd.config import ClusterConfig
 from afd.errors import ConfigError
+from afd.open_files import OWN_FILES
 
 EXIT_OK = 0
 EXIT_FAILURE = 1
 EXIT_CONFIG = 2  # the user has to change something: restarting does not help
 EXIT_LOST = 75  # the cluster let this process go (declared lost): a fresh one may join
 MAX_FRAME_BYTES = 4 << 20
+FILES_PER_WORKER = 16  # sockets, shared memory, doorbells and pipes, generously
 MAX_NEWS_BYTES = 4096  # one write of at most PIPE_BUF is atomic
 _LENGTH = struct.Struct("<I")
 
@@ -48,6 +50,13 @@ class RoleLaunch(msgspec.Struct, frozen=True):
     def orphaned(self) -> bool:
         """In the process that it is for: the supervisor is gone."""
         return self.supervisor_pid != 0 and os.getppid() != self.supervisor_pid
+
+
+def files_needed(role: str, config: ClusterConfig) -> int:
+    """How many files a process may come to have open: a gateway for its clients, all others for the workers."""
+    if role == "gateway":
+        return OWN_FILES + config.gateway.max_connections
+    return OWN_FILES + FILES_PER_WORKER * (config.topology.num_attention + config.topology.num_ffn)
 
 
 _decoder = msgspec.json.Decoder(RoleLaunch)

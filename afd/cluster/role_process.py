@@ -20,6 +20,7 @@ from afd.cluster.launch import (
     EXIT_LOST,
     EXIT_OK,
     RoleLaunch,
+    files_needed,
     read_launch,
     write_news,
 )
@@ -29,6 +30,7 @@ from afd.cluster.run_file import remove_run_file
 from afd.coordinator.membership import MembershipLostError
 from afd.errors import AfdError, ConfigError, CoordinatorError, ModelError
 from afd.log import setup_logging
+from afd.open_files import want_open_files
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +66,7 @@ def run_supervised(role: str, entry: RoleEntry, *, preload: Callable[[], None] |
 def run_role(launch: RoleLaunch, entry: RoleEntry) -> int:
     """Run one role to its end, in the main thread; returns the exit code. AfdError is the caller's to report."""
     setup_logging(launch.name, level=launch.config.log.level, fmt=launch.config.log.format)
+    want_open_files(files_needed(launch.role, launch.config), launch.name)
     process = _Process(launch)
     process.install_signals()
     process.start_watching()

@@ -45,13 +45,15 @@ class Acceptor:
             await asyncio.wait(self._opening)
 
     def _listen(self) -> None:
-        self._retry = None
+        if self._retry is not None:
+            self._retry.cancel()
+            self._retry = None
         self._loop.add_reader(self._listener, self._accept)
 
     def _accept(self) -> None:
         for _ in range(ACCEPTS_AT_ONCE):
-            if not self._connections.room(len(self._opening)):
-                self._loop.remove_reader(self._listener)
+            if not self._connections.has_room(len(self._opening)):
+                self._wait(self._connections.make_room())
                 self._news.warn(
                     f"{self._connections.limit} connections are open, the limit (gateway.max_connections): each "
                     "new one takes the place of the one that has kept us waiting longest, or waits for a place"
@@ -62,14 +64,19 @@ class Acceptor:
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
             except OSError as error:  # no descriptors, no memory
-                self._loop.remove_reader(self._listener)
-                self._retry = self._loop.call_later(RETRY_S, self._listen)
+                self._wait(RETRY_S)
                 self._news.warn(f"cannot accept a connection: {error.strerror}; trying again in {RETRY_S} s")
                 return
             sock.setblocking(False)
             task = self._loop.create_task(self._open(sock))
             self._opening.add(task)
             task.add_done_callback(self._opening.discard)
+
+    def _wait(self, limit_s: float | None) -> None:
+        """Leave newcomers in the backlog until `on_room`, or for so long."""
+        self._loop.remove_reader(self._listener)
+        if limit_s is not None:
+            self._retry = self._loop.call_later(limit_s, self._listen)
 
     async def _open(self, sock: socket.socket) -> None:
         try:

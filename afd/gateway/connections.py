@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
+PATIENCE_S = 0.5
+"""How long a connection is safe in its client's turn: a request that was sent at once must not be too late."""
+
 
 class Evictable(Protocol):
     def evict(self) -> None:
@@ -12,13 +15,16 @@ class Evictable(Protocol):
 
 
 class Connections:
-    """Open connections, at most `limit`: those that wait for their client, by how long, and those that are served."""
+    """Open connections, at most `limit`: those that wait for their client, by how long, and those that are served.
 
-    def __init__(self, limit: int, on_room: Callable[[], None] = lambda: None):
-        """on_room: called when a newcomer that found no room should try again."""
+    on_room: called when a newcomer that found no room should try again.  clock: in seconds.
+    """
+
+    def __init__(self, limit: int, clock: Callable[[], float]):
         self.limit = limit
-        self.on_room = on_room
-        self._waiting: dict[Evictable, None] = {}  # longest first
+        self.on_room: Callable[[], None] = lambda: None
+        self._clock = clock
+        self._waiting: dict[Evictable, float] = {}  # since when; longest first
         self._served: set[Evictable] = set()
         self._wanted = False  # a newcomer found no room
 
@@ -26,13 +32,13 @@ class Connections:
         return len(self._waiting) + len(self._served)
 
     def opened(self, connection: Evictable) -> None:
-        self._waiting[connection] = None
+        self._waiting[connection] = self._clock()
 
     def waits(self, connection: Evictable) -> None:
         """From now on it is the client's turn: to send a head, a body, or to close."""
         self._served.discard(connection)
         self._waiting.pop(connection, None)
-        self._waiting[connection] = None
+        self._waiting[connection] = self._clock()
         self._try_again()
 
     def served(self, connection: Evictable) -> None:
@@ -45,18 +51,23 @@ class Connections:
         self._served.discard(connection)
         self._try_again()
 
-    def room(self, num_opening: int) -> bool:
-        """Whether one more may come, beside `num_opening` that are being opened.
+    def has_room(self, num_opening: int) -> bool:
+        """Whether one more may come, beside `num_opening` that are being opened; if not, `on_room` follows."""
+        self._wanted = len(self) + num_opening >= self.limit
+        return not self._wanted
 
-        If not, the one that has waited for its client longest is evicted, and `on_room` is called when there is room,
-        or somebody else to evict.
+    def make_room(self) -> float | None:
+        """Evict the connection that has waited for its client longest.
+
+        Returns None when that was done or nobody waits, otherwise in how many seconds it may be done.
         """
-        if len(self) + num_opening < self.limit:
-            return True
-        self._wanted = True
-        if self._waiting:
-            next(iter(self._waiting)).evict()
-        return False
+        for connection, since in self._waiting.items():
+            left_s = since + PATIENCE_S - self._clock()
+            if left_s > 0.0:
+                return left_s
+            connection.evict()
+            break
+        return None
 
     def _try_again(self) -> None:
         if self._wanted:

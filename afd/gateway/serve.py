@@ -23,7 +23,7 @@ from afd.gateway.http_protocol import HttpEdge, StrictHttpProtocol
 from afd.gateway.served_model import ServedModel, load_served_model
 from afd.gateway.service import GatewayService
 from afd.messages.membership_port import MembershipLike
-from afd.open_files import open_files_limit
+from afd.open_files import OWN_FILES, open_files_limit
 from afd.rare_log import RareLog
 
 log = logging.getLogger(__name__)
@@ -32,7 +32,6 @@ STOP_POLL_S = 0.1
 LOAD_S = 1.0
 FAREWELL_S = 2  # for the last events of ended streams to leave
 BACKLOG = 1024
-OWN_FILES = 128  # sockets to workers and coordinator, model files, event loop
 MIN_CONNECTIONS = 16
 SEND_BUFFER_BYTES = 256 << 10  # per connection, inherited: a client that does not read is noticed, and costs no more
 
@@ -57,7 +56,7 @@ def run_gateway(
 
     async def serve(listener: socket.socket) -> None:
         service = GatewayService(config, served, membership, secret)
-        connections = Connections(max_connections(config.gateway.max_connections, open_files_limit()))
+        connections = Connections(max_connections(config.gateway.max_connections, open_files_limit()), time.monotonic)
         server = _Server(
             uvicorn.Config(
                 build_app(service, keys),

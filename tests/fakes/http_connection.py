@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import http.client
 import io
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -84,7 +85,7 @@ class HttpConnection:
 
     requests: list[Reading] = field(default_factory=list)
     refusals: list[RequestError] = field(default_factory=list)
-    connections: Connections = field(default_factory=lambda: Connections(10))
+    connections: Connections = field(default_factory=lambda: Connections(10, time.monotonic))
 
     def __post_init__(self) -> None:
         self._state = ServerState()
