@@ -1,11 +1,13 @@
 """Every field of vLLM's request classes is honoured, refused by its name, or harmless; none is ignored in silence."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from afd.gateway.api.schema import chat_decoder, completion_decoder, detokenize_decoder, tokenize_decoder
+from afd.gateway.templating import ChatTemplate
 from tests.fakes.async_test import async_test
 from tests.fakes.gateway import events, gateway, saying, text_of
 from tests.fakes.text_model import ids_model, text_model
@@ -68,12 +70,10 @@ ASKING = {
     "truncate_prompt_tokens": 5,
     "truncation_side": "left",
     "cache_salt": "salt",
-    "continue_final_message": True,
     "reasoning_effort": "high",
     "include_reasoning": False,
     "echo": True,
     "chat_template": "{{ messages }}",
-    "chat_template_kwargs": {"a": 1},
     "documents": [{"text": "x"}],
     "return_prompt_text": True,
     "functions": [{"name": "f"}],
@@ -82,7 +82,6 @@ ASKING = {
     "audio": {"voice": "alloy"},
     "prompt_embeds": "AAAA",
     "suffix": "x",
-    "tools": [TOOL],
 }
 
 
@@ -212,3 +211,57 @@ async def test_tokens_named_by_their_ids():
     assert completion["top_logprobs"] == [{name: -0.5, f"token_id:{hello + 1}": -1.5}]
     assert (chat["token"], chat["top_logprobs"][0]["token"], bytes(chat["bytes"])) == (name, name, b"hello")
     assert bare[0].startswith("token_id:")
+
+
+TEMPLATE = (
+    "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content | trim }}<|end|>\n{% endfor %}"
+    "{% if mode %}{{ mode }}{% endif %}{% if tools %}{{ tools | length }} tools{% endif %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+PREFILLED = [*HI, {"role": "assistant", "content": " The answer is "}]
+
+
+def model_with(template):
+    return replace(MODEL, template=ChatTemplate({"default": template}))
+
+
+@async_test
+@pytest.mark.parametrize("explicit", [{}, {"add_generation_prompt": False}])
+async def test_an_answer_goes_on_with_the_last_message(explicit):
+    body = {"messages": PREFILLED, "continue_final_message": True, **explicit}
+    async with gateway(model_with(TEMPLATE)) as rig:
+        rig.worker.script = saying(MODEL, "hello")
+        answer = (await rig.client.post("/v1/chat/completions", json=body)).json()
+        counted = (await rig.client.post("/tokenize", json=body)).json()
+        (submit,) = rig.worker.submits()
+    prompt = "<|start|>user\nhi<|end|>\n<|start|>assistant\nThe answer is "
+    assert TOKENIZER.decode(submit.prompt_ids, skip_special_tokens=False) == prompt
+    assert answer["choices"][0]["message"]["content"] == "hello"
+    assert counted["tokens"] == submit.prompt_ids
+
+
+@async_test
+async def test_what_cannot_go_on_is_refused():
+    async with gateway(
+        model_with("{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}")
+    ) as rig:
+        for messages, fields in (
+            (PREFILLED, {}),  # this template leaves it out
+            (PREFILLED, {"add_generation_prompt": True}),
+            ([*HI, {"role": "assistant", "content": None}], {}),
+            ([*HI, {"role": "assistant", "content": ""}], {}),
+        ):
+            body = {"messages": messages, "continue_final_message": True, **fields}
+            answer = await rig.client.post("/v1/chat/completions", json=body)
+            assert (answer.status_code, answer.json()["error"]["param"]) == (400, "continue_final_message")
+
+
+@async_test
+async def test_tokenize_counts_what_chat_would_send():
+    fields = {"messages": HI, "chat_template_kwargs": {"mode": "fast"}, "tools": [TOOL], "add_special_tokens": True}
+    async with gateway(model_with(TEMPLATE)) as rig:
+        counted = (await rig.client.post("/tokenize", json=fields)).json()
+        await rig.client.post("/v1/chat/completions", json={**fields, "tool_choice": "none", "max_tokens": 1})
+        (submit,) = rig.worker.submits()
+    assert counted["tokens"] == submit.prompt_ids
+    assert "fast1 tools" in TOKENIZER.decode(submit.prompt_ids, skip_special_tokens=False)

@@ -20,7 +20,7 @@ def model_of(kind):
         max_context=512,
         eos_token_ids=(LIBRARY[kind].token_to_id("</s>"),),
         tokenizer=OURS[kind],
-        template=ChatTemplate(TEMPLATE),
+        template=ChatTemplate({"default": TEMPLATE}),
         created=1,
     )
 

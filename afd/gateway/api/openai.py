@@ -14,8 +14,10 @@ from starlette.types import Receive, Scope, Send
 from afd.errors import RequestError
 from afd.gateway.api.chat_format import ChatFormat
 from afd.gateway.api.completion_format import CompletionFormat
+from afd.gateway.api.continuation import up_to_mark, with_mark
 from afd.gateway.api.formats import ResponseFormat, json
 from afd.gateway.api.parameters import (
+    CONTEXT_EXCEEDED,
     chat_job,
     check_prompt_chars,
     check_token_ids,
@@ -23,6 +25,7 @@ from afd.gateway.api.parameters import (
     max_prompt_chars,
     split_prompts,
     template_messages,
+    too_long,
 )
 from afd.gateway.api.schema import (
     BodyDecoder,
@@ -145,15 +148,25 @@ class OpenAiRoutes:
     async def _prompt_text(self, body: ChatBody | TokenizeBody) -> str:
         """Messages through the chat template, off the event loop: a template is a program."""
         assert body.messages is not None
+        messages, goes_on = template_messages(body.messages), bool(body.continue_final_message)
+        if goes_on and body.add_generation_prompt:
+            raise RequestError("add_generation_prompt begins another message", param="continue_final_message")
+        max_chars = max_prompt_chars(self._model, "messages")
         render = functools.partial(
             self._model.need_template().render,
-            template_messages(body.messages),
-            max_chars=max_prompt_chars(self._model, "messages"),
-            add_generation_prompt=body.add_generation_prompt is not False,
+            with_mark(messages) if goes_on else messages,
+            max_chars=max_chars,
+            tools=body.tools,
+            add_generation_prompt=body.add_generation_prompt is not False and not goes_on,
+            extra=body.chat_template_kwargs,
         )
-        if isinstance(body, ChatBody):
-            render = functools.partial(render, tools=body.tools, extra=body.chat_template_kwargs)
-        return await asyncio.to_thread(render)
+        try:
+            text = await asyncio.to_thread(render)
+        except RequestError as error:
+            if error.code != CONTEXT_EXCEEDED:
+                raise
+            raise too_long(f"more than {max_chars} characters", self._model, "messages") from error
+        return up_to_mark(text) if goes_on else text
 
     async def _prompt_ids(self, prompts: list[str | list[int]], *, add_special_tokens: bool) -> list[list[int]]:
         """Token ids of each prompt."""

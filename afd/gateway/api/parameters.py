@@ -20,6 +20,7 @@ from afd.gateway.served_model import ServedModel
 from afd.gateway.templating import Message
 from afd.types import SamplingParams
 
+CONTEXT_EXCEEDED = "context_length_exceeded"
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default of /v1/completions
 MAX_STOP_CHARS = 1024
 MAX_STOP_TOKEN_IDS = 128
@@ -93,7 +94,7 @@ def max_prompt_chars(model: ServedModel, param: str) -> int:
 def check_prompt_chars(text: str, model: ServedModel, param: str) -> str:
     """Refuse, before any work, a text that cannot fit whatever its tokens are."""
     if len(text) > max_prompt_chars(model, param):
-        raise _too_long(f"{len(text)} characters", model, param)
+        raise too_long(f"{len(text)} characters", model, param)
     return text
 
 
@@ -154,17 +155,18 @@ def _room(num_prompt_tokens: int, model: ServedModel, param: str) -> int:
     if num_prompt_tokens == 0:
         raise RequestError("the prompt has no tokens", param=param)
     if num_prompt_tokens >= model.max_context:
-        raise _too_long(f"{num_prompt_tokens} tokens", model, param)
+        raise too_long(f"{num_prompt_tokens} tokens", model, param)
     return model.max_context - num_prompt_tokens
 
 
-def _too_long(size: str, model: ServedModel, param: str) -> RequestError:
+def too_long(size: str, model: ServedModel, param: str) -> RequestError:
+    """The refusal of a prompt of that size."""
     # OpenAI's words: clients that can go to a longer model look for them (litellm and others).
     return RequestError(
         f"This model's maximum context length is {model.max_context} tokens. However, your prompt has {size}, "
         "and the output needs room too. Please reduce the length of the prompt.",
         param=param,
-        code="context_length_exceeded",
+        code=CONTEXT_EXCEEDED,
     )
 
 

@@ -39,7 +39,6 @@ _SHARED: Fields = {
     "cache_salt": (),
 }
 CHAT: Fields = _SHARED | {
-    "continue_final_message": (False,),
     "reasoning_effort": (),
     "include_reasoning": (True,),
     "echo": (False,),
@@ -52,12 +51,7 @@ CHAT: Fields = _SHARED | {
     "audio": (),
 }
 COMPLETION: Fields = _SHARED | {"prompt_embeds": (), "suffix": ("",)}
-TOKENIZE: Fields = {
-    "continue_final_message": (False,),
-    "chat_template": (),
-    "chat_template_kwargs": ({},),
-    "tools": ([],),
-}
+TOKENIZE: Fields = {"chat_template": ()}
 
 _HINTS = {
     "chat_template": "the model's own is used",
