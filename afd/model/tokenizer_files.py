@@ -78,9 +78,11 @@ def read_tokenizer_folder(folder: Path) -> TokenizerFiles:
         tokenizer = Tokenizer.from_buffer(data)
     except Exception as error:  # the library raises bare Exception for a malformed file
         raise ModelError(f"{path}: not a tokenizer: {error}") from error
+    config = read_json_object(folder, "tokenizer_config.json") or {}
+    if tokenizer.padding is not None:
+        config.setdefault("pad_token", tokenizer.padding["pad_token"])
     tokenizer.no_truncation()  # what training left in the file would cut or pad every prompt
     tokenizer.no_padding()
-    config = read_json_object(folder, "tokenizer_config.json") or {}
     try:
         special_tokens = _add_tokens(tokenizer, folder, config)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
@@ -106,11 +108,13 @@ def _add_tokens(tokenizer: Tokenizer, folder: Path, config: Mapping[str, Any]) -
     else:
         older = read_json_object(folder, "special_tokens_map.json") or {}
         settings |= older
-        settings["extra_special_tokens"] = _merged(_listed(config), older)
+        last = settings.pop("additional_special_tokens", None)  # counts only where nothing else is listed, and not here
+        settings["extra_special_tokens"] = _merged(_listed(config), older.get("extra_special_tokens") or ())
         special = {_text(settings.get(name)) for name in _NAMED_TOKENS} | {_text(t) for t in _listed(settings)}
         for text, token_id in (read_json_object(folder, "added_tokens.json") or {}).items():
             listed[int(token_id)] = AddedToken(text, normalized=text not in special, special=text in special)
         listed |= own
+        settings["extra_special_tokens"] = settings["extra_special_tokens"] or last
     named = {**_named_tokens(config), **_named_tokens(settings)}
     by_text = {token.content: token for token in listed.values()}
     known = {repr(token) for token in own.values()}
@@ -142,14 +146,9 @@ def _listed(settings: Mapping[str, Any]) -> Sequence[Any]:
     return () if isinstance(extra, Mapping) else tuple(extra)
 
 
-def _merged(extra: Sequence[Any], older: Mapping[str, Any]) -> Any:
-    """extra: of tokenizer_config.json.  older: special_tokens_map.json, its old key counts only without extra."""
-    more = older.get("extra_special_tokens")
-    if isinstance(more, Mapping):
-        return more
-    if more is None:
-        more = () if extra else older.get("additional_special_tokens") or ()
-    return [*extra, *(token for token in more if token not in extra)]
+def _merged(extra: Sequence[Any], more: Any) -> Any:
+    """extra: of tokenizer_config.json.  more: of special_tokens_map.json; an object of named tokens takes its place."""
+    return more if isinstance(more, Mapping) else [*extra, *(token for token in more if token not in extra)]
 
 
 def _text(token: Any) -> str:
