@@ -5,6 +5,7 @@ Plain ASGI: it costs a streamed token one function call.
 
 from __future__ import annotations
 
+import hashlib
 import re
 import uuid
 
@@ -29,6 +30,12 @@ class RequestGate:
         self._metrics = metrics
         self._paths = paths
 
+    def _client(self, scope: Scope, headers: dict[bytes, bytes]) -> str:
+        """Whose turn a request counts as: its key's, or its host's where keys are not asked for."""
+        if self._keys.required:
+            return hashlib.sha256(headers.get(b"authorization", b"")).hexdigest()
+        return scope["client"][0] if scope.get("client") else ""
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
@@ -47,6 +54,7 @@ class RequestGate:
                 self._metrics.http_request(path, message["status"])
             await send(message)
 
+        scope["state"]["client"] = self._client(scope, headers)
         needs_key = self._keys.required and scope["path"] not in OPEN_PATHS
         if needs_key and not self._keys.accepts(headers.get(b"authorization", b"")):
             error = RequestError("missing or wrong API key", code="invalid_api_key", status=401)

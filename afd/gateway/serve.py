@@ -71,6 +71,7 @@ def run_gateway(
             )
         )
         service.start()
+        service.intake.warm_up()
         serving = asyncio.get_running_loop().create_task(server.serve(sockets=[]))
         acceptor: Acceptor | None = None
         try:
@@ -97,7 +98,7 @@ def run_gateway(
             await serving
             await service.close()
 
-    with contextlib.closing(served), bind(config.gateway.host, config.gateway.port) as listener:
+    with bind(config.gateway.host, config.gateway.port) as listener:
         uvloop.run(serve(listener))
     return 0
 

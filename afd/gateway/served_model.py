@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Literal
 from afd.config import ModelConfig
 from afd.errors import ModelError, RequestError
 from afd.gateway.template_process import TemplateProcess
-from afd.gateway.templating import BAD_TEMPLATE, Renderer
+from afd.gateway.templating import BAD_TEMPLATE, ChatTemplate
 from afd.gateway.tokenizer import TextTokenizer
 from afd.model.loading import resolve_model
 from afd.model.sampling_defaults import NO_DEFAULTS, SamplingDefaults, sampling_defaults
@@ -23,7 +24,8 @@ log = logging.getLogger(__name__)
 class ServedModel:
     """names: the first is what responses say, the others are accepted too.  tokenizer None: token ids only.
 
-    template: blocks, so not for the event loop.  None = no chat, and template_problem says why if the model has one.
+    template None: no chat, and template_problem says why if the model has one.  is_foreign: the template is a program
+    from a stranger, so it runs only where it can be stopped.
     """
 
     names: tuple[str, ...]
@@ -31,9 +33,10 @@ class ServedModel:
     max_context: int
     eos_token_ids: tuple[int, ...] = ()
     tokenizer: TextTokenizer | None = None
-    template: Renderer | None = None
+    template: ChatTemplate | None = None
     template_problem: str = ""
     sampling_defaults: SamplingDefaults = NO_DEFAULTS
+    is_foreign: bool = False
     created: int = 0
 
     @property
@@ -61,7 +64,7 @@ class ServedModel:
             )
         return self.tokenizer
 
-    def need_template(self) -> Renderer:
+    def need_template(self) -> ChatTemplate:
         """RequestError (400) when chat messages cannot be turned into a prompt."""
         self.need_tokenizer("messages")
         if self.template_problem:
@@ -74,14 +77,9 @@ class ServedModel:
             )
         return self.template
 
-    def close(self) -> None:
-        """End the process that renders templates. Idempotent."""
-        if self.template is not None:
-            self.template.close()
-
 
 def load_served_model(config: ModelConfig, generation_config: Literal["auto", "none"] = "auto") -> ServedModel:
-    """Resolve the configured model; ModelError when it cannot be served. The caller must `close` it."""
+    """Resolve the configured model; ModelError when it cannot be served."""
     folder = resolve_model(config.name)
     defaults = sampling_defaults(folder) if generation_config == "auto" else NO_DEFAULTS
     if defaults != NO_DEFAULTS:
@@ -101,21 +99,21 @@ def load_served_model(config: ModelConfig, generation_config: Literal["auto", "n
         eos_token_ids=eos_token_ids,
         tokenizer=TextTokenizer(files.tokenizer) if files is not None else None,
         template=template,
+        is_foreign=True,
         template_problem=problem,
         sampling_defaults=defaults,
         created=int(time.time()),
     )
 
 
-def _template(files: TokenizerFiles | None) -> tuple[Renderer | None, str]:
+def _template(files: TokenizerFiles | None) -> tuple[ChatTemplate | None, str]:
     """(what renders, why nothing does although the model has a template)"""
     if files is None or not files.chat_templates:
         return None, ""
-    template = TemplateProcess(files.chat_templates, files.special_tokens)
-    try:
-        template.check()
-    except ModelError as error:
-        template.close()
-        log.error("chat is not served: %s", error)
-        return None, str(error)
-    return template, ""
+    with contextlib.closing(TemplateProcess(files.chat_templates, files.special_tokens)) as process:
+        try:
+            process.check()
+        except ModelError as error:
+            log.error("chat is not served: %s", error)
+            return None, str(error)
+    return ChatTemplate(files.chat_templates, files.special_tokens), ""

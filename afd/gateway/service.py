@@ -15,6 +15,7 @@ from afd.config import ClusterConfig
 from afd.errors import UnavailableError
 from afd.gateway.dispatcher import Dispatcher, DispatchLimits
 from afd.gateway.generation import Generation, GenerationJob
+from afd.gateway.intake.intake import Intake
 from afd.gateway.metrics import DispatchCollector, GatewayMetrics
 from afd.gateway.sequence import Sequence
 from afd.gateway.served_model import ServedModel
@@ -44,6 +45,7 @@ class GatewayService:
         self.model = model  # with the context that the workers have room for
         self.gateway_id = uuid.uuid4().hex
         self.draining = False
+        self.intake = Intake(model, config.gateway)
         self._membership = membership
         self._client = WorkerClient(secret, self.gateway_id.encode(), self._on_message)
         self.dispatcher = Dispatcher(self.gateway_id, _limits(config, model), self._client)
@@ -75,6 +77,7 @@ class GatewayService:
         if self._ticker is not None:
             self._ticker.cancel()
             await asyncio.gather(self._ticker, return_exceptions=True)
+        await self.intake.close()
         await self._client.close()
 
     # --- requests ---------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ Nothing bounds the time of a template in this module: `afd.gateway.template_proc
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn, Protocol
@@ -48,28 +49,33 @@ class Renderer(Protocol):
         """
         ...
 
-    def close(self) -> None:
-        """Let go of whatever renders. Idempotent."""
-        ...
-
 
 class ChatTemplate:
-    """A model's templates, compiled. Immutable: one for all requests."""
+    """A model's templates, compiled when they are first used. One for all requests.
+
+    sources, special_tokens: what it was made of.
+    """
 
     def __init__(self, sources: Mapping[str, str], special_tokens: Mapping[str, str] | None = None):
         """sources: Jinja by name, of which "default" and "tool_use" count. One that is not valid is refused on use."""
-        environment = _environment()
-        self._special_tokens = dict(special_tokens or {})
-        self._templates: dict[str, jinja2.Template] = {}
-        self._problems: dict[str, str] = {}
+        self.sources = dict(sources)
+        self.special_tokens = dict(special_tokens or {})
+
+    @functools.cached_property
+    def _compiled(self) -> tuple[dict[str, jinja2.Template], dict[str, str]]:
+        """Templates by name, and what is wrong with those that are no templates."""
+        environment, sources = _environment(), self.sources
+        templates: dict[str, jinja2.Template] = {}
+        problems: dict[str, str] = {}
         for name in (DEFAULT, TOOL_USE):
             if name in sources:
                 try:
-                    self._templates[name] = environment.from_string(sources[name])
+                    templates[name] = environment.from_string(sources[name])
                 except Exception as error:  # of foreign code: anything, RecursionError and MemoryError too
-                    self._problems[name] = f"is not valid Jinja: {reason_of(error)}"
+                    problems[name] = f"is not valid Jinja: {reason_of(error)}"
         if DEFAULT not in sources:
-            self._problems[DEFAULT] = f"is missing: there are only those named {', '.join(sorted(sources))[:200]}"
+            problems[DEFAULT] = f"is missing: there are only those named {', '.join(sorted(sources))[:200]}"
+        return templates, problems
 
     def render(
         self,
@@ -81,11 +87,11 @@ class ChatTemplate:
         extra: Mapping[str, Any] | None = None,
     ) -> str:
         """As `Renderer.render`."""
-        reserved = _GIVEN | self._special_tokens.keys()
+        reserved = _GIVEN | self.special_tokens.keys()
         values = {
             "documents": None,
             **{name: value for name, value in (extra or {}).items() if name not in reserved},
-            **self._special_tokens,
+            **self.special_tokens,
             "messages": [_as_templates_read(message) for message in messages],
             "tools": tools,
             "add_generation_prompt": add_generation_prompt,
@@ -112,20 +118,18 @@ class ChatTemplate:
             )
         return text
 
-    def close(self) -> None:
-        """Nothing to let go of."""
-
     def _choose(self, tools: Tools | None) -> jinja2.Template:
-        known = self._templates.keys() | self._problems.keys()
+        templates, problems = self._compiled
+        known = templates.keys() | problems.keys()
         name = TOOL_USE if tools is not None and TOOL_USE in known else DEFAULT
-        if name in self._problems:
+        if name in problems:
             which = "chat template" if name == DEFAULT else f"chat template {name!r}"
             raise RequestError(
-                f"the model's {which} {self._problems[name]}; /v1/completions works without it",
+                f"the model's {which} {problems[name]}; /v1/completions works without it",
                 param="messages",
                 code=BAD_TEMPLATE,
             )
-        return self._templates[name]
+        return templates[name]
 
 
 def reason_of(error: Exception) -> str:

@@ -68,6 +68,16 @@ class TextTokenizer:
         self.max_token_chars = max((len(token) for token in vocabulary), default=1)
         self._byte_tokens = _byte_tokens(vocabulary) if _falls_back_to_bytes(tokenizer) else {}
 
+    @classmethod
+    def from_json(cls, text: str) -> TextTokenizer:
+        """What `to_json` gave."""
+        return cls(tokenizers.Tokenizer.from_str(text))
+
+    def to_json(self) -> str:
+        """The whole tokenizer as text, for another process."""
+        text: str = self._tokenizer.to_str()
+        return text
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Text -> ids. Special tokens written in the text are recognised (a chat template writes them)."""
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids

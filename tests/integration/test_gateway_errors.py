@@ -30,7 +30,7 @@ REFUSALS = [
     (CHAT, {"messages": HI, "n": 99}, 400, "n", "at most 16"),
     (CHAT, {"messages": HI, "max_tokens": 0}, 400, "max_tokens", ">= 1"),
     (CHAT, {"messages": [{"role": "user", "content": "x" * 100}]}, 400, "messages", "context length is 64"),
-    (CHAT, {"messages": [{"role": "user", "content": "x" * 10**6}]}, 400, "messages", "characters"),
+    (CHAT, {"messages": [{"role": "user", "content": "x" * 10**6}]}, 400, "messages", "context"),
     (CHAT, {"messages": HI, "min_tokens": 9, "max_tokens": 3}, 400, "min_tokens", "more than the 3"),
     (CHAT, {"messages": HI, "stop": ["a", "b", "c", "d", "e"]}, 400, "stop", "at most 4"),
     (CHAT, {"messages": HI, "stop": [""]}, 400, "stop", "empty"),

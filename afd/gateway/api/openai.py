@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import functools
 import time
 from typing import Any
 
@@ -11,37 +9,12 @@ from fastapi import FastAPI, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from afd.errors import RequestError
-from afd.gateway.api.answers import (
-    ChatAnswer,
-    ChatChunk,
-    CompletionAnswer,
-    CompletionChunk,
-    DetokenizedText,
-    ModelCard,
-    ModelList,
-    Tokens,
-)
 from afd.gateway.api.chat_format import ChatFormat
 from afd.gateway.api.completion_format import CompletionFormat
-from afd.gateway.api.continuation import up_to_mark, with_mark
 from afd.gateway.api.formats import ResponseFormat, json
-from afd.gateway.api.openapi import answers, path_parameter, takes
-from afd.gateway.api.parameters import (
-    CONTEXT_EXCEEDED,
-    chat_job,
-    check_prompt_chars,
-    check_token_ids,
-    completion_job,
-    max_prompt_chars,
-    split_prompts,
-    template_messages,
-    too_long,
-)
 from afd.gateway.api.schema import (
-    ChatBody,
+    BodyDecoder,
     SamplingBody,
-    TokenizeBody,
     chat_decoder,
     completion_decoder,
     detokenize_decoder,
@@ -49,11 +22,10 @@ from afd.gateway.api.schema import (
 )
 from afd.gateway.body import read_body
 from afd.gateway.generation import GenerationJob
+from afd.gateway.intake.reader import Prepared
 from afd.gateway.served_model import ServedModel
 from afd.gateway.service import GatewayService
 from afd.gateway.stream import GenerationResponse
-
-INLINE_ENCODE_CHARS = 8_192  # longer texts are tokenised in a thread: the event loop has streams to serve
 
 
 class _Reply(Response):
@@ -79,35 +51,38 @@ class OpenAiRoutes:
         return self._service.model
 
     def install(self, app: FastAPI) -> None:
-        def add(method: str, path: str, handler: Any, described: dict[str, Any]) -> None:
-            app.add_api_route(path, handler, methods=[method], response_model=None, **described)
+        def post(path: str, handler: Any, decoder: BodyDecoder[Any]) -> None:
+            schema = {"$ref": f"#/components/schemas/{decoder.body_type.__name__}"}
+            body = {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+            app.add_api_route(path, handler, methods=["POST"], response_model=None, openapi_extra=body)
 
-        add("POST", "/v1/chat/completions", self.chat, takes(chat_decoder, ChatAnswer, events=ChatChunk))
-        completions = takes(completion_decoder, CompletionAnswer, events=CompletionChunk)
-        add("POST", "/v1/completions", self.completions, completions)
-        add("POST", "/tokenize", self.tokenize, takes(tokenize_decoder, Tokens))
-        add("POST", "/detokenize", self.detokenize, takes(detokenize_decoder, DetokenizedText))
-        add("GET", "/v1/models", self.models, answers(ModelList))
-        card = answers(ModelCard, errors=(404,))
-        card["openapi_extra"]["parameters"] = [path_parameter("model_name", "Any of the model's names")]
-        add("GET", "/v1/models/{model_name:path}", self.model, card)
+        post("/v1/chat/completions", self.chat, chat_decoder)
+        post("/v1/completions", self.completions, completion_decoder)
+        post("/tokenize", self.tokenize, tokenize_decoder)
+        post("/detokenize", self.detokenize, detokenize_decoder)
+        app.add_api_route("/v1/models", self.models, methods=["GET"], response_model=None)
+        app.add_api_route("/v1/models/{model_name:path}", self.model, methods=["GET"], response_model=None)
 
     # --- generation -------------------------------------------------------------------------------------
 
+    async def _read(self, route: str, request: Request) -> Prepared:
+        body = await read_body(request, self._limits.max_body_bytes)
+        context = self._model.max_context
+        return await self._service.intake.read(route, body, request.headers, context, request.state.client)
+
     async def chat(self, request: Request) -> Response:
         """Chat completion, streamed or not."""
-        body = chat_decoder.decode(await read_body(request, self._limits.max_body_bytes))
-        self._model.check_name(body.model)
-        text = await self._prompt_text(body)
-        (prompt_ids,) = await self._encode([text], "messages", add_special_tokens=bool(body.add_special_tokens))
-        job = chat_job(body, prompt_ids, request.headers, self._model, self._limits)
+        prepared = await self._read("chat", request)
+        body, job = prepared.body, prepared.job
+        assert body is not None and job is not None
+        (prompt_ids, sampling), *_ = job.prompts
         response_format = ChatFormat(
             f"chatcmpl-{request.state.request_id}",
             int(time.time()),
             self._model.name,
             self._model.need_tokenizer("messages"),
             prompt_ids=prompt_ids,
-            top_logprobs=job.prompts[0][1].logprobs,
+            top_logprobs=sampling.logprobs,
             include_usage=_include_usage(body),
             return_token_ids=bool(body.return_token_ids),
             tokens_as_ids=bool(body.return_tokens_as_token_ids),
@@ -117,27 +92,21 @@ class OpenAiRoutes:
 
     async def completions(self, request: Request) -> Response:
         """Text completion of one or several prompts, given as texts or as token ids."""
-        body = completion_decoder.decode(await read_body(request, self._limits.max_body_bytes))
-        self._model.check_name(body.model)
-        given = split_prompts(body.prompt)
-        prompts = await self._prompt_ids(given, add_special_tokens=body.add_special_tokens is not False)
-        job = completion_job(body, prompts, request.headers, self._model, self._limits)
+        prepared = await self._read("completions", request)
+        body, job = prepared.body, prepared.job
+        assert body is not None and job is not None
         tokenizer = self._model.tokenizer
-        echoed = None
-        if body.echo:
-            prompt_text = self._model.need_tokenizer("echo").prompt_text
-            echoed = [prompt if isinstance(prompt, str) else prompt_text(prompt) for prompt in given]
         response_format = CompletionFormat(
             f"cmpl-{request.state.request_id}",
             int(time.time()),
             self._model.name,
             tokenizer,
-            prompts=prompts,
+            prompts=[ids for ids, _ in job.prompts],
             num_choices=job.num_choices,
             num_logprobs=job.prompts[0][1].logprobs,
             include_usage=_include_usage(body),
             return_token_ids=tokenizer is None if body.return_token_ids is None else body.return_token_ids,
-            echoed=echoed,
+            echoed=prepared.echoed,
             tokens_as_ids=bool(body.return_tokens_as_token_ids),
             skip_special_tokens=job.skip_special_tokens,
         )
@@ -156,49 +125,6 @@ class OpenAiRoutes:
         )
         return _Reply(response)
 
-    async def _prompt_text(self, body: ChatBody | TokenizeBody) -> str:
-        """Messages through the chat template, off the event loop: a template is a program."""
-        assert body.messages is not None
-        messages, goes_on = template_messages(body.messages), bool(body.continue_final_message)
-        if goes_on and body.add_generation_prompt:
-            raise RequestError("add_generation_prompt begins another message", param="continue_final_message")
-        max_chars = max_prompt_chars(self._model, "messages")
-        render = functools.partial(
-            self._model.need_template().render,
-            with_mark(messages) if goes_on else messages,
-            max_chars=max_chars,
-            tools=body.tools,
-            add_generation_prompt=body.add_generation_prompt is not False and not goes_on,
-            extra=body.chat_template_kwargs,
-        )
-        try:
-            text = await asyncio.to_thread(render)
-        except RequestError as error:
-            if error.code != CONTEXT_EXCEEDED:
-                raise
-            raise too_long(f"more than {max_chars} characters", self._model, "messages") from error
-        return up_to_mark(text) if goes_on else text
-
-    async def _prompt_ids(self, prompts: list[str | list[int]], *, add_special_tokens: bool) -> list[list[int]]:
-        """Token ids of each prompt."""
-        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
-        if texts:
-            return await self._encode(texts, "prompt", add_special_tokens=add_special_tokens)
-        return [prompt for prompt in prompts if not isinstance(prompt, str)]
-
-    async def _encode(self, texts: list[str], param: str, *, add_special_tokens: bool) -> list[list[int]]:
-        """Off the event loop when it takes more than a moment."""
-        tokenizer = self._model.need_tokenizer(param)
-        for text in texts:
-            check_prompt_chars(text, self._model, param)
-
-        def encode_all() -> list[list[int]]:
-            return [tokenizer.encode(text, add_special_tokens=add_special_tokens) for text in texts]
-
-        if sum(map(len, texts)) <= INLINE_ENCODE_CHARS:
-            return encode_all()
-        return await asyncio.to_thread(encode_all)
-
     # --- models and tokens ------------------------------------------------------------------------------
 
     async def models(self, request: Request) -> Response:
@@ -212,33 +138,11 @@ class OpenAiRoutes:
 
     async def tokenize(self, request: Request) -> Response:
         """Token ids of a prompt or of templated messages."""
-        body = tokenize_decoder.decode(await read_body(request, self._limits.max_body_bytes))
-        self._model.check_name(body.model)
-        ids = await self._tokenized(body)
-        answer: dict[str, Any] = {"count": len(ids), "max_model_len": self._model.max_context, "tokens": ids}
-        if body.return_token_strs:
-            tokenizer = self._model.need_tokenizer("return_token_strs")
-            answer["token_strs"] = [tokenizer.token_text(token_id) for token_id in ids]
-        return _json_response(answer)
-
-    async def _tokenized(self, body: TokenizeBody) -> list[int]:
-        if (body.prompt is None) == (body.messages is None):
-            raise RequestError("give either prompt or messages", param="prompt")
-        if body.prompt is not None:
-            special = body.add_special_tokens is not False
-            (ids,) = await self._encode([body.prompt], "prompt", add_special_tokens=special)
-            return ids
-        text = await self._prompt_text(body)
-        (ids,) = await self._encode([text], "messages", add_special_tokens=bool(body.add_special_tokens))
-        return ids
+        return _json_bytes((await self._read("tokenize", request)).answer)
 
     async def detokenize(self, request: Request) -> Response:
         """Text of token ids."""
-        body = detokenize_decoder.decode(await read_body(request, self._limits.max_body_bytes))
-        self._model.check_name(body.model)
-        tokenizer = self._model.need_tokenizer("tokens")
-        check_token_ids(body.tokens, self._model, "tokens")
-        return _json_response({"prompt": tokenizer.decode(body.tokens, skip_special_tokens=False)})
+        return _json_bytes((await self._read("detokenize", request)).answer)
 
     def _model_card(self) -> dict[str, Any]:
         return {
@@ -257,4 +161,8 @@ def _include_usage(body: SamplingBody) -> bool:
 
 
 def _json_response(value: object) -> Response:
-    return Response(json(value), media_type="application/json")
+    return _json_bytes(json(value))
+
+
+def _json_bytes(data: bytes) -> Response:
+    return Response(data, media_type="application/json")

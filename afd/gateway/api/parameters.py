@@ -91,11 +91,30 @@ def max_prompt_chars(model: ServedModel, param: str) -> int:
     return model.max_context * model.need_tokenizer(param).max_token_chars
 
 
-def check_prompt_chars(text: str, model: ServedModel, param: str) -> str:
-    """Refuse, before any work, a text that cannot fit whatever its tokens are."""
-    if len(text) > max_prompt_chars(model, param):
-        raise too_long(f"{len(text)} characters", model, param)
-    return text
+def check_num_messages(messages: list[ChatMessage], model: ServedModel) -> None:
+    """Refuse, before the template runs, what cannot fit: each message takes a token."""
+    if len(messages) > model.max_context:
+        raise too_long(f"{len(messages)} messages", model, "messages")
+
+
+def check_num_sequences(body: SamplingBody, num_prompts: int, limits: GatewayConfig) -> int:
+    """Choices per prompt. Refuses, before any prompt is looked at, more than the queue could ever hold."""
+    num_choices = body.n or 1
+    if num_choices > limits.max_n:
+        raise RequestError(f"n is {num_choices}; at most {limits.max_n} (gateway.max_n)", param="n")
+    num_sequences = num_choices * num_prompts
+    if num_sequences > limits.max_queue:
+        raise RequestError(
+            f"{num_prompts} prompts with n = {num_choices} are {num_sequences} sequences; "
+            f"at most {limits.max_queue} (gateway.max_queue)",
+            param="prompt",
+        )
+    return num_choices
+
+
+def max_prompt_tokens(model: ServedModel, limits: GatewayConfig) -> int:
+    """Tokens of all prompts of one request together."""
+    return max(limits.max_request_tokens, model.max_context)
 
 
 def template_messages(messages: list[ChatMessage]) -> list[Message]:
@@ -186,23 +205,21 @@ def _job(
             param="response_format",
             code="unsupported",
         )
-    num_choices = body.n or 1
-    if num_choices > limits.max_n:
-        raise RequestError(f"n is {num_choices}; at most {limits.max_n} (gateway.max_n)", param="n")
-    num_sequences = num_choices * len(rooms)
-    if num_sequences > limits.max_queue:
-        raise RequestError(
-            f"{len(rooms)} prompts with n = {num_choices} are {num_sequences} sequences; "
-            f"at most {limits.max_queue} (gateway.max_queue)",
-            param="prompt",
-        )
+    num_choices = check_num_sequences(body, len(rooms), limits)
     if body.stream_options is not None and not body.stream:
         raise RequestError("stream_options needs stream to be true", param="stream_options")
-    own_stop_ids = tuple(dict.fromkeys(check_token_ids(body.stop_token_ids or [], model, "stop_token_ids")))
-    if len(own_stop_ids) > MAX_STOP_TOKEN_IDS:
+    if len(body.stop_token_ids or []) > MAX_STOP_TOKEN_IDS:
         raise RequestError(f"at most {MAX_STOP_TOKEN_IDS} stop_token_ids", param="stop_token_ids")
+    own_stop_ids = tuple(dict.fromkeys(check_token_ids(body.stop_token_ids or [], model, "stop_token_ids")))
     seed = body.seed if body.seed is not None else secrets.randbits(63)
     bias = _logit_bias(body.logit_bias or {}, model)
+    num_tokens = num_choices * sum(len(prompt_ids) + len(bias) for prompt_ids, _ in rooms)
+    if num_tokens > max_prompt_tokens(model, limits):
+        raise RequestError(
+            f"{len(rooms)} prompts with n = {num_choices} have {num_tokens} tokens, entries of logit_bias included; "
+            f"at most {max_prompt_tokens(model, limits)} (gateway.max_request_tokens)",
+            param="prompt",
+        )
     prompts = []
     defaults = model.sampling_defaults
     for prompt_ids, room in rooms:

@@ -7,14 +7,16 @@ labels:
   {{- include "afd.labels" (list $root (index . 1)) | nindent 2 }}
 annotations:
   # A changed configuration is a new pod: nothing is read twice.
-  {{- $annotations := dict "checksum/config" (include "afd.config" $root | sha256sum) }}
-  {{- toYaml (merge $annotations (deepCopy (index . 2).podAnnotations)) | nindent 2 }}
+  checksum/config: {{ include "afd.config" $root | sha256sum }}
+  {{- with (index . 2).podAnnotations }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
 {{- end -}}
 
 {{/* Who the pod is and where it runs; call with (list $ .Values.attention graceSeconds). */}}
 {{- define "afd.podSettings" -}}
 {{- $root := index . 0 -}}
-serviceAccountName: {{ include "afd.fullname" $root | quote }}
+serviceAccountName: {{ include "afd.fullname" $root }}
 automountServiceAccountToken: false
 enableServiceLinks: false
 terminationGracePeriodSeconds: {{ index . 2 }}
@@ -103,7 +105,7 @@ livenessProbe:
     name: {{ include "afd.fullname" $root }}-config
 - name: secret
   secret:
-    secretName: {{ include "afd.secretName" $root | quote }}
+    secretName: {{ include "afd.secretName" $root }}
     defaultMode: 0440
     items:
       - {key: cluster-secret, path: cluster-secret}
@@ -115,7 +117,7 @@ livenessProbe:
 {{- if $root.Values.tls.enabled }}
 - name: tls
   secret:
-    secretName: {{ $root.Values.tls.secretName | quote }}
+    secretName: {{ $root.Values.tls.secretName }}
     defaultMode: 0440
     items:
       - {key: ca.crt, path: ca.crt}
@@ -128,7 +130,7 @@ livenessProbe:
 
 {{- define "afd.modelMount" -}}
 {{- if .Values.model.volume -}}
-- {name: model, mountPath: {{ .Values.model.mountPath | quote }}, readOnly: true}
+- {name: model, mountPath: {{ .Values.model.mountPath }}, readOnly: true}
 {{- end -}}
 {{- end -}}
 
@@ -136,9 +138,9 @@ livenessProbe:
 {{- with .Values.model.volume -}}
 - name: model
   {{- if .pvc }}
-  persistentVolumeClaim: {claimName: {{ .pvc.claimName | quote }}, readOnly: true}
+  persistentVolumeClaim: {claimName: {{ .pvc.claimName }}, readOnly: true}
   {{- else if .hostPath }}
-  hostPath: {path: {{ .hostPath.path | quote }}, type: Directory}
+  hostPath: {path: {{ .hostPath.path }}, type: Directory}
   {{- else }}
   image: {reference: {{ .image.reference | quote }}}
   {{- end }}

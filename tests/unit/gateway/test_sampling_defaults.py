@@ -97,9 +97,7 @@ def test_gguf_metadata() -> None:
 def test_the_default_models_answers_are_sensible_and_the_log_says_why(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         model = load_served_model(ModelConfig())
-        model.close()
     assert model.sampling_defaults == SamplingDefaults(temperature=0.2, top_p=0.9)
     assert "sampling defaults of this model: temperature 0.2, top_p 0.9" in caplog.text
     plain = load_served_model(ModelConfig(), "none")
-    plain.close()
     assert plain.sampling_defaults == NO_DEFAULTS

@@ -1,7 +1,5 @@
 """The default model as the gateway sees it, and a model without a tokenizer."""
 
-import contextlib
-
 import pytest
 
 from afd.config import ModelConfig
@@ -13,8 +11,7 @@ SMOLLM2 = "smollm2-135m-instruct"
 
 @pytest.fixture(scope="module")
 def smollm2():
-    with contextlib.closing(load_served_model(ModelConfig())) as model:
-        yield model
+    return load_served_model(ModelConfig())
 
 
 def test_chat_prompt_of_the_default_model(smollm2):
@@ -40,14 +37,14 @@ def test_streamed_text_of_the_default_model(smollm2, text):
 
 def test_names(smollm2):
     assert smollm2.names == (SMOLLM2,)
-    with contextlib.closing(load_served_model(ModelConfig(served_name="mine", max_context=100))) as renamed:
-        assert renamed.names == ("mine", SMOLLM2)
-        assert renamed.max_context == 100
-        for name in (None, "mine", SMOLLM2):
-            renamed.check_name(name)
-        with pytest.raises(RequestError) as error:
-            renamed.check_name("other")
-        assert error.value.status == 404
+    renamed = load_served_model(ModelConfig(served_name="mine", max_context=100))
+    assert renamed.names == ("mine", SMOLLM2)
+    assert renamed.max_context == 100
+    for name in (None, "mine", SMOLLM2):
+        renamed.check_name(name)
+    with pytest.raises(RequestError) as error:
+        renamed.check_name("other")
+    assert error.value.status == 404
 
 
 def test_a_model_without_tokenizer():
