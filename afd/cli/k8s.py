@@ -38,9 +38,9 @@ def run_render(args: argparse.Namespace) -> int:
     if args.model:
         values.setdefault("model", {})["name"] = args.model
     text = render(find_helm(), find_chart(args.chart), wanted)
-    sys.stdout.write(text)
+    sys.stdout.buffer.write(text.encode())  # YAML is UTF-8, whatever the locale
     sys.stdout.flush()
-    if f"secretName: {wanted.default_secret}\n" in text:
+    if f'secretName: "{wanted.default_secret}"\n' in text:
         literal = f'--from-literal={SECRET_KEY}="$(head -c 32 /dev/urandom | base64)"'
         create = f"kubectl -n {args.namespace} create secret generic {wanted.default_secret} {literal}"
         print(f"afd: the manifests refer to a Secret; make it once: {create}", file=sys.stderr)

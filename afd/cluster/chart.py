@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -70,19 +71,30 @@ def read_plan(path: str) -> dict[str, Any]:
 
 def render(helm: str, chart: Path, wanted: Render) -> str:
     """YAML of every object, as `helm template`. ConfigError with the chart's own words when the values are refused."""
-    with tempfile.NamedTemporaryFile("w", suffix=".json", encoding="utf-8") as file:
-        json.dump(wanted.values, file)
-        file.flush()
-        command = [helm, "template", wanted.release, str(chart), "--namespace", wanted.namespace, "--values", file.name]
-        command += [part for name in wanted.files for part in ("--values", name)]
-        command += [part for setting in wanted.settings for part in ("--set", setting)]
+    with tempfile.NamedTemporaryFile("wb", suffix=".json") as file:
         try:
-            result = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+            file.write(_json_that_is_yaml(wanted.values).encode())
+        except UnicodeEncodeError as error:
+            raise ConfigError(f"not UTF-8: {error.object[error.start : error.end]!r} in a value") from None
+        file.flush()
+        command = [helm, "template", f"--namespace={wanted.namespace}", f"--values={file.name}"]
+        command += [f"--values={name}" for name in wanted.files]
+        command += [f"--set={setting}" for setting in wanted.settings]
+        command += ["--", wanted.release, str(chart)]
+        try:
+            result = subprocess.run(command, capture_output=True, timeout=TIMEOUT_S, check=False, encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"cannot run {helm}: {error.strerror}") from error
         except subprocess.TimeoutExpired as error:
             raise ConfigError(f"{helm} did not finish within {TIMEOUT_S:.0f} s") from error
     if result.returncode != 0:
         words = " ".join(result.stderr.removesuffix("Use --debug flag to render out invalid YAML\n").split())
-        raise ConfigError(words.removeprefix("Error: ") or f"{helm} failed with exit code {result.returncode}")
+        words = re.sub(r"^Error: (execution error at \([^)]*\): )?", "", words)
+        raise ConfigError(words or f"{helm} failed with exit code {result.returncode}")
     return result.stdout
+
+
+def _json_that_is_yaml(values: dict[str, Any]) -> str:
+    """JSON for helm, which reads it as YAML: no pair of surrogates, and no control character but escaped ones."""
+    text = json.dumps(values, ensure_ascii=False)
+    return re.sub("[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]", lambda match: f"\\u{ord(match.group()):04x}", text)

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import msgspec
 from fastapi import FastAPI
-from fastapi.openapi.utils import get_openapi
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
@@ -15,7 +11,7 @@ from afd.errors import AfdError
 from afd.gateway.api.admin import AdminRoutes
 from afd.gateway.api.errors import on_afd_error, on_http_error, on_unexpected_error
 from afd.gateway.api.openai import OpenAiRoutes
-from afd.gateway.api.schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from afd.gateway.api.openapi import document
 from afd.gateway.api_keys import ApiKeys
 from afd.gateway.middleware import RequestGate
 from afd.gateway.service import GatewayService
@@ -33,17 +29,5 @@ def build_app(service: GatewayService, keys: ApiKeys) -> ASGIApp:
     app.add_exception_handler(HTTPException, on_http_error)
     app.add_exception_handler(Exception, on_unexpected_error)
     paths = frozenset(getattr(route, "path", "") for route in app.routes)
-    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    app.openapi = lambda: document(app)  # type: ignore[method-assign]
     return RequestGate(app, keys, service.metrics, paths)
-
-
-def _openapi(app: FastAPI) -> dict[str, Any]:
-    """FastAPI's schema plus the request bodies, which msgspec decodes and therefore describes."""
-    if app.openapi_schema is None:
-        schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
-        _, components = msgspec.json.schema_components(
-            [ChatBody, CompletionBody, TokenizeBody, DetokenizeBody], ref_template="#/components/schemas/{name}"
-        )
-        schema.setdefault("components", {}).setdefault("schemas", {}).update(components)
-        app.openapi_schema = schema
-    return app.openapi_schema

@@ -28,6 +28,7 @@ class Conversation:
     client: httpx.Client
     model: str
     system: str | None = None
+    sampling: dict[str, float] = field(default_factory=dict)
     messages: list[dict[str, str]] = field(default_factory=list)
 
     def reset(self) -> None:
@@ -49,7 +50,7 @@ class Conversation:
 
     def _stream(self) -> Iterator[str]:
         system = [{"role": "system", "content": self.system}] if self.system else []
-        body = {"model": self.model, "messages": system + self.messages, "stream": True}
+        body = {"model": self.model, "messages": system + self.messages, "stream": True, **self.sampling}
         try:
             with self.client.stream("POST", "/v1/chat/completions", json=body) as response:
                 if response.status_code != httpx.codes.OK:
@@ -68,19 +69,26 @@ def run_chat(
     system: str | None = None,
     *,
     api_key: str | None = None,
+    sampling: dict[str, float] | None = None,
     read_line: Callable[[str], str] = input,
     out: TextIO | None = None,
 ) -> int:
     """Talk until end of input. Exit code: 0, or 1 when the server cannot be reached.
 
-    model: None = the one that the server serves.  read_line, out: the terminal, replaceable in tests.
+    model: None = the one that the server serves.  sampling: fields of every request.
+    read_line, out: the terminal, replaceable in tests.
     """
     out = out if out is not None else sys.stdout
-    headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
+    headers = {b"authorization": f"Bearer {api_key}".encode()} if api_key else {}
     timeout = httpx.Timeout(READ_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
-    with httpx.Client(base_url=url, headers=headers, timeout=timeout) as client:
+    try:
+        client = httpx.Client(base_url=url, headers=headers, timeout=timeout)
+    except httpx.InvalidURL as error:
+        print(f"afd chat: {url}: {error}", file=out)
+        return 1
+    with client:
         try:
-            conversation = Conversation(client, model or _served_model(client), system)
+            conversation = Conversation(client, model or _served_model(client), system, sampling or {})
         except ChatError as error:
             print(f"afd chat: {error}", file=out)
             return 1
@@ -105,8 +113,10 @@ def _turn(conversation: Conversation, read_line: Callable[[str], str], out: Text
         conversation.reset()
     elif command == "/system":
         conversation.system = argument or None
-    elif command.startswith("/"):
+    elif command == "/help":
         print(HELP, file=out)
+    elif command.startswith("/"):
+        print(f"unknown command {command}; {HELP}", file=out)
     elif text:
         _answer(conversation, text, out)
     return True
@@ -155,6 +165,9 @@ def _pieces(event: dict[str, Any]) -> Iterator[str]:
 
 def _error_text(response: httpx.Response) -> str:
     try:
-        return str(response.json()["error"]["message"])
+        text = str(response.json()["error"]["message"])
     except (ValueError, LookupError, TypeError):
-        return f"HTTP {response.status_code}"
+        text = f"HTTP {response.status_code}"
+    if response.status_code == httpx.codes.UNAUTHORIZED:
+        text += "; give one with --api-key-file FILE or in $AFD_API_KEY"
+    return text

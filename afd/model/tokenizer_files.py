@@ -5,6 +5,7 @@ A Hugging Face folder is read as `transformers` reads it: tokenizer.json, then t
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,8 +24,11 @@ from afd.model.loading import ModelFolder
 from afd.model.model_files import read_file, read_json_object
 from afd.model.weights.gguf import GgufSource
 
+log = logging.getLogger(__name__)
+
 MAX_TOKENIZER_BYTES = 256 << 20
 _CONTROL, _USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
+_OTHER_KINDS = ("tokenizer.model", "tiktoken.model", "tekken.json", "vocab.json")
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _GGUF_NAMED = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "seperator": "sep_token",
                "padding": "pad_token", "cls": "cls_token", "mask": "mask_token"}  # fmt: skip
@@ -55,10 +59,17 @@ def load_tokenizer(folder: ModelFolder) -> TokenizerFiles | None:
     """None when the model comes without a tokenizer (it serves token ids); ModelError when the files are broken."""
     path = folder.tokenizer_path
     if path is None:
+        others = [name for name in _OTHER_KINDS if folder.path is not None and (folder.path / name).is_file()]
+        if others:
+            log.warning(
+                "%s is not read, and there is no tokenizer.json: this model serves token ids only. Convert it with "
+                "transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)",
+                " or ".join(others),
+            )
         return None
     source = folder.checkpoint.source
     if isinstance(source, GgufSource):
-        return _from_gguf(source.metadata, path)
+        return read_gguf_tokenizer(source.metadata, path)
     return read_tokenizer_folder(path.parent)
 
 
@@ -166,7 +177,8 @@ def _added_token(token: Any) -> AddedToken:
 # --- GGUF files -------------------------------------------------------------------------------------------
 
 
-def _from_gguf(metadata: Mapping[str, Any], path: Path) -> TokenizerFiles:
+def read_gguf_tokenizer(metadata: Mapping[str, Any], path: Path) -> TokenizerFiles:
+    """metadata: a GGUF file's.  path: the file, for messages. ModelError for an unknown or broken vocabulary."""
     model, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
     if model != "gpt2" or pre not in _PRE_TOKENIZERS:
         raise ModelError(

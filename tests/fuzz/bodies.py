@@ -50,6 +50,12 @@ BODIES: tuple[tuple[str, dict[str, Any]], ...] = (
             "tool_choice": "none",
             "user": "me",
             "return_token_ids": True,
+            "return_tokens_as_token_ids": True,
+            "skip_special_tokens": False,
+            "add_special_tokens": True,
+            "continue_final_message": True,
+            "structured_outputs": None,
+            "length_penalty": 1.0,
         },
     ),
     (
@@ -68,7 +74,7 @@ BODIES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("/v1/completions", {"prompt": ["one", "two"], "max_tokens": 2, "n": 2, "return_token_ids": True, "stream": True}),
     ("/v1/completions", {"prompt": [[1, 2], [3]], "max_tokens": 2, "echo": True, "best_of": 1, "suffix": ""}),
     ("/tokenize", {"prompt": "hello", "return_token_strs": True, "add_special_tokens": True}),
-    ("/tokenize", {"messages": [{"role": "user", "content": "hi"}], "add_generation_prompt": True}),
+    ("/tokenize", {"messages": [{"role": "user", "content": "hi"}], "add_generation_prompt": True, "tools": []}),
     ("/detokenize", {"tokens": [1, 2, 3], "model": "tiny"}),
 )
 _ODD_TEXTS = (

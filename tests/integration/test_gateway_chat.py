@@ -80,3 +80,43 @@ async def test_nobody_there():
     code, printed = await chat("http://127.0.0.1:1", [])
     assert code == 1
     assert "cannot reach" in printed
+
+
+@async_test
+async def test_sampling_flags_are_sent_and_nothing_else(tmp_path):
+    async with served_gateway(MODEL) as rig:
+        rig.worker.script = saying(MODEL, "fine")
+        await chat(rig.url, ["hi"])
+        await chat(rig.url, ["hi"], sampling={"temperature": 0.5, "top_p": 0.25, "max_tokens": 7})
+        plain, asked = rig.worker.submits()
+    assert (asked.sampling.temperature, asked.sampling.top_p, asked.sampling.max_tokens) == (0.5, 0.25, 7)
+    assert plain.sampling.temperature != 0.5 and plain.sampling.max_tokens != 7
+
+
+@async_test
+@pytest.mark.parametrize("key", ["the-key", "schlüssel-日本"])
+async def test_keys(tmp_path, key):
+    keys = tmp_path / "keys.txt"
+    keys.write_text(f"# clients\n\n{key}\n", encoding="utf-8")
+    async with served_gateway(MODEL, limits={"api_keys_file": str(keys)}) as rig:
+        rig.worker.script = saying(MODEL, "fine")
+        code, printed = await chat(rig.url, ["hi"], api_key=key)
+        assert code == 0 and "fine" in printed
+        for wrong in ("", "another"):
+            code, printed = await chat(rig.url, ["hi"], api_key=wrong)
+            assert code == 1 and "--api-key-file" in printed and "AFD_API_KEY" in printed
+
+
+@async_test
+async def test_an_unknown_command_is_called_unknown_and_not_sent():
+    async with served_gateway(MODEL) as rig:
+        _, printed = await chat(rig.url, ["/temperature 0", "/resett"])
+        assert rig.worker.submits() == []
+    assert "unknown command /temperature" in printed and "unknown command /resett" in printed
+
+
+@async_test
+@pytest.mark.parametrize("url", ["http://[", "127.0.0.1:1", "http://127.0.0.1:99999999", "nonsense"])
+async def test_urls_that_are_none(url):
+    code, printed = await chat(url, [])
+    assert code == 1 and printed.startswith("afd chat: ") and len(printed.splitlines()) == 1

@@ -260,7 +260,7 @@ def test_a_plan_and_a_values_file_feed_the_render(
     captured = capsys.readouterr()
     assert f'topology = "{plan["plans"][0]["topology"]}"' in captured.out
     assert 'name = "dummy:step3"' in captured.out and 'dtype = "float32"' in captured.out
-    assert "secretName: ours" in captured.out and not captured.err
+    assert 'secretName: "ours"' in captured.out and not captured.err
 
 
 @pytest.mark.parametrize(

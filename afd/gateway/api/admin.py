@@ -7,12 +7,14 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
-from starlette.responses import Response
+from starlette.responses import HTMLResponse, PlainTextResponse, Response
 
 from afd import __version__
 from afd.errors import UnavailableError
+from afd.gateway.api.answers import ClusterState, Health, Version
 from afd.gateway.api.errors import error_response
 from afd.gateway.api.formats import json
+from afd.gateway.api.openapi import answers
 from afd.gateway.service import GatewayService
 
 
@@ -24,16 +26,17 @@ class AdminRoutes:
         self._page = (resources.files("afd.gateway") / "static" / "index.html").read_bytes()
 
     def install(self, app: FastAPI) -> None:
-        for path, handler in (
-            ("/", self.page),
-            ("/livez", self.livez),
-            ("/readyz", self.readyz),
-            ("/health", self.readyz),
-            ("/metrics", self.metrics),
-            ("/version", self.version),
-            ("/cluster", self.cluster),
+        ready = answers(Health, errors=(503,), is_open=True)
+        for path, handler, described in (
+            ("/", self.page, {"response_class": HTMLResponse}),
+            ("/livez", self.livez, answers(Health, is_open=True)),
+            ("/readyz", self.readyz, ready),
+            ("/health", self.readyz, ready),
+            ("/metrics", self.metrics, {"response_class": PlainTextResponse}),
+            ("/version", self.version, answers(Version, is_open=True)),
+            ("/cluster", self.cluster, answers(ClusterState)),
         ):
-            app.add_api_route(path, handler, methods=["GET"], response_model=None)
+            app.add_api_route(path, handler, methods=["GET"], response_model=None, **described)
 
     async def livez(self, request: Request) -> Response:
         """The process answers."""

@@ -9,11 +9,21 @@ from fastapi import FastAPI, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from afd.gateway.api.answers import (
+    ChatAnswer,
+    ChatChunk,
+    CompletionAnswer,
+    CompletionChunk,
+    DetokenizedText,
+    ModelCard,
+    ModelList,
+    Tokens,
+)
 from afd.gateway.api.chat_format import ChatFormat
 from afd.gateway.api.completion_format import CompletionFormat
 from afd.gateway.api.formats import ResponseFormat, json
+from afd.gateway.api.openapi import answers, path_parameter, takes
 from afd.gateway.api.schema import (
-    BodyDecoder,
     SamplingBody,
     chat_decoder,
     completion_decoder,
@@ -51,17 +61,18 @@ class OpenAiRoutes:
         return self._service.model
 
     def install(self, app: FastAPI) -> None:
-        def post(path: str, handler: Any, decoder: BodyDecoder[Any]) -> None:
-            schema = {"$ref": f"#/components/schemas/{decoder.body_type.__name__}"}
-            body = {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
-            app.add_api_route(path, handler, methods=["POST"], response_model=None, openapi_extra=body)
+        def add(method: str, path: str, handler: Any, described: dict[str, Any]) -> None:
+            app.add_api_route(path, handler, methods=[method], response_model=None, **described)
 
-        post("/v1/chat/completions", self.chat, chat_decoder)
-        post("/v1/completions", self.completions, completion_decoder)
-        post("/tokenize", self.tokenize, tokenize_decoder)
-        post("/detokenize", self.detokenize, detokenize_decoder)
-        app.add_api_route("/v1/models", self.models, methods=["GET"], response_model=None)
-        app.add_api_route("/v1/models/{model_name:path}", self.model, methods=["GET"], response_model=None)
+        add("POST", "/v1/chat/completions", self.chat, takes(chat_decoder, ChatAnswer, events=ChatChunk))
+        completions = takes(completion_decoder, CompletionAnswer, events=CompletionChunk)
+        add("POST", "/v1/completions", self.completions, completions)
+        add("POST", "/tokenize", self.tokenize, takes(tokenize_decoder, Tokens))
+        add("POST", "/detokenize", self.detokenize, takes(detokenize_decoder, DetokenizedText))
+        add("GET", "/v1/models", self.models, answers(ModelList))
+        card = answers(ModelCard, errors=(404,))
+        card["openapi_extra"]["parameters"] = [path_parameter("model_name", "Any of the model's names")]
+        add("GET", "/v1/models/{model_name:path}", self.model, card)
 
     # --- generation -------------------------------------------------------------------------------------
 

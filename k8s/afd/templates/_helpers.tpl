@@ -1,21 +1,26 @@
 {{/* Names, labels, the topology taken apart, ports, and the configuration file. */}}
 
+{{/* Begins every name, which may have 63 characters: a long release name is cut, and stays unlike others. */}}
 {{- define "afd.fullname" -}}
-{{- .Release.Name | trunc 40 | trimSuffix "-" -}}
+{{- $name := .Release.Name -}}
+{{- if gt (len $name) 40 -}}
+{{- $name = printf "%s-%s" (trunc 31 $name | trimSuffix "-") (sha256sum $name | trunc 8) -}}
+{{- end -}}
+{{- $name -}}
 {{- end -}}
 
 {{/* Selector labels of one role; call with (list $ "attention"). */}}
 {{- define "afd.selector" -}}
 app.kubernetes.io/name: afd
-app.kubernetes.io/instance: {{ (index . 0).Release.Name }}
+app.kubernetes.io/instance: {{ (index . 0).Release.Name | quote }}
 app.kubernetes.io/component: {{ index . 1 }}
 {{- end -}}
 
 {{- define "afd.labels" -}}
 {{ include "afd.selector" . }}
 app.kubernetes.io/version: {{ (index . 0).Chart.AppVersion | quote }}
-app.kubernetes.io/managed-by: {{ (index . 0).Release.Service }}
-helm.sh/chart: {{ printf "%s-%s" (index . 0).Chart.Name (index . 0).Chart.Version }}
+app.kubernetes.io/managed-by: {{ (index . 0).Release.Service | quote }}
+helm.sh/chart: {{ printf "%s-%s" (index . 0).Chart.Name (index . 0).Chart.Version | quote }}
 {{- end -}}
 
 {{- define "afd.numAttention" -}}
@@ -93,6 +98,12 @@ metrics: {attention: 9101, ffn: 9102, coordinator: 9103, autoscale: 9104}
 {{/* What no schema can say. */}}
 {{- define "afd.check" -}}
 {{- $v := .Values -}}
+{{- if not (regexMatch "^[a-z]([-a-z0-9]*[a-z0-9])?$" .Release.Name) -}}
+{{- fail (printf "release name %q: Services are named after it, so it must begin with a lower-case letter and hold only lower-case letters, digits and -" .Release.Name) -}}
+{{- end -}}
+{{- if not (regexMatch "^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$" .Release.Namespace) -}}
+{{- fail (printf "namespace %q: it may hold only lower-case letters, digits and -, at most 63, and neither begin nor end with -" .Release.Namespace) -}}
+{{- end -}}
 {{- if and $v.hostNetwork $v.networkPolicy.enabled -}}
 {{- fail "hostNetwork pods are outside NetworkPolicies: set networkPolicy.enabled to false with hostNetwork" -}}
 {{- end -}}

@@ -7,16 +7,14 @@ labels:
   {{- include "afd.labels" (list $root (index . 1)) | nindent 2 }}
 annotations:
   # A changed configuration is a new pod: nothing is read twice.
-  checksum/config: {{ include "afd.config" $root | sha256sum }}
-  {{- with (index . 2).podAnnotations }}
-  {{- toYaml . | nindent 2 }}
-  {{- end }}
+  {{- $annotations := dict "checksum/config" (include "afd.config" $root | sha256sum) }}
+  {{- toYaml (merge $annotations (deepCopy (index . 2).podAnnotations)) | nindent 2 }}
 {{- end -}}
 
 {{/* Who the pod is and where it runs; call with (list $ .Values.attention graceSeconds). */}}
 {{- define "afd.podSettings" -}}
 {{- $root := index . 0 -}}
-serviceAccountName: {{ include "afd.fullname" $root }}
+serviceAccountName: {{ include "afd.fullname" $root | quote }}
 automountServiceAccountToken: false
 enableServiceLinks: false
 terminationGracePeriodSeconds: {{ index . 2 }}
@@ -105,7 +103,7 @@ livenessProbe:
     name: {{ include "afd.fullname" $root }}-config
 - name: secret
   secret:
-    secretName: {{ include "afd.secretName" $root }}
+    secretName: {{ include "afd.secretName" $root | quote }}
     defaultMode: 0440
     items:
       - {key: cluster-secret, path: cluster-secret}
@@ -117,7 +115,7 @@ livenessProbe:
 {{- if $root.Values.tls.enabled }}
 - name: tls
   secret:
-    secretName: {{ $root.Values.tls.secretName }}
+    secretName: {{ $root.Values.tls.secretName | quote }}
     defaultMode: 0440
     items:
       - {key: ca.crt, path: ca.crt}
@@ -130,7 +128,7 @@ livenessProbe:
 
 {{- define "afd.modelMount" -}}
 {{- if .Values.model.volume -}}
-- {name: model, mountPath: {{ .Values.model.mountPath }}, readOnly: true}
+- {name: model, mountPath: {{ .Values.model.mountPath | quote }}, readOnly: true}
 {{- end -}}
 {{- end -}}
 
@@ -138,9 +136,9 @@ livenessProbe:
 {{- with .Values.model.volume -}}
 - name: model
   {{- if .pvc }}
-  persistentVolumeClaim: {claimName: {{ .pvc.claimName }}, readOnly: true}
+  persistentVolumeClaim: {claimName: {{ .pvc.claimName | quote }}, readOnly: true}
   {{- else if .hostPath }}
-  hostPath: {path: {{ .hostPath.path }}, type: Directory}
+  hostPath: {path: {{ .hostPath.path | quote }}, type: Directory}
   {{- else }}
   image: {reference: {{ .image.reference | quote }}}
   {{- end }}

@@ -70,7 +70,7 @@ spec:
   volumes:
     {{- include "afd.volumes" (list $root $role) | nindent 4 }}
     - name: shm
-      emptyDir: {medium: Memory, sizeLimit: {{ $v.shmSizeLimit }}}
+      emptyDir: {medium: Memory, sizeLimit: {{ toJson $v.shmSizeLimit }}}
     {{- include "afd.modelVolume" $root | nindent 4 }}
 {{- end -}}
 

@@ -13,7 +13,7 @@ from afd.config import ModelConfig
 from afd.errors import ModelError
 from afd.gateway.served_model import load_served_model
 from afd.model.loading import resolve_model
-from afd.model.tokenizer_files import load_tokenizer, read_tokenizer_folder
+from afd.model.tokenizer_files import load_tokenizer, read_gguf_tokenizer, read_tokenizer_folder
 from tests.fakes.text_model import byte_tokenizer
 
 MakeFolder = Callable[..., Path]
@@ -91,3 +91,48 @@ def test_files_outside_the_folder_are_refused(folder: Path, tmp_path: Path, name
     (folder / name).symlink_to(tmp_path / "secret")
     with pytest.raises(ModelError, match="lies outside the model's folder"):
         read_tokenizer_folder(folder)
+
+
+def gguf_metadata(**more: object) -> dict[str, object]:
+    tokens = ["a", "b", "ab", "<|im_end|>", "<|eot_id|>", "x", "<|end|>", "<|return|>", "<|call|>"]
+    metadata = {"model": "gpt2", "pre": "gpt-2", "tokens": tokens, "merges": ["a b"],
+                "token_type": [1, 1, 1, 3, 3, 1, 3, 3, 3]}  # fmt: skip
+    return {f"tokenizer.ggml.{name}": value for name, value in {**metadata, **more}.items() if value is not None}
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        ({}, (3, 4, 7, 8)),  # <|end|> ends a message only, where there is <|return|>
+        ({"eos_token_id": 5, "eot_token_id": 0, "eom_token_id": 1}, (5, 0, 1, 3, 4, 7, 8)),
+        ({"tokens": ["a", "b", "ab", "<|end|>"], "eos_token_id": 2}, (2, 3)),
+        ({"tokens": ["a", "b", "ab"]}, ()),
+        ({"tokens": ["a", "b", "ab"], "eos_token_id": 2**32 - 1, "eot_token_id": 1}, (1,)),
+    ],
+)
+def test_end_tokens_of_a_gguf_file(more: dict[str, object], expected: tuple[int, ...]) -> None:
+    assert read_gguf_tokenizer(gguf_metadata(**more), Path("m.gguf")).eos_token_ids == expected
+
+
+def test_templates_of_a_gguf_file_by_name() -> None:
+    named = {"tokenizer.chat_template": "D", "tokenizer.chat_template.tool_use": "T", "tokenizer.chat_templates": ["x"]}
+    files = read_gguf_tokenizer({**gguf_metadata(bos_token_id=0), **named}, Path("m.gguf"))
+    assert files.chat_templates == {"tool_use": "T", "default": "D"}
+    assert files.special_tokens == {"bos_token": "a"}
+
+
+@pytest.mark.parametrize("more", [{"merges": ["a z"]}, {"eos_token_id": "a"}, {"pre": "other"}, {"merges": [5]}])
+def test_a_broken_gguf_vocabulary_is_named(more: dict[str, object]) -> None:
+    with pytest.raises(ModelError, match=r"m\.gguf: "):
+        read_gguf_tokenizer(gguf_metadata(**more), Path("m.gguf"))
+
+
+def test_a_folder_with_another_kind_of_tokenizer_says_what_to_do(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (folder / "tokenizer.json").unlink()
+    load_served_model(ModelConfig(name=str(folder)))
+    assert "tokenizer.json" not in caplog.text
+    (folder / "tokenizer.model").write_bytes(b"x")
+    assert load_served_model(ModelConfig(name=str(folder))).tokenizer is None
+    assert "tokenizer.model is not read, and there is no tokenizer.json" in caplog.text
