@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import io
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from typing import NoReturn, TypeVar
 
@@ -19,10 +20,33 @@ E = TypeVar("E", bound=StrEnum)
 class Parser(argparse.ArgumentParser):
     """Sub-parsers are of its class too."""
 
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
+        """Of a sub-command too: what it does not know is its own error, with its own flags as suggestions."""
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
+            hints = [suggestion(word.partition("=")[0], flags) for word in unknown if word.startswith("--")]
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{''.join(hints)}")
+        return found, unknown
+
+    def _check_value(self, action: argparse.Action, value: object) -> None:
+        """A choice that is none: what may have been meant."""
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            error.message += suggestion(str(value), [str(choice) for choice in action.choices or ()])
+            raise
+
     def error(self, message: str) -> NoReturn:
         """One line without the usage, which is longer than a screen for some commands; exits with 2."""
         print(f"{self.prog}: error: {message} (see {self.prog} --help)", file=sys.stderr)
         sys.exit(EXIT_USAGE)
+
+
+def suggestion(word: str, known: Sequence[str]) -> str:
+    """ "; did you mean ...?" where something known is near, else nothing."""
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def make_streams_usable() -> None:

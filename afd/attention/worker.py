@@ -445,7 +445,8 @@ class _Worker:
                 "step_ms": engine.stages.step_s * 1e3,
                 "cycle_ms": self._admission.cycle_s * 1e3,
                 "streams": float(scheduler.num_streams),
-                "refused": float(self._admission.num_refused),
+                # With another policy they were only found to be beyond the SLA.
+                "refused" if self._config.sla.policy == "enforce" else "over_sla": float(self._admission.num_refused),
                 "gang_size": pipeline.gang_size,
                 "bubble": pipeline.bubble,
                 "exposed": pipeline.exposed,

@@ -249,7 +249,7 @@ def _latency_rows(values: Distribution, short: str, title: str) -> list[str]:
     rows = [_heading(title, "-")]
     rows.append(_row(f"Mean {short} (ms):", values.mean * 1000))
     rows.append(_row(f"Median {short} (ms):", values.median * 1000))
-    return rows + [_row(f"P{p:g} {short} (ms):", value * 1000) for p, value in values.percentiles]
+    return rows + [_row(f"P{p:g} {short} (ms):", value * 1000) for p, value in values.percentiles if p != 50]
 
 
 def _p99(values: Distribution) -> float:

@@ -45,7 +45,9 @@ FLAGS = (
     Flag("--secret-file", ("cluster.secret_file",), "the cluster's secret, the same file everywhere", EVERY),
     Flag("--checksum", ("cluster.checksum",), "checksum of every payload", COMPUTE, choices=("true", "false")),
     Flag("--streams", ("attention.streams",), "micro-batches in flight, 0 = auto", (UP, ATTENTION), int, metavar="N"),
-    Flag("--max-num-seqs", ("attention.max_num_seqs",), "running requests per worker", (UP, ATTENTION), int),
+    Flag(
+        "--max-num-seqs", ("attention.max_num_seqs",), "running requests per worker", (UP, ATTENTION), int, metavar="N"
+    ),
     Flag("--max-step-tokens", ("attention.max_step_tokens",), "tokens of a micro-batch", COMPUTE, int, metavar="N"),
     Flag("--kv-cache-gib", ("attention.kv_cache_gib",), "KV cache per worker", (UP, ATTENTION), float, metavar="GIB"),
     Flag("--threads", ("attention.threads", "ffn.threads"), "per worker, 0 = a fair share", (UP,), int, metavar="N"),
@@ -84,10 +86,31 @@ FLAGS = (
     Flag("--api-keys-file", ("gateway.api_keys_file",), "one key a line", (UP, GATEWAY), metavar="FILE"),
     Flag("--sla-tpot-ms", ("sla.tpot_ms",), "time per output token, p99", (UP, ATTENTION, GATEWAY), float),
     Flag("--sla-ttft-ms", ("sla.ttft_ms",), "time to first token", (UP, ATTENTION, GATEWAY), float),
-    Flag("--sla-policy", ("sla.policy",), "", (UP, ATTENTION, GATEWAY), choices=("enforce", "observe", "off")),
-    Flag("--log-level", ("log.level",), "", EVERY, choices=("debug", "info", "warning", "error")),
-    Flag("--log-format", ("log.format",), "", EVERY, choices=("text", "json")),
+    Flag(
+        "--sla-policy",
+        ("sla.policy",),
+        "refuse what would miss the targets, or only measure",
+        (UP, ATTENTION, GATEWAY),
+        choices=("enforce", "observe", "off"),
+    ),
+    Flag(
+        "--log-level", ("log.level",), "the least that is logged", EVERY, choices=("debug", "info", "warning", "error")
+    ),
+    Flag("--log-format", ("log.format",), "json: one object a line", EVERY, choices=("text", "json")),
 )
+
+
+_GROUPS = {
+    "model": "model",
+    "cluster": "cluster",
+    "attention": "workers",
+    "ffn": "workers",
+    "coordinator": "coordinator",
+    "gateway": "HTTP API",
+    "sla": "service level",
+    "log": "log",
+}
+"""Headings of --help, by the section of a flag's key."""
 
 
 def add_config_flags(parser: argparse.ArgumentParser, command: str) -> None:
@@ -101,13 +124,15 @@ def add_config_flags(parser: argparse.ArgumentParser, command: str) -> None:
         help="any configuration key, such as attention.block_size=32 (repeatable)",
     )
     defaults = ClusterConfig()
+    titles = dict.fromkeys(_GROUPS[flag.keys[0].partition(".")[0]] for flag in FLAGS if command in flag.commands)
+    groups = {title: parser.add_argument_group(title) for title in titles}
     for flag in FLAGS:
         if command in flag.commands:
             section, key = flag.keys[0].split(".")
             value = getattr(getattr(defaults, section), key)
             default = str(value).lower() if isinstance(value, bool) else value if value != "" else "none"
             metavar = flag.metavar or (None if flag.choices else flag.name.rpartition("-")[2].upper())
-            parser.add_argument(
+            groups[_GROUPS[section]].add_argument(
                 flag.name,
                 dest=flag.dest,
                 type=flag.type,

@@ -24,7 +24,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="afd", description="Serve a language model with attention and FFN in separate processes (AFD)."
     )
     parser.add_argument("--version", action="version", version=f"afd {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     up.add_parser(commands)
     roles.add_parsers(commands)
     status.add_parsers(commands)
@@ -44,7 +44,11 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0, 1 for a failure at run time, 2 for what the user has to change."""
     make_streams_usable()
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.command is None:
+        parser.print_help()
+        return 0
     try:
         code: int = args.func(args)
         return code

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
@@ -63,13 +63,14 @@ def status_text(reply: StatusReply, *, url: str = "") -> str:
     formed = "shutting down" if view.shutdown else "formed" if view.formed else "waiting for workers"
     lines = [
         f"{topology}  {view.model}  {formed}, epoch {view.epoch}" + (f"  {url}" if url else ""),
-        f"cluster {view.cluster_id[:8]}  view {view.version}  {view.plan.text}",
+        f"cluster {view.cluster_id[:8]}  {view.plan.text}",
         *map(_forecast, reply.forecasts),
         "",
     ]
-    rows: list[tuple[str, ...]] = [("MEMBER", "STATE", "SEEN", "PROCESS", "METRICS", "LOAD")]
+    rows: list[tuple[str, ...]] = [("MEMBER", "STATE", "SEEN", "PROCESS", "METRICS")]
     rows += [_row(status) for status in reply.members]
     lines += _table(rows)
+    lines += _load(reply.members)
     lines += _pipeline(reply.members)
     lines += _silent_experts(reply.members)
     if reply.events:
@@ -95,15 +96,38 @@ def _row(status: MemberStatus) -> tuple[str, ...]:
         state = "ready"
     else:
         state = f"loading {status.loading:.0%}" if status.loading < 1.0 else "connecting"
-    load = "  ".join(f"{key} {value:.4g}" for key, value in sorted(status.stats.items()) if key not in _PIPELINE)
     return (
         f"{member.info.role}/{member.rank}",
         state,
         f"{status.age_s:.1f} s ago",
         f"{member.info.host} pid {member.info.pid}",
         member.info.metrics or "-",
-        load or "-",
     )
+
+
+def _load(members: Sequence[MemberStatus]) -> list[str]:
+    """A line for each member that does something: what matters of its stats, in words."""
+    rows = [(f"{m.member.info.role}/{m.member.rank}", load_text(m.stats)) for m in members]
+    rows = [row for row in rows if row[1]]
+    return ["", *_table([("LOAD", ""), *rows])] if rows else []
+
+
+def load_text(stats: Mapping[str, float]) -> str:
+    """The stats of one member; those of the last minute where it is a gateway."""
+    parts = [f"{stats[key]:.0f} {key}" for key in ("running", "waiting", "queued") if key in stats]
+    if "kv_free" in stats:
+        parts.append(f"KV {1.0 - stats['kv_free']:.0%}")
+    if stats.get("step_ms"):
+        parts.append(f"step {stats['step_ms']:.1f} ms")
+    if stats.get("refused"):
+        parts.append(f"{stats['refused']:.0f} refused")
+    if stats.get("over_sla"):
+        parts.append(f"{stats['over_sla']:.0f} beyond the SLA (admitted)")
+    if stats.get("batches"):
+        parts.append(f"{stats['batches']:.0f} batches of {stats['tokens'] / stats['batches']:.1f} rows")
+    if stats.get("finished"):
+        parts.append(f"TPOT p99 {stats['tpot_p99_ms']:.1f} ms, TTFT p99 {stats['ttft_p99_ms']:.0f} ms")
+    return ", ".join(parts)
 
 
 def _pipeline(members: Sequence[MemberStatus]) -> list[str]:
@@ -133,5 +157,6 @@ def _table(rows: Sequence[Sequence[str]]) -> list[str]:
     """Columns as wide as their widest cell; the last one free."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
     return [
-        "  ".join([*(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=False)), row[-1]]) for row in rows
+        "  ".join([*(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=False)), row[-1]]).rstrip()
+        for row in rows
     ]

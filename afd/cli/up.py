@@ -8,9 +8,22 @@ import sys
 from afd.cli.flags import UP, add_config_flags, config_from_args
 from afd.cli.show import config_toml, process_table
 
+_EXAMPLES = """\
+examples:
+  afd up                                        1A1F around the built-in chat model
+  afd up --topology 2A2F --streams 2            two attention and two FFN workers
+  afd up --model /path/to/hf-folder --port 0    a Hugging Face folder, at any free port
+  afd up --config cluster.toml --dry-run        what each process would get"""
+
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser("up", help="start a cluster on this host and serve", description=__doc__)
+    parser = commands.add_parser(
+        "up",
+        help="start a cluster on this host and serve",
+        description="Start a whole cluster on this host and serve. Ctrl-C drains and stops it.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add_config_flags(parser, UP)
     parser.add_argument("--dry-run", action="store_true", help="print what each process would get, start nothing")
     parser.add_argument("--no-restart", action="store_true", help="stop the cluster when a process dies")

@@ -84,8 +84,9 @@ def _cycle_lines(timeline: Timeline) -> list[str]:
     if found is None:
         return []
     terms = ", ".join(f"{name} {seconds * 1e3:.1f}" for name, seconds in found.terms.items())
+    streams = "1 stream makes a step" if found.num_streams == 1 else f"{found.num_streams} streams make a step each"
     return [
-        f"{found.num_streams} streams make a step each in {found.cycle_s * 1e3:.1f} ms; "
+        f"{streams} in {found.cycle_s * 1e3:.1f} ms; "
         f"closed form: {found.closed_form_s * 1e3:.1f} ms, the largest of {terms} ms; "
         f"with heads {found.predicted_s * 1e3:.1f} ms"
     ]

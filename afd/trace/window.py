@@ -19,11 +19,7 @@ def choose_window(timeline: Timeline, from_s: float | None = None, for_s: float 
     Of the places where all workers work, the one with the median share of computing is taken: the picture shows what
     is usual, not what looks best. TraceError when nothing ran.
     """
-    turns = [s.end_s - s.start_s for w in _drivers(timeline) for s in w.stages if s.name in ("attention", "ffn")]
-    if not turns:
-        raise TraceError(
-            "nothing ran while the trace was taken: send requests, such as with `afd bench`, and try again"
-        )
+    turns = turns_of(timeline)
     length_s = for_s if for_s is not None else max(MIN_WINDOW_S, TURNS_WIDE * median(turns))
     if from_s is not None:
         return from_s, from_s + length_s
@@ -38,6 +34,16 @@ def choose_window(timeline: Timeline, from_s: float | None = None, for_s: float 
     scored = sorted((min(b.within(start, start + length_s) for b in busy), start) for start in starts)
     working = [entry for entry in scored if entry[0] > 0.0] or scored
     return working[len(working) // 2][1], working[len(working) // 2][1] + length_s
+
+
+def turns_of(timeline: Timeline) -> list[float]:
+    """How long each layer's turn took, s. TraceError when nothing ran."""
+    turns = [s.end_s - s.start_s for w in _drivers(timeline) for s in w.stages if s.name in ("attention", "ffn")]
+    if not turns:
+        raise TraceError(
+            "nothing ran while the trace was taken: send requests, such as with `afd bench`, and try again"
+        )
+    return turns
 
 
 def _drivers(timeline: Timeline) -> tuple[Worker, ...]:

@@ -10,7 +10,7 @@ import pytest
 
 from afd.cli.flags import EVERY, FLAGS, config_from_args
 from afd.cli.main import build_parser, main
-from afd.cli.status import status_text
+from afd.cli.status import load_text, status_text
 from afd.config import ClusterConfig, config_to_toml_dict
 from afd.messages.membership import ClusterView, Member, MemberStatus, Plan, StatusReply, WorkerInfo
 
@@ -156,7 +156,8 @@ def test_status_shows_every_member_in_a_table() -> None:
     )
     lines = status_text(reply, url="http://x").splitlines()
     assert lines[0] == "1A1F  smol  waiting for workers, epoch 0  http://x"
-    assert " ".join(lines[4].split()) == "attention/0 ready 0.1 s ago 10.0.0.1 pid 11 10.0.0.1:90 running 3"
+    assert " ".join(lines[4].split()) == "attention/0 ready 0.1 s ago 10.0.0.1 pid 11 10.0.0.1:90"
+    assert [" ".join(line.split()) for line in lines[7:9]] == ["LOAD", "attention/0 3 running"]
     assert "loading 50%" in lines[5] and lines[-1] == "+0.0s attention/0 joined"
 
 
@@ -186,7 +187,7 @@ def test_status_shows_how_the_pipeline_runs() -> None:
     rows = [" ".join(line.split()) for line in text.splitlines()]
     begin = rows.index("PIPELINE (last 10 s) BUBBLE EXPOSED TRANSFER GANG WORST STRAGGLER")
     assert rows[begin + 1 : begin + 3] == ["attention/0 6.2% 1.2% 1.75 -", "ffn/0 30.0% - 1.75 2.0%"]
-    assert rows[4].endswith("running 3"), "what the table shows is not shown twice"
+    assert "attention/0 3 running" in rows, "what the table shows is not shown twice"
     assert "PIPELINE" not in status_text(StatusReply(view, [MemberStatus(Member(infos[0], 0), 0.1, 1.0, {})], []))
 
 
@@ -204,6 +205,15 @@ def test_status_shows_how_the_pipeline_runs() -> None:
         (["plan", "--attention-dtype", "fp9"], "'fp9' is not one of auto, fp8, int8, bf16"),
         (["plan", "tgs"], "required: --topology (see afd plan tgs --help)"),
         (["nonsense"], "invalid choice: 'nonsense'"),
+        (["stauts"], "; did you mean status? (see afd --help)"),
+        (
+            ["up", "--topolgy", "2A2F"],
+            "afd up: error: unrecognized arguments: --topolgy 2A2F; did you mean --topology?",
+        ),
+        (["up", "--topolgy=2A2F"], "did you mean --topology? (see afd up --help)"),
+        (["up", "--device", "cdua"], "did you mean cuda?"),
+        (["k8s", "render", "--releese", "x"], "did you mean --release? (see afd k8s render --help)"),
+        (["status", "what"], "afd status: error: unrecognized arguments: what (see afd status --help)"),
     ],
 )
 def test_a_flag_that_cannot_be_read_costs_one_line(argv, complaint, capsys) -> None:
@@ -212,3 +222,45 @@ def test_a_flag_that_cannot_be_read_costs_one_line(argv, complaint, capsys) -> N
     captured = capsys.readouterr()
     assert ended.value.code == 2 and captured.out == ""
     assert complaint in captured.err and captured.err.count("\n") == 1
+
+
+def test_without_a_command_the_help_is_shown(capsys) -> None:
+    assert main([]) == 0
+    assert capsys.readouterr().out.startswith("usage: afd")
+
+
+@pytest.mark.parametrize("command", EVERY)
+def test_every_flag_has_words(command: str, capsys) -> None:
+    for flag in FLAGS:
+        assert len(flag.help) > 5, flag.name
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    text = capsys.readouterr().out
+    assert "model:" in text and "log:" in text, "in groups"
+
+
+LOADED = {
+    "attention": {"running": 256.0, "waiting": 1000.0, "kv_free": 0.02, "busy_s": 1e6, "wait_s": 1e6, "step_ms": 49.9,
+                  "cycle_ms": 48.0, "streams": 3.0, "refused": 123456.0},
+    "ffn": {"busy_s": 53.7, "wait_s": 3.2, "batches": 1.567e8, "tokens": 9.9e9},
+    "gateway": {"running": 256.0, "queued": 1000.0, "finished": 1e5, "tpot_p99_ms": 49.9, "ttft_p99_ms": 4999.0,
+                "tpot_met": 1.0, "ttft_met": 1.0},
+}  # fmt: skip
+
+
+def test_the_load_fits_80_columns() -> None:
+    view = ClusterView("c" * 32, 7, 1, 1, 1, "smol", "h", "hybrid", Plan(), [])
+    members = [
+        MemberStatus(
+            Member(WorkerInfo(role, role, "127.0.0.1", 1234567, "h", metrics="127.0.0.1:65535"), 0), 0.1, 1.0, own
+        )
+        for role, own in LOADED.items()
+    ]
+    text = status_text(StatusReply(view, members, []))
+    assert max(map(len, text.splitlines())) <= 80, text
+    assert "256 running, 1000 waiting, KV 98%, step 49.9 ms, 123456 refused" in text
+
+
+def test_what_is_only_observed_is_not_called_refused() -> None:
+    text = load_text({"running": 1.0, "over_sla": 12.0})
+    assert text == "1 running, 12 beyond the SLA (admitted)"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
 
 import pytest
+
+from afd.command_line import make_streams_usable
 
 AFD = f"{sys.executable} -m afd"
 
@@ -45,3 +48,13 @@ def test_errors_are_json_where_the_log_is() -> None:
     done = shell(f"{AFD} up --set log.format=json --model dummy:llama-tiny --secret-file /nowhere")
     [line] = done.stderr.splitlines()
     assert "secret file" in json.loads(line)["message"]
+
+
+class Seekless(io.TextIOWrapper):
+    def reconfigure(self, **options: object) -> None:  # type: ignore[override]
+        raise OSError(29, "Illegal seek")
+
+
+def test_a_stream_for_reading_and_writing_over_a_pipe_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", Seekless(io.BytesIO()))
+    make_streams_usable()

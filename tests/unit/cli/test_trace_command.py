@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from afd.cli.main import main
+from afd.messages.membership import ClusterView, Plan, StatusReply
 from afd.trace.chrome import to_chrome
+from afd.trace.collect import Collected
 from tests.fakes.trace import two_to_one
 
 
@@ -67,3 +71,25 @@ def test_reading_alone_writes_nothing(recorded, tmp_path, monkeypatch, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["recorded.json"]
     assert main(["trace", "--input", str(recorded), "-o", str(tmp_path / "no" / "x.json")]) == 2
     assert "--output" in capsys.readouterr().err
+
+
+def test_of_an_idle_cluster_it_says_so_first_and_writes_nothing(monkeypatch, tmp_path, capsys):
+    timeline = two_to_one()
+    idle = replace(timeline, workers=tuple(replace(worker, stages=()) for worker in timeline.workers))
+    monkeypatch.setattr("afd.trace.collect.collect", lambda *args, **kwargs: Collected(idle, {}))
+    monkeypatch.setattr("afd.cli.trace.locate", lambda args: FakePlace())
+    output = tmp_path / "trace.json"
+    assert main(["trace", "-o", str(output), "--png", str(tmp_path / "trace.png")]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.startswith("afd: error: nothing ran while the trace was taken")
+    assert list(tmp_path.iterdir()) == []
+
+
+class FakePlace:
+    """Where a coordinator says that the cluster is 1A1F."""
+
+    def client(self):
+        return contextlib.nullcontext(self)
+
+    def status(self):
+        return StatusReply(ClusterView("c" * 32, 1, 1, 1, 1, "m", "h", "hybrid", Plan(), []), [], [])

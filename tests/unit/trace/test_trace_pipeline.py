@@ -104,7 +104,7 @@ def test_looking_ahead_takes_the_place_of_waiting():
 def test_the_summary_names_exposed_waiting_and_the_bound():
     text = summary_text(one_stream())
     assert "EXPOSED" in text.splitlines()[0]
-    assert "1 streams make a step each in 18.5 ms; closed form: 18.5 ms" in text
+    assert "1 stream makes a step in 18.5 ms; closed form: 18.5 ms" in text
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
