@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,7 @@ from afd.messages.serving import (
     Tokens,
     WorkerMessage,
     gateway_message_decoder,
+    lease_identity,
 )
 from afd.types import FinishReason
 
@@ -64,9 +65,8 @@ class Frontend:
         """Readable (edge-triggered) when `receive` may have something."""
         return int(self._socket.getsockopt(zmq.FD))
 
-    def receive(self, now: float) -> list[tuple[bytes, GatewayMessage]]:
-        """Messages that wait, leases already booked. A frame that is no message is dropped and logged."""
-        received: list[tuple[bytes, GatewayMessage]] = []
+    def receive(self, now: float) -> Iterator[tuple[bytes, GatewayMessage]]:
+        """Messages that wait, each taken when it is asked for, leases already booked. What is no message is logged."""
         for _ in range(RECEIVE_BATCH):
             try:
                 frames = self._socket.recv_multipart(zmq.NOBLOCK)
@@ -81,11 +81,13 @@ class Frontend:
                 log.warning("dropped a frame of gateway %s: %s", frames[0].hex(), error)
                 continue
             if isinstance(message, Lease):
-                self._lease_end_s[frames[0]] = now + min(max(0.0, message.ttl_s), MAX_LEASE_S)  # NaN counts as 0
+                gateway = frames[0]
+                if gateway == lease_identity(message.gateway):
+                    gateway = message.gateway.encode()
+                self._lease_end_s[gateway] = now + min(max(0.0, message.ttl_s), MAX_LEASE_S)  # NaN counts as 0
             else:
                 self._lease_end_s.setdefault(frames[0], now + 5.0)
-            received.append((frames[0], message))
-        return received
+            yield frames[0], message
 
     @property
     def has_input(self) -> bool:

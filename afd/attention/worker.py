@@ -54,6 +54,7 @@ from stepmesh.types import Role
 
 log = logging.getLogger(__name__)
 
+MESSAGES_S = 0.005  # of each turn
 STATS_MIN_S, STATS_MAX_S = 0.1, 0.5
 FIRST_STREAMS = 2  # of --streams auto, until steps were measured: 1 where a single one runs on more cores
 
@@ -287,6 +288,8 @@ class _Worker:
             self._adopt(view)
         for gateway, message in self._frontend.receive(now):
             self._book.handle(gateway, message, now)
+            if time.monotonic() - now >= MESSAGES_S:
+                break  # a flood of submissions: the running requests' next stage comes first
         self._frontend.flush()  # what was asked for again leaves even when nothing runs
         for gateway in self._frontend.ended_leases(now):
             log.warning("a gateway went silent: %d of its requests aborted", self._book.end_gateway(gateway))

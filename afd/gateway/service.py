@@ -16,6 +16,7 @@ from afd.errors import UnavailableError
 from afd.gateway.dispatcher import Dispatcher, DispatchLimits
 from afd.gateway.generation import Generation, GenerationJob
 from afd.gateway.intake.intake import Intake
+from afd.gateway.lease_keeper import LeaseKeeper
 from afd.gateway.metrics import DispatchCollector, GatewayMetrics
 from afd.gateway.sequence import Sequence
 from afd.gateway.served_model import ServedModel
@@ -48,6 +49,7 @@ class GatewayService:
         self.intake = Intake(model, config.gateway)
         self._membership = membership
         self._client = WorkerClient(secret, self.gateway_id.encode(), self._on_message)
+        self._leases = LeaseKeeper(secret, self.gateway_id, config.gateway.lease_s)
         self.dispatcher = Dispatcher(self.gateway_id, _limits(config, model), self._client)
         self.registry: CollectorRegistry = process_registry("gateway")
         self._sla = SlaWindow(config.sla.tpot_ms / 1e3, config.sla.ttft_ms / 1e3)
@@ -77,6 +79,7 @@ class GatewayService:
         if self._ticker is not None:
             self._ticker.cancel()
             await asyncio.gather(self._ticker, return_exceptions=True)
+        self._leases.close()
         await self.intake.close()
         await self._client.close()
 
@@ -184,6 +187,7 @@ class GatewayService:
 
     def _on_view(self, view: ClusterView) -> None:
         self.dispatcher.on_view(view, time.monotonic())
+        self._leases.follow({worker.key: worker.endpoint for worker in self.dispatcher.workers.values()})
         self._follow_context()
         self._publish_ready()
 
@@ -209,6 +213,7 @@ class GatewayService:
                 log.exception("the gateway's clock failed")
 
     def _tick(self, now: float) -> None:
+        self._leases.beat()
         self.dispatcher.tick(now)
         keepalive_s = self.config.gateway.sse_keepalive_s
         for generation in list(self._generations):

@@ -52,11 +52,20 @@ class Resend(msgspec.Struct, tag="resend", frozen=True):
 
 
 class Lease(msgspec.Struct, tag="lease", frozen=True):
-    """Sent every second by each gateway: while it lasts its requests live; when it ends they are aborted."""
+    """Sent every second by each gateway: while it lasts its requests live; when it ends they are aborted.
+
+    It comes with the requests, and once more over a connection of its own (`lease_identity`), from a thread that no
+    request can keep busy and past any queue of submissions.
+    """
 
     gateway: str
     ttl_s: float
     live_req_ids: list[str] | None = None  # sent now and then, so that lost aborts cannot leak requests
+
+
+def lease_identity(gateway: str) -> bytes:
+    """ZeroMQ identity of the connection over which only a gateway's leases come."""
+    return b"lease-" + gateway.encode()
 
 
 GatewayMessage = Union[Submit, Abort, Resend, Lease]

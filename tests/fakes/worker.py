@@ -29,6 +29,7 @@ from afd.messages.serving import (
     WorkerMessage,
     WorkerStats,
     gateway_message_decoder,
+    lease_identity,
 )
 from afd.types import FinishReason
 from afd.zmq_sockets import server_socket
@@ -152,6 +153,8 @@ class FakeWorker:
                 self._changed.notify_all()
 
     async def _handle(self, sender: bytes, message: GatewayMessage) -> None:
+        if isinstance(message, Lease) and sender == lease_identity(message.gateway):
+            return
         if sender not in self._gateways:
             self._gateways.add(sender)
             await self._send(sender, self._stats())

@@ -10,7 +10,17 @@ from afd.attention.frontend import FINISHED_KEPT, Frontend
 from afd.attention.requests import RequestBook
 from afd.kv.block_pool import BlockPool
 from afd.messages.codec import encode
-from afd.messages.serving import Abort, Lease, Refused, Resend, Submit, TokenChunk, Tokens, worker_message_decoder
+from afd.messages.serving import (
+    Abort,
+    Lease,
+    Refused,
+    Resend,
+    Submit,
+    TokenChunk,
+    Tokens,
+    lease_identity,
+    worker_message_decoder,
+)
 from afd.sched.latency import LatencyModel
 from afd.sched.policy import Admission
 from afd.sched.scheduler import Scheduler, SchedulerConfig
@@ -214,3 +224,31 @@ def test_a_request_that_is_impossible_does_not_reach_admission(worker):
     worker.admission.policy = "enforce"
     worker.tell(submit(prompt=[100]))
     assert (worker.admission.num_admitted, worker.admission.num_refused) == (0, 0)
+
+
+def test_leases_over_a_connection_of_their_own_keep_the_gateways_requests(worker):
+    """The one with the requests is quiet: its event loop is busy, or its submissions queue up here."""
+    worker.tell(submit("a"), now=0.0)
+    keeper = worker.context.socket(zmq.DEALER)
+    keeper.linger = 0
+    keeper.identity = lease_identity(GATEWAY.decode())
+    keeper.connect("inproc://worker")
+    try:
+        keeper.send(encode(Lease(GATEWAY.decode(), 3.0)))
+        worker.pump(now=4.0)
+        assert worker.frontend.ended_leases(6.9) == []
+        assert list(worker.frontend.gateways) == [GATEWAY]
+        assert worker.frontend.ended_leases(7.1) == [GATEWAY]
+    finally:
+        keeper.close()
+
+
+def test_messages_are_taken_one_at_a_time(worker):
+    """So that the worker can go on with its steps in the midst of a flood; nothing of it is lost."""
+    for name in "abc":
+        worker.dealer.send(encode(submit(name)))
+    taken = [next(worker.frontend.receive(0.0))[1].req_id for _ in range(2)]
+    assert worker.frontend.has_input
+    worker.pump()
+    assert taken == ["a", "b"]
+    assert worker.scheduler.get("c") is not None
