@@ -158,7 +158,7 @@ class _RotaryAttention:
 
     def _normed_heads(self, heads: Tensor, weight: Tensor) -> Tensor:
         """RMSNorm of each head of [n, num_heads, head_dim]."""
-        return rms_norm(heads.reshape(-1, heads.shape[2]), weight, self._eps).view(heads.shape)
+        return rms_norm(heads.reshape(-1, heads.shape[2]).contiguous(), weight, self._eps).view(heads.shape)
 
 
 class GqaAttention(_RotaryAttention):

@@ -5,6 +5,7 @@ Every weight is random, norms and selection biases too, so that a part left out 
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -87,7 +88,7 @@ def save_model(name: str, folder: Path) -> Logits:
     """Write the model as a Hugging Face folder, in float32; returns the oracle."""
     torch.manual_seed(11)
     if name == "step3p5":
-        return _save_step3p5(folder)
+        return save_step3p5(folder, STEP3P5_CONFIG)
     model = MODELS[name]().eval()
     randomise(model)
     model.save_pretrained(folder)
@@ -110,12 +111,12 @@ def randomise(model: nn.Module, zero_centred: bool = False) -> None:
             tensor.normal_(0, 0.3)
 
 
-def _save_step3p5(folder: Path) -> Logits:
+def save_step3p5(folder: Path, settings: dict[str, Any]) -> Logits:
     """transformers has the text model without a head of its own; the names are the public checkpoint's."""
-    config = Step3p7TextConfig.from_dict(dict(STEP3P5_CONFIG))
+    config = Step3p7TextConfig.from_dict(copy.deepcopy(settings))
     model = Step3p7TextModel(config).eval()
     randomise(model, zero_centred=True)
-    head = torch.randn(VOCAB, config.hidden_size) * config.hidden_size**-0.5
+    head = torch.randn(config.vocab_size, config.hidden_size) * config.hidden_size**-0.5
     tensors = {"lm_head.weight": head}
     for name, tensor in model.state_dict().items():
         prefix, _, rest = name.rpartition(".mlp.")
@@ -128,7 +129,7 @@ def _save_step3p5(folder: Path) -> Logits:
     tensors["model.layers.5.eh_proj.weight"] = torch.zeros(4, 4)  # of the multi-token prediction layer: not loaded
     folder.mkdir(exist_ok=True)
     save_file(tensors, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(STEP3P5_CONFIG))
+    (folder / "config.json").write_text(json.dumps(settings))
     return lambda ids: F.linear(model(ids).last_hidden_state, head)
 
 

@@ -87,6 +87,9 @@ def parse(config: ConfigReader, name: str) -> ModelSpec:
         )
         for i in range(num_layers)
     )
+    for kind in (FULL, SLIDING):
+        if len({layer.attention.rope for layer, own in zip(layers, types, strict=True) if own == kind}) > 1:
+            raise config.fail("layer_types", f"layers of type {kind} differ in rope_theta or partial_rotary_factors")
     return model_spec(
         config,
         name,
@@ -108,6 +111,10 @@ class _Attention:
         self._own = _layer_overrides(config, len(types))
         self._by_type = _rope_by_type(config, types)
         self._stretched = config.get("yarn_only_types") or [FULL]
+        config.get("sliding_window")  # without effect on full layers
+        scaling = config.section("rope_scaling")
+        if scaling is not None and scaling.has("type") and not scaling.has("rope_type"):
+            raise scaling.fail("type", "is not read for this family: name it rope_type")
 
     def of_layer(self, layer: int) -> AttentionSpec:
         config, sliding = self._config, self._types[layer] == SLIDING
@@ -180,7 +187,7 @@ def _layer_overrides(config: ConfigReader, num_layers: int) -> Mapping[int, Mapp
     """per_layer_config, which transformers writes: the heads of single layers, before all other keys for them."""
     overrides = config.section("per_layer_config")
     if overrides is None:
-        return None
+        return None if config.get("per_layer_config") is None else {}
     own = {}
     for layer in sorted(config.layer_set("per_layer_config", num_layers) or ()):
         settings = overrides.section(str(layer))
