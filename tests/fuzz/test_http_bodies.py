@@ -27,7 +27,7 @@ TEMPLATE = (
     "{% for t in m.tool_calls %}{{ t.function.name + '' }}{% endfor %}\n{% endfor %}"
     "{{ mode | upper }}{{ depth | tojson }}{% if add_generation_prompt %}assistant:{% endif %}"
 )
-MODEL = dataclasses.replace(text_model(max_context=4096), template=ChatTemplate({"default": TEMPLATE}))
+MODEL = dataclasses.replace(text_model(max_context=1024), template=ChatTemplate({"default": TEMPLATE}))
 HEADERS = (b"x-request-id", b"authorization", b"x-sla-ttft-ms", b"x-sla-tpot-ms", b"content-type", b"host")
 PATHS = (
     "/",
