@@ -23,7 +23,6 @@ class StopMatcher:
         """stops: not empty, each at least one character.  include: the matched string is part of the text."""
         self._stops = stops
         self._include = include
-        self._max_held = max(len(stop) for stop in stops) - 1
         self._held = ""
 
     def push(self, text: str) -> StopResult:
@@ -49,8 +48,12 @@ class StopMatcher:
 
     def _num_held(self, buffer: str) -> int:
         """Length of the longest end of `buffer` that begins a stop string."""
-        for length in range(min(self._max_held, len(buffer)), 0, -1):
-            tail = buffer[-length:]
-            if any(stop.startswith(tail) for stop in self._stops):
-                return length
-        return 0
+        return max(self._num_begun(stop, buffer) for stop in self._stops)
+
+    @staticmethod
+    def _num_begun(stop: str, buffer: str) -> int:
+        """Length of the longest end of `buffer` that begins `stop`: looked for only where its first character is."""
+        start = buffer.find(stop[0], max(0, len(buffer) - len(stop) + 1))
+        while start >= 0 and not stop.startswith(buffer[start:]):
+            start = buffer.find(stop[0], start + 1)
+        return len(buffer) - start if start >= 0 else 0

@@ -71,7 +71,7 @@ class GenerationResponse:
         choices = [Choice(index) for index in range(len(self._generation.sequences))]
         while not self._generation.finished:
             for delta in await self._generation.next():
-                choices[delta.choice_idx].add(delta)
+                choices[delta.choice_idx].add(delta, self._format.logprobs(delta))
         body = self._format.body(choices, self._usage())
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         self._started = True

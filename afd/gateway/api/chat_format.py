@@ -7,7 +7,6 @@ from typing import Any
 from afd.gateway.api.formats import Choice, clamp_logprob, json
 from afd.gateway.sequence import Delta
 from afd.gateway.tokenizer import TextTokenizer
-from afd.messages.serving import TokenLogprobs
 
 
 class ChatFormat:
@@ -52,7 +51,7 @@ class ChatFormat:
             self._begun.add(delta.choice_idx)
             parts.append(b'"role":"assistant",')
         parts += [b'"content":', json(delta.text), b'},"logprobs":']
-        parts.append(b"null" if self._top_logprobs < 0 else json(self._logprobs(delta.ids, delta.logprobs)))
+        parts.append(json(self.logprobs(delta)))
         parts += [b',"finish_reason":', json(delta.finish)]
         if delta.stop_reason is not None:
             parts += [b',"stop_reason":', json(delta.stop_reason)]
@@ -76,7 +75,7 @@ class ChatFormat:
         entry: dict[str, Any] = {
             "index": choice.index,
             "message": {"role": "assistant", "content": choice.text},
-            "logprobs": None if self._top_logprobs < 0 else self._logprobs(choice.ids, choice.logprobs),
+            "logprobs": None if self._top_logprobs < 0 else choice.logprobs(),
             "finish_reason": choice.finish,
         }
         if choice.stop_reason is not None:
@@ -85,9 +84,12 @@ class ChatFormat:
             entry["token_ids"] = choice.ids
         return entry
 
-    def _logprobs(self, ids: list[int], logprobs: list[TokenLogprobs]) -> dict[str, Any]:
+    def logprobs(self, delta: Delta) -> dict[str, list[Any]] | None:
+        """OpenAI's list of tokens, each with its alternatives."""
+        if self._top_logprobs < 0:
+            return None
         content = []
-        for token_id, entry in zip(ids, logprobs, strict=False):
+        for token_id, entry in zip(delta.ids, delta.logprobs, strict=False):
             token = self._token(token_id, entry.logprob)
             token["top_logprobs"] = [self._token(i, logprob) for i, logprob in entry.top[: self._top_logprobs]]
             content.append(token)

@@ -8,7 +8,6 @@ from typing import Any
 from afd.gateway.api.formats import Choice, clamp_logprob, json
 from afd.gateway.sequence import Delta
 from afd.gateway.tokenizer import TextOffsets, TextTokenizer
-from afd.messages.serving import TokenLogprobs
 
 
 class CompletionFormat:
@@ -56,11 +55,8 @@ class CompletionFormat:
         self._begun.add(delta.choice_idx)
         if not text and delta.finish is None and not (wants_tokens and delta.ids):
             return b""
-        parts = [self._head, b'{"index":', json(delta.choice_idx), b',"text":', json(text), b',"logprobs":']
-        if self._num_logprobs < 0:
-            parts.append(b"null")
-        else:
-            parts.append(json(self._logprobs(delta.choice_idx, delta.ids, delta.logprobs)))
+        parts = [self._head, b'{"index":', json(delta.choice_idx), b',"text":', json(text)]
+        parts += [b',"logprobs":', json(self.logprobs(delta))]
         parts += [b',"finish_reason":', json(delta.finish)]
         if delta.stop_reason is not None:
             parts += [b',"stop_reason":', json(delta.stop_reason)]
@@ -83,7 +79,7 @@ class CompletionFormat:
         echo = self._echoed[prompt_idx] if self._echoed is not None else ""
         logprobs = None
         if self._num_logprobs >= 0:
-            logprobs = self._logprobs(choice.index, choice.ids, choice.logprobs)
+            logprobs = choice.logprobs()
         entry: dict[str, Any] = {
             "index": choice.index,
             "text": echo + choice.text,
@@ -97,11 +93,13 @@ class CompletionFormat:
             entry["prompt_token_ids"] = self._prompts[prompt_idx]
         return entry
 
-    def _logprobs(self, choice_idx: int, ids: list[int], logprobs: list[TokenLogprobs]) -> dict[str, Any]:
+    def logprobs(self, delta: Delta) -> dict[str, list[Any]] | None:
         """OpenAI's parallel lists. The sampled token is always among `top_logprobs`."""
-        place = self._place(choice_idx)
+        if self._num_logprobs < 0:
+            return None
+        place = self._place(delta.choice_idx)
         tokens, token_logprobs, tops, offsets = [], [], [], []
-        for token_id, entry in zip(ids, logprobs, strict=False):
+        for token_id, entry in zip(delta.ids, delta.logprobs, strict=False):
             tokens.append(self._key(token_id))
             token_logprobs.append(clamp_logprob(entry.logprob))
             top = {self._key(i): clamp_logprob(logprob) for i, logprob in entry.top[: self._num_logprobs]}

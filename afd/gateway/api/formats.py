@@ -8,7 +8,6 @@ from typing import Any, Protocol
 import msgspec
 
 from afd.gateway.sequence import Delta, Sequence
-from afd.messages.serving import TokenLogprobs
 from afd.types import FinishReason
 
 MIN_LOGPROB = -9999.0  # JSON has no -inf
@@ -23,15 +22,22 @@ class Choice:
     index: int
     texts: list[str] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    _logprobs: dict[str, list[bytes]] = field(default_factory=dict)
     finish: FinishReason | None = None
     stop_reason: str | int | None = None
 
-    def add(self, delta: Delta) -> None:
+    def add(self, delta: Delta, logprobs: dict[str, list[Any]] | None) -> None:
+        """logprobs: of the delta's tokens, as lists by name. Encoded at once: at the end it would hold up everybody."""
         self.texts.append(delta.text)
         self.ids += delta.ids
-        self.logprobs += delta.logprobs
+        for name, values in (logprobs or {}).items():
+            self._logprobs.setdefault(name, []).append(json(values)[1:-1])
         self.finish, self.stop_reason = delta.finish, delta.stop_reason
+
+    def logprobs(self) -> dict[str, msgspec.Raw]:
+        """The lists by name."""
+        lists = {name: b",".join([piece for piece in pieces if piece]) for name, pieces in self._logprobs.items()}
+        return {name: msgspec.Raw(b"[" + values + b"]") for name, values in lists.items()}
 
     @property
     def text(self) -> str:
@@ -43,6 +49,10 @@ class ResponseFormat(Protocol):
 
     def chunk(self, delta: Delta, usage: dict[str, Any] | None) -> bytes:
         """A delta as an event; b"" when there is nothing in it for the client.  usage: of the moment, if wanted."""
+        ...
+
+    def logprobs(self, delta: Delta) -> dict[str, list[Any]] | None:
+        """Log-probabilities of a delta's tokens as lists by name; None when they were not asked for."""
         ...
 
     def usage_chunk(self, usage: dict[str, Any]) -> bytes: ...

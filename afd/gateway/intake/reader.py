@@ -102,6 +102,8 @@ class RequestReader:
     def _completions(self, request: RawRequest, model: ServedModel) -> Prepared:
         body = completion_decoder.decode(request.body)
         model.check_name(body.model)
+        if isinstance(body.prompt, list) and not isinstance(next(iter(body.prompt), 0), int):
+            check_num_sequences(body, len(body.prompt), self._limits)  # before as much as a look at each
         given = split_prompts(body.prompt)
         check_num_sequences(body, len(given), self._limits)
         texts = [prompt for prompt in given if isinstance(prompt, str)]
