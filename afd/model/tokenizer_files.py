@@ -5,6 +5,7 @@ A Hugging Face folder is read as `transformers` reads it: tokenizer.json, then t
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
+from tokenizers.decoders import ByteFallback, Fuse, Replace, Strip
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.decoders import Sequence as Decoders
 from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel, Digits, PreTokenizer
+from tokenizers.pre_tokenizers import ByteLevel, Digits, Metaspace, PreTokenizer
 from tokenizers.pre_tokenizers import Sequence as PreTokenizers
 from tokenizers.processors import TemplateProcessing
 
@@ -27,6 +30,8 @@ from afd.model.weights.gguf import GgufSource
 log = logging.getLogger(__name__)
 
 MAX_TOKENIZER_BYTES = 256 << 20
+_LLAMA_TOKENS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+_NEVER_LLAMA_CLASS = ("ernie4_5_moe", "llava", "qwen2", "step3_vl")  # whatever tokenizer_class says, in transformers
 _CONTROL, _USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
 _OTHER_KINDS = ("tokenizer.model", "tiktoken.model", "tekken.json", "vocab.json")
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -85,17 +90,21 @@ def read_tokenizer_folder(folder: Path) -> TokenizerFiles:
     data = read_file(folder, path.name, MAX_TOKENIZER_BYTES)
     if data is None:
         raise ModelError(f"{path}: missing")
+    config = read_json_object(folder, "tokenizer_config.json") or {}
     try:
         tokenizer = Tokenizer.from_buffer(data)
+        own = tokenizer.get_added_tokens_decoder()
+        if _is_llama_class(folder, config, data):
+            tokenizer = Tokenizer.from_str(_as_llama_class(json.loads(data), config))
+            config = {**_LLAMA_TOKENS, **config}
     except Exception as error:  # the library raises bare Exception for a malformed file
         raise ModelError(f"{path}: not a tokenizer: {error}") from error
-    config = read_json_object(folder, "tokenizer_config.json") or {}
     if tokenizer.padding is not None:
         config.setdefault("pad_token", tokenizer.padding["pad_token"])
     tokenizer.no_truncation()  # what training left in the file would cut or pad every prompt
     tokenizer.no_padding()
     try:
-        special_tokens = _add_tokens(tokenizer, folder, config)
+        special_tokens = _add_tokens(tokenizer, own, folder, config)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise ModelError(f"{folder / 'tokenizer_config.json'}, or a file of tokens beside it: {error}") from error
     tokenizer.encode_special_tokens = config.get("split_special_tokens") is True
@@ -105,13 +114,47 @@ def read_tokenizer_folder(folder: Path) -> TokenizerFiles:
     )
 
 
-def _add_tokens(tokenizer: Tokenizer, folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+def _is_llama_class(folder: Path, config: Mapping[str, Any], data: bytes) -> bool:
+    """Whether transformers reads the folder as LlamaTokenizer, which has a pipeline of its own for BPE with spaces."""
+    model = read_json_object(folder, "config.json") or {}
+    declared = config.get("tokenizer_class") or model.get("tokenizer_class")
+    return (
+        isinstance(declared, str)
+        and declared.removesuffix("Fast") == "LlamaTokenizer"
+        and model.get("model_type") not in _NEVER_LLAMA_CLASS
+        and b'"ByteLevel"' not in data
+        and json.loads(data)["model"].get("type") == "BPE"
+    )
+
+
+def _as_llama_class(spec: dict[str, Any], config: Mapping[str, Any]) -> str:
+    """tokenizer.json with the normaliser, pre-tokenizer, decoder and flags of LlamaTokenizer, and no added token."""
+    prefix = config.get("add_prefix_space") is not False
+    scheme = ("always" if config.get("legacy") else "first") if prefix else "never"
+    decoder = [Replace("\u2581", " "), ByteFallback(), Fuse(), *([Strip(" ", 1, 0)] if prefix else [])]
+    model = BPE(
+        spec["model"]["vocab"],
+        [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in spec["model"]["merges"]],
+        fuse_unk=True,
+        byte_fallback=True,
+    )
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = Metaspace(prepend_scheme=scheme, split=False)
+    tokenizer.decoder = Decoders(decoder)
+    made = json.loads(tokenizer.to_str())
+    kept = {name: spec.get(name) for name in ("post_processor", "padding")}
+    return json.dumps({**made, **kept})
+
+
+def _add_tokens(
+    tokenizer: Tokenizer, own: Mapping[int, AddedToken], folder: Path, config: Mapping[str, Any]
+) -> dict[str, str]:
     """Add the tokens that the files beside tokenizer.json name; the text of the named ones ("bos_token").
 
     added_tokens_decoder of tokenizer_config.json is the whole list where it is there. Without it the older files count,
-    special_tokens_map.json (over tokenizer_config.json) and added_tokens.json.
+    special_tokens_map.json (over tokenizer_config.json) and added_tokens.json.  own: those of tokenizer.json.
     """
-    own = tokenizer.get_added_tokens_decoder()
+    present = tokenizer.get_added_tokens_decoder().values()
     settings = dict(config)
     listed: dict[int, AddedToken] = {}
     if "added_tokens_decoder" in config:
@@ -128,9 +171,9 @@ def _add_tokens(tokenizer: Tokenizer, folder: Path, config: Mapping[str, Any]) -
         settings["extra_special_tokens"] = settings["extra_special_tokens"] or last
     named = {**_named_tokens(config), **_named_tokens(settings)}
     by_text = {token.content: token for token in listed.values()}
-    known = {repr(token) for token in own.values()}
+    known = {repr(token) for token in present}
     added = [token for _, token in sorted(listed.items()) if repr(token) not in known]
-    texts = {token.content for token in (*own.values(), *added)}
+    texts = {token.content for token in (*present, *added)}
     for value in (*named.values(), *_listed(settings)):
         token = by_text.get(_text(value)) or _added_token(value)
         if token.content not in texts:

@@ -13,9 +13,11 @@ import pytest
 from afd.errors import RequestError
 from afd.gateway.templating import ChatTemplate
 from afd.model.tokenizer_files import read_tokenizer_folder
-from tests.oracles.tokenizer_folders import BASES, TEXTS, VARIATIONS, byte_level, files_of, write_folder
+from tests.oracles.tokenizer_folders import BASES, TEXTS, VARIATIONS, byte_level, files_of, qwen_like, write_folder
 
 transformers = pytest.importorskip("transformers")
+QWEN = {"model_type": "qwen3"}
+QWEN_TOKENS = {"eos_token": "<|im_end|>", "pad_token": "</s>", "unk_token": "<unk>", "bos_token": None}
 CASES = list(itertools.product(BASES, VARIATIONS))
 
 
@@ -23,24 +25,51 @@ def theirs_of(folder: Path) -> Any:
     return transformers.PreTrainedTokenizerFast.from_pretrained(folder)
 
 
+def compare(theirs: Any, folder: Path) -> None:
+    """Tokens of every text, the text of the tokens, the added tokens and the special ones."""
+    ours = read_tokenizer_folder(folder)
+    for text, special in itertools.product(TEXTS, (True, False)):
+        expected = theirs.encode(text, add_special_tokens=special)
+        found = ours.tokenizer.encode(text, add_special_tokens=special).ids
+        assert found == expected, (folder.name, text, special)
+        for skip in (True, False):
+            decoded = ours.tokenizer.decode(found, skip_special_tokens=skip)
+            assert decoded == theirs.decode(expected, skip_special_tokens=skip), (folder.name, text, skip)
+    assert {i: repr(token) for i, token in ours.tokenizer.get_added_tokens_decoder().items()} == {
+        i: repr(token) for i, token in theirs.added_tokens_decoder.items()
+    }, folder.name
+    assert dict(ours.special_tokens) == theirs.special_tokens_map, folder.name
+    eos = theirs.eos_token_id
+    assert ours.eos_token_ids == (() if eos is None else (eos,)), folder.name
+
+
 @pytest.mark.parametrize("base", BASES)
 def test_texts_have_the_same_tokens(base: str, tmp_path: Path) -> None:
     for variation in VARIATIONS:
         folder = write_folder(tmp_path / variation, files_of(base, variation))
-        theirs, ours = theirs_of(folder), read_tokenizer_folder(folder)
-        for text, special in itertools.product(TEXTS, (True, False)):
-            expected = theirs.encode(text, add_special_tokens=special)
-            found = ours.tokenizer.encode(text, add_special_tokens=special).ids
-            assert found == expected, (variation, text, special)
-            for skip in (True, False):
-                decoded = ours.tokenizer.decode(found, skip_special_tokens=skip)
-                assert decoded == theirs.decode(expected, skip_special_tokens=skip), (variation, text, skip)
-        assert {i: repr(token) for i, token in ours.tokenizer.get_added_tokens_decoder().items()} == {
-            i: repr(token) for i, token in theirs.added_tokens_decoder.items()
-        }, variation
-        assert dict(ours.special_tokens) == theirs.special_tokens_map, variation
-        eos = theirs.eos_token_id
-        assert ours.eos_token_ids == (() if eos is None else (eos,)), variation
+        compare(theirs_of(folder), folder)
+
+
+@pytest.mark.parametrize("settings", [{}, {"legacy": True}, {"add_prefix_space": False}])
+@pytest.mark.parametrize(
+    ("base", "model_type"),
+    [("byte_fallback", "llama"), ("metaspace", "deepseek_v3"), ("byte_level", "llama"), ("byte_fallback", "step3_vl")],
+)
+def test_llama_tokenizers_have_a_pipeline_of_their_own(
+    base: str, model_type: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """Whatever tokenizer.json says; but for byte-level ones, and the model types of which transformers knows better."""
+    for variation in VARIATIONS:
+        files = files_of(base, variation)
+        files.setdefault("tokenizer_config.json", {}).update({"tokenizer_class": "LlamaTokenizerFast", **settings})
+        folder = write_folder(tmp_path / variation, {**files, "config.json": {"model_type": model_type}})
+        compare(transformers.AutoTokenizer.from_pretrained(folder), folder)
+
+
+def test_qwens_class_and_its_file_say_the_same(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path, {"tokenizer.json": json.loads(qwen_like().to_str()), "config.json": QWEN})
+    write_folder(folder, {"tokenizer_config.json": {"tokenizer_class": "Qwen2Tokenizer", **QWEN_TOKENS}})
+    compare(transformers.AutoTokenizer.from_pretrained(folder), folder)
 
 
 def test_there_are_enough_of_them() -> None:

@@ -56,6 +56,18 @@ def byte_level_split() -> Tokenizer:
     return _with_special(tokenizer)
 
 
+def qwen_like() -> Tokenizer:
+    """Qwen's own pattern."""
+    tokenizer = _byte_bpe()
+    tokenizer.normalizer = normalizers.NFC()
+    pattern = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    split = pre_tokenizers.Split(Regex(pattern + r"|\s*[\r\n]+|\s+(?!\S)|\s+"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    return _with_special(tokenizer)
+
+
 def byte_fallback() -> Tokenizer:
     """Llama 2's kind: spaces as a normaliser has them, bytes for what is unknown."""
     tokenizer = Tokenizer(_spaced_bpe())
