@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import Literal
 
 from afd.config import ModelConfig
 from afd.errors import ModelError, RequestError
-from afd.gateway.template_process import TemplateProcess
+from afd.gateway.template_check import check_template
 from afd.gateway.templating import BAD_TEMPLATE, ChatTemplate
 from afd.gateway.tokenizer import TextTokenizer
 from afd.model.loading import resolve_model
@@ -110,10 +109,9 @@ def _template(files: TokenizerFiles | None) -> tuple[ChatTemplate | None, str]:
     """(what renders, why nothing does although the model has a template)"""
     if files is None or not files.chat_templates:
         return None, ""
-    with contextlib.closing(TemplateProcess(files.chat_templates, files.special_tokens)) as process:
-        try:
-            process.check()
-        except ModelError as error:
-            log.error("chat is not served: %s", error)
-            return None, str(error)
+    try:
+        check_template(files.chat_templates, files.special_tokens)
+    except ModelError as error:
+        log.error("chat is not served: %s", error)
+        return None, str(error)
     return ChatTemplate(files.chat_templates, files.special_tokens), ""

@@ -1,7 +1,8 @@
 """Chat templates: the model's own Jinja source, run in a sandbox (it comes with the weights, not from us).
 
 The environment is that of transformers' `apply_chat_template`: what a template may use there gives the same text here.
-Nothing bounds the time of a template in this module: `afd.gateway.template_process` runs it where it can be stopped.
+Nothing bounds the time of a template in this module: `afd.gateway.template_check` tries it at start where it can be
+stopped, and `afd.gateway.intake` runs it in such places.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import datetime
 import functools
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 import jinja2
 import jinja2.ext
@@ -28,26 +29,6 @@ BAD_TEMPLATE = "bad_chat_template"
 MAX_REASON_CHARS = 500
 _REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")
 _GIVEN = frozenset({"messages", "tools", "add_generation_prompt"})
-
-
-class Renderer(Protocol):
-    """Messages to prompt text. May block: call it in a thread. Thread-safe."""
-
-    def render(
-        self,
-        messages: Sequence[Message],
-        *,
-        max_chars: int,
-        tools: Tools | None = None,
-        add_generation_prompt: bool = True,
-        extra: Mapping[str, Any] | None = None,
-    ) -> str:
-        """The prompt. extra: the client's own variables; they replace none of ours.
-
-        RequestError (400) when the template refuses the messages (roles out of order, ...), when the text is longer
-        than `max_chars`, or when the template is not usable (code "bad_chat_template").
-        """
-        ...
 
 
 class ChatTemplate:
@@ -86,7 +67,11 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         extra: Mapping[str, Any] | None = None,
     ) -> str:
-        """As `Renderer.render`."""
+        """Messages to prompt text. extra: the client's own variables; they replace none of ours.
+
+        RequestError (400) when the template refuses the messages (roles out of order, ...), when the text is longer
+        than `max_chars`, or when the template is not usable (code "bad_chat_template").
+        """
         reserved = _GIVEN | self.special_tokens.keys()
         values = {
             "documents": None,
