@@ -268,7 +268,7 @@ def check_config(config: ClusterConfig) -> None:
     if config.attention.min_chunk_tokens > config.attention.max_step_tokens:
         raise ConfigError("attention.min_chunk_tokens must not exceed attention.max_step_tokens")
     host, _, port = config.coordinator.address.rpartition(":")
-    if not host or not port.isdigit() or int(port) > 65535:
+    if not host or not (port.isascii() and port.isdigit()) or int(port) > 65535:
         raise ConfigError(f"coordinator.address {config.coordinator.address!r} is not host:port")
     if 3 * config.coordinator.heartbeat_s > config.coordinator.lost_after_s:
         raise ConfigError("coordinator.lost_after_s must be at least three times coordinator.heartbeat_s")

@@ -21,6 +21,7 @@ from afd.model.loading import ModelFolder, resolve_model
 from afd.model.sharding import check_sparse
 from afd.types import DispatchMode
 
+FIRST_FREE_PORT = 1024
 Section = TypeVar("Section", AttentionConfig, FfnConfig)
 
 
@@ -123,16 +124,19 @@ def check_port(host: str, port: int, what: str, remedy: str) -> None:
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 raise ConfigError(f"{what}: port {port} on {host} is in use; {remedy}") from error
-            raise ConfigError(f"{what}: cannot listen on {host}:{port}: {error.strerror}") from error
+            why = f"; ports below {FIRST_FREE_PORT} are root's" if error.errno == errno.EACCES else ""
+            raise ConfigError(f"{what}: cannot listen on {host}:{port}: {error.strerror}{why}; {remedy}") from error
 
 
 def check_ports(config: ClusterConfig) -> None:
     """The fixed ports of `afd up`, before anything starts."""
     host, _, port = config.coordinator.address.rpartition(":")
     gateway = config.gateway
-    check_port(gateway.host, gateway.port, "gateway", "choose another with --port (0 = any)")
-    check_port(host, int(port), "coordinator", "choose another coordinator.address (port 0 = any)")
-    check_port(host, config.coordinator.metrics_port, "coordinator metrics", "change coordinator.metrics_port")
+    asked = [
+        ("gateway", gateway.host, gateway.port, "choose another with --port (0 = any)"),
+        ("coordinator", host, int(port), "choose another coordinator.address (port 0 = any)"),
+        ("coordinator metrics", host, config.coordinator.metrics_port, "change coordinator.metrics_port"),
+    ]
     topology = config.topology
     for section, count, name in (
         (config.attention, topology.num_attention, "attention"),
@@ -142,4 +146,11 @@ def check_ports(config: ClusterConfig) -> None:
         for key, value in fixed.items():
             if value and count > 1:
                 raise ConfigError(f"{name}.{key} = {value} cannot serve {count} processes on one host; use 0 (any)")
-            check_port(section.host, value, f"{name}.{key}", "use 0 (any)")
+            if count:
+                asked.append((f"{name}.{key}", section.host, value, "use 0 (any)"))
+    taken: dict[int, str] = {}
+    for what, host, number, remedy in asked:
+        if number and number in taken:
+            raise ConfigError(f"{what}: port {number} is asked for by {taken[number]} already; {remedy}")
+        taken[number] = what
+        check_port(host, number, what, remedy)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import stat
@@ -252,3 +253,40 @@ def test_one_fixed_port_cannot_serve_two_workers() -> None:
     config = {"cluster.topology": "1A2F", "ffn.mesh_port": 7000, "gateway.port": 0}
     with pytest.raises(ConfigError, match=r"ffn.mesh_port = 7000 cannot serve 2 processes"):
         resolve.check_ports(resolve_config(None, config))
+
+
+@pytest.mark.parametrize(
+    ("config", "complaint"),
+    [
+        (
+            {"coordinator.address": "127.0.0.1:{port}"},
+            "coordinator: port {port} is asked for by gateway already; choose",
+        ),
+        ({"coordinator.metrics_port": "{port}"}, "coordinator metrics: port {port} is asked for by gateway already"),
+        ({"attention.port": "{port}"}, "attention.port: port {port} is asked for by gateway already; use 0"),
+        ({"ffn.mesh_port": "{port}", "ffn.host": "127.0.0.1"}, "ffn.mesh_port: port {port} is asked for by gateway"),
+    ],
+)
+def test_one_port_for_two_is_said_before_anything_starts(config: dict[str, str], complaint: str) -> None:
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        port = held.getsockname()[1]
+    filled = {key: value.format(port=port) for key, value in config.items()}
+    values = {key: int(value) if value.isdigit() else value for key, value in filled.items()}
+    with pytest.raises(ConfigError, match=complaint.format(port=port)):
+        resolve.check_ports(resolve_config(None, {"gateway.port": port, **values}))
+
+
+def test_a_privileged_port_is_called_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: socket.socket, address: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(resolve.socket.socket, "bind", refuse)
+    with pytest.raises(ConfigError, match=r"cannot listen on 127\.0\.0\.1:80: .*below 1024 are root's; choose another"):
+        resolve.check_ports(resolve_config(None, {"gateway.port": 80}))
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:65536", "127.0.0.1:²", "127.0.0.1:-1", "127.0.0.1:", ":7070"])
+def test_addresses_that_are_none_are_refused(address: str) -> None:
+    with pytest.raises(ConfigError, match=r"coordinator\.address"):
+        resolve_config(None, {"coordinator.address": address})
