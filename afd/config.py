@@ -172,12 +172,15 @@ class CoordinatorConfig(Section, frozen=True):
 class GatewayConfig(Listener, frozen=True):
     """Limits protect the process: every one is answered with 400 or 503 and its name.
 
+    allowed_hosts: names, with commas, under which clients may reach a gateway without keys. "" = those of this host
+    where it listens on loopback, else any.
     generation_config: auto = what a request leaves out is sampled as the model's publisher recommends
     (generation_config.json); none = as OpenAI does, temperature 1 and no filter.
     """
 
     port: Port = 8000
     api_keys_file: str = ""
+    allowed_hosts: str = ""
     max_connections: PositiveInt = 4096
     generation_config: Literal["auto", "none"] = "auto"
     max_queue: PositiveInt = 1024

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import logging
+import stat
 from typing import NamedTuple
 
 import zmq
 from zmq.utils import z85
 
 from afd.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 MIN_SECRET_BYTES = 16
 _SALT = b"afd cluster secret v1"
@@ -23,6 +27,13 @@ class CurveKeypair(NamedTuple):
 
     public: bytes
     secret: bytes
+
+
+def warn_of_mode(mode: int, what: str) -> None:
+    """Log a warning when others on this host may read or change a file of secrets. mode: st_mode of the open file."""
+    if mode & (stat.S_IROTH | stat.S_IWOTH | stat.S_IWGRP):
+        can = "changed" if mode & (stat.S_IWOTH | stat.S_IWGRP) else "read"
+        log.warning("%s can be %s by others on this host: chmod 600 it", what, can)
 
 
 def hkdf_sha256(key: bytes, salt: bytes, info: bytes, num_bytes: int) -> bytes:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-import stat
 from pathlib import Path
 
 from afd.errors import ConfigError
-from afd.secrets import MIN_SECRET_BYTES
+from afd.secrets import MIN_SECRET_BYTES, warn_of_mode
 
 log = logging.getLogger(__name__)
 
 MAX_SECRET_BYTES = 4096
+MIN_DIFFERENT_BYTES = 5  # 16 random ones have more, also in hex
 
 
 def new_secret() -> bytes:
@@ -34,8 +34,9 @@ def read_secret(path: str) -> bytes:
             f"secret file {path} holds {len(data)} bytes; {MIN_SECRET_BYTES} to {MAX_SECRET_BYTES} are needed "
             f"(make one: head -c 32 /dev/urandom | base64 > {path})"
         )
-    if mode & stat.S_IROTH:
-        log.warning("secret file %s is readable by everyone on this host: chmod 600 it", path)
+    if len(set(data)) < MIN_DIFFERENT_BYTES:
+        log.warning("secret file %s holds a few bytes over and over, which can be guessed", path)
+    warn_of_mode(mode, f"secret file {path}")
     return data
 
 

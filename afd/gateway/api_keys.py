@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import logging
+import os
 from pathlib import Path
 
 from afd.errors import ConfigError
+from afd.secrets import warn_of_mode
+
+log = logging.getLogger(__name__)
+
+MIN_KEY_CHARS = 16
 
 
 class ApiKeys:
@@ -34,10 +41,23 @@ def load_api_keys(path: str) -> ApiKeys:
     if not path:
         return ApiKeys([])
     try:
-        lines = Path(path).read_text("utf-8").splitlines()
+        with Path(path).open(encoding="utf-8") as file:
+            mode = os.fstat(file.fileno()).st_mode
+            lines = file.read().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"gateway.api_keys_file {path}: cannot be read: {error}") from error
     keys = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
     if not keys:
         raise ConfigError(f"gateway.api_keys_file {path} has no key in it")
+    num_short = sum(len(key) < MIN_KEY_CHARS for key in keys)
+    if num_short:
+        log.warning(
+            "gateway.api_keys_file %s: %d of %d keys have fewer than %d characters and may be guessed "
+            "(make one: openssl rand -hex 16)",
+            path,
+            num_short,
+            len(keys),
+            MIN_KEY_CHARS,
+        )
+    warn_of_mode(mode, f"gateway.api_keys_file {path}")
     return ApiKeys(keys)

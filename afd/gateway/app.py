@@ -13,6 +13,7 @@ from afd.gateway.api.errors import on_afd_error, on_http_error, on_unexpected_er
 from afd.gateway.api.openai import OpenAiRoutes
 from afd.gateway.api.openapi import document
 from afd.gateway.api_keys import ApiKeys
+from afd.gateway.browser_guard import BrowserGuard
 from afd.gateway.middleware import RequestGate
 from afd.gateway.service import GatewayService
 
@@ -30,4 +31,5 @@ def build_app(service: GatewayService, keys: ApiKeys) -> ASGIApp:
     app.add_exception_handler(Exception, on_unexpected_error)
     paths = frozenset(getattr(route, "path", "") for route in app.routes)
     app.openapi = lambda: document(app)  # type: ignore[method-assign]
-    return RequestGate(app, keys, service.metrics, paths)
+    guard = None if keys.required else BrowserGuard.of(service.config.gateway)
+    return RequestGate(app, keys, guard, service.metrics, paths)

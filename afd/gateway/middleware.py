@@ -1,4 +1,4 @@
-"""Around every request: its id (X-Request-Id in and out), the API key, the count by path and status.
+"""Around every request: its id (X-Request-Id in and out), the API key or who sent it, the count by path and status.
 
 Plain ASGI: it costs a streamed token one function call.
 """
@@ -15,18 +15,25 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from afd.errors import RequestError
 from afd.gateway.api.errors import error_response
 from afd.gateway.api_keys import ApiKeys
+from afd.gateway.browser_guard import BrowserGuard
 from afd.gateway.metrics import GatewayMetrics
 
-OPEN_PATHS = frozenset({"/", "/livez", "/readyz", "/health", "/metrics", "/version"})
+OPEN_PATHS = frozenset({"/", "/livez", "/readyz", "/health", "/metrics", "/version", "/favicon.ico"})
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
 class RequestGate:
-    """Outermost ASGI application. paths: the routes counted by name; all others count as "other"."""
+    """Outermost ASGI application.
 
-    def __init__(self, app: ASGIApp, keys: ApiKeys, metrics: GatewayMetrics, paths: frozenset[str]):
+    guard: None where keys are asked for.  paths: the routes counted by name; all others count as "other".
+    """
+
+    def __init__(
+        self, app: ASGIApp, keys: ApiKeys, guard: BrowserGuard | None, metrics: GatewayMetrics, paths: frozenset[str]
+    ):
         self._app = app
         self._keys = keys
+        self._guard = guard
         self._metrics = metrics
         self._paths = paths
 
@@ -55,9 +62,17 @@ class RequestGate:
             await send(message)
 
         scope["state"]["client"] = self._client(scope, headers)
+        try:
+            self._check(scope, headers)
+        except RequestError as error:
+            await error_response(error)(scope, receive, counted_send)
+        else:
+            await self._app(scope, receive, counted_send)
+
+    def _check(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
+        """RequestError for what is not let in."""
+        if self._guard is not None:
+            self._guard.check(scope["method"], headers)
         needs_key = self._keys.required and scope["path"] not in OPEN_PATHS
         if needs_key and not self._keys.accepts(headers.get(b"authorization", b"")):
-            error = RequestError("missing or wrong API key", code="invalid_api_key", status=401)
-            await error_response(error)(scope, receive, counted_send)
-            return
-        await self._app(scope, receive, counted_send)
+            raise RequestError("missing or wrong API key", code="invalid_api_key", status=401)

@@ -73,7 +73,7 @@ async def gateway(
     workers = [FakeWorker(SECRET, rank) for rank in range(num_workers)]
     service = GatewayService(config, model or text_model(), membership, SECRET)  # type: ignore[arg-type]
     transport = httpx.ASGITransport(build_app(service, ApiKeys(list(keys))), raise_app_exceptions=False)
-    client = httpx.AsyncClient(transport=transport, base_url="http://gateway")
+    client = httpx.AsyncClient(transport=transport, base_url="http://localhost")
     rig = Rig(client, membership, workers, service)
     try:
         service.start()

@@ -54,7 +54,7 @@ CADDY = """
   auto_https off
   storage file_system {folder}
 }}
-http://127.0.0.1:{port}, http://a:{port} {{
+http://127.0.0.1:{port}, http://localhost:{port} {{
   bind 127.0.0.1
   reverse_proxy 127.0.0.1:{upstream}
 }}

@@ -74,7 +74,7 @@ async def call(
         "raw_path": path.encode(),
         "query_string": b"",
         "root_path": "",
-        "headers": [*headers, (b"host", b"gateway")],  # the first one counts
+        "headers": [*headers, (b"host", b"localhost")],  # the first one counts
         "server": ("gateway", 80),
         "client": ("127.0.0.1", 1),
     }

@@ -32,7 +32,7 @@ MODEL = text_model(max_context=4096)
 AT_ONCE = 16
 PATIENCE_S = 0.2
 LIMIT_S = 30.0  # for one connection; the server's own limits are set below that
-SOUND = (200, 400, 404, 405, 408, 413, 417, 431, 501, 505)
+SOUND = (200, 400, 404, 405, 408, 413, 417, 421, 431, 501, 505)
 
 Attack = Callable[[random.Random, "Connection"], Awaitable[None]]
 
@@ -88,13 +88,13 @@ class Connection:
 
 def request(path: str, body: bytes, *, extra: str = "", length: str | None = None, method: str = "POST") -> bytes:
     length = str(len(body)) if length is None else length
-    head = f"{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n{extra}\r\n"
+    head = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {length}\r\n{extra}\r\n"
     return head.encode() + body
 
 
 def chunked(rng: random.Random, path: str, body: bytes) -> bytes:
     """A chunked request, right or wrong."""
-    pieces = [b"POST %s HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n" % path.encode()]
+    pieces = [b"POST %s HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n" % path.encode()]
     while body:
         size = rng.randrange(1, 200)
         piece, body = body[:size], body[size:]
@@ -149,7 +149,7 @@ async def leaver(rng: random.Random, connection: Connection) -> None:
 async def pipelining(rng: random.Random, connection: Connection) -> None:
     requests = [some_request(rng) for _ in range(rng.randrange(2, 6))]
     if rng.random() < 0.3:
-        requests += [b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"] * rng.randrange(300)
+        requests += [b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n"] * rng.randrange(300)
     if rng.random() < 0.4:
         requests.insert(rng.randrange(len(requests)), mutate_bytes(rng, some_request(rng)))
     await connection.send(b"".join(requests))
@@ -209,10 +209,10 @@ async def raw_bytes(rng: random.Random, connection: Connection) -> None:
         bytes.fromhex("16030100c8010000c40303") + rng.randbytes(200),
         b"GET / HTTP/0.9\r\n\r\n",
         b"GET /\r\n",
-        b"CONNECT a:1 HTTP/1.1\r\nHost: a\r\n\r\n",
+        b"CONNECT a:1 HTTP/1.1\r\nHost: localhost\r\n\r\n",
         b"GET http://[ HTTP/1.1\r\nHost: [\r\n\r\n",
         b"GET /%ff%00%zz?\xff#x HTTP/1.1\r\nHost: \xff\r\n\r\n",
-        b"GET /chat HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Key: x\r\n\r\n",
+        b"GET /chat HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n",
     )
     await connection.send(rng.choice(kinds))
     await connection.read_all()
@@ -369,7 +369,7 @@ async def test_chunks_that_are_none_are_a_400() -> None:
     async with served_gateway(MODEL) as rig:
         for garbage in (b"zz\r\n", b"5\r\nabcdefgh\r\n", b"-1\r\n", b"f" * 18 + b"\r\n", b"\x00\xff\r\n"):
             async with connected(rig) as connection:
-                head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+                head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
                 await connection.send(head + garbage)
                 await connection.read_all(5.0)
                 assert connection.received.startswith(b"HTTP/1.1 400 ")
@@ -395,7 +395,7 @@ async def test_a_pipeline_without_end_is_closed() -> None:
     async with served_gateway(MODEL) as rig, connected(rig) as connection:
         rig.worker.hold()
         await connection.send(request("/v1/completions", b'{"prompt": [1], "max_tokens": 2}'))
-        await connection.send(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n" * 5000)
+        await connection.send(b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n" * 5000)
         async with asyncio.timeout(5):
             assert await connection.read() == b""
         await at_rest(rig)

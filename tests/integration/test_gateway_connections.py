@@ -33,12 +33,12 @@ async def main():
             rig.worker.run_freely() if word == "answer" else rig.worker.hold()
 asyncio.run(main())
 """
-GET = b"GET /livez HTTP/1.1\r\nHost: a\r\n"
+GET = b"GET /livez HTTP/1.1\r\nHost: localhost\r\n"
 HOLDERS = {
     "answered, body unfinished": GET + b"Content-Length: 10\r\n\r\nx",
     "answered, chunks unfinished": GET + b"Transfer-Encoding: chunked\r\n\r\n5\r\nx",
-    "not found, body unfinished": b"POST /nothing HTTP/1.1\r\nHost: a\r\nContent-Length: 10\r\n\r\nx",
-    "body unfinished": b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 10\r\n\r\n{",
+    "not found, body unfinished": b"POST /nothing HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10\r\n\r\nx",
+    "body unfinished": b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10\r\n\r\n{",
     "head unfinished": GET,
     "nothing": b"",
     "kept alive": GET + b"\r\n",
@@ -120,7 +120,7 @@ class Gateway:
 
 def completion(text: str) -> bytes:
     body = json.dumps({"prompt": text, "max_tokens": 1}).encode()
-    return b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
+    return b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
 
 
 @async_test
@@ -163,7 +163,7 @@ async def test_bad_heads_are_counted_and_logged_now_and_then(bad: bytes) -> None
     async with Gateway.started() as gateway:
         for _ in range(200):
             assert (await (await gateway.connect()).ask(bad)).startswith(b"HTTP/1.1 400")
-        metrics = await (await gateway.connect()).ask(b"GET /metrics HTTP/1.1\r\nHost: a\r\n\r\n")
+        metrics = await (await gateway.connect()).ask(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n")
         log = await gateway.end()
     assert b'afd_gateway_http_requests_total{path="invalid",status="400"} 200.0' in metrics
     lines = [line for line in log.splitlines() if "refused what" in line]

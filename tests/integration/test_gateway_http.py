@@ -29,7 +29,9 @@ def expected_text(prompt_ids, count):
 
 def request_bytes(body, *, path="/v1/completions", extra=""):
     payload = json.dumps(body).encode()
-    return f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(payload)}\r\n{extra}\r\n".encode() + payload
+    return (
+        f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(payload)}\r\n{extra}\r\n".encode() + payload
+    )
 
 
 @contextlib.asynccontextmanager
@@ -115,7 +117,7 @@ async def test_a_client_that_does_not_read_is_cut_off(monkeypatch):
 async def test_a_head_that_does_not_come_is_a_408(monkeypatch):
     monkeypatch.setattr(http_protocol, "HEAD_TIMEOUT_S", 0.1)
     async with served_gateway(MODEL) as rig:
-        for begun in (b"", b"POST /v1/comp", b"GET / HTTP/1.1\r\nHost: x\r\n"):
+        for begun in (b"", b"POST /v1/comp", b"GET / HTTP/1.1\r\nHost: localhost\r\n"):
             async with connection(rig) as (reader, writer):
                 writer.write(begun)
                 status, body = await answer_of(reader)
@@ -135,7 +137,7 @@ async def test_heads_that_are_too_large_or_no_http():
                 got, body = await answer_of(reader)
                 assert got == status
                 assert set(body["error"]) == {"message", "type", "param", "code"}
-        trailers = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n"
+        trailers = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n"
         async with connection(rig) as (reader, writer):
             writer.write(trailers + b"X-T: " + b"y" * 1000 + b"\r\n")
             writer.write(b"".join(b"X-%d: " % i + b"y" * 1000 + b"\r\n" for i in range(200)))
@@ -248,3 +250,21 @@ def test_an_unreadable_key_file_is_named(tmp_path):
 def test_urls(host, shown):
     with contextlib.closing(bind(host, 0)) as listener:
         assert url_of(listener) == f"http://{shown}:{listener.getsockname()[1]}"
+
+
+@async_test
+async def test_pages_of_other_sites_are_refused_by_a_gateway_without_keys():
+    async with served_gateway(MODEL) as rig:
+        body = {"prompt": [1, 2], "max_tokens": 1}
+        for headers, status, code in (
+            ({"Host": "evil.example"}, 421, "unknown_host"),
+            ({"Origin": "http://evil.example", "Content-Type": "text/plain"}, 403, "cross_site"),
+            ({"Sec-Fetch-Site": "same-origin"}, 200, None),
+        ):
+            answer = await rig.client.post("/v1/completions", json=body, headers=headers)
+            assert answer.status_code == status
+            assert code is None or answer.json()["error"]["code"] == code
+        assert len(rig.worker.submits()) == 1
+        page = await rig.client.get("/")
+        assert "frame-ancestors 'none'" in page.headers["content-security-policy"]
+        assert (await rig.client.get("/favicon.ico")).status_code == 204

@@ -33,10 +33,10 @@ OFFERS = (
     "",
 )
 SMUGGLED = (
-    b"GET /version HTTP/1.1\r\nHost: a\r\nX-Ignore: ",  # the next one's request line ends up in a header
-    b"GET /version HTTP/1.1\r\nHost: a\r\n\r\n",
-    b'POST /tokenize HTTP/1.1\r\nHost: a\r\nContent-Length: 19\r\n\r\n{"prompt": "stolen"',
-    b"POST /tokenize HTTP/1.1\r\nHost: a\r\nContent-Length: 500\r\n\r\n",  # the next one's request ends up in a body
+    b"GET /version HTTP/1.1\r\nHost: localhost\r\nX-Ignore: ",  # the next one's request line ends up in a header
+    b"GET /version HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    b'POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: 19\r\n\r\n{"prompt": "stolen"',
+    b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: 500\r\n\r\n",  # the next one is its body
 )
 TARGETS = ("GET /metrics", "POST /tokenize", "POST /v1/completions", "GET /nothing", "PUT /livez")
 
@@ -57,7 +57,9 @@ class Victim:
 
     async def _ask(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, name: str) -> None:
         body = json.dumps({"prompt": name}).encode()
-        head = f"POST /tokenize HTTP/1.1\r\nHost: a\r\nX-Request-Id: {name}\r\nContent-Length: {len(body)}\r\n\r\n"
+        head = (
+            f"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nX-Request-Id: {name}\r\nContent-Length: {len(body)}\r\n\r\n"
+        )
         writer.write(head.encode() + body)
         head_got, body_got = await _answer(reader)
         assert MODEL.tokenizer is not None
@@ -70,7 +72,7 @@ async def attack(rng: random.Random, port: int, offer: str) -> None:
     """One request whose body holds another, which leaves a moment later, and what a patient attacker reads."""
     smuggled, target = rng.choice(SMUGGLED), rng.choice(TARGETS)
     filler = b"x" * rng.choice((0, 54, 6000))
-    head = f"{target} HTTP/1.1\r\nHost: a\r\n{offer}"
+    head = f"{target} HTTP/1.1\r\nHost: localhost\r\n{offer}"
     if rng.random() < 0.3:
         parts = [b"%x\r\n%s\r\n" % (len(part), part) for part in (filler, smuggled) if part]
         first, second = (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import resources
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -15,6 +14,7 @@ from afd.gateway.api.answers import ClusterState, Health, Version
 from afd.gateway.api.errors import error_response
 from afd.gateway.api.formats import json
 from afd.gateway.api.openapi import answers
+from afd.gateway.page import load_page
 from afd.gateway.service import GatewayService
 
 
@@ -23,12 +23,13 @@ class AdminRoutes:
 
     def __init__(self, service: GatewayService):
         self._service = service
-        self._page = (resources.files("afd.gateway") / "static" / "index.html").read_bytes()
+        self._page, self._page_headers = load_page()
 
     def install(self, app: FastAPI) -> None:
         ready = answers(Health, errors=(503,), is_open=True)
         for path, handler, described in (
             ("/", self.page, {"response_class": HTMLResponse}),
+            ("/favicon.ico", self.favicon, {"include_in_schema": False}),
             ("/livez", self.livez, answers(Health, is_open=True)),
             ("/readyz", self.readyz, ready),
             ("/health", self.readyz, ready),
@@ -63,10 +64,11 @@ class AdminRoutes:
 
     async def page(self, request: Request) -> Response:
         """A chat box and the cluster's state."""
-        headers = {
-            "content-security-policy": "default-src 'self'; script-src 'unsafe-inline'; style-src 'unsafe-inline'"
-        }
-        return Response(self._page, headers=headers, media_type="text/html")
+        return Response(self._page, headers=self._page_headers, media_type="text/html")
+
+    async def favicon(self, request: Request) -> Response:
+        """There is none, which is no error."""
+        return Response(status_code=204)
 
     def _cluster_state(self) -> dict[str, Any]:
         service = self._service

@@ -184,6 +184,7 @@ def test_a_secret_that_everyone_can_read_is_warned_about(tmp_path: Path, caplog:
     path.chmod(0o644)
     read_secret(str(path))
     assert "chmod 600" in caplog.text
+    assert "can be guessed" in caplog.text
 
 
 # --- threads, model, ports ------------------------------------------------------------------------------
