@@ -54,7 +54,7 @@ from stepmesh.types import Role
 
 log = logging.getLogger(__name__)
 
-MESSAGES_S = 0.005  # of each turn
+MESSAGES_S = 0.02  # of each turn
 STATS_MIN_S, STATS_MAX_S = 0.1, 0.5
 FIRST_STREAMS = 2  # of --streams auto, until steps were measured: 1 where a single one runs on more cores
 
