@@ -15,6 +15,11 @@ from afd.model.spec import WEIGHT_TYPES
 from afd.types import FfnParallel, Topology
 
 MAX_RANGES_SHOWN = 5
+_SERVES = {
+    "chat": "text and chat",
+    "text": "text; no chat, as there is no chat template",
+    "token ids": "token ids only, as there is no tokenizer that is read",
+}
 
 _DESCRIPTION = """\
 Shapes, parameters, KV bytes per token and the memory of each worker, from the model's headers. For a checkpoint with
@@ -61,6 +66,7 @@ def _text(report: ModelReport) -> str:
     lines = [
         f"{report.name}: family {report.family}, hidden {report.hidden}, vocabulary {report.vocab_size}, "
         f"context {report.max_context}",
+        f"serves        {_SERVES[report.serves]}",
         *(_group_text(group) for group in report.layers),
         f"parameters    {_billions(counts.total)} total, {_billions(counts.active)} active; "
         f"attention {_billions(counts.attention)}, FFN {_billions(counts.ffn)}",

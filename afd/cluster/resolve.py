@@ -6,6 +6,7 @@ Everything that can be wrong before a process starts is found here, as one line.
 from __future__ import annotations
 
 import errno
+import logging
 import math
 import os
 import socket
@@ -19,9 +20,12 @@ from afd.cores import share_cores
 from afd.errors import ConfigError
 from afd.model.loading import ModelFolder, resolve_model
 from afd.model.sharding import check_sparse
+from afd.model.tokenizer_files import load_tokenizer
 from afd.types import DispatchMode
 
 FIRST_FREE_PORT = 1024
+log = logging.getLogger(__name__)
+
 Section = TypeVar("Section", AttentionConfig, FfnConfig)
 
 
@@ -100,8 +104,13 @@ def whole_host_threads(config: ClusterConfig, cores: int) -> ClusterConfig:
 
 
 def find_model(config: ClusterConfig) -> tuple[ClusterConfig, ModelFolder]:
-    """Resolve the model (ModelError when it cannot be served, ConfigError when not so) and name it for the clients."""
+    """Resolve the model (ModelError when it cannot be served, ConfigError when not so) and name it for the clients.
+
+    Its tokenizer is read as well: what the gateway would refuse is said before workers begin to load.
+    """
     folder = resolve_model(config.model.name)
+    if load_tokenizer(folder) is None and folder.path is not None:
+        log.warning("model %s has no tokenizer that is read: it serves token ids only, no text, no chat", folder.name)
     if config.cluster.dispatch is DispatchMode.SPARSE:
         check_sparse(folder.spec, config.cluster.ffn_parallel)
     model = msgspec.structs.replace(config.model, served_name=config.model.served_name or folder.name)

@@ -10,6 +10,7 @@ from afd.model.inventory import Half, ParameterCounts, TensorSpec, count_paramet
 from afd.model.loading import ModelFolder
 from afd.model.sharding import ShardSpec
 from afd.model.spec import DTYPE_BYTES, AttentionKind, AttentionSpec, FfnKind, FfnSpec, LayerSpec, ModelSpec
+from afd.model.tokenizer_files import load_tokenizer
 from afd.types import FfnParallel, Topology
 
 _INT8_SCALE_BYTES = 4
@@ -37,11 +38,13 @@ class RoleMemory:
 class ModelReport:
     """kv_elements, kv_bytes: of one token of context over all layers, the latter by KV dtype.
 
-    windowed_kv_bytes: the part of kv_bytes in `dtype` that belongs to sliding-window layers.
+    windowed_kv_bytes: the part of kv_bytes in `dtype` that belongs to sliding-window layers.  serves: "chat", "text"
+    (a tokenizer without chat template) or "token ids".
     """
 
     name: str
     family: str
+    serves: str
     fingerprint: str
     hidden: int
     vocab_size: int
@@ -60,12 +63,13 @@ class ModelReport:
 def describe(
     folder: ModelFolder, topology: Topology, parallel: FfnParallel, dtype: str = "bfloat16", weights: str = "auto"
 ) -> ModelReport:
-    """The report of `afd inspect`. No weight is read."""
+    """The report of `afd inspect`. No weight is read; ModelError when the tokenizer cannot be served."""
     spec = folder.spec
     windowed = sum(a.kv_elements_per_token for a in spec.attention_layers if a.window)
     return ModelReport(
         name=folder.name,
         family=spec.family,
+        serves=_serves(folder),
         fingerprint=folder.fingerprint,
         hidden=spec.hidden,
         vocab_size=spec.vocab_size,
@@ -80,6 +84,13 @@ def describe(
         topology=str(topology),
         roles=tuple(role_memory(spec, topology, parallel, dtype, weights)),
     )
+
+
+def _serves(folder: ModelFolder) -> str:
+    files = load_tokenizer(folder)
+    if files is None:
+        return "token ids"
+    return "chat" if files.chat_templates else "text"
 
 
 def role_memory(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from afd.errors import ModelError
+from afd.model.door import model_door
 from afd.model.families import ConfigReader, family_of_config, family_of_gguf, text_config
 from afd.model.families.quantisation import fp8_block, refuse_quant_file
 from afd.model.inventory import inventory
@@ -40,13 +41,6 @@ FINGERPRINT_EDGE_BYTES = 1 << 20
 MAX_ROPE_FREQS = 1 << 12
 
 QUANT_NAME = "hf_quant_config.json"
-MAX_MESSAGE = 2000
-
-FILE_ERRORS = (
-    ArithmeticError, AttributeError, LookupError, MemoryError, OSError, RecursionError, TypeError, ValueError,
-)  # fmt: skip
-"""What reading a file of unknown content may raise."""
-
 Progress = Callable[[int, int], None]
 """Called as (tensors done, tensors in all) while a half loads."""
 
@@ -73,19 +67,8 @@ def resolve_model(name_or_path: str) -> ModelFolder:
     ModelError, on one line, when it does not exist, is of an unknown architecture, or its files are not whole and
     consistent: whatever is in the files, no other error leaves.
     """
-    try:
+    with model_door(name_or_path):
         return _resolve(name_or_path)
-    except ModelError as error:
-        raise ModelError(_one_line(str(error))) from error
-    except FILE_ERRORS as error:
-        what = _one_line(f"{type(error).__name__}: {error}")
-        raise ModelError(f"{_one_line(name_or_path)}: its files cannot be read: {what}") from error
-
-
-def _one_line(message: str) -> str:
-    """What files say may hold any character and be of any length."""
-    cut = message if len(message) <= MAX_MESSAGE else message[:MAX_MESSAGE] + "..."
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in cut)
 
 
 def _resolve(name_or_path: str) -> ModelFolder:

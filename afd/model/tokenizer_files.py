@@ -23,6 +23,7 @@ from tokenizers.processors import TemplateProcessing
 
 from afd.errors import ModelError
 from afd.model.chat_templates import templates_of_folder, templates_of_gguf
+from afd.model.door import model_door
 from afd.model.loading import ModelFolder
 from afd.model.model_files import read_file, read_json_object
 from afd.model.weights.gguf import GgufSource
@@ -73,9 +74,10 @@ def load_tokenizer(folder: ModelFolder) -> TokenizerFiles | None:
             )
         return None
     source = folder.checkpoint.source
-    if isinstance(source, GgufSource):
-        return read_gguf_tokenizer(source.metadata, path)
-    return read_tokenizer_folder(path.parent)
+    with model_door(str(path)):
+        if isinstance(source, GgufSource):
+            return read_gguf_tokenizer(source.metadata, path)
+        return read_tokenizer_folder(path.parent)
 
 
 # --- Hugging Face folders ---------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import socket
 import stat
 from pathlib import Path
@@ -26,6 +27,7 @@ from afd.cluster.run_file import (
 from afd.cluster.secret_file import new_secret, read_secret, require_secret
 from afd.config import ClusterConfig, resolve_config
 from afd.errors import ConfigError, ModelError
+from tests.unit.model.model_files import STEP3_TINY
 
 
 @pytest.fixture
@@ -291,3 +293,13 @@ def test_a_privileged_port_is_called_so(monkeypatch: pytest.MonkeyPatch) -> None
 def test_addresses_that_are_none_are_refused(address: str) -> None:
     with pytest.raises(ConfigError, match=r"coordinator\.address"):
         resolve_config(None, {"coordinator.address": address})
+
+
+def test_a_tokenizer_that_cannot_be_served_is_said_with_the_model(tmp_path: Path) -> None:
+    """Before any worker starts to load."""
+    folder = shutil.copytree(STEP3_TINY, tmp_path / "model")
+    config = resolve_config(None, {"model.name": str(folder)})
+    resolve.find_model(config)
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"tokenizer\.json: not a tokenizer"):
+        resolve.find_model(config)

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 
 from afd.cli.main import main
 from afd.kernels import PackedInt8, PackedMatrix
@@ -45,6 +47,17 @@ def test_the_json_form(capsys: pytest.CaptureFixture[str]) -> None:
     assert report["experts"] == []
     ffn = [role["weight_bytes"] for role in report["roles"] if role["role"].startswith("ffn")]
     assert 191.3e9 < sum(ffn) < 193e9, "one byte a weight and few for scales"
+
+
+def test_what_a_model_serves(capsys: pytest.CaptureFixture[str], make_folder: Callable[..., Path]) -> None:
+    assert _report(capsys, "smollm2-135m-instruct")["serves"] == "chat"
+    folder = make_folder("llama-tiny")
+    assert _report(capsys, str(folder))["serves"] == "token ids"
+    Tokenizer(BPE({"a": 0}, [])).save(str(folder / "tokenizer.json"))
+    assert _report(capsys, str(folder))["serves"] == "text"
+    (folder / "tokenizer.json").write_text("{}")
+    assert main(["inspect", str(folder)]) != 0
+    assert "tokenizer.json: not a tokenizer" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("weights", WEIGHT_TYPES)
