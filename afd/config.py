@@ -69,8 +69,8 @@ class TopologyConfig(Section, frozen=True):
     dispatch: which rows an FFN rank is sent at an MoE layer; sparse = only those that it works on, for ffn_parallel ep
     and, where the model has no shared expert, hybrid.
 
-    recovery_timeout_s: how long requests wait for a lost FFN worker's return (or its successor) before they end with an
-    error. The default suits clients that want to hear soon; with 60 a replacement has the time to load a model.
+    recovery_timeout_s: how long requests wait for a lost worker's return or its successor, which has to load its half
+    of the model, before they end with an error.
     """
 
     topology: str = "1A1F"
@@ -81,7 +81,7 @@ class TopologyConfig(Section, frozen=True):
     dispatch: DispatchMode = DispatchMode.BROADCAST
     checksum: bool = False
     secret_file: str = ""  # "" with `afd up`: a fresh secret for this run, handed to the children by pipe
-    recovery_timeout_s: Positive = 2.0
+    recovery_timeout_s: Positive = 60.0
 
 
 class VerbsConfig(Section, frozen=True):

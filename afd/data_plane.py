@@ -100,7 +100,8 @@ def mesh_metrics(mesh: Mesh) -> Iterable[Metric]:
     """The transport's counters by peer."""
     up = GaugeMetricFamily("afd_mesh_peer", "1 = connected, by transport", labels=["peer", "transport"])
     counters: dict[str, CounterMetricFamily] = {}
-    for peer, stats in mesh.stats().get("peers", {}).items():
+    whole = mesh.stats()
+    for peer, stats in whole.get("peers", {}).items():
         up.add_metric([peer, str(stats.get("transport", ""))], 1)
         for name, value in stats.items():
             if isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -108,5 +109,8 @@ def mesh_metrics(mesh: Mesh) -> Iterable[Metric]:
                     name, CounterMetricFamily(f"afd_mesh_{name}", f"stepmesh: {name}", labels=["peer"])
                 )
                 family.add_metric([peer], value)
+    turned_away = CounterMetricFamily("afd_mesh_turned_away", "Connections closed before they were part of a pair")
+    turned_away.add_metric([], whole.get("turned_away", 0))
+    yield turned_away
     yield up
     yield from counters.values()

@@ -9,6 +9,18 @@ import time
 from collections.abc import Mapping
 
 
+def printable(text: str, keep: str = "") -> str:
+    """The text with whatever no terminal should be told (control characters, lone surrogates, ...) as escapes.
+
+    keep: characters that stay as they are, such as "\\n".
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        char if char.isprintable() or char in keep else char.encode("unicode_escape").decode() for char in text
+    )
+
+
 class _TextFormatter(logging.Formatter):
     def __init__(self, who: str):
         super().__init__()
@@ -16,9 +28,9 @@ class _TextFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         clock = time.strftime("%H:%M:%S", time.localtime(record.created))
-        line = f"{clock}.{int(record.msecs):03d} {record.levelname[0]} {self._who:<12} {record.getMessage()}"
+        line = f"{clock}.{int(record.msecs):03d} {record.levelname[0]} {self._who:<12} {printable(record.getMessage())}"
         if record.exc_info:
-            line += "\n" + self.formatException(record.exc_info)
+            line += "\n" + printable(self.formatException(record.exc_info), keep="\n")
         return line
 
 
@@ -39,8 +51,11 @@ def json_line(
 ) -> str:
     """One line of a JSON log. more: further keys.  at: Unix time, now by default."""
     when = round(time.time() if at is None else at, 3)
-    return json.dumps(
-        {"time": when, "level": level, "who": who, "message": message, **(more or {})}, ensure_ascii=False
+    entry = {"time": when, "level": level, "who": who, "message": message, **(more or {})}
+    line = json.dumps(entry, ensure_ascii=False)
+    # Anything else than plain text can only be inside a string here, where JSON has escapes for it.
+    return (
+        line if line.isprintable() else "".join(char if char.isprintable() else json.dumps(char)[1:-1] for char in line)
     )
 
 

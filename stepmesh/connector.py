@@ -14,6 +14,7 @@ from stepmesh.errors import HandshakeError, MeshError
 from stepmesh.handshake import Hello
 from stepmesh.pair import AttentionPair, Environment, FfnPair
 from stepmesh.peering import Dialling, Visit
+from stepmesh.repeats import Repeats
 from stepmesh.stats import MeshStats
 from stepmesh.topology import Membership, Refusal, admit
 from stepmesh.transports.base import Link
@@ -23,8 +24,6 @@ log = logging.getLogger("stepmesh")
 
 _FIRST_BACKOFF_S = 0.05
 _LONGEST_BACKOFF_S = 0.5  # a link that broke is to be back within a second
-_REPEAT_WARNING_S = 30.0
-_MAX_WARNINGS = 20  # different ones within that time
 
 
 @dataclass(slots=True)
@@ -150,7 +149,7 @@ class Doorman:
         self._visits: list[Visit] = []
         # The last generation that was up, of the incarnation that had it.
         self._generations: dict[RankId, tuple[str, int]] = {}
-        self._warned: dict[tuple[str, str], float] = {}
+        self._repeats = Repeats()
 
     def receive(self, link: Link) -> None:
         """Somebody has connected. With too many strangers at the door the one who waits longest has to go."""
@@ -189,22 +188,13 @@ class Doorman:
         last = generation if incarnation == hello.incarnation else 0
         return admit(hello, self._env.config, self._membership.members(), last)
 
-    def _is_news(self, who: str, reason: str) -> bool:
-        """False when the same was said of the same host a moment ago: strangers must not fill the log."""
-        now = self._env.fabric.now()
-        self._warned = {key: at for key, at in self._warned.items() if now - at < _REPEAT_WARNING_S}
-        key = (who.rsplit(":", 1)[0], reason)
-        if key in self._warned or len(self._warned) >= _MAX_WARNINGS:
-            return False
-        self._warned[key] = now
-        return True
-
     def _turn_away(self, visit: Visit, error: MeshError) -> None:
         self._visits.remove(visit)
         visit.abandon()
         self._stats.turned_away += 1
         known = visit.hello is not None
         who = str(visit.hello.id) if visit.hello is not None else visit.link.peer_name
-        level = logging.DEBUG if (known and error.retryable) or not self._is_news(who, str(error)) else logging.WARNING
+        is_news = not (known and error.retryable) and self._repeats.is_news(who, str(error), self._env.fabric.now())
+        level = logging.WARNING if is_news else logging.DEBUG
         # As text: an exception kept by a log handler would keep the frames it came through, and their mappings.
         log.log(level, "%s: turned away %s: %s", self._env.config.id, who, str(error))

@@ -142,6 +142,7 @@ class Roster:
         self._stats.polls += 1
         self._stats.blocked_ns += int((now - began) * 1e9)
         self.look_at = now + _LOOK_S
+        self._stats.turned_away += wakeups.num_turned_away
         for link in wakeups.accepted:
             self._doorman.receive(link)
         for link in wakeups.readable:

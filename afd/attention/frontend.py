@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 FINISHED_KEPT = 1024  # ended requests whose tokens a gateway may still ask for again
 MAX_LEASE_S = 60.0
+PAUSE_S = 0.5
 RECEIVE_BATCH = 256  # messages taken per call, so that a flood cannot starve the pipeline
 
 
@@ -58,6 +59,7 @@ class Frontend:
         self._outbox: dict[bytes, list[TokenChunk]] = {}
         self._resent: set[str] = set()  # requests whose tokens are in the outbox once more
         self._lease_end_s: dict[bytes, float] = {}
+        self._looked_s = float("inf")  # at the leases
         self.num_dropped = 0
 
     @property
@@ -99,7 +101,13 @@ class Frontend:
         self._socket.poll(int(timeout_s * 1e3))
 
     def ended_leases(self, now: float) -> list[bytes]:
-        """Gateways that went silent; they are forgotten, their requests are the caller's to abort."""
+        """Gateways that went silent; they are forgotten, their requests are the caller's to abort.
+
+        Call it after `receive`, many times a second: time in which this process stood still is nobody's silence.
+        """
+        gap_s, self._looked_s = now - self._looked_s, now
+        if gap_s > PAUSE_S:
+            self._lease_end_s = {gateway: end_s + gap_s for gateway, end_s in self._lease_end_s.items()}
         ended = [gateway for gateway, end_s in self._lease_end_s.items() if end_s < now]
         for gateway in ended:
             del self._lease_end_s[gateway]

@@ -263,7 +263,9 @@ class _Worker:
 
     @torch.inference_mode()
     def run(self) -> None:
-        """Serve until `stop`; then finish what runs, at most `gateway.drain_s` long."""
+        """Serve until `stop`; then finish what runs, at most `gateway.drain_s` long; at once when declared lost: others
+        have what ran here, and a successor waits for the place.
+        """
         gc.collect()
         gc.freeze()  # what is loaded stays: no collection need look at it again
         self._threads.start(self._config.attention.cores)
@@ -271,6 +273,8 @@ class _Worker:
         drain_until_s: float | None = None
         while drain_until_s is None or (time.monotonic() < drain_until_s and not self._engine.scheduler.idle):
             now = time.monotonic()
+            if self._seat.membership.lost:
+                return
             if drain_until_s is None and self._stop.is_set():
                 drain_until_s = now + self._config.gateway.drain_s
                 self._book.draining = True

@@ -10,6 +10,7 @@ import msgspec
 
 from afd.cli.locate import add_locate_flags, locate
 from afd.errors import CoordinatorError
+from afd.log import printable
 from afd.messages.membership import ControlRequest, Forecast, MemberStatus, StatusReply
 
 NUM_EVENTS = 8
@@ -75,7 +76,7 @@ def status_text(reply: StatusReply, *, url: str = "") -> str:
     lines += _silent_experts(reply.members)
     if reply.events:
         lines += ["", *reply.events[-NUM_EVENTS:]]
-    return "\n".join(lines)
+    return printable("\n".join(lines), keep="\n")  # members' words are in it
 
 
 def _forecast(forecast: Forecast) -> str:

@@ -130,6 +130,11 @@ class Membership:
         with self._changed:
             return self._last_answer is not None and self._clock() - self._last_answer <= self._timing.alive_s
 
+    @property
+    def lost(self) -> bool:
+        with self._changed:
+            return self._error is not None
+
     def view(self) -> ClusterView | None:
         with self._changed:
             return self._view

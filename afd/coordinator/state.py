@@ -26,6 +26,7 @@ from afd.coordinator.members import ATTENTION, FFN, GATEWAY, ROLES, Entry, Heari
 from afd.coordinator.placement import expert_ranks
 from afd.coordinator.plan import Planner, PlanRules
 from afd.errors import CoordinatorError
+from afd.log import printable
 from afd.messages.membership import (
     ClusterView,
     ControlReply,
@@ -471,5 +472,6 @@ class CoordinatorState:
         return ", ".join(sorted(entry.name for entry in self._entries.values())) or "none"
 
     def _log(self, level: int, text: str) -> None:
+        text = printable(text)  # members' words are in it, and operators' terminals show it
         self._events.append(f"+{self._last_now - self._started:.1f}s {text}")
         self._actions.append(Log(level, text))

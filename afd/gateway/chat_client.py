@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +16,8 @@ import httpx
 HELP = "/reset forgets the conversation, /system TEXT sets the system prompt, /exit leaves; Ctrl-C stops an answer"
 CONNECT_TIMEOUT_S = 5.0
 READ_TIMEOUT_S = 120.0
+# What a model may not tell the terminal; spaces and joiners of all scripts may pass.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class ChatError(Exception):
@@ -130,11 +133,11 @@ def _answer(conversation: Conversation, text: str, out: TextIO) -> None:
             if num_pieces == 0:
                 first_at = time.perf_counter()
             num_pieces += 1
-            print(piece, end="", flush=True, file=out)
+            print(_CONTROL.sub(_escaped, piece), end="", flush=True, file=out)
     except KeyboardInterrupt:
         print("\n(stopped)", end="", file=out)
     except ChatError as error:
-        print(f"\nerror: {error}", end="", file=out)
+        print(f"\nerror: {_CONTROL.sub(_escaped, str(error))}", end="", file=out)
     print(file=out)
     if num_pieces > 1:
         per_piece_ms = (time.perf_counter() - first_at) / (num_pieces - 1) * 1e3
@@ -161,6 +164,10 @@ def _pieces(event: dict[str, Any]) -> Iterator[str]:
         content = choice.get("delta", {}).get("content")
         if content:
             yield content
+
+
+def _escaped(match: re.Match[str]) -> str:
+    return match[0].encode("unicode_escape").decode()
 
 
 def _error_text(response: httpx.Response) -> str:

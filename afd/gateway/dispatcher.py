@@ -29,14 +29,14 @@ from afd.messages.serving import (
 from afd.types import FinishReason
 
 SILENCE_S = 2.0  # a worker that says nothing for so long is lost (it reports at least every second)
-HOPE_S = 0.9  # queued sequences wait so long for any worker to serve (again): readiness flickers when members change
 LEASE_INTERVAL_S = 1.0
 LIVE_IDS_EVERY = 5  # every so many leases carry the list of live requests
 RESEND_INTERVAL_S = 0.25
 PROBE_S = 5.0  # a sequence without news for so long is asked after
 PROBE_INTERVAL_S = 1.0
 COOLING_MIN_S, COOLING_MAX_S = 0.05, 1.0
-MAX_ATTEMPTS = 5  # a request that takes so many workers down with it is not tried again
+PAUSE_S = 0.5  # between two ticks: this process stood still, and could hear nobody meanwhile
+MAX_LOSSES = 5  # a request that takes so many workers down with it is not tried again
 
 
 class WorkerError(AfdError):
@@ -57,6 +57,7 @@ class WorkerPort(Protocol):
 class DispatchLimits:
     """ttft_s: target of a first token; with `enforce` it is a deadline, else `request_timeout_s` is.
 
+    recovery_timeout_s: how long sequences wait for any worker to serve (again), lost ones for a successor.
     vocab_size: token ids from there on are none of the model's.
     """
 
@@ -65,7 +66,7 @@ class DispatchLimits:
     ttft_s: float = 5.0
     enforce: bool = False
     request_timeout_s: float = 600.0
-    migration_timeout_s: float = 60.0
+    recovery_timeout_s: float = 60.0
     vocab_size: int = 1 << 31
 
 
@@ -172,6 +173,7 @@ class Dispatcher:
         for key in [key for key in self.workers if key not in members]:
             gone = self.workers.pop(key)
             self._port.disconnect(key)
+            self.counters.workers_lost += not gone.lost
             self._abandon(gone, "it left the cluster", now)
         self._pump(now)
 
@@ -197,18 +199,21 @@ class Dispatcher:
         paused_s = 0.0 if self._ticked_at is None else now - self._ticked_at
         self._ticked_at = now
         for worker in list(self.workers.values()):
-            if worker.heard_at is not None and paused_s > 0.5:
+            if worker.heard_at is not None and paused_s > PAUSE_S:
                 worker.heard_at += paused_s  # this process stood still: nobody could be heard
             if now >= worker.lease_at:
                 self._send_lease(worker, now)
-            if worker.heard_at is not None and not worker.lost and now - worker.heard_at > SILENCE_S:
+            if worker.heard_at is not None and now - worker.heard_at > SILENCE_S:
+                self.counters.workers_lost += not worker.lost
                 worker.lost = True
-                self._tell_gone(worker)
-                self._abandon(worker, f"silent for {now - worker.heard_at:.1f} s", now)
+                if worker.active and self._may_serve_beside(worker.key):  # else they wait: it may only be paused
+                    self._port.send(worker.key, Abort(list(worker.active)))  # should it come back
+                    self._abandon(worker, f"silent for {now - worker.heard_at:.1f} s", now)
             worker.renew(now, COOLING_MIN_S)
-        if now - self._probed_at >= PROBE_INTERVAL_S:
+        lapsed = paused_s > self.limits.lease_s - LEASE_INTERVAL_S  # workers may have given up our sequences
+        if lapsed or now - self._probed_at >= PROBE_INTERVAL_S:
             self._probed_at = now
-            self._probe_silent(now)
+            self._probe_silent(now, 0.0 if lapsed else PROBE_S)
         self._pump(now)
 
     # --- internals --------------------------------------------------------------------------------------
@@ -254,7 +259,7 @@ class Dispatcher:
         worker.remove(sequence)
         detail = chunk.error or "the worker gave no reason"
         if chunk.retryable or chunk.finish is FinishReason.ABORT:
-            self._relocate(sequence, f"attention worker {worker.rank} gave up the request: {detail}", now, worker.key)
+            self._lose(sequence, f"attention worker {worker.rank} gave up the request: {detail}", now, worker.key)
             self._pump(now)
         else:
             self._fail(sequence, WorkerError(f"attention worker {worker.rank}: {detail}"))
@@ -269,7 +274,7 @@ class Dispatcher:
         if message.reason == "invalid":
             self._fail(sequence, RequestError(message.detail))
         elif message.reason == "unknown":  # the answer to a Resend: the Submit never arrived
-            self._relocate(sequence, f"attention worker {worker.rank} does not know the request", now)
+            self._relocate(sequence, now)
         else:
             worker.cool(now + min(max(message.retry_after_s, COOLING_MIN_S), COOLING_MAX_S))
             elsewhere = any(other.has_room(now) for other in self.workers.values())
@@ -299,7 +304,9 @@ class Dispatcher:
             rooms = [worker for worker in self.workers.values() if worker.has_room(now)]
             if not rooms:
                 return
-            choice = choose_worker([room for room in rooms if room.key != sequence.avoid_key], now)
+            if self._may_serve_beside(sequence.avoid_key):
+                rooms = [room for room in rooms if room.key != sequence.avoid_key]
+            choice = choose_worker(rooms, now)
             if choice is not None:
                 self._place(sequence, choice, now)
 
@@ -312,20 +319,24 @@ class Dispatcher:
         fresh = self.limits.enforce and sequence.attempt == 0
         self._port.send(worker.key, sequence.submit_message(max(0.001, sequence.deadline - now) if fresh else 0.0))
 
-    def _tell_gone(self, worker: Worker) -> None:
-        """Should a silent worker come back, it need not finish what others have taken over."""
-        if worker.active:
-            self._port.send(worker.key, Abort(list(worker.active)))
-
     def _abandon(self, worker: Worker, why: str, now: float) -> None:
         """A worker is lost: its sequences go elsewhere, or end."""
-        self.counters.workers_lost += 1
         for sequence in list(worker.active.values()):
             worker.remove(sequence)
-            self._relocate(sequence, f"attention worker {worker.rank} was lost ({why})", now, worker.key)
+            self._lose(sequence, f"attention worker {worker.rank} was lost ({why})", now, worker.key)
 
-    def _relocate(self, sequence: Sequence, why: str, now: float, avoid_key: str = "") -> None:
-        """Run the rest of a sequence somewhere else: same seed, prompt and output so far, next attempt."""
+    def _lose(self, sequence: Sequence, why: str, now: float, avoid_key: str) -> None:
+        """The worker that ran a sequence is gone or has failed it."""
+        sequence.num_losses += 1
+        sequence.why_lost = why
+        if sequence.num_losses >= MAX_LOSSES:
+            self._fail(sequence, PeerLostError(f"{why}; given up after {MAX_LOSSES} attempts"))
+            return
+        sequence.avoid_key = avoid_key
+        self._relocate(sequence, now)
+
+    def _relocate(self, sequence: Sequence, now: float) -> None:
+        """Run the rest of a sequence somewhere: same seed, prompt and output so far, next attempt."""
         sequence.worker_key = ""
         num_done = len(sequence.output_ids)
         if num_done >= sequence.sampling.max_tokens:  # only the word that it is finished was lost
@@ -334,31 +345,28 @@ class Dispatcher:
             assert isinstance(delta, Delta)
             sequence.sink.push(sequence, delta, now)
             return
-        if not any(worker.may_serve for worker in self.workers.values() if worker.key != avoid_key):
-            self._fail(sequence, PeerLostError(f"{why}, and no other worker can take over"))
-        elif sequence.attempt + 1 >= MAX_ATTEMPTS:
-            self._fail(sequence, PeerLostError(f"{why}; given up after {MAX_ATTEMPTS} attempts"))
-        else:
-            sequence.attempt += 1
-            sequence.avoid_key = avoid_key
-            sequence.deadline = now + self.limits.migration_timeout_s
-            self.counters.migrated += 1
-            self.queue.push(sequence)
+        sequence.attempt += 1
+        sequence.deadline = now + self.limits.recovery_timeout_s
+        self.counters.migrated += 1
+        self.queue.push(sequence)
+
+    def _may_serve_beside(self, key: str) -> bool:
+        """Another worker than that one can be waited for."""
+        return any(worker.may_serve for worker in self.workers.values() if worker.key != key)
 
     def _is_hopeless(self, now: float) -> bool:
-        """No worker can take what is queued, now or soon."""
+        """No worker has served for so long that what is queued need not wait any longer."""
         if any(worker.serving for worker in self.workers.values()):
             self._hopeless_since = None
             return False
         if self._hopeless_since is None:
             self._hopeless_since = now
-        waited_s = now - self._hopeless_since
-        return waited_s >= HOPE_S or not any(worker.may_serve for worker in self.workers.values())
+        return now - self._hopeless_since >= self.limits.recovery_timeout_s
 
-    def _probe_silent(self, now: float) -> None:
+    def _probe_silent(self, now: float, patience_s: float) -> None:
         for worker in self.workers.values():
             for sequence in worker.active.values():
-                if now - sequence.heard_at >= PROBE_S:
+                if now - sequence.heard_at >= patience_s:
                     sequence.heard_at = now
                     self._ask_again(worker, sequence, now)
 
@@ -374,7 +382,8 @@ class Dispatcher:
 
     def _expire(self, sequence: Sequence, now: float) -> None:
         if sequence.attempt > 0:
-            self._fail(sequence, PeerLostError("no worker had room to take the request over in time"))
+            why = sequence.why_lost or "its worker forgot the request"
+            self._fail(sequence, PeerLostError(f"{why}, and no worker could take it over in time"))
         else:
             self.counters.rejected_ttft += 1
             wait_s = max(1.0, predicted_wait_s(self._serving_reports(), len(self.queue)))

@@ -87,6 +87,8 @@ class Sequence:
         self._stop = stop
         self._own_stop_ids = frozenset(own_stop_ids)
         self.attempt = 0
+        self.num_losses = 0  # workers that were lost with it, or failed it
+        self.why_lost = ""  # the last of them
         self.output_ids: list[int] = []
         self.cached_tokens = 0
         self.num_preempted = 0

@@ -239,6 +239,6 @@ def _limits(config: ClusterConfig, model: ServedModel) -> DispatchLimits:
         ttft_s=config.sla.ttft_ms / 1e3,
         enforce=config.sla.policy == "enforce",
         request_timeout_s=config.gateway.request_timeout_s,
-        migration_timeout_s=config.cluster.recovery_timeout_s,
+        recovery_timeout_s=config.cluster.recovery_timeout_s,
         vocab_size=model.vocab_size,
     )

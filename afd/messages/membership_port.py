@@ -48,6 +48,11 @@ class MembershipLike(Protocol):
         """True while heartbeats are answered. False changes nothing on the data plane: the last view stays valid."""
         ...
 
+    @property
+    def lost(self) -> bool:
+        """True once the cluster does not want this process any more: it ends without a drain."""
+        ...
+
     def view(self) -> ClusterView | None:
         """The newest view; None before the first registration succeeded."""
         ...

@@ -18,26 +18,41 @@ _RETRY_S = 0.1
 class RendezvousClient:
     """Connected from construction to close; waits up to `timeout_s` for a server that is not there yet.
 
-    Raises TransportError when nobody answers in time, ProtocolError when the other end holds another secret.
+    Raises TransportError when nobody answers in time, ProtocolError when the other end holds another secret, or closes
+    every connection until then (it does that to strangers, and where there are too many of them).
     """
 
     def __init__(self, host: str, port: int, secret: bytes, who: str, timeout_s: float) -> None:
         self._who = who
         deadline = time.monotonic() + timeout_s
-        nonce = secrets.token_bytes(wire.NONCE_BYTES)
-        self._sock = _connect(host, port, deadline)
-        try:
-            self._sock.sendall(wire.hello(secret, nonce))
-            answer = self._receive_exactly(wire.WELCOME_BYTES)
-            server_nonce = wire.check_welcome(secret, nonce, answer)
-        except OSError as error:
-            self.close()
-            raise TransportError(f"rendezvous at {host}:{port}: {error}") from error
-        except ProtocolError:
-            self.close()
-            raise
-        self._codec = wire.FrameCodec(secret, nonce, server_nonce, is_client=True)
+        while True:
+            self._sock = _connect(host, port, deadline)
+            try:
+                self._codec = self._enter(secret)
+                break
+            except OSError as error:
+                self.close()
+                if not isinstance(error, ConnectionError):
+                    raise TransportError(f"rendezvous at {host}:{port}: {error}") from error
+                if time.monotonic() + _RETRY_S >= deadline:
+                    reason = f"another secret, or another participant called {who}?"
+                    raise ProtocolError(f"the rendezvous closes the connection ({reason})") from error
+            except ProtocolError:
+                self.close()
+                raise
+            time.sleep(_RETRY_S)
         self._sock.setblocking(False)
+
+    def _enter(self, secret: bytes) -> wire.FrameCodec:
+        """Both ends prove themselves, and the server knows who this is. OSError, ProtocolError."""
+        nonce = secrets.token_bytes(wire.NONCE_BYTES)
+        self._sock.sendall(wire.hello(secret, nonce))
+        server_nonce = wire.check_welcome(secret, nonce, self._receive_exactly(wire.WELCOME_BYTES))
+        codec = wire.FrameCodec(secret, nonce, server_nonce, is_client=True)
+        self._sock.sendall(codec.encode({"who": self._who}))
+        while not codec.decode(self._receive_exactly(1)):
+            pass
+        return codec
 
     def __enter__(self) -> RendezvousClient:
         return self
@@ -111,7 +126,7 @@ class RendezvousClient:
         while len(data) < num_bytes:
             got = self._sock.recv(num_bytes - len(data))
             if not got:
-                raise ProtocolError("the rendezvous closed the connection (another secret?)")
+                raise ConnectionAbortedError("the rendezvous closed the connection")
             data += got
         return bytes(data)
 

@@ -24,7 +24,8 @@ log = logging.getLogger("stepmesh")
 
 _MAX_CONNECTIONS = 1024
 _MAX_OPEN_GATHERINGS = 1024
-_HELLO_LIMIT_S = 5.0
+_MAX_STRANGERS = 64  # who have not sent a signed frame yet; the one who waits longest makes room
+_STRANGER_LIMIT_S = 5.0
 _MAX_BACKLOG_BYTES = 64 << 20
 
 
@@ -129,17 +130,17 @@ class RendezvousServer:
 
     def _run(self) -> None:
         while True:
-            for key, mask in self._selector.select(_HELLO_LIMIT_S):
+            for key, mask in self._selector.select(_STRANGER_LIMIT_S):
                 if key.fd == self._stop_fd:
                     return
                 if key.fileobj is self._listener:
                     self._accept()
                 elif isinstance(key.fileobj, socket.socket):
                     self._serve(key.fileobj, mask)
-            limit = time.monotonic() - _HELLO_LIMIT_S
+            limit = time.monotonic() - _STRANGER_LIMIT_S
             for sock, connection in list(self._connections.items()):
-                if connection.codec is None and connection.since < limit:
-                    self._drop(sock, "no hello in time")
+                if connection.name is None and connection.since < limit:
+                    self._drop(sock, "it did not say in time who it is")
 
     def _accept(self) -> None:
         try:
@@ -148,6 +149,9 @@ class RendezvousServer:
             log.warning("rendezvous cannot accept a connection: %s", error.strerror)
             time.sleep(0.05)  # out of descriptors: trying again at once would only spin
             return
+        strangers = [other for other, connection in self._connections.items() if connection.name is None]
+        if len(strangers) >= _MAX_STRANGERS:
+            self._drop(strangers[0], "too many have not said who they are")
         if len(self._connections) >= _MAX_CONNECTIONS:
             sock.close()
             return
@@ -189,7 +193,8 @@ class RendezvousServer:
 
     def _heed(self, connection: _Connection, message: dict[str, Any]) -> None:
         try:
-            who, name, size = str(message["who"]), str(message["name"]), int(message["size"])
+            who = str(message["who"])
+            name, size = (str(message["name"]), int(message["size"])) if connection.name is not None else ("", 0)
         except (KeyError, TypeError, ValueError) as error:
             raise ProtocolError(f"a rendezvous message lacks a field: {error!r}") from None
         if connection.name is None:
@@ -200,7 +205,9 @@ class RendezvousServer:
             with self._changed:
                 self._num_come += 1
                 self._changed.notify_all()
-        elif connection.name != who:
+            self._tell([Answer(who, {"present": who})])
+            return
+        if connection.name != who:
             raise ProtocolError(f"{connection.name} suddenly calls itself {who}")
         self._tell(self._gatherings.come(who, name, size, message.get("payload")))
 

@@ -6,7 +6,8 @@
     frames   u32 length, mac, JSON         <->   macs under a key of this session, over direction, number and body
 
 Nothing but the fixed-size HELLO is parsed before the sender has proved the secret; a frame cannot be replayed, moved
-or reflected.
+or reflected. A HELLO can, so it proves little: a client is no stranger any more with its first frame, which says who it
+is and is answered.
 """
 
 from __future__ import annotations

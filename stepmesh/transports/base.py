@@ -160,6 +160,7 @@ class Wakeups:
 
     accepted: list[Link] = field(default_factory=list)
     readable: list[Link] = field(default_factory=list)
+    num_turned_away: int = 0  # connections closed because they were nobody's
     external: bool = False  # wake() was called, or a watched descriptor is readable
 
 

@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 from stepmesh.config import MeshConfig
 from stepmesh.errors import ConfigError, TransportError
+from stepmesh.repeats import Repeats
 from stepmesh.transports.base import Channel, ChannelSpec, Fabric, Link, Wakeups
 from stepmesh.transports.shm import ShmChannel, unsupported_reason
 from stepmesh.transports.sockets import SocketLink, dial_tcp, dial_unix, listen_tcp, listen_unix
@@ -59,6 +60,7 @@ class HostFabric(Fabric):
         self._newcomers: dict[int, _Newcomer] = {}
         self._awaiting_data: list[TcpChannel] = []
         self._periodic: list[_Periodic] = []
+        self._repeats = Repeats()
         self._open = True
         self._open_lock = threading.Lock()  # wake() may come from any thread while the main thread closes
         try:
@@ -250,8 +252,15 @@ class HostFabric(Fabric):
                     channel.adopt(sock)
                     self._ring()  # the mesh looks whether a handshake can be completed
                     return
-            log.warning("%s: closed a data connection that belongs to no session", self._config.id)
-            sock.close()
+            wakeups.num_turned_away += 1
+            self._turn_away(sock)
+
+    def _turn_away(self, sock: socket.socket) -> None:
+        """A data connection whose token is nobody's: a stranger's, or one that comes too late."""
+        reason = "a data connection that belongs to no session"
+        level = logging.WARNING if self._repeats.is_news("", reason, self.now()) else logging.DEBUG
+        log.log(level, "%s: closed %s", self._config.id, reason)
+        sock.close()
 
     def _forget(self, newcomer: _Newcomer) -> socket.socket:
         del self._newcomers[newcomer.sock.fileno()]

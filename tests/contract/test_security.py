@@ -263,6 +263,22 @@ def test_a_data_connection_needs_the_sessions_token(world: World) -> None:
     world.exchange(A0, [F0], make_parts(2))
 
 
+@over_tcp
+def test_many_data_connections_of_nobody_are_counted_and_do_not_fill_the_log(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    world.build(1, 1)
+    address = world.meshes[F0].address
+    for _ in range(100):
+        sock = socket.create_connection((address.host, address.port))
+        sock.setblocking(False)
+        sock.send(ATTACH_MAGIC + bytes(32))
+        gets_nothing_but_a_close(world, sock)
+    lines = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert len(lines) == 1 and "belongs to no session" in lines[0].getMessage()
+    assert world.meshes[F0].stats()["turned_away"] == 100
+
+
 def test_handshake_error_says_whether_to_retry() -> None:
     assert HandshakeError("x").retryable
     assert not HandshakeError("x", retryable=False).retryable

@@ -83,6 +83,9 @@ def _up(arguments: list[str], env: dict[str, str], output: DupFd) -> None:
     os.dup2(fd, 1)
     os.dup2(fd, 2)
     os.close(fd)
+    # What they were before may have been a file, and these objects would still take them for one.
+    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", encoding="utf-8", buffering=1, closefd=False)  # noqa: SIM115
     os.environ.clear()
     os.environ.update(env)
     supervisor.Spawned = _fork

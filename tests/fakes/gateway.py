@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 
-from afd.config import ClusterConfig, GatewayConfig, SlaConfig
+from afd.config import ClusterConfig, GatewayConfig, SlaConfig, TopologyConfig
 from afd.gateway.api_keys import ApiKeys
 from afd.gateway.app import build_app
 from afd.gateway.serve import run_gateway
@@ -66,9 +66,14 @@ async def gateway(
     keys: Sequence[str] = (),
     limits: dict[str, Any] | None = None,
     sla: dict[str, Any] | None = None,
+    recovery_timeout_s: float = 60.0,
 ) -> AsyncIterator[Rig]:
     """The application in this loop, called without a socket; ready on entry."""
-    config = ClusterConfig(gateway=GatewayConfig(port=0, **(limits or {})), sla=SlaConfig(**(sla or {})))
+    config = ClusterConfig(
+        cluster=TopologyConfig(recovery_timeout_s=recovery_timeout_s),
+        gateway=GatewayConfig(port=0, **(limits or {})),
+        sla=SlaConfig(**(sla or {})),
+    )
     membership = FakeMembership()
     workers = [FakeWorker(SECRET, rank) for rank in range(num_workers)]
     service = GatewayService(config, model or text_model(), membership, SECRET)  # type: ignore[arg-type]

@@ -50,6 +50,15 @@ async def test_a_conversation():
 
 
 @async_test
+async def test_an_answer_cannot_speak_to_the_terminal():
+    async with served_gateway(MODEL) as rig:
+        rig.worker.script = saying(MODEL, "a\tb\nc\x1b]0;title\x07\x9b2J\r日本")
+        code, printed = await chat(rig.url, ["hi"])
+    assert code == 0
+    assert "a\tb\nc\\x1b]0;title\\x07\\x9b2J\\r日本" in printed
+
+
+@async_test
 async def test_errors_are_shown_and_the_talk_goes_on():
     async with served_gateway(MODEL) as rig:
         rig.worker.script = saying(MODEL, "fine")

@@ -38,8 +38,8 @@ async def tokens_arrived(rig, count):
 
 
 @async_test
-async def test_a_lost_worker_mid_stream_is_an_error_event():
-    async with gateway(MODEL) as rig:
+async def test_a_lost_worker_without_a_successor_is_an_error_event():
+    async with gateway(MODEL, recovery_timeout_s=0.2) as rig:
         rig.worker.hold()
         (request,) = start(rig)
         await rig.worker.wait_submits()
@@ -57,7 +57,7 @@ async def test_a_lost_worker_mid_stream_is_an_error_event():
 
 @async_test
 async def test_a_lost_worker_before_the_first_token_is_a_503():
-    async with gateway(MODEL) as rig:
+    async with gateway(MODEL, recovery_timeout_s=0.2) as rig:
         rig.worker.hold()
         requests = start(rig) + start(rig, stream=False)
         await rig.worker.wait_submits(2)
@@ -109,7 +109,7 @@ async def test_a_silent_worker_is_given_up_within_three_seconds():
 
 
 @async_test
-async def test_the_only_worker_silent_ends_the_stream_within_three_seconds():
+async def test_the_only_worker_silent_is_waited_for():
     async with gateway(MODEL) as rig:
         rig.worker.hold()
         (request,) = start(rig)
@@ -117,10 +117,15 @@ async def test_the_only_worker_silent_ends_the_stream_within_three_seconds():
         rig.worker.allow(1)
         await tokens_arrived(rig, 1)
         rig.worker.mute = True
-        async with asyncio.timeout(3):
+        async with asyncio.timeout(10):
+            while (await rig.client.get("/readyz")).status_code == 200:
+                await asyncio.sleep(0.05)
+        assert not request.done()
+        rig.worker.mute = False
+        rig.worker.run_freely()
+        async with asyncio.timeout(20):
             stream = events((await request).text)
-        assert (await rig.client.get("/readyz")).status_code == 503
-    assert "silent" in error_of(stream)["message"]
+    assert text_of(stream) == expected_text([1, 2], 8)
 
 
 @async_test

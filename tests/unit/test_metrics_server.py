@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 
 import pytest
 from prometheus_client import Gauge
 
 from afd.errors import ConfigError
-from afd.metrics import MetricsServer, process_registry
+from afd.metrics import MAX_CONNECTIONS, MetricsServer, process_registry
 
 WAIT_S = 10.0
+KUBELET_WAITS_S = 5.0  # for a liveness probe of the chart
 
 
 class Probe:
@@ -34,7 +37,12 @@ def probe() -> Probe:
 def server(probe: Probe) -> Iterator[MetricsServer]:
     registry = process_registry("ffn")
     Gauge("afd_answer", "For the test", registry=registry).set(42)
-    server = MetricsServer("127.0.0.1", 0, registry, probe)
+
+    def endless(query: Mapping[str, str]) -> Iterator[bytes]:
+        while True:
+            yield b"x" * (1 << 16)
+
+    server = MetricsServer("127.0.0.1", 0, registry, probe, {"/endless": endless})
     yield server
     server.close()
 
@@ -75,6 +83,62 @@ def test_a_silent_client_does_not_hold_the_thread_for_ever(server: MetricsServer
     host, _, port = server.address.rpartition(":")
     with socket.create_connection((host, int(port)), timeout=WAIT_S):
         assert get(server, "/livez")[0] == 200
+
+
+@contextmanager
+def slow_clients(server: MetricsServer, count: int, say: bytes) -> Iterator[list[socket.socket]]:
+    host, _, port = server.address.rpartition(":")
+    with ExitStack() as stack:
+        clients = []
+        for _ in range(count):
+            client = stack.enter_context(socket.create_connection((host, int(port)), timeout=WAIT_S))
+            with suppress(OSError):  # it was put out already
+                client.sendall(say)
+            clients.append(client)
+        yield clients
+
+
+@pytest.mark.parametrize("say", [b"", b"GET /livez HTTP/1.0\r\nX: ", b"GET /endless HTTP/1.0\r\n\r\n"])
+@pytest.mark.parametrize("count", [1, 3 * MAX_CONNECTIONS])
+def test_probes_are_answered_while_others_are_slow(server: MetricsServer, count: int, say: bytes) -> None:
+    """However many they are, whether they say nothing, half a request, or do not read a long answer."""
+    with slow_clients(server, count, say):
+        for _ in range(20):
+            begun = time.monotonic()
+            assert get(server, "/livez") == (200, "ok\n")
+            assert time.monotonic() - begun < KUBELET_WAITS_S, "it waited for the others"
+
+
+def test_a_request_that_comes_byte_by_byte_has_one_deadline(server: MetricsServer) -> None:
+    """From the connection to its last byte, however alive it looks meanwhile; so does the next one over it."""
+    with slow_clients(server, 1, b"GET /livez HTTP/1.0\r\nX: ") as [client]:
+        begun = time.monotonic()
+        client.settimeout(0.1)
+        while time.monotonic() - begun < WAIT_S:
+            try:
+                client.sendall(b"x")
+                if not client.recv(1):
+                    break
+            except TimeoutError:
+                continue
+            except OSError:
+                break
+        assert time.monotonic() - begun < WAIT_S
+    with slow_clients(server, 1, b"GET /livez HTTP/1.0\r\nConnection: keep-alive\r\n\r\n") as [client]:
+        answer = b""
+        while data := client.recv(4096):
+            answer += data
+        assert answer.startswith(b"HTTP/1.0 200")
+
+
+def test_a_number_of_threads_that_strangers_cannot_raise(server: MetricsServer) -> None:
+    before = threading.active_count()
+    with slow_clients(server, 4 * MAX_CONNECTIONS, b"GET "):
+        assert get(server, "/livez")[0] == 200
+        until = time.monotonic() + WAIT_S
+        while threading.active_count() > before + MAX_CONNECTIONS and time.monotonic() < until:
+            time.sleep(0.01)
+        assert threading.active_count() <= before + MAX_CONNECTIONS
 
 
 def test_a_port_in_use_is_named(server: MetricsServer) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from afd.coordinator.state import Lost, Stop
+from afd.messages.membership import PairReport
 from tests.unit.coordinator.scenario import BEAT_S, TIMING, formed
 
 
@@ -231,6 +232,17 @@ def test_status_has_every_member_with_what_it_said() -> None:
     ]
     assert status.members[0].stats == {"running": 3.0}
     assert status.members[0].age_s == 0.5
+
+
+def test_what_members_and_operators_say_is_plain_text_in_the_events() -> None:
+    scenario = formed("1A1F")
+    scenario.control("note", "look\x1b[31m here\x9b\nand there")
+    scenario.report("a0", "ffn/0")
+    scenario.sync("a0", pairs=[PairReport("ffn/0", broken=True, reason="\x1b]0;x\x07")])
+    scenario.wait(TIMING.lost_after_s + 2 * BEAT_S)
+    assert "x1b]0;x" in scenario.log()
+    for line in scenario.log().split("\n"):
+        assert line.isprintable()
 
 
 def test_the_event_history_is_bounded() -> None:

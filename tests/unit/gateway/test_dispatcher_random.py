@@ -23,7 +23,7 @@ class World:
 
     def __init__(self, seed):
         self.rng = random.Random(seed)
-        self.scene = Scene("abc", max_queue=50, migration_timeout_s=20.0, request_timeout_s=60.0)
+        self.scene = Scene("abc", max_queue=50, recovery_timeout_s=20.0, request_timeout_s=60.0)
         self.runs = {name: {} for name in "abc"}  # worker -> req_id -> (submit, tokens so far)
         self.muted_until = dict.fromkeys("abc", 0.0)
         self.requests = []

@@ -66,7 +66,7 @@ def test_the_only_attention_workers_requests_are_lost(detail):
         settings("1A1F", TIMES, detail=detail, failures=fail("attention:0@0.5", topology="1A1F")), poisson(240)
     ).run()
     assert report.lost and ended(report) == 240
-    assert "no other worker can take over" in " ".join(report.lost)
+    assert "no worker could take it over in time" in " ".join(report.lost)
     assert report.refused["not_ready"] > 0, "who comes when it is known to be gone"
 
 

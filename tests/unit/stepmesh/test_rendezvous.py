@@ -20,6 +20,7 @@ from tests.contract.world import Holdings
 
 SECRET = b"a cluster secret"
 LIMIT_S = 20.0
+SOON_S = 0.3
 
 
 @pytest.fixture
@@ -107,13 +108,58 @@ def test_contradictions_are_told_to_who_makes_them(server: RendezvousServer) -> 
             a.gather("x", 2, timeout_s=0.02)
         with pytest.raises(TransportError, match="b expects 3 participants, others 2"):
             b.gather("x", 3, timeout_s=LIMIT_S)
-        with client(server, "a") as double, pytest.raises(TransportError, match="closed the connection"):
-            double.gather("x", 2, timeout_s=LIMIT_S)
+        with pytest.raises(ProtocolError, match="another participant called a"):
+            RendezvousClient(*server.address, SECRET, "a", SOON_S)
 
 
 def test_another_secret_gets_nowhere(server: RendezvousServer) -> None:
     with pytest.raises(ProtocolError, match="another secret"):
-        client(server, "a", b"another secret!!")
+        RendezvousClient(*server.address, b"another secret!!", "a", SOON_S)
+
+
+@pytest.mark.parametrize("say", [b"", wire.hello(SECRET, bytes(range(32)))], ids=["idle", "replayed"])
+def test_strangers_do_not_keep_participants_out(server: RendezvousServer, say: bytes) -> None:
+    """More of them than there are places, and again and again; a hello that was seen on the wire makes nobody known."""
+    with client(server, "early") as early, contextlib.ExitStack() as strangers:
+        for round_number in range(3):
+            for _ in range(100):
+                sock = strangers.enter_context(socket.create_connection(server.address, timeout=LIMIT_S))
+                sock.sendall(say)
+            name = f"late {round_number}"
+            with client(server, name) as late:
+                both = together(*(partial(one.gather, name, 2, timeout_s=LIMIT_S) for one in (early, late)))
+                assert both[0] == {"early": None, name: None}
+
+
+def test_one_that_only_repeats_a_hello_is_dropped_in_time(
+    server: RendezvousServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stepmesh.rendezvous.server._STRANGER_LIMIT_S", SOON_S)
+    with socket.create_connection(server.address, timeout=LIMIT_S) as stranger:
+        stranger.sendall(wire.hello(SECRET, bytes(32)))
+        while stranger.recv(1000):
+            pass
+
+
+def test_a_participant_that_is_put_out_as_a_stranger_comes_again() -> None:
+    """A close before it is known is not an answer: it has its whole time to get in."""
+    with socket.create_server(("127.0.0.1", 0)) as shut:
+        address = shut.getsockname()
+
+        def put_out_once() -> None:
+            shut.accept()[0].close()
+            shut.close()
+            servers.append(RendezvousServer(*address, SECRET))
+
+        servers: list[RendezvousServer] = []
+        thread = threading.Thread(target=put_out_once)
+        thread.start()
+        try:
+            RendezvousClient(*address, SECRET, "a", LIMIT_S).close()
+        finally:
+            thread.join()
+            for server in servers:
+                server.close()
 
 
 def test_a_stranger_hears_nothing_but_a_close(server: RendezvousServer) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from afd import metrics
 from afd.events import CHUNK_STAGES, Stage, StageBlock, TraceHeader, TracePage, TraceRing
-from afd.metrics import MAX_PINGS, MetricsServer, process_registry
+from afd.metrics import MAX_REQUESTS, MetricsServer, process_registry
 
 WAIT_S = 10.0
 
@@ -106,7 +106,7 @@ def test_the_clock_answers_many_times_over_one_connection_but_not_for_ever(serve
     connection = connected(server)
     try:
         readings = []
-        for _ in range(MAX_PINGS):
+        for _ in range(MAX_REQUESTS):
             connection.request("GET", "/clock")
             response = connection.getresponse()
             readings.append(json.loads(response.read())["perf_counter_s"])
@@ -134,11 +134,11 @@ def test_the_trace_is_served_and_wrong_queries_are_not(server):
 
 
 def test_a_slow_reader_is_cut_off(server, monkeypatch):
-    monkeypatch.setattr(metrics, "PAGE_TIMEOUT_S", 0.0)
+    monkeypatch.setattr(metrics, "ANSWER_TIMEOUT_S", 0.2)
     connection = connected(server)
     try:
         connection.request("GET", "/endless")
-        assert len(connection.getresponse().read()) == 1 << 20
+        assert connection.getresponse().read()  # to an end, though the page has none
     finally:
         connection.close()
 

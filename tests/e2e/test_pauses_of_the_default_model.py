@@ -1,0 +1,20 @@
+"""The whole table: the default model, each role, pauses of 4 and 10 s (one of the long demonstrations)."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.e2e.conftest import SMOLLM2
+from tests.e2e.local_cluster import LocalCluster
+from tests.e2e.pauses import check_pause
+
+NUM_TOKENS = 120
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("topology", ["1A1F", "2A1F"])
+@pytest.mark.parametrize("pause_s", [4.0, 10.0])
+def test_every_stream_ends_complete_and_right(topology, pause_s, tmp_path, reference):
+    with LocalCluster(tmp_path, "--dtype", "float32", "--topology", topology) as cluster:
+        for role in ("gateway", "coordinator", "attention", "ffn"):
+            check_pause(cluster, reference, SMOLLM2, role, pause_s, NUM_TOKENS)
