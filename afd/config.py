@@ -17,7 +17,7 @@ from afd.errors import ConfigError
 from afd.types import DispatchMode, FfnParallel, Topology
 
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
-Positive = Annotated[float, msgspec.Meta(gt=0)]
+Positive = Annotated[float, msgspec.Meta(gt=0, le=1e9)]  # finite: clocks and waits must take it
 PositiveInt = Annotated[int, msgspec.Meta(ge=1)]
 NonNegativeInt = Annotated[int, msgspec.Meta(ge=0)]
 WILDCARD_HOSTS = frozenset({"0.0.0.0", "::", "[::]", "*"})

@@ -18,6 +18,8 @@ from afd.secrets import zmq_keypair
 SocketT = TypeVar("SocketT", bound="zmq.Socket[Any]")
 
 MAX_MESSAGE_BYTES = 64 << 20
+MESSAGE_BASE_BYTES = 256 << 10  # all of a request but its tokens; a lease's list of live requests
+TOKEN_BYTES = 5  # a token id in msgpack
 QUEUE_MESSAGES = 65_536  # per connection; a ROUTER that is full drops, and the gateway asks again (Resend)
 HANDSHAKE_TIMEOUT_MS = 5_000
 HEARTBEAT_MS = 1_000
@@ -34,14 +36,16 @@ def _set_limits(socket: zmq.Socket[Any]) -> None:
     socket.heartbeat_timeout = HEARTBEAT_TIMEOUT_MS
 
 
-def server_socket(ctx: zmq.Context[SocketT], secret: bytes) -> SocketT:
+def server_socket(ctx: zmq.Context[SocketT], secret: bytes, max_context: int) -> SocketT:
     """An attention worker's ROUTER, not bound yet. Frames: [gateway identity, message].
 
+    max_context: tokens of the longest sequence; bounds a message, and so what a stranger's handshake can hold.
     A gateway that reconnects under its own identity takes over its old connection.
     """
     keys = zmq_keypair(secret, "worker")
     socket = ctx.socket(zmq.ROUTER)
     _set_limits(socket)
+    socket.maxmsgsize = min(MAX_MESSAGE_BYTES, MESSAGE_BASE_BYTES + TOKEN_BYTES * max_context)
     socket.curve_server = True
     socket.curve_publickey = keys.public
     socket.curve_secretkey = keys.secret

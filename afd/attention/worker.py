@@ -119,7 +119,7 @@ class _Worker:
         registry = process_registry("attention")
         pages = {"/trace": self._trace}
         self._server = MetricsServer(section.host, section.metrics_port, registry, self._ready, pages)
-        socket = server_socket(self._context, secret)
+        socket = server_socket(self._context, secret, spec.max_context)
         try:
             endpoint = f"tcp://{section.host}:{section.port or '*'}"
             socket.bind(endpoint)

@@ -99,3 +99,10 @@ def test_the_printed_toml_gives_the_same_configuration(tmp_path: Path) -> None:
     text = config_toml(config)
     assert tomllib.loads(text) == config_to_toml_dict(config)
     assert resolve_config(write(tmp_path, text), {}) == config
+
+
+@pytest.mark.parametrize("value", [float("inf"), 1e30, float("nan")])
+@pytest.mark.parametrize("key", ["coordinator.lost_after_s", "gateway.request_timeout_s", "cluster.recovery_timeout_s"])
+def test_times_that_no_clock_can_hold_are_refused_by_name(key: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=key):
+        resolve_config(None, {key: value})

@@ -16,7 +16,7 @@ class Wiring:
     def __init__(self):
         self.ctx = zmq.Context()
         self.sockets = []
-        self.server = self.keep(server_socket(self.ctx, SECRET))
+        self.server = self.keep(server_socket(self.ctx, SECRET, 8192))
         self.server_events = self.keep(self.server.get_monitor_socket())
         self.endpoint = f"tcp://127.0.0.1:{self.server.bind_to_random_port('tcp://127.0.0.1')}"
 
@@ -94,3 +94,8 @@ def test_a_gateway_that_reconnects_takes_its_place_over(wiring):
     wiring.server.send_multipart([b"gateway-1", b"answer"])
     assert second.poll(5000)
     assert second.recv() == b"answer"
+
+
+def test_a_message_is_bounded_by_the_context(wiring):
+    """What a connection may make the worker hold, before it has proved anything too."""
+    assert wiring.server.maxmsgsize < 400 << 10
