@@ -234,7 +234,7 @@ def resolve_config(file: str | None, overrides: dict[str, Any]) -> ClusterConfig
             tree = tomllib.loads(Path(file).read_text(encoding="utf-8"))
         except OSError as error:
             raise ConfigError(f"cannot read config file {file}: {error.strerror}") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ConfigError(f"config file {file} is not valid TOML: {error}") from error
     for path, value in overrides.items():
         section, key = path.split(".")

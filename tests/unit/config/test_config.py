@@ -106,3 +106,10 @@ def test_the_printed_toml_gives_the_same_configuration(tmp_path: Path) -> None:
 def test_times_that_no_clock_can_hold_are_refused_by_name(key: str, value: float) -> None:
     with pytest.raises(ConfigError, match=key):
         resolve_config(None, {key: value})
+
+
+def test_a_file_nested_without_end_is_one_clear_line(tmp_path: Path) -> None:
+    path = tmp_path / "deep.toml"
+    path.write_text("a = " + "[" * 100_000)
+    with pytest.raises(ConfigError, match="is not valid TOML"):
+        resolve_config(str(path), {})
