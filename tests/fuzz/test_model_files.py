@@ -157,7 +157,7 @@ _MUTATORS: dict[str, Callable[[random.Random, bytes], bytes]] = {
 
 
 def test_mutated_model_files(models: list[Path], tmp_path: Path) -> None:
-    num_cases = volume(20_000, 400)
+    num_cases = volume(10_000, 400)
     rng = generator("model files", num_cases)
     copies = [
         Path(shutil.copytree(m, tmp_path / m.name) if m.is_dir() else shutil.copy(m, tmp_path / m.name)) for m in models
