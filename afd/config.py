@@ -118,7 +118,7 @@ class AttentionConfig(Listener, frozen=True):
 
     streams: Annotated[int, msgspec.Meta(ge=0, le=4)] = 0
     max_step_tokens: PositiveInt = 256
-    min_chunk_tokens: PositiveInt = 64
+    min_chunk_tokens: PositiveInt = 8
     max_num_seqs: PositiveInt = 256
     max_waiting: PositiveInt = 1024
     block_size: Literal[8, 16, 32, 64] = 32

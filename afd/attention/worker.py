@@ -43,7 +43,8 @@ from afd.model.loading import ModelFolder, load_attention_half, load_ffn_half, r
 from afd.model.sharding import ShardSpec
 from afd.model.threads import ThreadShare, alone_ratio
 from afd.sched.latency import LatencyModel
-from afd.sched.policy import Admission, PrefillBudget
+from afd.sched.policy import Admission
+from afd.sched.prefill import PrefillBudget
 from afd.sched.scheduler import Scheduler, SchedulerConfig
 from afd.sched.streams import StreamChooser
 from afd.seat import IDLE_S, TURN_S, Seat, take_seat
@@ -152,7 +153,11 @@ class _Worker:
         if section.streams == 0 and not config.topology.mono:  # one process gains nothing from streams
             self._chooser = StreamChooser(self._latency)
         self._admission = Admission(
-            self._engine.scheduler, self._latency, policy=config.sla.policy, tpot_s=config.sla.tpot_ms / 1e3
+            self._engine.scheduler,
+            self._latency,
+            policy=config.sla.policy,
+            tpot_s=config.sla.tpot_ms / 1e3,
+            ttft_s=config.sla.ttft_ms / 1e3,
         )
         self._book = RequestBook(
             self._frontend,

@@ -41,7 +41,7 @@ class PlanRules:
     base: Plan
     least_streams: int = 1
     most_streams: int = MAX_STREAMS
-    min_chunk_tokens: int = 64
+    min_chunk_tokens: int = 8
     target_s: float = 0.0
 
     @classmethod

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from afd.errors import AfdError, PeerLostError, RequestError, UnavailableError
-from afd.gateway.admission import AdmissionQueue, is_too_long, predicted_wait_s, prefill_s
+from afd.gateway.admission import AdmissionQueue, WaitForecast, is_too_long, prefill_s
 from afd.gateway.router import Worker, choose_worker
 from afd.gateway.sequence import Delta, Sequence, Verdict
 from afd.messages.membership import ClusterView
@@ -37,6 +37,8 @@ PROBE_INTERVAL_S = 1.0
 COOLING_MIN_S, COOLING_MAX_S = 0.05, 1.0
 PAUSE_S = 0.5  # between two ticks: this process stood still, and could hear nobody meanwhile
 MAX_LOSSES = 5  # a request that takes so many workers down with it is not tried again
+NEVER_S = 60.0  # a worker that says so of a request sees no departure that would make room for it
+SCOUT = 3.0  # the first in line is not turned away before the forecast says so many times the time that it has
 
 
 class WorkerError(AfdError):
@@ -90,6 +92,7 @@ class Dispatcher:
         self.workers: dict[str, Worker] = {}
         self.queue = AdmissionQueue(limits.max_queue)
         self.counters = DispatchCounters()
+        self._forecast = WaitForecast()
         self._gateway_id = gateway_id
         self._port = port
         self._num_submitted = 0
@@ -113,7 +116,7 @@ class Dispatcher:
             self.counters.rejected_queue_full += 1
             raise UnavailableError(
                 f"the queue is full ({len(self.queue)} of {self.queue.max_sequences} sequences wait)",
-                retry_after_s=max(1.0, predicted_wait_s(_reports(serving), len(self.queue))),
+                retry_after_s=self._forecast.wait_s(_reports(serving), len(self.queue), now),
                 code="queue_full",
             )
         target_s = self.limits.ttft_s if ttft_s is None else ttft_s
@@ -121,17 +124,20 @@ class Dispatcher:
         if self.limits.enforce:
             reports = _reports(serving)
             patience_s = max(0.1 * target_s, target_s - prefill_s(reports, max(len(s.prompt_ids) for s in sequences)))
-            last = self.queue.num_ahead(sequences[0].priority) + len(sequences) - 1
-            wait_s = predicted_wait_s(reports, last)
-            if is_too_long(wait_s, patience_s):
-                self.counters.rejected_ttft += 1
-                raise self._too_late(wait_s, target_s)
+            num_ahead = self.queue.num_ahead(sequences[0].priority)
+            # Where nobody waits and a worker has refused nobody, it is asked: it knows, and this is a forecast.
+            if num_ahead or not any(worker.has_room(now) for worker in serving):
+                wait_s = self._forecast.wait_s(reports, num_ahead + len(sequences) - 1, now)
+                if is_too_long(wait_s, patience_s):
+                    self.counters.rejected_ttft += 1
+                    raise self._too_late(wait_s, target_s)
         for sequence in sequences:
             self._num_submitted += 1
             sequence.order = self._num_submitted
             sequence.created_at = now
             sequence.deadline = now + patience_s
-            self.queue.push(sequence)
+            sequence.first_due_at = now + target_s
+            self._line_up(sequence, now)
         self._pump(now)
 
     def abort(self, sequences: Iterable[Sequence], now: float) -> None:
@@ -237,6 +243,8 @@ class Dispatcher:
             failed = outcome.finish in (FinishReason.ERROR, FinishReason.ABORT)
             if failed:
                 outcome.finish = None
+            if len(sequence.output_ids) == len(outcome.ids):
+                self._started(sequence, now)
             sequence.sink.push(sequence, outcome, now)
             if failed:
                 self._on_failed(worker, sequence, chunk, now)
@@ -280,12 +288,29 @@ class Dispatcher:
             elsewhere = any(other.has_room(now) for other in self.workers.values())
             fresh = self.limits.enforce and sequence.attempt == 0
             num_ahead = self.queue.num_ahead(sequence.priority, sequence.order)
-            wait_s = predicted_wait_s(self._serving_reports(), num_ahead, first_s=message.retry_after_s)
-            if fresh and not elsewhere and now + wait_s > sequence.deadline:
+            wait_s = self._forecast.wait_s(self._serving_reports(), num_ahead, now, first_s=message.retry_after_s)
+            if message.retry_after_s >= NEVER_S:
+                wait_s = message.retry_after_s
+            left_s = sequence.deadline - now
+            # The first in line may try although the forecast says no: nothing else would show that it is wrong.
+            if fresh and not elsewhere and wait_s > (left_s if num_ahead else SCOUT * left_s):
                 self.counters.rejected_ttft += 1
                 self._fail(sequence, self._too_late(wait_s, sequence.deadline - sequence.created_at))
             else:
-                self.queue.push(sequence)
+                self._line_up(sequence, now, wait_s)
+
+    def _line_up(self, sequence: Sequence, now: float, forecast_s: float | None = None) -> None:
+        """Put it into the queue. forecast_s: until it gets its place; None = it is offered to a worker first."""
+        self.queue.push(sequence)
+        self._forecast.note_line(False, now)
+        if forecast_s is not None and sequence.lined_up_at == 0.0:
+            sequence.lined_up_at, sequence.forecast_s = now, forecast_s
+
+    def _started(self, sequence: Sequence, now: float) -> None:
+        """Its first token is here."""
+        self._forecast.started(now)
+        if sequence.lined_up_at:
+            self._forecast.waited(sequence.placed_at - sequence.lined_up_at, sequence.forecast_s)
 
     def _pump(self, now: float) -> None:
         """Place whatever is queued and fits somewhere; end what has waited too long."""
@@ -293,6 +318,7 @@ class Dispatcher:
             self._expire(sequence, now)
         if not self.queue:
             self._hopeless_since = None
+            self._forecast.note_line(True, now)
             for worker in self.workers.values():
                 worker.uncool()
             return
@@ -317,7 +343,7 @@ class Dispatcher:
         sequence.placed_at = sequence.heard_at = now
         self.counters.placed += 1
         fresh = self.limits.enforce and sequence.attempt == 0
-        self._port.send(worker.key, sequence.submit_message(max(0.001, sequence.deadline - now) if fresh else 0.0))
+        self._port.send(worker.key, sequence.submit_message(max(0.001, sequence.first_due_at - now) if fresh else 0.0))
 
     def _abandon(self, worker: Worker, why: str, now: float) -> None:
         """A worker is lost: its sequences go elsewhere, or end."""
@@ -348,7 +374,7 @@ class Dispatcher:
         sequence.attempt += 1
         sequence.deadline = now + self.limits.recovery_timeout_s
         self.counters.migrated += 1
-        self.queue.push(sequence)
+        self._line_up(sequence, now)
 
     def _may_serve_beside(self, key: str) -> bool:
         """Another worker than that one can be waited for."""
@@ -386,7 +412,7 @@ class Dispatcher:
             self._fail(sequence, PeerLostError(f"{why}, and no worker could take it over in time"))
         else:
             self.counters.rejected_ttft += 1
-            wait_s = max(1.0, predicted_wait_s(self._serving_reports(), len(self.queue)))
+            wait_s = self._forecast.wait_s(self._serving_reports(), len(self.queue), now)
             self._fail(sequence, self._too_late(wait_s, now - sequence.created_at))
 
     def _serving_reports(self) -> list[WorkerStats]:

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from afd.gateway.sequence import Sequence
 from afd.messages.serving import WorkerStats
 
-PROBE_CREDITS = 4  # sequences that a worker that refused may be asked to take per cooling period
+PROBE_CREDITS = (
+    4  # sequences that a worker that has refused is asked to take next; twice as many each time it takes them
+)
 
 
 @dataclass(slots=True)
@@ -17,7 +19,7 @@ class Worker:
 
     heard_at: last message of any kind; None before the first.  lost: silent too long (it may come back).
     cooling_until, credits: after a refusal nothing is sent until then, and then `credits` sequences at most;
-    credits None = no limit.
+    credits None = no limit.  burst: how many those were at first.
     """
 
     key: str
@@ -33,6 +35,7 @@ class Worker:
     outstanding_tokens: int = 0
     cooling_until: float = 0.0
     credits: int | None = None
+    burst: int = PROBE_CREDITS
     lease_at: float = 0.0
     num_leases: int = 0
 
@@ -69,7 +72,7 @@ class Worker:
     def cool(self, until: float) -> None:
         """It refused: nothing before `until`, then a few at a time until `uncool`."""
         self.cooling_until = max(self.cooling_until, until)
-        self.credits = PROBE_CREDITS
+        self.credits = self.burst = PROBE_CREDITS
 
     def grant(self, now: float) -> None:
         """A sequence ended there: one may follow at once."""
@@ -78,10 +81,10 @@ class Worker:
             self.credits = max(self.credits, 0) + 1
 
     def renew(self, now: float, period_s: float) -> None:
-        """The cooling period is over and its credits are used up: begin another one."""
+        """The cooling period is over and its credits are used up, without a refusal: begin another one."""
         if self.credits == 0 and now >= self.cooling_until:
             self.cooling_until = now + period_s
-            self.credits = PROBE_CREDITS
+            self.credits = self.burst = 2 * self.burst
 
     def uncool(self) -> None:
         """Nothing is queued any more: no limit."""

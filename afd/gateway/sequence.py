@@ -99,6 +99,9 @@ class Sequence:
         self.order = 0
         self.created_at = 0.0
         self.deadline = 0.0  # to be placed at a worker
+        self.first_due_at = 0.0  # its first token
+        self.lined_up_at = 0.0  # first refused by a worker, and waiting since
+        self.forecast_s = 0.0  # how long that would take, as it was thought then
         self.placed_at = 0.0
         self.heard_at = 0.0  # last sign of life from the worker about this sequence
         self.resend_at = 0.0
@@ -111,6 +114,7 @@ class Sequence:
         return len(self.prompt_ids) + min(self.sampling.max_tokens, 256)
 
     def submit_message(self, ttft_deadline_s: float) -> Submit:
+        """What a worker is asked to run. ttft_deadline_s: seconds until its first token is due; 0 = any time."""
         return Submit(
             req_id=self.req_id,
             attempt=self.attempt,

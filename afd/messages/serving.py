@@ -24,7 +24,7 @@ class Submit(msgspec.Struct, tag="submit", frozen=True):
     req_id: unique for the cluster's life; one HTTP request with n choices is n of them.
     attempt: 0 first, +1 at each resubmission after a lost worker.
     output_ids: tokens already delivered to the client; the worker goes on at output index len(output_ids).
-    priority: lower runs first (0 default).  deadline_s: seconds the request may still wait to be admitted.
+    priority: lower runs first (0 default).  ttft_deadline_s: seconds until its first token is due; 0 = none.
     """
 
     req_id: str
@@ -33,7 +33,7 @@ class Submit(msgspec.Struct, tag="submit", frozen=True):
     output_ids: list[int]
     sampling: SamplingParams
     priority: int = 0
-    ttft_deadline_s: float = 0.0  # 0 = none
+    ttft_deadline_s: float = 0.0
     tpot_s: float = 0.0  # the request's own TPOT target; 0 = the cluster's
 
 

@@ -1,27 +1,20 @@
 """Online model of step times: what a step of a given size will take, learnt from the steps that ran. Pure.
 
-Three curves, each linear with coefficients that are never negative: attention t_A(tokens, context), head t_H(rows) and
-FFN t_F(gang tokens); and the transfer time t_C, what an exchange takes beyond the FFN's computing. From them the cycle:
-the time in which every stream makes one step, which is the TPOT of every sequence in them.
+Three curves (`afd.sched.curves`): attention t_A(tokens, context), head t_H(rows) and FFN t_F(gang tokens); and the
+transfer time t_C, what an exchange takes beyond the FFN's computing. From them the cycle: the time in which every
+stream makes one step, which is the TPOT of every sequence in them.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from operator import mul
 
 import msgspec
 
+from afd.sched.curves import OUTLIER, TRUSTED, Curve
 from afd.sched.sequence import MicroBatch
 
-PRIOR = 5.0  # standard deviation of a coefficient's first guess, relative to it
-MEASURED = 0.15  # of a measured step
-DRIFT = 0.01  # of a coefficient, per step
-TRUSTED = 4  # samples after which a curve may call a sample an outlier
-OUTLIER = 3.0  # a longer step than so many times the expected one counts as that: a hiccup is not a cost
-SMALLEST_S = 1e-5
 COLD_STEPS = 2  # a process's first steps touch weights and KV for the first time: they tell nothing of later ones
 CORRECTION_EMA = 0.1
 CORRECTION_LIMITS = (0.5, 4.0)
@@ -48,6 +41,11 @@ class StepLoad(msgspec.Struct, frozen=True):
             num_samples += item.samples
             context += attended(item.start, item.num_new)
         return cls(num_tokens, context, num_samples)
+
+    @classmethod
+    def chunk(cls, start: float, num_new: float) -> StepLoad:
+        """`num_new` prefill tokens from position `start` on, the last of which samples."""
+        return cls(num_new, attended(start, num_new), 1)
 
     def plus(self, other: StepLoad) -> StepLoad:
         return StepLoad(
@@ -85,72 +83,11 @@ class StepSample:
     in_flight: Collection[int]
 
 
-class Curve:
-    """seconds = sum(coefficients * features), learnt by a Kalman filter; no coefficient is negative.
-
-    A measurement is uncertain by MEASURED of the expected time; a coefficient by PRIOR times its first guess to begin
-    with, and by another DRIFT of its value with every step, since machines change. What no step tells (all of the same
-    size, or a slope smaller than the noise) therefore stays as it was known.
-    """
-
-    def __init__(self, *prior: float):
-        self._prior = prior
-        self._values = list(prior)
-        size = range(len(prior))
-        self._covariance = [[(PRIOR * prior[i]) ** 2 if i == j else 0.0 for j in size] for i in size]
-        self.num_samples = 0
-
-    @property
-    def coefficients(self) -> tuple[float, ...]:
-        return tuple(self._values)
-
-    def __call__(self, *features: float) -> float:
-        """Predicted seconds."""
-        return math.fsum(map(mul, self._values, features))
-
-    def add(self, seconds: float, *features: float) -> None:
-        """One measured step."""
-        expected_s = self(*features)
-        if self.num_samples >= TRUSTED:
-            seconds = min(seconds, OUTLIER * expected_s)
-        self.num_samples += 1
-        covariance = self._covariance
-        spread = [sum(map(mul, row, features)) for row in covariance]
-        variance = sum(map(mul, spread, features)) + (MEASURED * max(expected_s, SMALLEST_S)) ** 2
-        error_s = seconds - expected_s
-        for i, value in enumerate(self._values):
-            gain = spread[i] / variance
-            value = self._values[i] = max(0.0, value + gain * error_s)
-            row = covariance[i]
-            for j, other in enumerate(spread):
-                row[j] -= gain * other
-            row[i] += (DRIFT * max(value, self._prior[i])) ** 2
-        self._bound()
-
-    def scaled(self, factor: float) -> Curve:
-        """What is known of work that takes `factor` times as long."""
-        other = Curve(*(factor * prior for prior in self._prior))
-        other._values = [factor * value for value in self._values]
-        other._covariance = [[factor * factor * entry for entry in row] for row in self._covariance]
-        other.num_samples = self.num_samples
-        return other
-
-    def _bound(self) -> None:
-        """No coefficient gets less certain than it was at first."""
-        for i, row in enumerate(self._covariance):
-            limit = (PRIOR * max(self._values[i], self._prior[i])) ** 2
-            if row[i] > limit:
-                shrink = math.sqrt(limit / row[i])
-                for j in range(len(row)):
-                    row[j] *= shrink
-                    self._covariance[j][i] *= shrink
-
-
 class _Costs:
     """The three curves of one way to run.
 
-    The priors are those of a slow machine: a worker that has measured nothing takes few requests, and has measured
-    after the first one.
+    The first guesses are those of a slow machine: a worker that has measured nothing takes few requests, and has
+    measured after the first one.
     """
 
     def __init__(self) -> None:
@@ -293,7 +230,8 @@ class LatencyModel:
 
     def _ideal_cycle_s(self, loads: Sequence[StepLoad], num_streams: int = 0) -> float:
         """num_streams: whose costs are taken, by default those of as many streams as there are loads."""
-        steps = [self.step_s(load, num_streams or len(loads)) for load in loads]
+        known = {id(load): self.step_s(load, num_streams or len(loads)) for load in {id(x): x for x in loads}.values()}
+        steps = [known[id(load)] for load in loads]  # an even split is one load, several times
         sum_a, sum_f = sum(a for a, _ in steps), sum(f for _, f in steps)
         if not self._overlap:
             return sum_a + sum_f

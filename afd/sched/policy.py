@@ -1,25 +1,28 @@
-"""Admission under the SLA: who may start, how much prefill a step may hold, when the next place will be free. Pure.
+"""Admission under the SLA: who may start, and when the next place will be free. Pure.
 
-A request is admitted when, with every admitted sequence at its predicted final length, one decode each and the smallest
-chunk of prefill for those that prefill, the predicted cycle still holds the tightest TPOT target among them. The cycle
-is shared, so one number decides for all.
+A request is admitted when, with one decode of every admitted sequence at its predicted final length, the predicted
+cycle still holds the tightest TPOT target among them (the cycle is shared, so one number decides for all); and when the
+prompts before it, in what those cycles leave for prefill, do not keep it from its first token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 from afd.sched.forecast import LengthForecast
-from afd.sched.latency import LatencyModel, StepLoad, attended
-from afd.sched.scheduler import Scheduler
+from afd.sched.latency import LatencyModel, StepLoad
+from afd.sched.prefill import HEADROOM, PrefillBudget
+from afd.sched.scheduler import MAX_PAUSES, Scheduler
 from afd.sched.sequence import Sequence as Request
 from afd.types import SamplingParams
 
 Policy = Literal["enforce", "observe", "off"]
 
-HEADROOM = 0.9  # share of a target that may be planned with: the rest is for what no model knows
+BACKLOG = 0.1  # share of the TTFT target that prompts before a new one may take here; the rest waits at the gateway
+ALONE = 1.5  # a prompt may take so many times as long beside others as alone
 NEVER_S = 60.0  # retry_after of a request for which no departure makes room
 SIZE_EMA = 0.2
 INTERVAL_EMA = 0.05
@@ -34,6 +37,7 @@ class Ask:
     """What admission knows of a request before it runs.
 
     num_output: tokens of earlier attempts that come with it.  tpot_s: its own target; 0 = the cluster's.
+    first_due_s: seconds until its first token is due; 0 = the cluster's TTFT target from now on.
     resumed: it ran elsewhere before, so it is not new: only want of KV space refuses it.
     """
 
@@ -42,6 +46,7 @@ class Ask:
     sampling: SamplingParams
     num_output: int = 0
     tpot_s: float = 0.0
+    first_due_s: float = 0.0
     priority: int = 0
     resumed: bool = False
 
@@ -59,7 +64,7 @@ class Outlook:
     """What the worker tells the gateways.
 
     wait_s: until a typical request would be admitted; 0 = now.  place_interval_s: between two places while full;
-    0 = not known.  prefill_token_s: from a place to the first token, per token of the prompt.
+    0 = not known.  prefill_token_s: from a place to the first token, per token of the prompt, beside what runs.
     headroom_s: the tightest target less the predicted cycle.  cycle_s: with all that is admitted.
     """
 
@@ -72,21 +77,44 @@ class Outlook:
 
 @dataclass(slots=True)
 class _Share:
-    """One sequence's part in every cycle: a decode at its final length, and while it prefills a chunk.
+    """One sequence's part in the cycles to come: a decode at its final length, and until then its prefill.
 
-    context: KV entries that the decode reads.  chunk, chunk_context: tokens and KV entries of a prefill chunk.
-    num_chunks: cycles of prefill ahead of it.  num_left: output tokens to come.
-    num_blocks: KV blocks that it still has to get.  num_held: those it has.
+    context: KV entries that the decode reads.  num_pending: prompt tokens to be computed; 0 = it decodes.
+    num_left: output tokens to come.  num_blocks: KV blocks that it still has to get.  num_held: those it has.
     """
 
     context: int
-    chunk: int
-    chunk_context: float
-    num_chunks: int
+    num_pending: int
     num_left: int
     num_blocks: int
     num_held: int
     target_s: float
+
+
+@dataclass(slots=True)
+class _Crowd:
+    """Sequences that run together: sums over their shares, and the tightest target among them."""
+
+    target_s: float = math.inf
+    num_seqs: int = 0
+    context: int = 0
+    num_pending: int = 0
+    num_blocks: int = 0
+
+    def add(self, share: _Share) -> None:
+        self.target_s = min(self.target_s, share.target_s)
+        self.num_seqs += 1
+        self.context += share.context
+        self.num_pending += share.num_pending
+        self.num_blocks += share.num_blocks
+
+
+@dataclass(frozen=True, slots=True)
+class _Pace:
+    """Cycles that are filled up with prefill. cycle_s: of one of them.  token_s: for each prefill token."""
+
+    cycle_s: float
+    token_s: float
 
 
 @dataclass(slots=True)
@@ -105,11 +133,13 @@ class Admission:
     num_refused: decisions against a request; with `observe` those requests were admitted all the same.
     """
 
-    def __init__(self, scheduler: Scheduler, model: LatencyModel, *, policy: Policy, tpot_s: float):
+    def __init__(self, scheduler: Scheduler, model: LatencyModel, *, policy: Policy, tpot_s: float, ttft_s: float):
         self.policy = policy
         self._scheduler = scheduler
         self._model = model
+        self._budget = PrefillBudget(model)
         self._tpot_s = tpot_s
+        self._ttft_s = ttft_s
         self._lengths = LengthForecast()
         self._typical: tuple[float, float] | None = None  # prompt and planned output tokens of recent requests
         self._refused_at = self._admitted_at = float("-inf")
@@ -134,8 +164,10 @@ class Admission:
         candidate = self._candidate(ask)
         ahead = [] if ask.resumed else self._ahead_of(ask, now)
         idle = not shares and not ahead and candidate.target_s >= self._tpot_s
+        due_s = ask.first_due_s or self._ttft_s
         # An idle worker takes it: nobody is hurt, and only what runs can correct a pessimistic model.
-        obstacle = None if idle else self._obstacle([*shares, *ahead, candidate], new=not ask.resumed)
+        crowd = self._crowd([*shares, *ahead])
+        obstacle = None if idle else self._obstacle(crowd, candidate, due_s, new=not ask.resumed)
         if obstacle is not None:
             self.num_refused += 1
             self._refused_at = now
@@ -161,17 +193,18 @@ class Admission:
         if self.policy == "off":
             return Outlook(0.0, 0.0, 0.0, 0.0, 0.0)
         shares = [self._share_of(seq) for seq in self._scheduler.sequences()]
-        cycle_s = self.cycle_s = self._cycle_s(shares)
-        target_s = min([self._tpot_s, *(share.target_s for share in shares)])
+        crowd = self._crowd(shares)
+        cycle_s = self.cycle_s = self._cycle_s(crowd)
         wait_s = interval_s = prefill_token_s = 0.0
         if shares and self._typical is not None and self.policy == "enforce":
             num_prompt, num_output = (round(value) for value in self._typical)
-            wait_s = self._wait_s(shares, self._share(num_prompt, 0, num_output, held=0, target_s=self._tpot_s))
-            prefill_token_s = self._prefill_token_s(shares, target_s)
+            typical = self._share(num_prompt, 0, num_output, held=0, target_s=self._tpot_s)
+            wait_s = self._wait_s(shares, typical)
+            prefill_token_s = self._pace(crowd, num_prompt).token_s
             # Before it was seen: places come as sequences end, and no faster than their successors are prefilled.
             expected_s = max(cycle_s * num_output / len(shares), prefill_token_s * num_prompt)
             interval_s = self._place_interval_s or expected_s
-        return Outlook(wait_s, interval_s, prefill_token_s, target_s - cycle_s, cycle_s)
+        return Outlook(wait_s, interval_s, prefill_token_s, min(self._tpot_s, crowd.target_s) - cycle_s, cycle_s)
 
     # -- decisions ----------------------------------------------------------------------------------------
 
@@ -190,75 +223,115 @@ class Admission:
         elif len(self._line) < MAX_LINE:
             self._line[ask.req_id] = _Waiting((ask.priority, self._num_refusals), candidate, now)
 
-    def _obstacle(self, shares: Sequence[_Share], *, new: bool, num_freed: int = 0) -> str | None:
-        """Why these sequences cannot all be served as promised, or None. num_freed: blocks free by then besides."""
+    def _obstacle(
+        self,
+        crowd: _Crowd,
+        candidate: _Share,
+        due_s: float,
+        *,
+        new: bool,
+        num_freed: int = 0,
+        pace: _Pace | None = None,
+    ) -> str | None:
+        """Why the candidate cannot be served as promised beside the crowd, which it is added to; or None.
+
+        due_s: seconds until its first token is due.  num_freed: blocks free by then besides.  pace: of prefill beside
+        them, if it was found out before.
+        """
         config, pool, step_tokens = self._scheduler.config, self._scheduler.pool, self._scheduler.max_step_tokens
-        if sum(share.num_blocks for share in shares) > pool.num_free + num_freed:
+        num_before = crowd.num_pending
+        crowd.add(candidate)
+        if crowd.num_blocks > pool.num_free + num_freed:
             return f"the KV cache of {pool.num_blocks} blocks is spoken for"
         if not new:
             return None
-        if len(shares) > config.max_num_seqs:
+        if crowd.num_seqs > config.max_num_seqs:
             return f"{config.max_num_seqs} requests run already (attention.max_num_seqs)"
-        num_streams = min(len(shares), self._scheduler.num_streams)
-        if len(shares) + sum(share.chunk for share in shares) > num_streams * step_tokens:
+        if crowd.num_seqs + config.min_chunk_tokens > min(crowd.num_seqs, self._scheduler.num_streams) * step_tokens:
             return f"steps of {step_tokens} tokens are full (attention.max_step_tokens)"
-        cycle_s, target_s = self._cycle_s(shares), min(share.target_s for share in shares)
-        if cycle_s > HEADROOM * target_s:
+        cycle_s = self._cycle_s(crowd)
+        if cycle_s > HEADROOM * crowd.target_s:
             return (
                 f"a token would take {cycle_s * 1e3:.1f} ms with this request; the tightest target here is "
-                f"{target_s * 1e3:.0f} ms, planned to {HEADROOM:.0%}"
+                f"{crowd.target_s * 1e3:.0f} ms, planned to {HEADROOM:.0%}"
             )
-        return None
+        token_s = (pace or self._pace(crowd, candidate.num_pending)).token_s
+        return self._prefill_obstacle(num_before, candidate.num_pending, token_s, due_s)
+
+    def _prefill_obstacle(self, num_before: int, num_own: int, token_s: float, due_s: float) -> str | None:
+        """Why its first token would come too late, or because of the prompts before it keep it waiting here."""
+        wait_s, own_s = token_s * num_before, token_s * num_own
+        if wait_s <= BACKLOG * self._ttft_s:
+            if wait_s + own_s <= due_s:
+                return None
+            # A prompt that is late even alone is not refused for it: no wait would make it shorter.
+            alone_s = self._pace(self._crowd([]), num_own).token_s * num_own
+            if wait_s + own_s <= ALONE * alone_s:
+                return None
+        return (
+            f"{num_before} prompt tokens come first, which takes {wait_s:.2f} s; this prompt would take {own_s:.2f} s, "
+            f"and its first token is due in {due_s:.2f} s"
+        )
 
     def _wait_s(self, shares: Sequence[_Share], candidate: _Share, *, new: bool = True) -> float:
         """Seconds until the candidate fits, with the others ending their prefill and leaving as predicted."""
-        events = [(share.num_chunks, idx, False) for idx, share in enumerate(shares) if share.num_chunks]
-        events += [(share.num_chunks + share.num_left, idx, True) for idx, share in enumerate(shares)]
-        events.sort()
+        crowd = self._crowd(shares)
+        pace, cycle_s = self._pace(crowd, candidate.num_pending), self._cycle_s(crowd)
+        computed_s, left_s = _departures(shares, pace, cycle_s)
 
-        def fits_after(num_events: int) -> bool:
-            then: list[_Share | None] = list(shares)
-            num_freed = 0
-            for _, idx, leaves in events[:num_events]:
-                share = then[idx]
-                assert share is not None
-                then[idx] = None if leaves else replace(share, chunk=0, chunk_context=0.0)
-                num_freed += share.num_held if leaves else 0
-            rest = [share for share in then if share is not None]
-            return self._obstacle([*rest, candidate], new=new, num_freed=num_freed) is None
+        def fits_at(now_s: float) -> bool:
+            rest, num_freed = self._crowd([]), 0
+            for share, computed, left in zip(shares, computed_s, left_s, strict=True):
+                if left <= now_s:
+                    num_freed += share.num_held
+                    continue
+                rest.add(share)
+                if computed <= now_s:
+                    rest.num_pending -= share.num_pending
+            return self._obstacle(rest, candidate, self._ttft_s, new=new, num_freed=num_freed, pace=pace) is None
 
-        if fits_after(0):
+        if fits_at(0.0):
             return 0.0
-        cycle_s = self._cycle_s(shares)
-        if not fits_after(len(events)):
+        moments = sorted({*computed_s, *left_s})
+        if not moments or not fits_at(moments[-1]):
             return NEVER_S
-        low, high = 0, len(events)  # does not fit after `low`, fits after `high`
+        low, high = -1, len(moments) - 1  # does not fit at `low`, fits at `high`
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (low, middle) if fits_after(middle) else (middle, high)
-        return max(1, events[high - 1][0]) * cycle_s
+            low, high = (low, middle) if fits_at(moments[middle]) else (middle, high)
+        return max(moments[high], cycle_s)
 
     # -- sizes --------------------------------------------------------------------------------------------
 
-    def _cycle_s(self, shares: Sequence[_Share]) -> float:
-        """With the scheduler's streams and an even split, which the scheduler keeps to."""
-        if not shares:
-            return 0.0
-        context = sum(share.context + share.chunk_context for share in shares)
-        total = StepLoad(len(shares) + sum(share.chunk for share in shares), context, len(shares))
-        num_streams = min(len(shares), self._scheduler.num_streams)
-        return self._model.cycle_s([total.split(num_streams)] * num_streams)
+    @staticmethod
+    def _crowd(shares: Iterable[_Share]) -> _Crowd:
+        crowd = _Crowd()
+        for share in shares:
+            crowd.add(share)
+        return crowd
 
-    def _prefill_token_s(self, shares: Sequence[_Share], target_s: float) -> float:
-        """Cycles at the target, whose room for prefill one more request shares with those that prefill."""
-        config = self._scheduler.config
-        num_streams = min(len(shares), self._scheduler.num_streams)
-        decodes = StepLoad(len(shares), sum(share.context for share in shares), len(shares)).split(num_streams)
-        room = PrefillBudget(self._model).prefill_tokens(
-            [decodes] * num_streams, 0, target_s, start=0, limit=self._scheduler.max_step_tokens
-        )
-        num_prefills = 1 + sum(share.num_chunks > 0 for share in shares)
-        return HEADROOM * target_s / max(config.min_chunk_tokens, room / num_prefills)
+    def _cycle_s(self, crowd: _Crowd) -> float:
+        """A decode of each, with the scheduler's streams and an even split, which the scheduler keeps to."""
+        return self._model.cycle_s(self._decodes(crowd))
+
+    def _decodes(self, crowd: _Crowd) -> list[StepLoad]:
+        """A decode of each, by stream."""
+        num_streams = max(1, min(crowd.num_seqs, self._scheduler.num_streams))
+        return [StepLoad(crowd.num_seqs, crowd.context, crowd.num_seqs).split(num_streams)] * num_streams
+
+    def _pace(self, crowd: _Crowd, num_prompt: int) -> _Pace:
+        """Cycles in which all of these decode and the rest of the target goes to a prompt of so many tokens.
+
+        Where nothing is left, prefill pauses as long as the scheduler lets it.
+        """
+        streams, least = self._decodes(crowd), self._scheduler.config.min_chunk_tokens
+        limit = max(least, self._scheduler.max_step_tokens - round(streams[0].num_tokens))
+        room, middle = limit, num_prompt // 2
+        if crowd.num_seqs:
+            room = self._budget.prefill_tokens(streams, 0, crowd.target_s, middle, limit)
+        streams[0] = streams[0].plus(StepLoad.chunk(middle, max(room, least)))
+        cycle_s = self._model.cycle_s(streams)
+        return _Pace(cycle_s, cycle_s / (room if room >= least else least / (MAX_PAUSES + 1)))
 
     def _candidate(self, ask: Ask) -> _Share:
         num_left = self._lengths.final_output(ask.sampling, ask.num_output) - ask.num_output
@@ -272,14 +345,9 @@ class Admission:
 
     def _share(self, num_tokens: int, num_computed: int, num_left: int, *, held: int, target_s: float) -> _Share:
         num_pending = num_tokens - num_computed
-        chunk, chunk_context, num_chunks = 0, 0.0, 0
-        if num_pending > 1:
-            chunk = min(self._scheduler.config.min_chunk_tokens, num_pending)
-            chunk_context = attended(num_tokens - chunk, chunk)
-            num_chunks = -(-num_pending // chunk)
         final = num_tokens + num_left
         num_blocks = max(0, self._scheduler.pool.blocks_for(final) - held)
-        return _Share(final, chunk, chunk_context, num_chunks, num_left, num_blocks, held, target_s)
+        return _Share(final, num_pending if num_pending > 1 else 0, num_left, num_blocks, held, target_s)
 
     # -- what was seen ------------------------------------------------------------------------------------
 
@@ -299,24 +367,17 @@ class Admission:
         self._place_interval_s += weight * (interval_s - self._place_interval_s)
 
 
-class PrefillBudget:
-    """How many prefill tokens a step may hold beside the decodes that run. A `PrefillPace` of the scheduler."""
+def _departures(shares: Sequence[_Share], pace: _Pace, cycle_s: float) -> tuple[list[float], list[float]]:
+    """Seconds until each sequence has computed its prompt, one prompt after another; and until it has left.
 
-    def __init__(self, model: LatencyModel):
-        self._model = model
-
-    def prefill_tokens(self, streams: Sequence[StepLoad], stream: int, target_s: float, start: int, limit: int) -> int:
-        """Most tokens from position `start` on, at most `limit`, that stream's step can add within the target."""
-
-        def fits(num_tokens: int) -> bool:
-            added = StepLoad(num_tokens, attended(start, num_tokens), 1)
-            loads = [load.plus(added) if idx == stream else load for idx, load in enumerate(streams)]
-            return self._model.cycle_s(loads) <= HEADROOM * target_s
-
-        if fits(limit):
-            return limit
-        low, high = 0, limit  # fits (or is the least there is), does not fit
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if fits(middle) else (low, middle)
-        return low
+    Cycles are full while prompts are computed; cycle_s: of the decodes alone, afterwards.
+    """
+    backlog_s = pace.token_s * sum(share.num_pending for share in shares)
+    computed_s, left_s, now_s = [], [], 0.0
+    for share in shares:
+        now_s += pace.token_s * share.num_pending
+        begun_s = now_s if share.num_pending else 0.0
+        slow = min(share.num_left, (backlog_s - begun_s) / pace.cycle_s)
+        computed_s.append(begun_s)
+        left_s.append(begun_s + slow * pace.cycle_s + (share.num_left - slow) * cycle_s)
+    return computed_s, left_s

@@ -21,6 +21,8 @@ from afd.sched.latency import StepLoad, attended
 from afd.sched.sequence import BatchItem, MicroBatch, Progress, Sequence, SequenceState
 from afd.types import FinishReason
 
+MAX_PAUSES = 8  # steps of a stream in a row whose decodes leave no room for prefill; the next one prefills a little
+
 SERVICE_ORDER = attrgetter("priority", "arrival")  # `Sequence.rank_key`, at the speed of C: every step sorts by it
 
 
@@ -28,12 +30,14 @@ SERVICE_ORDER = attrgetter("priority", "arrival")  # `Sequence.rank_key`, at the
 class SchedulerConfig:
     """Token and sequence limits of one worker; see `AttentionConfig` for their meaning.
 
+    min_chunk_tokens: prefill of a step that prefills at all, and of each prompt that waits behind the oldest.
+
     first_stream: which of equally loaded streams gets a sequence first, modulo their number: workers that begin at
     different ones make gangs of even size where their sequences do not divide by the streams.
     """
 
     max_step_tokens: int = 256
-    min_chunk_tokens: int = 64
+    min_chunk_tokens: int = 8
     max_num_seqs: int = 256
     max_context: int = 2048
     num_streams: int = 2
@@ -52,7 +56,7 @@ class Scheduler:
     """Owns the worker's sequences and their blocks. Not thread safe: the worker's main thread calls it.
 
     windowed: blocks of sliding-window layers; None = the model has none, or they keep everything in `pool`'s blocks.
-    pace: limits prefill beside running decodes, down to `min_chunk_tokens` for each request; None = no limit.
+    pace: limits prefill beside running decodes, down to nothing for MAX_PAUSES steps; None = no limit.
     """
 
     def __init__(
@@ -67,6 +71,7 @@ class Scheduler:
         self.windowed = windowed
         self._pace = pace
         self._flying: dict[int, StepLoad] = {}  # only with a pace
+        self._num_pauses: dict[int, int] = {}  # by stream: steps in a row without prefill although prompts wait
         self.num_streams = config.num_streams
         self.max_step_tokens = config.max_step_tokens
         self._waiting: list[Sequence] = []  # ordered by rank_key
@@ -152,18 +157,10 @@ class Scheduler:
                 items.append(BatchItem(seq, num_tokens - 1, 1, True))
                 seq.in_flight = True
                 budget -= 1
-        if prefills and budget and self._pace is not None:
-            budget = self._paced(self._pace, stream, items, prefills, budget)
-        for idx, seq in enumerate(prefills):
-            if seq.state is not SequenceState.RUNNING:
-                continue  # became a victim above
-            share = budget - self.config.min_chunk_tokens * (len(prefills) - idx - 1)
-            take = min(seq.num_pending, budget, max(share, self.config.min_chunk_tokens))
-            if take > 0 and self._reserve(seq, seq.num_computed + take):
-                done = take == seq.num_pending
-                items.append(BatchItem(seq, seq.num_computed, take, done))
-                seq.in_flight = True
-                budget -= take
+        if prefills and budget:
+            if self._pace is not None:
+                budget = self._paced(self._pace, stream, items, prefills, budget)
+            self._prefill(prefills, budget, items)
         if not items:
             return None
         self._step += 1
@@ -248,10 +245,27 @@ class Scheduler:
 
     # -- details ------------------------------------------------------------------------------------------
 
+    def _prefill(self, prefills: Seq[Sequence], budget: int, items: list[BatchItem]) -> None:
+        """Add chunks of at most `budget` tokens together.
+
+        The oldest prompt gets what there is, less a little for the others, of at most half: a short one behind a long
+        one need not wait for all of it.
+        """
+        least = self.config.min_chunk_tokens
+        for idx, seq in enumerate(prefills):
+            if seq.state is not SequenceState.RUNNING:
+                continue  # it became a victim
+            reserve = min(budget // 2, least * (len(prefills) - idx - 1))
+            take = min(seq.num_pending, budget - reserve)
+            if take > 0 and self._reserve(seq, seq.num_computed + take):
+                items.append(BatchItem(seq, seq.num_computed, take, take == seq.num_pending))
+                seq.in_flight = True
+                budget -= take
+
     def _paced(
         self, pace: PrefillPace, stream: int, decodes: Seq[BatchItem], prefills: Seq[Sequence], budget: int
     ) -> int:
-        """Prefill tokens of this step: what the tightest decode anywhere can bear, and every prefill's least chunk."""
+        """Prefill tokens of this step: what the tightest decode anywhere can bear."""
         decoding = [seq for seqs in self._running for seq in _decoding(seqs)]
         target_s = min((seq.tpot_s for seq in decoding if seq.tpot_s), default=0.0)
         if not target_s:
@@ -259,8 +273,13 @@ class Scheduler:
         loads = [self._flying.get(idx) or _decode_load(_decoding(seqs)) for idx, seqs in enumerate(self._running)]
         loads[stream] = _decode_load([item.seq for item in decodes])
         allowed = pace.prefill_tokens(loads, stream, target_s, prefills[0].num_computed, budget)
-        least = sum(min(seq.num_pending, self.config.min_chunk_tokens) for seq in prefills)
-        return min(budget, max(allowed, least))
+        least = min(budget, self.config.min_chunk_tokens)
+        if allowed >= least:
+            self._num_pauses[stream] = 0
+            return allowed
+        pauses = self._num_pauses.get(stream, 0) + 1 if decodes else MAX_PAUSES + 1  # an empty step is no pause
+        self._num_pauses[stream] = pauses % (MAX_PAUSES + 1)
+        return least if pauses > MAX_PAUSES else 0
 
     def _admit(self) -> None:
         """Waiting -> running, in service order, while a place and the blocks of the whole text so far are free."""

@@ -36,6 +36,7 @@ def _ask(message: Submit) -> Ask:
         message.sampling,
         num_output=len(message.output_ids),
         tpot_s=message.tpot_s,
+        first_due_s=max(0.0, message.ttft_deadline_s),
         priority=message.priority,
         resumed=message.attempt > 0,
     )

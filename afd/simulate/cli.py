@@ -114,7 +114,7 @@ def _add_service(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--sla-policy", choices=("enforce", "observe", "off"), default="observe", help="(observe)")
     group.add_argument("--max-num-seqs", type=positive, metavar="N", help="running requests of a worker (256 a rank)")
     group.add_argument("--max-step-tokens", type=positive, metavar="N", help="rows of a micro-batch (256 a rank)")
-    group.add_argument("--min-chunk-tokens", type=positive, default=64, metavar="N", help="of prefill (64)")
+    group.add_argument("--min-chunk-tokens", type=positive, default=8, metavar="N", help="of prefill (8)")
     group.add_argument("--kv-blocks", type=positive, metavar="N", help="of a worker (what its chips hold)")
     group.add_argument("--block-size", type=int, choices=(8, 16, 32, 64), default=16, help="tokens (16)")
     group.add_argument("--max-queue", type=positive, default=1024, metavar="N", help="of the gateway (1024)")

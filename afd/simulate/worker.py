@@ -22,7 +22,8 @@ from afd.messages.serving import (
     WorkerStats,
 )
 from afd.sched.latency import LatencyModel, StepLoad, StepSample
-from afd.sched.policy import Admission, Policy, PrefillBudget
+from afd.sched.policy import Admission, Policy
+from afd.sched.prefill import PrefillBudget
 from afd.sched.scheduler import Scheduler
 from afd.sched.sequence import MicroBatch, Progress, Sequence
 from afd.sched.streams import StreamChooser
@@ -120,7 +121,9 @@ class AttentionWorker:
         )
         # Observing admits everything, as "off" does; its forecasts would cost much and change nothing.
         policy: Policy = "enforce" if settings.policy == "enforce" else "off"
-        self.admission = Admission(self.scheduler, self.latency, policy=policy, tpot_s=settings.tpot_s)
+        self.admission = Admission(
+            self.scheduler, self.latency, policy=policy, tpot_s=settings.tpot_s, ttft_s=settings.ttft_s
+        )
         self._settings = settings
         self._times = settings.times
         self._chooser = StreamChooser(self.latency) if settings.auto_streams else None

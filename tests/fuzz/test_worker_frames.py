@@ -62,7 +62,7 @@ class Worker:
             SchedulerConfig(max_context=64, num_streams=NUM_STREAMS, max_num_seqs=8), BlockPool(24, 4)
         )
         self.frontend = Frontend(router)
-        self.admission = Admission(self.scheduler, LatencyModel(), policy="enforce", tpot_s=0.05)
+        self.admission = Admission(self.scheduler, LatencyModel(), policy="enforce", tpot_s=0.05, ttft_s=5.0)
         self.book = RequestBook(self.frontend, self.scheduler, self.admission, vocab_size=VOCAB_SIZE, max_waiting=8)
         self.book.not_accepting = ""
         self.now = 100.0

@@ -29,7 +29,7 @@ def test_bubble_exposed_transfer_and_gang_size_are_exported() -> None:
     scheduler = Scheduler(SchedulerConfig(**limits), BlockPool(8, 8))
     engine = ModelledEngine(StepFormula(1.0), scheduler, 10, wait=lambda _: None, clock=clock)
     latency, registry = LatencyModel(), CollectorRegistry()
-    admission = Admission(scheduler, latency, policy="off", tpot_s=0.05)
+    admission = Admission(scheduler, latency, policy="off", tpot_s=0.05, ttft_s=5.0)
     recent = RecentAttention(engine.stages.totals, clock)
     AttentionMetrics(registry, engine, None, admission, latency, recent)
 

@@ -42,7 +42,7 @@ class Harness:
         self.dealer.connect("inproc://worker")
         self.scheduler = Scheduler(SchedulerConfig(max_context=64, num_streams=1), BlockPool(8, 4))
         self.frontend = Frontend(router)
-        self.admission = Admission(self.scheduler, LatencyModel(), policy="off", tpot_s=0.05)
+        self.admission = Admission(self.scheduler, LatencyModel(), policy="off", tpot_s=0.05, ttft_s=5.0)
         self.book = RequestBook(self.frontend, self.scheduler, self.admission, vocab_size=100, max_waiting=3)
         self.book.not_accepting = ""
 

@@ -111,7 +111,10 @@ def test_idle_and_inexperienced_workers_say_nothing():
 
 def test_under_enforce_tokens_shrink_to_the_target_and_grow_again():
     """Four workers: a prefill step of each costs the others the FFN's time of all four."""
-    rules = PlanRules.of(ClusterConfig(sla=SlaConfig(policy="enforce", tpot_ms=100.0)))
+    config = ClusterConfig(
+        sla=SlaConfig(policy="enforce", tpot_ms=100.0), attention=AttentionConfig(min_chunk_tokens=64)
+    )
+    rules = PlanRules.of(config)
     planner, plan, sizes = Planner(rules), rules.base, []
     for f_token_s in [2e-4] * 3 + [1e-5] * 3:
         now = len(sizes) * INTERVAL_S

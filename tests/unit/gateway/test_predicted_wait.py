@@ -3,7 +3,7 @@
 import pytest
 
 from afd.errors import UnavailableError
-from afd.gateway.admission import AdmissionQueue, predicted_wait_s, prefill_s
+from afd.gateway.admission import AdmissionQueue, WaitForecast, predicted_wait_s, prefill_s
 from tests.fakes.dispatch_scene import Scene, stats
 
 
@@ -55,12 +55,12 @@ def test_the_line_in_front_counts():
 
 def test_a_long_prompt_leaves_less_time_to_wait():
     scene = Scene(enforce=True, ttft_s=2.0)
+    assert scene.submit(num_prompt=1500) is not None  # a place is free: waiting would not make it shorter
+    scene.refuse("a", scene.submit(), 0.0, retry_after_s=0.5)
     scene.say("a", full(0.5, 0.1, prefill_token_s=1e-3), 0.0)
     assert scene.submit(num_prompt=100) is not None
     with pytest.raises(UnavailableError):
         scene.submit(num_prompt=1500)  # its prefill alone takes 1.5 s
-    scene.say("a", stats(), 0.1)
-    assert scene.submit(0.1, num_prompt=1500) is not None  # a place is free: waiting would not make it shorter
 
 
 def test_a_refusal_far_down_the_line_is_final_at_once():
@@ -76,13 +76,46 @@ def test_a_refusal_far_down_the_line_is_final_at_once():
 
 def test_the_choices_of_one_request_wait_for_one_another():
     scene = Scene(enforce=True, ttft_s=1.0)
+    scene.refuse("a", scene.submit(), 0.0, retry_after_s=0.1)
     scene.say("a", full(0.1, 0.2), 0.0)
-    assert scene.submit(count=3) is not None
     with pytest.raises(UnavailableError):
         scene.submit(count=4)
+    assert scene.submit(count=2) is not None
 
 
 def test_without_enforcement_nobody_is_turned_away_for_the_wait():
     scene = Scene(ttft_s=1.0)
     scene.say("a", full(50.0, 10.0), 0.0)
     assert scene.submit() is not None
+
+
+def moving(interval_s, *, until_s=5.0):
+    """A forecast of a line that has moved by one each `interval_s`."""
+    forecast, now = WaitForecast(), 0.0
+    forecast.note_line(False, now)
+    while now < until_s:
+        now += interval_s
+        forecast.started(now)
+    return forecast, now
+
+
+def test_a_line_that_moves_tells_more_than_its_workers():
+    forecast, now = moving(0.2)
+    assert forecast.wait_s([full(3.0, 5.0)], 4, now) == pytest.approx(5 * 0.2, rel=0.05)
+    forecast.note_line(True, now)
+    assert forecast.wait_s([full(3.0, 5.0)], 4, now + 1.0) == pytest.approx(5 * 0.2, rel=0.05)  # a while longer
+    assert forecast.wait_s([full(3.0, 5.0)], 4, now + 60.0) == pytest.approx(23.0)
+
+
+def test_a_line_that_stands_still_is_noticed():
+    forecast, now = moving(0.2)
+    assert forecast.wait_s([full()], 0, now + 4.0) > 0.8  # five starts in five seconds
+
+
+@pytest.mark.parametrize("really", [0.3, 2.5])
+def test_a_forecast_that_was_wrong_is_corrected(really):
+    forecast = WaitForecast()
+    for _ in range(30):
+        said_s = forecast.wait_s([full(2.0, 0.5)], 4, 0.0)
+        forecast.waited(really * 4.0, said_s)
+    assert forecast.wait_s([full(2.0, 0.5)], 4, 0.0) == pytest.approx(really * 4.0, rel=0.1)

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from afd.sched.latency import Curve, LatencyModel, StepLoad, StepSample, attended
+from afd.sched.curves import Curve
+from afd.sched.latency import LatencyModel, StepLoad, StepSample, attended
 from afd.sched.sequence import BatchItem, MicroBatch
 
 

@@ -8,12 +8,14 @@ import pytest
 from afd.kv.block_pool import BlockPool
 from afd.sched.forecast import FIRST_GUESS, LengthForecast
 from afd.sched.latency import LatencyModel, StepLoad, StepSample
-from afd.sched.policy import NEVER_S, Admission, Ask, PrefillBudget
-from afd.sched.scheduler import Scheduler, SchedulerConfig
+from afd.sched.policy import NEVER_S, Admission, Ask
+from afd.sched.prefill import PrefillBudget
+from afd.sched.scheduler import MAX_PAUSES, Scheduler, SchedulerConfig
 from afd.sched.sequence import Sequence
 from afd.types import SamplingParams
 
 TPOT_S = 0.05
+TTFT_S = 5.0
 
 
 @dataclass
@@ -31,13 +33,13 @@ class Worker:
     """Scheduler, admission and model of one worker on a device that takes base + token * tokens + context * pairs."""
 
     def __init__(self, *, policy="enforce", base_s=6e-3, token_s=3e-4, context_s=1e-7, num_blocks=4096, **config):
-        limits = {"max_step_tokens": 256, "min_chunk_tokens": 64, "max_num_seqs": 256, "max_context": 4096}
+        limits = {"max_step_tokens": 256, "min_chunk_tokens": 8, "max_num_seqs": 256, "max_context": 4096}
         self.model = LatencyModel(overlap=False)
         pace = PrefillBudget(self.model) if policy == "enforce" else None
         self.scheduler = Scheduler(
             SchedulerConfig(**{**limits, "num_streams": 1, **config}), BlockPool(num_blocks, 16), pace
         )
-        self.admission = Admission(self.scheduler, self.model, policy=policy, tpot_s=TPOT_S)
+        self.admission = Admission(self.scheduler, self.model, policy=policy, tpot_s=TPOT_S, ttft_s=TTFT_S)
         self.coefficients = (base_s, token_s, context_s)
         self.now = 0.0
         self.timelines = {}
@@ -112,6 +114,44 @@ def test_at_twice_the_capacity_every_admitted_request_keeps_its_target(seed):
     worker.scheduler.check()
 
 
+@pytest.mark.parametrize("num_prompt", [64, 300])
+@pytest.mark.parametrize("rate", [1.0, 2.0, 4.0, 6.0])
+def test_a_light_load_is_served_whole(rate, num_prompt):
+    """A small model on two cores: 64 tokens beside a decode take most of the target, 300 more than all of it."""
+    if rate * num_prompt > 600:
+        pytest.skip("more than this machine does within the target")
+    worker = Worker(base_s=12e-3, token_s=5e-4)
+    admitted, refused = worker.open_loop(
+        rate, 60.0, random.Random(4), num_prompt=lambda rng: num_prompt, max_tokens=lambda rng: 64
+    )
+    assert refused <= 0.05 * admitted  # these come again within a second: the gateway's part
+    assert worker.attainment() == 1.0
+    assert max(t.token_s[0] - t.arrived_s for t in worker.timelines.values()) < TTFT_S
+
+
+def test_where_weights_bind_more_rows_cost_nothing_and_are_let_in():
+    """A plateau of 40 ms, as where reading the weights takes most of the target."""
+    worker = Worker(base_s=40e-3, token_s=1e-5)
+    admitted, refused = worker.open_loop(
+        60.0, 30.0, random.Random(5), num_prompt=lambda rng: 16, max_tokens=lambda rng: 40
+    )
+    assert refused < 0.1 * admitted  # at first: it begins with one row
+    assert worker.attainment() >= 0.99
+
+
+def test_a_wrong_belief_is_corrected_within_seconds():
+    worker = Worker(base_s=12e-3, token_s=5e-4)
+    sizes = {"num_prompt": lambda rng: 32, "max_tokens": lambda rng: 48}
+    worker.open_loop(6.0, 10.0, random.Random(6), **sizes)
+    worker.coefficients = tuple(4 * value for value in worker.coefficients)  # others use the machine for a while
+    worker.open_loop(6.0, 10.0, random.Random(7), **sizes)
+    worker.coefficients = tuple(value / 4 for value in worker.coefficients)
+    worker.open_loop(6.0, 5.0, random.Random(8), **sizes)
+    worker.timelines.clear()
+    admitted, refused = worker.open_loop(6.0, 20.0, random.Random(9), **sizes)
+    assert refused <= 0.02 * admitted and worker.attainment() == 1.0
+
+
 def test_without_a_policy_the_same_load_misses_the_target():
     worker = Worker(policy="off")
     worker.warm_up()
@@ -132,16 +172,21 @@ def test_a_worker_that_knows_nothing_starts_carefully_and_learns():
     assert worker.attainment() >= 0.99 and admitted > 200
 
 
-def test_every_prefill_gets_its_least_chunk_in_every_step_and_decodes_come_first():
+def test_decodes_come_first_and_the_oldest_prompt_never_stands_still_for_long():
     worker = Worker()
     worker.warm_up()
     worker.batches.clear()
-    worker.open_loop(40.0, 10.0, random.Random(2), **SIZES)
+    worker.open_loop(60.0, 10.0, random.Random(2), **SIZES)
+    num_pauses, num_chunks, waiting = 0, 0, set()
     for batch in worker.batches:
-        kinds = [item.num_new > 1 for item in batch.items]
-        assert kinds == sorted(kinds)
-        for item in batch.items:
-            assert item.samples or item.num_new >= 64
+        decodes = [idx for idx, item in enumerate(batch.items) if item.start >= item.seq.num_prompt]
+        chunks = [idx for idx, item in enumerate(batch.items) if item.num_new > 1]
+        assert not decodes or not chunks or max(decodes) < min(chunks)
+        num_chunks += len(chunks)
+        waiting = {seq for seq in waiting | {item.seq for item in batch.items} if seq.num_output == 0}
+        num_pauses = 0 if len(decodes) < len(batch.items) or not waiting else num_pauses + 1
+        assert num_pauses <= MAX_PAUSES
+    assert num_chunks > 100
 
 
 def test_prefill_beside_decodes_is_held_to_the_target_and_alone_it_is_not():
@@ -157,7 +202,10 @@ def test_prefill_beside_decodes_is_held_to_the_target_and_alone_it_is_not():
     seq = Sequence("second", 0, b"gw", list(range(500)), 500, SamplingParams(max_tokens=5, seed=1), 0, 99, tpot_s=0.2)
     worker.scheduler.add(seq)
     worker.step()
-    assert [item.num_new for item in worker.batches[-1].items] == [1, 64]  # 50 ms hold no more than the least chunk
+    assert [item.num_new for item in worker.batches[-1].items] == [
+        1,
+        37,
+    ]  # (0.9 * 50 ms - base) / 1 ms, less the decode
     worker.scheduler.get("long").tpot_s = 0.2
     worker.step()
     num_prefill = worker.batches[-1].items[1].num_new
@@ -244,14 +292,15 @@ def test_the_outlook_of_a_full_worker_tells_how_often_places_come():
     admitted, _ = worker.open_loop(80.0, 20.0, random.Random(5), **SIZES)
     interval_s = (worker.now - begun_s) / admitted
     for idx in range(400):
-        if worker.ask(f"more{idx}", max_tokens=400) is not None:
+        worker.ask(f"more{idx}", max_tokens=400)
+        outlook = worker.admission.outlook()
+        if outlook.wait_s:
             break
         worker.step()
-    outlook = worker.admission.outlook()
     assert 0.0 < outlook.wait_s < 15.0
     assert outlook.place_interval_s == pytest.approx(interval_s, rel=0.6)
     assert outlook.cycle_s == pytest.approx(TPOT_S - outlook.headroom_s)
-    assert 0.0 < outlook.prefill_token_s <= 0.9 * TPOT_S / 64
+    assert 0.0 < outlook.prefill_token_s <= TPOT_S * (MAX_PAUSES + 1) / 8
 
 
 @pytest.mark.parametrize("asks_again", [True, False])
@@ -261,8 +310,7 @@ def test_small_requests_do_not_pass_a_large_one_for_as_long_as_it_asks(asks_agai
     large, small, count = {"num_prompt": 60, "max_tokens": 60}, {"num_prompt": 2, "max_tokens": 60}, 0
     while worker.ask(f"large{count}", **large) is None:
         count += 1
-        for _ in range(3):
-            worker.step()
+        worker.step()
     if asks_again:
         assert worker.ask(f"large{count}", **large) is not None
     # It would fit, and has to wait only where somebody does come again.

@@ -14,7 +14,7 @@ from afd.types import SamplingParams
 def admission(num_blocks: int, *running: Submit) -> Admission:
     """Beside a scheduler that has `running` already: an idle one takes whatever comes."""
     scheduler = Scheduler(SchedulerConfig(max_context=256, num_streams=1), BlockPool(num_blocks, 4))
-    judge = Admission(scheduler, LatencyModel(), policy="enforce", tpot_s=0.05)
+    judge = Admission(scheduler, LatencyModel(), policy="enforce", tpot_s=0.05, ttft_s=5.0)
     for idx, message in enumerate(running):
         seq = admit(message, judge, owner=b"", arrival=idx, now=0.0)
         assert not isinstance(seq, Refused)
