@@ -18,7 +18,7 @@ import msgspec
 from afd.config import ClusterConfig
 from afd.coordinator.forecast import busy, forecast, usable
 from afd.messages.membership import Forecast, Plan, StepCosts
-from afd.sched.policy import HEADROOM
+from afd.sched.prefill import HEADROOM
 from afd.sched.streams import MAX_STREAMS, TRIAL_WORSE
 
 DEFAULT_MAX_STREAMS = 3
