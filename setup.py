@@ -1,7 +1,7 @@
 """The native parts of the build; everything else about the package is in pyproject.toml.
 
-`afd/kernels/_native.so` is a plain shared library, loaded with ctypes: no Python symbols in it. Each instruction set is
-one source file with its own flags; which of them runs is decided at run time. `stepmesh/_native.so` is an extension
+`afd/kernels/_native.so` is a plain shared library, loaded with ctypes: no Python symbols in it. Each instruction set
+has source files with its own flags; which of them runs is decided at run time. `stepmesh/_native.so` is an extension
 module of Python's limited API. Without a working compiler the package installs without them, and says so.
 """
 
@@ -16,22 +16,31 @@ from setuptools.command.build_ext import build_ext
 SOURCE_DIR = Path("afd/kernels/src")
 MESH_HEADERS = sorted(Path("stepmesh").glob("*.h"))
 SOURCES = ["api.cpp", "attention_plan.cpp", "fused.cpp", "relay.cpp", "run.cpp", "thread_pool.cpp", "isa_portable.cpp"]
-X86_SOURCES = ["isa_avx2.cpp", "isa_avx512.cpp"]
+SOURCES += ["sample.cpp", "sample_cut.cpp", "sample_portable.cpp"]
+X86_SOURCES = ["isa_avx2.cpp", "isa_avx512.cpp", "sample_avx2.cpp", "sample_avx512.cpp"]
 FLAGS = ["-std=c++17", "-O3", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi", "-g0"]
+AVX2_FLAGS = ["-mavx2", "-mfma"]
 # The last two: GCC's AVX-512 headers trip its own warnings.
-ISA_FLAGS = {
-    "isa_avx2.cpp": ["-mavx2", "-mfma"],
-    "isa_avx512.cpp": [
-        "-mavx512f",
-        "-mavx512bw",
-        "-mavx512vl",
-        "-mavx512dq",
-        "-mavx512bf16",
-        "-mavx512vnni",
-        "-mfma",
-        "-Wno-uninitialized",
-        "-Wno-maybe-uninitialized",
-    ],
+AVX512_FLAGS = [
+    "-mavx512f",
+    "-mavx512bw",
+    "-mavx512vl",
+    "-mavx512dq",
+    "-mavx512bf16",
+    "-mavx512vnni",
+    "-mfma",
+    "-Wno-uninitialized",
+    "-Wno-maybe-uninitialized",
+]
+SAME_BITS_FLAGS = ["-ffp-contract=off", "-fno-math-errno"]  # for results that must not depend on the instruction set
+FILE_FLAGS = {
+    "isa_avx2.cpp": AVX2_FLAGS,
+    "isa_avx512.cpp": AVX512_FLAGS,
+    "sample.cpp": SAME_BITS_FLAGS,
+    "sample_cut.cpp": SAME_BITS_FLAGS,
+    "sample_portable.cpp": SAME_BITS_FLAGS,
+    "sample_avx2.cpp": SAME_BITS_FLAGS + AVX2_FLAGS,
+    "sample_avx512.cpp": SAME_BITS_FLAGS + AVX512_FLAGS,
 }
 IS_X86 = platform.machine() in ("x86_64", "AMD64")
 
@@ -48,10 +57,10 @@ class BuildKernels(build_ext):
     def build_extension(self, ext: Extension) -> None:
         plain_compile = self.compiler._compile
 
-        def compile_with_isa(obj, src, suffix, cc_args, extra_args, pp_opts):  # type: ignore[no-untyped-def]
-            plain_compile(obj, src, suffix, cc_args, extra_args + ISA_FLAGS.get(Path(src).name, []), pp_opts)
+        def compile_with_flags(obj, src, suffix, cc_args, extra_args, pp_opts):  # type: ignore[no-untyped-def]
+            plain_compile(obj, src, suffix, cc_args, extra_args + FILE_FLAGS.get(Path(src).name, []), pp_opts)
 
-        self.compiler._compile = compile_with_isa
+        self.compiler._compile = compile_with_flags
         try:
             super().build_extension(ext)
         finally:

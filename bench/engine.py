@@ -3,6 +3,7 @@
     python -m bench.engine                      # the default model; mono, 1A1F and 2A1F
     python -m bench.engine --model dummy:step3-mini
     python -m bench.engine --quick --configs mono,1A1F:1,1A1F:2,1A1F:0
+    python -m bench.engine --temperature 0.8 --top-p 0.95   # tokens drawn, each round beside a greedy one
 
 A second table shows where a layer's time goes (bench/stage_table.py). All clusters are up at once and idle while
 another runs; rounds are interleaved; medians. A correctness gate comes first: every configuration must give the same
@@ -25,6 +26,7 @@ from afd.model.inventory import Half, inventory
 from afd.model.loading import resolve_model
 from afd.model.primitives import linear, prepared
 from afd.model.spec import ModelSpec
+from bench.drawing import Drawing, add_flags
 from bench.local import BenchCluster, check_equal_tokens, flags_of, run_round
 from bench.stage_table import HEADER, StageSums, stage_row
 
@@ -104,6 +106,7 @@ def main() -> None:
     parser.add_argument("--input-len", type=int, default=50)
     parser.add_argument("--output-len", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
+    add_flags(parser)
     parser.add_argument("--quick", action="store_true", help="one round, few tokens: does it run")
     parser.add_argument("--no-bound", action="store_true")
     args = parser.parse_args()
@@ -115,6 +118,8 @@ def main() -> None:
     rng = random.Random(0)
     prompts = [[rng.randrange(10, vocab) for _ in range(args.input_len)] for _ in range(max(batches))]
     speeds: dict[tuple[str, int], list[float]] = {}
+    of_greedy: dict[tuple[str, int], list[float]] = {}
+    drawing = Drawing(args.temperature, args.top_p)
     tpots: dict[tuple[str, int], list[float]] = {}
     with ExitStack() as stack:
         flags = {config: flags_of(config, args.model, args.dtype, args.transport) for config in configs}
@@ -125,7 +130,12 @@ def main() -> None:
             before = {config: StageSums.of(cluster) for config, cluster in clusters.items()}
             for round_idx in range(args.rounds):
                 for config, cluster in clusters.items():
-                    result = run_round(cluster, prompts[:batch], args.output_len)
+                    if not drawing.greedy:
+                        greedy = run_round(cluster, prompts[:batch], args.output_len)
+                    result = run_round(cluster, prompts[:batch], args.output_len, drawing=drawing)
+                    if not drawing.greedy:
+                        ratio = result.output_tokens_per_s / greedy.output_tokens_per_s
+                        of_greedy.setdefault((config, batch), []).append(ratio)
                     speeds.setdefault((config, batch), []).append(result.output_tokens_per_s)
                     tpots.setdefault((config, batch), []).append(result.mean_tpot_s)
                     print(
@@ -135,15 +145,16 @@ def main() -> None:
             for config, cluster in clusters.items():
                 stages[config, batch] = StageSums.of(cluster).since(before[config]).per_layer()
         shares = {c: {role: cluster.stats(role) for role in ("attention", "ffn")} for c, cluster in clusters.items()}
-    report(args, configs, batches, speeds, tpots, stages, shares)
+    report(args, configs, batches, speeds, of_greedy, tpots, stages, shares)
 
 
-def report(args, configs, batches, speeds, tpots, stages, shares) -> None:
+def report(args, configs, batches, speeds, of_greedy, tpots, stages, shares) -> None:
     bandwidth = 0.0 if args.no_bound else memory_bandwidth()
     rows = []
-    print(f"\n{args.model} {args.dtype}, {args.input_len} in, {args.output_len} out, medians of {args.rounds} rounds")
-    header = ("seqs", "config", "tok/s", "min", "max", "/mono", "TPOT ms", "bound", "of it")
-    print("{:>5} {:>8} {:>8} {:>8} {:>8} {:>6} {:>8} {:>8} {:>6}".format(*header))
+    print(f"\n{args.model} {args.dtype}, {args.input_len} in, {args.output_len} out, medians of {args.rounds} rounds, "
+          f"{Drawing(args.temperature, args.top_p)}")  # fmt: skip
+    header = ("seqs", "config", "tok/s", "min", "max", "/mono", "TPOT ms", "bound", "of it", "/greedy")
+    print("{:>5} {:>8} {:>8} {:>8} {:>8} {:>6} {:>8} {:>8} {:>6} {:>7}".format(*header))
     for batch in batches:
         limit = 0.0
         if not args.no_bound:
@@ -163,20 +174,23 @@ def report(args, configs, batches, speeds, tpots, stages, shares) -> None:
                     "ratio": median / base,
                     "tpot_ms": tpot * 1e3,
                     "bound_tokens_per_s": limit,
+                    "of_greedy": of_greedy.get((config, batch)),
                     "stages": stages[config, batch],
                 }
             )
             of_it = f"{median / limit:6.2f}" if limit else "     -"
+            beside = f"{statistics.median(of_greedy[config, batch]):7.2f}" if of_greedy else "      -"
             print(
                 f"{batch:>5} {config:>8} {median:8.1f} {min(values):8.1f} {max(values):8.1f} {median / base:6.2f} "
-                f"{tpot * 1e3:8.2f} {limit:8.1f} {of_it}"
+                f"{tpot * 1e3:8.2f} {limit:8.1f} {of_it} {beside}"
             )
-    print("\nmean stage times of a layer (head: of a step), prefill included")
+    print("\nmean stage times of a layer (head: of a step), prefill and greedy rounds included")
     print(HEADER)
     for batch in batches:
         for config in configs:
             print(stage_row(batch, config, stages[config, batch]))
-    print(json.dumps({"bench": "engine", "model": args.model, "dtype": args.dtype, "rows": rows, "workers": shares}))
+    print(json.dumps({"bench": "engine", "model": args.model, "dtype": args.dtype, "temperature": args.temperature,
+                      "top_p": args.top_p, "rows": rows, "workers": shares}))  # fmt: skip
 
 
 if __name__ == "__main__":

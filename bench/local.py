@@ -25,6 +25,7 @@ from afd.messages.codec import encode
 from afd.messages.serving import Lease, Refused, Submit, Tokens, worker_message_decoder
 from afd.types import FinishReason, SamplingParams
 from afd.zmq_sockets import client_socket
+from bench.drawing import GREEDY, Drawing
 
 READY_S = 120.0
 
@@ -150,16 +151,19 @@ def check_equal_tokens(clusters: Mapping[str, BenchCluster], prompts: Sequence[S
 
 
 def run_round(
-    cluster: BenchCluster, prompts: Sequence[Sequence[int]], output_len: int, timeout_s: float = 300
+    cluster: BenchCluster,
+    prompts: Sequence[Sequence[int]],
+    output_len: int,
+    timeout_s: float = 300,
+    drawing: Drawing = GREEDY,
 ) -> Round:
-    """Submit all prompts at once (round robin over the attention workers), greedy, and read every token."""
+    """Submit all prompts at once (round robin over the attention workers) and read every token."""
     context = zmq.Context()
     sockets = [client_socket(context, cluster.secret, os.urandom(8).replace(b"\0", b"x")) for _ in cluster.endpoints]
     poller = zmq.Poller()
     for socket, endpoint in zip(sockets, cluster.endpoints, strict=True):
         socket.connect(endpoint)
         poller.register(socket, zmq.POLLIN)
-    params = SamplingParams(max_tokens=output_len, seed=0, temperature=0.0)
     timelines: dict[str, Timeline] = {}
     deadline = time.perf_counter() + timeout_s
     lease_until = 0.0
@@ -167,6 +171,9 @@ def run_round(
         for idx, prompt in enumerate(prompts):
             req_id = f"bench-{os.urandom(6).hex()}"
             timelines[req_id] = Timeline(time.perf_counter(), [], [])
+            params = SamplingParams(
+                max_tokens=output_len, seed=idx, temperature=drawing.temperature, top_p=drawing.top_p
+            )
             sockets[idx % len(sockets)].send(encode(Submit(req_id, 0, list(prompt), [], params)))
         live = set(timelines)
         while live:

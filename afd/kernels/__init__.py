@@ -29,6 +29,7 @@ from afd.kernels.base import MAX_PARTIALS, Kernels, RowMax
 from afd.kernels.native import ISAS, KernelsUnavailableError, NativeKernels, available_isas, load_library
 from afd.kernels.packed import Packed, PackedInt8, PackedMatrix
 from afd.kernels.reference import ReferenceKernels
+from afd.kernels.sample_rows import RowLogprobs, SampledRows, SampleRow
 
 __all__ = [
     "MAX_PARTIALS",
@@ -36,7 +37,10 @@ __all__ = [
     "Packed",
     "PackedInt8",
     "PackedMatrix",
+    "RowLogprobs",
     "RowMax",
+    "SampleRow",
+    "SampledRows",
     "active_isa",
     "add_rms_norm",
     "can_pack",
@@ -51,6 +55,7 @@ __all__ = [
     "rms_norm",
     "rope_write_kv",
     "row_max",
+    "sample",
     "select_kernels",
     "silu_mul",
     "start_threads",
@@ -218,6 +223,16 @@ def row_max(x: Tensor, num_threads: int = 1) -> RowMax:
     out = RowMax.of_nothing(x.shape[0])
     _kernels().row_max(x, out, num_threads)
     return out
+
+
+def sample(logits: Tensor, rows: Sequence[SampleRow], num_threads: int = 1) -> SampledRows:
+    """A token for each row of logits `[m, vocab]` float32, by the rule of docs/sampling.md.
+
+    A token is a function of its row's logits and parameters alone. IndexError where these name a token that is not in
+    the vocabulary.
+    """
+    arguments.check_sample(logits, len(rows), num_threads)
+    return _kernels().sample(logits, rows, num_threads)
 
 
 def can_pack(w: Tensor) -> bool:

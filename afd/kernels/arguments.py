@@ -102,6 +102,12 @@ def check_row_max(x: Tensor, num_threads: int) -> None:
     check_threads(num_threads)
 
 
+def check_sample(logits: Tensor, num_rows: int, num_threads: int) -> None:
+    check_row_max(logits, num_threads)
+    if logits.shape[0] != num_rows:
+        raise ValueError(f"{logits.shape[0]} rows of logits, parameters for {num_rows}")
+
+
 def check_silu_mul(gate_up: Tensor, out: Tensor) -> None:
     _check_storage("gate_up", gate_up)
     if gate_up.dim() != 2 or gate_up.shape[1] % 2 or not _unit_stride(gate_up):

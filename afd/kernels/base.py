@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from afd.kernels.packed import Packed
+from afd.kernels.sample_rows import SampledRows, SampleRow
 
 KEY_GROUP = 8
 """Block sizes and head dimensions are multiples of this."""
@@ -84,6 +85,8 @@ class Kernels(Protocol):
     def silu_mul(self, gate_up: Tensor, limit: float, out: Tensor) -> None: ...
 
     def row_max(self, x: Tensor, out: RowMax, num_threads: int) -> None: ...
+
+    def sample(self, logits: Tensor, rows: Sequence[SampleRow], num_threads: int) -> SampledRows: ...
 
     def gemm(self, x: Tensor, w: Packed, out: Tensor, num_threads: int) -> None: ...
 

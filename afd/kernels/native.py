@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from afd.kernels import native_sampling
 from afd.kernels.base import RowMax
 from afd.kernels.packed import PAIRS, QUADS, Packed, PackedInt8, PackedMatrix
+from afd.kernels.sample_rows import SampledRows, SampleRow
 
-_ABI_VERSION = 7
+_ABI_VERSION = 8
 _POST_FAILED = 1000  # + errno
 ISAS = ("portable", "avx2", "avx512")
 """Instruction sets, slowest first; the position is the number the library knows them by."""
@@ -196,6 +198,9 @@ class NativeKernels:
         largest, idx = out.largest.data_ptr(), out.idx.data_ptr()
         self.library.afd_row_max(self.isa, num_threads, x.data_ptr(), x.stride(0), rows, width, largest, idx)
 
+    def sample(self, logits: Tensor, rows: Sequence[SampleRow], num_threads: int) -> SampledRows:
+        return native_sampling.sample(self.library, self.isa, logits, rows, num_threads)
+
     def pack(self, w: Tensor, *, unpack: bool = False) -> None:
         """Reorder w [n, k] in its place."""
         self.library.afd_pack(w.data_ptr(), w.shape[0], w.shape[1], unpack)
@@ -281,6 +286,8 @@ def load_library(path: Path | None = None) -> ctypes.CDLL:
             "(`python setup.py build_ext --inplace`)"
         )
     _declare(library)
+    if fault := native_sampling.layout_fault(library):
+        raise KernelsUnavailableError(f"{path}: {fault}: build it again (`python setup.py build_ext --inplace`)")
     return library
 
 
@@ -299,6 +306,8 @@ def _declare(library: ctypes.CDLL) -> None:
         "afd_add_rms_norm": (i32, [i32] * 4 + [pointer] * 2 + [i32] + [pointer] * 2 + [i32] * 2 + [f32]),
         "afd_silu_mul": (i32, [i32] * 2 + [pointer] * 2 + [i64] * 2 + [i32] * 2 + [f32]),
         "afd_row_max": (None, [i32] * 2 + [pointer, i64] + [i32] * 2 + [pointer] * 2),
+        "afd_sample_row_layout": (i32, [pointer, i32]),
+        "afd_sample": (i32, [i32] * 2 + [pointer, i64, i32, pointer, i32] + [pointer] * 2),
         "afd_unpack_rows": (None, [i32, pointer, i32, i32, pointer, i32, pointer]),
         "afd_pack": (None, [pointer] + [i32] * 3),
         "afd_gemm": (i32, [i32] * 2 + [pointer] * 3 + [i32] + [i64] * 2 + [i32] * 3),

@@ -1,6 +1,6 @@
 """The kernels in plain torch, float32 inside: what the native ones are tested against, and what runs without them.
 
-Written to be read, not to be fast. `num_threads` has no meaning here: torch decides.
+Written to be read, not to be fast. `num_threads` has no meaning here: torch decides. Sampling is numpy (`sample_rows`).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from afd.kernels.base import RowMax
 from afd.kernels.packed import PAIRS, QUADS, Int8Order, Packed, PackedInt8
+from afd.kernels.sample_rows import SampledRows, SampleRow, sample_row
 
 
 class ReferenceKernels:
@@ -94,6 +95,10 @@ class ReferenceKernels:
     def row_max(self, x: Tensor, out: RowMax, num_threads: int) -> None:
         out.idx.copy_(torch.from_numpy(x.numpy().argmax(axis=1)))  # whose first NaN counts as the largest
         out.largest.copy_(x.gather(1, out.idx[:, None])[:, 0])
+
+    def sample(self, logits: Tensor, rows: Sequence[SampleRow], num_threads: int) -> SampledRows:
+        sampled = [sample_row(x, row) for x, row in zip(logits.numpy(), rows, strict=True)]
+        return SampledRows([token for token, _ in sampled], [logprobs for _, logprobs in sampled])
 
     def gemm(self, x: Tensor, w: Packed, out: Tensor, num_threads: int) -> None:
         if isinstance(w, PackedInt8):

@@ -3,6 +3,7 @@
     python -m bench.compare --environments DIR --peers vllm,transformers,llama_cpp
     python -m bench.compare --environments DIR --peers vllm --ours 1A1F:0,1A1F:2,mono --sequences 32
     python -m bench.compare --environments DIR --peers vllm:float32,llama_cpp
+    python -m bench.compare --environments DIR --peers vllm --temperature 0.8 --top-p 0.95
 
 No peer is a dependency of this project: DIR/NAME is a virtual environment of its own for each; its recipe stands at the
 top of bench/compare/peers/NAME.py. The model is exported to DIR/ once for those that do not read its GGUF file.
@@ -36,6 +37,7 @@ from bench.compare.peer_process import PeerProcess
 from bench.compare.peers import PEERS
 from bench.compare.peers.peer import Setup
 from bench.compare.report import equal_share, row, table
+from bench.drawing import Drawing, add_flags
 
 GATE_PROMPTS, GATE_TOKENS, GATE_SHARE = 8, 16, 0.5
 ALL_ROUNDED_SHARE = 0.25  # with all weights in int8: such answers to random prompts part early, and stay apart
@@ -56,12 +58,16 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--input-len", type=int, default=50)
     parser.add_argument("--output-len", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
+    add_flags(parser)
     args = parser.parse_args()
+    args.drawing = Drawing(args.temperature, args.top_p)
     args.peers, args.ours = ([name for name in text.split(",") if name] for text in (args.peers, args.ours))
     args.sequences = [int(n) for n in args.sequences.split(",")]
     names = {label.partition(":")[0] for label in args.peers}
     if unknown := names - set(PEERS):
         parser.error(f"no such peer: {', '.join(sorted(unknown))}; there are {', '.join(PEERS)}")
+    if not args.drawing.greedy and (greedy := sorted(name for name in names if not PEERS[name].draws)):
+        parser.error(f"{', '.join(greedy)}: greedy only")
     for name in sorted(names):
         if not (python := args.environments / name / "bin" / "python").exists():
             parser.error(f"{python} is not there; bench/compare/peers/{name}.py says how to make it")
@@ -95,13 +101,13 @@ def gate(contestants: Sequence[Contestant], prompts: list[list[int]]) -> dict[st
 
 
 def rounds(
-    contestants: Sequence[Contestant], prompts: list[list[int]], output_len: int, num_rounds: int
+    contestants: Sequence[Contestant], prompts: list[list[int]], output_len: int, num_rounds: int, drawing: Drawing
 ) -> dict[str, list[float]]:
     """Output tokens/s of every contestant, a value a round."""
     speeds: dict[str, list[float]] = {c.name: [] for c in contestants}
     for round_idx in range(num_rounds):
         for contestant in contestants:
-            speed = contestant.run_round(prompts, output_len).tokens_per_s
+            speed = contestant.run_round(prompts, output_len, drawing).tokens_per_s
             speeds[contestant.name].append(speed)
             print(f"  round {round_idx} {contestant.name:>14} x{len(prompts):<3} {speed:8.1f} tok/s", flush=True)
     return speeds
@@ -122,16 +128,18 @@ def main() -> None:
             peer.pause()
         shares = gate(contestants, prompts[:GATE_PROMPTS])
         rows = [
-            row(batch, rounds(contestants, prompts[:batch], args.output_len, args.rounds), args.ours)
+            row(batch, rounds(contestants, prompts[:batch], args.output_len, args.rounds, args.drawing), args.ours)
             for batch in args.sequences
         ]
         versions = {peer.name: peer.version for peer in peers}
     machine = f"{describe_machine()}, kernels {select_kernels().name}"
     print(
-        f"\n{DEFAULT_MODEL} {args.dtype}, {args.input_len} in, {args.output_len} out, {args.rounds} rounds\n{machine}"
+        f"\n{DEFAULT_MODEL} {args.dtype}, {args.input_len} in, {args.output_len} out, {args.rounds} rounds, "
+        f"{args.drawing}\n{machine}"
     )
     print(table(rows))
-    settings = {key: getattr(args, key) for key in ("dtype", "threads", "input_len", "output_len", "rounds")}
+    kept = ("dtype", "threads", "input_len", "output_len", "rounds", "temperature", "top_p")
+    settings = {key: getattr(args, key) for key in kept}
     result = {"bench": "compare", "machine": machine, "model": DEFAULT_MODEL, **settings, "versions": versions}
     print(json.dumps({**result, "equal_share": shares, "idle_share": idle, "rows": rows}))
 

@@ -10,6 +10,8 @@ from typing import Protocol
 
 import psutil
 
+from bench.drawing import GREEDY, Drawing
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
@@ -25,7 +27,7 @@ class Contestant(AbstractContextManager, Protocol):
     name: str
     pid: int
 
-    def run_round(self, prompts: Sequence[Sequence[int]], output_len: int) -> Outcome: ...
+    def run_round(self, prompts: Sequence[Sequence[int]], output_len: int, drawing: Drawing = GREEDY) -> Outcome: ...
 
 
 def idle_shares(contestants: Sequence[Contestant], seconds: float) -> dict[str, float]:

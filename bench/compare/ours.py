@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from bench.compare.contestant import Outcome
+from bench.drawing import GREEDY, Drawing
 from bench.local import BenchCluster, flags_of, run_round
 
 ROUND_S = 300.0
@@ -22,8 +23,8 @@ class Ours:
         self.pid = self._cluster.process.pid
         return self
 
-    def run_round(self, prompts: Sequence[Sequence[int]], output_len: int) -> Outcome:
-        result = run_round(self._cluster, prompts, output_len, ROUND_S)
+    def run_round(self, prompts: Sequence[Sequence[int]], output_len: int, drawing: Drawing = GREEDY) -> Outcome:
+        result = run_round(self._cluster, prompts, output_len, ROUND_S, drawing)
         return Outcome(result.output_tokens_per_s, [timeline.ids for timeline in result.timelines])
 
     def __exit__(self, *exc: object) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from bench.compare.contestant import Outcome
 from bench.compare.peers.peer import Peer, Setup
+from bench.drawing import GREEDY, Drawing
 
 ROOT = Path(__file__).parents[2]
 START_S = 390.0  # vLLM compiles the model when it starts for the first time
@@ -49,10 +50,11 @@ class PeerProcess:
             raise
         return self
 
-    def run_round(self, prompts: Sequence[Sequence[int]], output_len: int) -> Outcome:
+    def run_round(self, prompts: Sequence[Sequence[int]], output_len: int, drawing: Drawing = GREEDY) -> Outcome:
         self.resume()
+        request = {"prompts": prompts, "output_len": output_len, "drawing": asdict(drawing)}
         try:
-            self._process.stdin.write(json.dumps({"prompts": prompts, "output_len": output_len}) + "\n")
+            self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
             answer = self._answer(ROUND_S)
         finally:

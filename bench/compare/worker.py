@@ -3,7 +3,8 @@
     ENVIRONMENT/bin/python -m bench.compare.worker NAME SETUP
 
 SETUP is a `Setup` as JSON. Answers go to stdout, a line each: {"version": ...} when the peer has started, then for
-every {"prompts": [[ids], ...], "output_len": n} a {"seconds": s, "ids": [[...], ...]}. End of stdin closes the peer.
+every {"prompts": [[ids], ...], "output_len": n, "drawing": {...}} a {"seconds": s, "ids": [[...], ...]}. End of stdin
+closes the peer.
 """
 
 import json
@@ -14,6 +15,7 @@ from contextlib import closing
 
 from bench.compare.peers import PEERS
 from bench.compare.peers.peer import Setup
+from bench.drawing import Drawing
 
 
 def main() -> None:
@@ -27,7 +29,7 @@ def main() -> None:
         for line in sys.stdin:
             request = json.loads(line)
             begun = time.perf_counter()
-            ids = peer.run_round(request["prompts"], request["output_len"])
+            ids = peer.run_round(request["prompts"], request["output_len"], Drawing(**request["drawing"]))
             print(json.dumps({"seconds": time.perf_counter() - begun, "ids": ids}), file=out)
 
 

@@ -8,18 +8,22 @@
 #include "fused.h"
 #include "relay.h"
 #include "run.h"
+#include "sample.h"
 
 namespace afd {
 
 extern const KernelTable kernels_portable;
+extern const SampleTable sample_portable;
 #if defined(AFD_HAVE_X86)
 extern const KernelTable kernels_avx2;
 extern const KernelTable kernels_avx512;
+extern const SampleTable sample_avx2;
+extern const SampleTable sample_avx512;
 #endif
 
 namespace {
 
-constexpr int32_t kAbiVersion = 7;
+constexpr int32_t kAbiVersion = 8;
 
 const KernelTable& table_of(int32_t isa) {
 #if defined(AFD_HAVE_X86)
@@ -28,6 +32,15 @@ const KernelTable& table_of(int32_t isa) {
 #endif
     static_cast<void>(isa);
     return kernels_portable;
+}
+
+const SampleTable& sample_table_of(int32_t isa) {
+#if defined(AFD_HAVE_X86)
+    if (isa == kIsaAvx512) return sample_avx512;
+    if (isa == kIsaAvx2) return sample_avx2;
+#endif
+    static_cast<void>(isa);
+    return sample_portable;
 }
 
 // No exception leaves a C function.
@@ -139,6 +152,31 @@ void afd_row_max(int32_t isa, int32_t num_threads, const float* x, int64_t strid
     RowMaxima{largest, idx}.clear(num_rows);
     const RowMaxArgs args{x, largest, idx, stride, 0, num_rows, width};
     run_ranges(num_rows, 1, num_threads, [&](int begin, int end) { table_of(isa).row_max(args, begin, end); });
+}
+
+int32_t afd_sample_row_layout(int32_t* offsets, int32_t room) {
+#define AFD_OFFSET(field) static_cast<int32_t>(offsetof(AfdSampleRow, field))
+    const int32_t layout[] = {
+        AFD_OFFSET(prompt),      AFD_OFFSET(output),     AFD_OFFSET(bias_ids),   AFD_OFFSET(biases),
+        AFD_OFFSET(masked),      AFD_OFFSET(num_prompt), AFD_OFFSET(num_output), AFD_OFFSET(num_biases),
+        AFD_OFFSET(num_masked),  AFD_OFFSET(seed),       AFD_OFFSET(position),   AFD_OFFSET(choice),
+        AFD_OFFSET(top_p),       AFD_OFFSET(frequency),  AFD_OFFSET(presence),   AFD_OFFSET(repetition),
+        AFD_OFFSET(scale),       AFD_OFFSET(top_k),      AFD_OFFSET(least),      AFD_OFFSET(num_logprobs),
+        static_cast<int32_t>(sizeof(AfdSampleRow))};
+#undef AFD_OFFSET
+    const int32_t count = static_cast<int32_t>(std::size(layout));
+    std::copy_n(layout, std::min(room, count), offsets);
+    return count;
+}
+
+int32_t afd_sample(int32_t isa, int32_t num_threads, const float* logits, int64_t stride, int32_t width,
+                   const AfdSampleRow* rows, int32_t num_rows, const AfdSampled* out, int32_t* error_detail) {
+    const int32_t status = check_tokens(rows, num_rows, width, error_detail);
+    if (status != kOk) return status;
+    return guarded([&] {
+        sample(sample_table_of(isa), logits, stride, width, rows, num_rows, *out, num_threads);
+        return kOk;
+    });
 }
 
 void afd_unpack_rows(int32_t num_threads, const void* weights, int32_t n, int32_t k, const int64_t* idx, int32_t m,

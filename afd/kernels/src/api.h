@@ -49,6 +49,33 @@ AFD_API int32_t afd_silu_mul(int32_t isa, int32_t dtype, const void* gate_up, vo
 AFD_API void afd_row_max(int32_t isa, int32_t num_threads, const float* x, int64_t stride, int32_t num_rows, int32_t width,
                          float* largest, int64_t* idx);
 
+// How the token of one row of logits is drawn (docs/sampling.md). No list may name a token outside the vocabulary.
+struct AfdSampleRow {
+    const int32_t *prompt, *output;  // for the penalties; empty where there are none
+    const int32_t* bias_ids;
+    const float* biases;
+    const int32_t* masked;  // tokens that must not be drawn
+    int32_t num_prompt, num_output, num_biases, num_masked;
+    uint64_t seed;
+    uint32_t position, choice;
+    double top_p, frequency, presence;
+    float repetition, scale;  // scale: log2(e) / temperature; 0 = the largest
+    int32_t top_k;            // 0 = all
+    int32_t least;            // min_p: tokens of a lesser mass are left out
+    int32_t num_logprobs;     // -1 = none; else the token's, and so many of the most likely ones
+};
+struct AfdSampled {
+    int64_t* tokens;   // [num_rows], -1 where a row has a NaN or no finite largest logit
+    double* logprobs;  // [num_rows, 1 + num_top]: the token's, then the most likely ones'
+    int32_t* top_ids;  // [num_rows, num_top]
+    int32_t num_top;   // at least every num_logprobs
+};
+// Offsets of the fields of AfdSampleRow in their order, then its size: at most `room` of them are written -> how many.
+AFD_API int32_t afd_sample_row_layout(int32_t* offsets, int32_t room);
+AFD_API int32_t afd_sample(int32_t isa, int32_t num_threads, const float* logits, int64_t stride, int32_t width,
+                           const AfdSampleRow* rows, int32_t num_rows, const AfdSampled* out,
+                           int32_t* error_detail /* [2]: row, token */);
+
 // out [m, k] float32: rows idx of packed weights [n, k].
 AFD_API void afd_unpack_rows(int32_t num_threads, const void* weights, int32_t n, int32_t k, const int64_t* idx, int32_t m,
                              float* out);

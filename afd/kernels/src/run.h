@@ -13,6 +13,7 @@ namespace afd {
 enum Status : int32_t {
     kOk = 0,  // 1..4 are BatchError
     kSlotOutOfRange = 10,
+    kNoSuchToken = 11,
     kOutOfMemory = 20,
     kPostFailed = 1000,  // + errno of a lane's bell
 };

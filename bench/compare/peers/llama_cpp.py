@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bench.compare.peers.peer import Peer, Setup
+from bench.drawing import Drawing
 
 KV_GRANULE = 256  # llama.cpp rounds a sequence's KV cells up to this
 
@@ -22,6 +23,7 @@ KV_GRANULE = 256  # llama.cpp rounds a sequence's KV cells up to this
 class LlamaCpp(Peer):
     name = "llama_cpp"
     files = "gguf"
+    draws = False  # its samplers would run here, one sequence after another, in Python
 
     def start(self, setup: Setup) -> str:
         import llama_cpp
@@ -48,7 +50,7 @@ class LlamaCpp(Peer):
         self._batch = llama_cpp.llama_batch_init(params.n_batch, 0, 1)
         return llama_cpp.__version__
 
-    def run_round(self, prompts: Sequence[Sequence[int]], output_len: int) -> list[list[int]]:
+    def run_round(self, prompts: Sequence[Sequence[int]], output_len: int, drawing: Drawing) -> list[list[int]]:
         self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), False)
         out: list[list[int]] = [[] for _ in prompts]
         rows = [list(prompt) for prompt in prompts]

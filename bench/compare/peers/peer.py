@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from bench.drawing import Drawing
+
 
 @dataclass(frozen=True, slots=True)
 class Setup:
@@ -28,6 +30,8 @@ class Peer(ABC):
 
     name: ClassVar[str]
     files: ClassVar[Literal["huggingface", "gguf"]]
+    draws: ClassVar[bool] = True
+    """False for one that is only asked for greedy tokens."""
     environment: ClassVar[Mapping[str, str]] = {}
     """Variables its process starts with."""
 
@@ -36,8 +40,8 @@ class Peer(ABC):
         """Loads the model and returns the engine's version. Called once, before everything else."""
 
     @abstractmethod
-    def run_round(self, prompts: Sequence[Sequence[int]], output_len: int) -> list[list[int]]:
-        """`output_len` greedy tokens for each prompt, all submitted at once; nothing is kept for the next round."""
+    def run_round(self, prompts: Sequence[Sequence[int]], output_len: int, drawing: Drawing) -> list[list[int]]:
+        """`output_len` tokens for each prompt, all submitted at once; nothing is kept for the next round."""
 
     @abstractmethod
     def close(self) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bench.compare.peers.peer import Peer, Setup
+from bench.drawing import Drawing
 
 MAX_LENGTH, MAX_SEQUENCES = 2048, 256  # the same for every run: what vLLM compiled once is found again
 
@@ -42,8 +43,14 @@ class Vllm(Peer):
         )
         return vllm.__version__
 
-    def run_round(self, prompts: Sequence[Sequence[int]], output_len: int) -> list[list[int]]:
-        params = self._vllm.SamplingParams(temperature=0, max_tokens=output_len, ignore_eos=True, detokenize=False)
+    def run_round(self, prompts: Sequence[Sequence[int]], output_len: int, drawing: Drawing) -> list[list[int]]:
+        params = self._vllm.SamplingParams(
+            temperature=drawing.temperature,
+            top_p=drawing.top_p,
+            max_tokens=output_len,
+            ignore_eos=True,
+            detokenize=False,
+        )
         answers = self._llm.generate([{"prompt_token_ids": list(p)} for p in prompts], params, use_tqdm=False)
         return [list(answer.outputs[0].token_ids) for answer in answers]
 

@@ -6,6 +6,7 @@ import pytest
 
 from bench.compare.__main__ import gate, parse_arguments, rounds
 from bench.compare.contestant import Outcome
+from bench.drawing import GREEDY, Drawing
 
 
 class Scripted:
@@ -16,8 +17,8 @@ class Scripted:
     def __init__(self, name, token=7, calls=None):
         self.name, self.token, self.calls = name, token, [] if calls is None else calls
 
-    def run_round(self, prompts, output_len):
-        self.calls.append(self.name)
+    def run_round(self, prompts, output_len, drawing=GREEDY):
+        self.calls.append(self.name if drawing == GREEDY else f"{self.name} drawn")
         return Outcome(float(len(self.calls)), [[self.token] * output_len for _ in prompts])
 
 
@@ -30,8 +31,9 @@ def test_the_gate_lets_equal_ones_pass_and_stops_at_another_model(capsys):
 
 def test_rounds_are_interleaved():
     calls = []
-    speeds = rounds([Scripted("mono", calls=calls), Scripted("vllm", calls=calls)], [[1]], 4, 2)
-    assert calls == ["mono", "vllm", "mono", "vllm"]
+    contestants = [Scripted("mono", calls=calls), Scripted("vllm", calls=calls)]
+    speeds = rounds(contestants, [[1]], 4, 2, Drawing(0.8, 0.95))
+    assert calls == ["mono drawn", "vllm drawn"] * 2
     assert speeds == {"mono": [1.0, 3.0], "vllm": [2.0, 4.0]}
 
 
@@ -47,6 +49,12 @@ def test_a_peer_may_have_a_dtype_of_its_own(tmp_path, monkeypatch):
     args = parsed(monkeypatch, "--environments", str(tmp_path), "--peers", "vllm,vllm:float32", "--sequences", "1,8")
     assert args.peers == ["vllm", "vllm:float32"]
     assert args.sequences == [1, 8]
+
+
+def test_a_peer_that_does_not_draw_is_refused_where_tokens_are_drawn(tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        parsed(monkeypatch, "--environments", str(tmp_path), "--peers", "llama_cpp", "--temperature", "0.8")
+    assert "llama_cpp: greedy only" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("peers, why", [("sglang", "no such peer: sglang"), ("vllm", "peers/vllm.py says how")])

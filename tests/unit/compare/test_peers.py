@@ -21,6 +21,7 @@ if sys.argv[-2] == "silent": sys.exit("no such model")
 print(json.dumps({"version": json.loads(sys.argv[-1])["model"]}), flush=True)
 for line in sys.stdin:
     request = json.loads(line)
+    assert request["drawing"] == {"temperature": 0.0, "top_p": 1.0}
     ids = [[sum(prompt)] * request["output_len"] for prompt in request["prompts"]]
     print(json.dumps({"seconds": 0.5, "ids": ids}), flush=True)
 """

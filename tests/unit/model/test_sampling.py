@@ -1,4 +1,4 @@
-"""The sampler against an obvious twin, its independence of the batch, and the random numbers under it."""
+"""The sampler: its filters against an obvious twin, its distribution, and how alike similar distributions are drawn."""
 
 from __future__ import annotations
 
@@ -11,45 +11,11 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from afd.model.philox import philox4x32, uniforms
-from afd.model.sampling import FIRST_CANDIDATES, Sampler
+from afd.kernels.philox import exponentials
+from afd.model.sampling import Sampler, takes_largest
 from afd.types import SamplingParams
 
 GREEDY = SamplingParams(max_tokens=8, seed=0, temperature=0.0)
-
-
-def words(*values: int) -> np.ndarray:
-    return np.array([values], np.uint32)
-
-
-@pytest.mark.parametrize(
-    ("counter", "key", "expected"),
-    [
-        ((0,) * 4, (0,) * 2, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
-        ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
-        ((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0),
-         (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)),
-    ],
-)  # fmt: skip
-def test_philox_known_answers(counter: tuple[int, ...], key: tuple[int, ...], expected: tuple[int, ...]) -> None:
-    """The test vectors published with the algorithm."""
-    assert philox4x32(words(*counter), words(*key))[0].tolist() == list(expected)
-
-
-def test_uniforms_depend_on_seed_choice_and_position_only() -> None:
-    keys = [(seed, choice, position) for seed in (0, 7, -1, 2**40) for choice in (0, 1) for position in (0, 5)]
-    together = uniforms(*zip(*keys, strict=True))
-    alone = [uniforms([s], [c], [p])[0] for s, c, p in keys]
-    assert together.tolist() == alone
-    assert len(set(alone)) == len(alone)
-    assert uniforms([], [], []).shape == (0,)
-
-
-def test_uniforms_are_uniform() -> None:
-    values = uniforms([3] * 20000, [0] * 20000, range(20000))
-    counts = np.histogram(values, 20, (0, 1))[0]
-    chi_square = ((counts - 1000) ** 2 / 1000).sum()
-    assert chi_square < 43.8  # 19 degrees of freedom, p = 0.001
 
 
 def _logits(seed: int, vocab: int, ties: bool) -> torch.Tensor:
@@ -111,7 +77,7 @@ PARAMS = st.builds(
     params=PARAMS,
     position=st.integers(0, 8),
     logits_seed=st.integers(0, 10_000),
-    vocab=st.sampled_from([11, 200, 3 * FIRST_CANDIDATES]),
+    vocab=st.sampled_from([11, 200, 1536]),
     ties=st.booleans(),
     prompt=st.lists(st.integers(0, 10), max_size=5),
     output=st.lists(st.integers(0, 10), max_size=5),
@@ -120,22 +86,19 @@ def test_against_the_twin(
     params: SamplingParams, position: int, logits_seed: int, vocab: int, ties: bool,
     prompt: list[int], output: list[int],
 ) -> None:  # fmt: skip
-    """The drawn token is the twin's, whichever way (rank order or id order) the distribution is inverted."""
+    """Of the tokens that the twin leaves, the one whose exponential variate over its probability is the least."""
     row = _logits(logits_seed, vocab, ties)
     got = Sampler().sample(row[None], [params], [position], [(prompt, output)]).ids[0]
     ids, probabilities = _twin_probabilities(row, params, position, prompt, output)
     if params.greedy:
         assert got == ids[0]
         return
-    u = uniforms([params.seed], [params.choice], [position])[0]
-    if params.top_k == 0 and params.top_p == 1.0 and params.min_p == 0.0:
-        by_id = np.zeros(vocab)
-        by_id[ids] = probabilities
-        ids, probabilities = list(range(vocab)), by_id
-    cumulative = np.cumsum(probabilities)
-    assume(np.abs(cumulative - u).min() > 1e-5)  # on an edge, rounding may decide
-    expected = ids[int(np.searchsorted(cumulative, u, side="right"))]
-    assert got == expected or _nucleus_edge(row, params, position, prompt, output)
+    numbers = exponentials(params.seed, params.choice, position, vocab)[ids]
+    times = np.full(len(ids), np.inf)
+    np.divide(numbers, probabilities, out=times, where=probabilities > 0)
+    first, *others = np.sort(times)[:2]
+    assume(not others or others[0] > first * (1 + 1e-5))  # a dead heat, which rounding may decide
+    assert got == ids[int(times.argmin())] or _nucleus_edge(row, params, position, prompt, output)
 
 
 def _nucleus_edge(
@@ -163,21 +126,63 @@ def test_a_row_does_not_depend_on_its_batch(rows: list[tuple[SamplingParams, int
         assert alone.ids == [together.ids[i]] and alone.logprobs == [together.logprobs[i]]
 
 
-def test_samples_follow_the_distribution() -> None:
-    row = torch.tensor([0.0, 1.0, 2.0, -1.0])
-    params = [SamplingParams(max_tokens=1, seed=seed, top_k=3) for seed in range(4000)]
-    ids = Sampler().sample(row.expand(4000, 4), params, [0] * 4000).ids
-    expected = torch.softmax(row[:3], 0) * 4000
-    counts = torch.bincount(torch.tensor(ids), minlength=4)
-    assert counts[3] == 0
-    assert (((counts[:3] - expected) ** 2) / expected).sum() < 13.8  # 2 degrees of freedom, p = 0.001
+def _draws(row: torch.Tensor, count: int, **changes: float) -> np.ndarray:
+    """As many tokens of one distribution, each with a seed of its own."""
+    params = [SamplingParams(max_tokens=1, seed=seed, **changes) for seed in range(count)]  # type: ignore[arg-type]
+    return np.array(Sampler().sample(row.expand(count, len(row)), params, [0] * count).ids)
+
+
+@pytest.mark.parametrize(
+    ("vocab", "changes"),
+    [
+        (4, {"top_k": 3}),
+        (200, {}),
+        (200, {"temperature": 1.7}),
+        (200, {"top_p": 0.9}),
+        (200, {"min_p": 0.05}),
+        (200, {"top_k": 30, "top_p": 0.8, "temperature": 0.7}),
+    ],
+)
+def test_samples_follow_the_distribution(vocab: int, changes: dict[str, float]) -> None:
+    row, num_draws = _logits(5, vocab, ties=False), 20_000
+    ids, probabilities = _twin_probabilities(row, SamplingParams(max_tokens=1, seed=0, **changes), 0, [], [])  # type: ignore[arg-type]
+    counts = np.bincount(_draws(row, num_draws, **changes), minlength=vocab)[ids]
+    assert not counts[probabilities == 0].any()
+    expected = probabilities * num_draws
+    often = expected >= 10  # the rest are taken together
+    counts = np.append(counts[often], counts[~often].sum())
+    expected = np.append(expected[often], expected[~often].sum())
+    counts, expected = counts[expected > 0], expected[expected > 0]
+    freedom = len(expected) - 1
+    limit = freedom + 3.1 * math.sqrt(2 * freedom) + 4  # beyond p = 0.001 for every number of degrees of freedom here
+    assert ((counts - expected) ** 2 / expected).sum() < limit
+
+
+@pytest.mark.parametrize(("vocab", "noise"), [(50, 0.1), (1000, 0.1), (1000, 0.5), (1000, 1.5)])
+@pytest.mark.parametrize("top_p", [1.0, 0.95])
+def test_similar_distributions_mostly_give_the_same_token(vocab: int, noise: float, top_p: float) -> None:
+    """With the same numbers p and q agree at least as often as (1 - d) / (1 + d), d their total variation distance."""
+    target = _logits(1, vocab, ties=False)
+    draft = target + noise * torch.randn(vocab, generator=torch.Generator().manual_seed(9))
+    params, num_draws = SamplingParams(max_tokens=1, seed=0, top_p=top_p), 4000
+    distributions = []
+    for row in (target, draft):
+        ids, probabilities = _twin_probabilities(row, params, 0, [], [])
+        by_id = np.zeros(vocab)
+        by_id[ids] = probabilities
+        distributions.append(by_id)
+    distance = np.abs(distributions[0] - distributions[1]).sum() / 2
+    bound = (1 - distance) / (1 + distance)
+    agreed = (_draws(target, num_draws, top_p=top_p) == _draws(draft, num_draws, top_p=top_p)).mean()
+    deviation = math.sqrt(bound * (1 - bound) / num_draws)
+    assert bound - 3.1 * deviation <= agreed <= 1 - distance + 3.1 * deviation
 
 
 def test_greedy_ties_go_to_the_lower_id_and_logits_stay_untouched() -> None:
     logits = torch.tensor([[1.0, 3.0, 3.0, 0.0]])
     before = logits.clone()
     biased = replace(GREEDY, logit_bias=((3, 9.0),))
-    got = Sampler().sample(logits.expand(2, 4), [GREEDY, biased], [0, 0])
+    got = Sampler().sample(logits.expand(2, 4).contiguous(), [GREEDY, biased], [0, 0])
     assert got.ids == [1, 3]
     assert torch.equal(logits, before)
 
@@ -186,6 +191,12 @@ def test_min_tokens_masks_stop_ids_until_reached() -> None:
     params = replace(GREEDY, stop_token_ids=(2,), min_tokens=3)
     logits = torch.tensor([[0.0, 1.0, 5.0]]).expand(2, 3)
     assert Sampler().sample(logits, [params, params], [2, 3]).ids == [1, 2]
+    assert not takes_largest(params, 2) and takes_largest(params, 3)
+
+
+def test_where_everything_is_masked_the_first_token_is_taken() -> None:
+    params = SamplingParams(max_tokens=8, seed=3, stop_token_ids=(0, 1, 2), min_tokens=3)
+    assert Sampler().sample(torch.tensor([[0.0, 1.0, 5.0]]), [params], [0]).ids == [0]
 
 
 def test_logprobs_are_of_the_models_own_logits() -> None:
@@ -193,12 +204,12 @@ def test_logprobs_are_of_the_models_own_logits() -> None:
     params = replace(GREEDY, temperature=0.2, logprobs=3, logit_bias=((17, 50.0),))
     got = Sampler().sample(logits, [params], [0])
     assert got.ids == [17]
-    expected = torch.log_softmax(logits[0], 0)
+    expected = torch.log_softmax(logits[0].double(), 0)
     sampled, top = got.logprobs[0] or (0.0, [])
-    assert sampled == pytest.approx(float(expected[17]), abs=1e-5)
+    assert sampled == pytest.approx(float(expected[17]), abs=1e-6)
     best = expected.topk(3)
     assert [token for token, _ in top] == best.indices.tolist()
-    assert [value for _, value in top] == pytest.approx(best.values.tolist(), abs=1e-5)
+    assert [value for _, value in top] == pytest.approx(best.values.tolist(), abs=1e-6)
     none, zero = Sampler().sample(logits.expand(2, 300), [GREEDY, replace(GREEDY, logprobs=0)], [0, 0]).logprobs
     assert none is None and zero is not None and zero[1] == []
 
@@ -212,9 +223,10 @@ def test_gaps_on_request() -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_rows_that_are_not_finite_are_reported_and_the_others_served(bad: float) -> None:
     logits = torch.tensor([[0.0, bad, 1.0], [0.0, 2.0, 1.0], [-math.inf] * 3])
-    got = Sampler().sample(logits, [replace(GREEDY, logprobs=1)] * 3, [0] * 3)
-    assert got.ids == [-1, 1, -1] and got.invalid == (0, 2)
-    assert got.logprobs[0] is None and got.logprobs[1] is not None
+    for params in (replace(GREEDY, logprobs=1), replace(GREEDY, temperature=0.01, top_p=0.9, logprobs=1)):
+        got = Sampler().sample(logits, [params] * 3, [0] * 3)
+        assert got.ids == [-1, 1, -1] and got.invalid == (0, 2)
+        assert got.logprobs[0] is None and got.logprobs[1] is not None
 
 
 @pytest.mark.parametrize("temperature", [1e-320, 1e-50, 1e-9])
