@@ -16,9 +16,10 @@ from afd.gateway.intake.process import ReaderProcess
 from afd.gateway.intake.protocol import Setup, pack, unpack
 from afd.gateway.intake.reader import RawRequest, RequestReader
 from afd.gateway.templating import ChatTemplate
+from afd.gateway.tokenizer import TextTokenizer
 from tests.fakes.async_test import async_test
 from tests.fakes.gateway import events, gateway, text_of
-from tests.fakes.text_model import text_model
+from tests.fakes.text_model import byte_tokenizer, text_model
 
 MODEL = text_model(max_context=1 << 14)
 LIMITS = GatewayConfig()
@@ -54,6 +55,17 @@ def test_what_crosses_between_processes_arrives_whole(route):
     *waits, arrived = unpack(route, reply, memoryview(ids))
     assert waits == [None] * len(reply.lengths)
     assert arrived == prepared
+
+
+@pytest.mark.parametrize("splits_special", [False, True])
+def test_special_tokens_in_a_text_count_for_as_much_in_a_process(splits_special):
+    tokenizer = byte_tokenizer()
+    tokenizer.encode_special_tokens = splits_special
+    model = dataclasses.replace(MODEL, tokenizer=TextTokenizer(tokenizer))
+    setup = msgspec.msgpack.decode(msgspec.msgpack.encode(Setup.of(model, LIMITS)), type=Setup)
+    ids = setup.restore(ChatTemplate).tokenizer.encode("a<|end|>")
+    assert ids == model.tokenizer.encode("a<|end|>")
+    assert (len(ids) == 2) is not splits_special
 
 
 @async_test
@@ -120,6 +132,29 @@ async def test_foreign_templates_never_run_in_the_gateway(monkeypatch):
         assert (await intake.read("chat", body, {}, 100, "me")).job is not None
         assert (await intake.read("tokenize", body, {}, 100, "me")).answer
     finally:
+        await intake.close()
+
+
+@async_test
+async def test_many_chats_at_once_are_read_and_wait_for_nobody_s_long_one():
+    """Every chat goes to the processes, as templates run there only: as many as the gateway queues may come at once."""
+    hangs = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    source = f"{{% if messages[0].content | length > 9 %}}{hangs}{{% endif %}}{{{{ messages[0].content }}}}"
+    model = dataclasses.replace(MODEL, is_foreign=True, template=ChatTemplate({"default": source}))
+    intake = Intake(model, LIMITS)
+
+    def chat(content):
+        body = json.dumps({"messages": [{"role": "user", "content": content}]}).encode()
+        return asyncio.create_task(intake.read("chat", body, {}, MODEL.max_context, "me"))
+
+    long = [chat("w " * 6_000) for _ in range(8)]  # together they take longer than anybody has patience
+    try:
+        for prepared in await asyncio.gather(*[chat("hi") for _ in range(300)]):
+            assert prepared.job is not None
+    finally:
+        for task in long:
+            task.cancel()
+        await asyncio.gather(*long, return_exceptions=True)
         await intake.close()
 
 

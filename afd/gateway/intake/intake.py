@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Mapping
 
@@ -22,7 +23,7 @@ INLINE_BYTES = 8_192
 INLINE_VALUES = 512  # objects, lists and texts of a body
 JOB_HEADERS = ("x-sla-ttft-ms", "x-sla-tpot-ms")
 PATIENCE_S = 10.0
-MAX_WAITING = 64
+WAITING_BODIES = 32  # of the largest size: for that many bytes there is room to wait
 
 
 def is_short(body: bytes) -> bool:
@@ -31,7 +32,10 @@ def is_short(body: bytes) -> bool:
 
 
 class Intake:
-    """Event-loop thread only. Processes start when they are first needed, or by `warm_up`; `close` ends them."""
+    """Event-loop thread only. Processes start when they are first needed, or by `warm_up`; `close` ends them.
+
+    Long requests have all processes but one, so that a short one never waits for them.
+    """
 
     def __init__(self, model: ServedModel, limits: GatewayConfig):
         self._reader = RequestReader(model, limits)
@@ -39,7 +43,9 @@ class Intake:
         setup = msgspec.msgpack.encode(Setup.of(model, limits))
         self._idle = [ReaderProcess(setup) for _ in range(limits.reader_processes)]
         self._all = list(self._idle)
-        self._queue = FairQueue(len(self._idle), MAX_WAITING, PATIENCE_S)
+        max_waiting = WAITING_BODIES * limits.max_body_bytes
+        self._places = FairQueue(len(self._all), max_waiting, PATIENCE_S)
+        self._long = FairQueue(max(1, len(self._all) - 1), max_waiting, PATIENCE_S)
         self._warming: asyncio.Task[None] | None = None
 
     def warm_up(self) -> None:
@@ -53,9 +59,12 @@ class Intake:
         given = {name: headers[name] for name in JOB_HEADERS if name in headers}
         request = RawRequest(route, body, given, max_context)
         templated = self._model_is_foreign and route in ("chat", "tokenize")
-        if is_short(body) and not templated:
+        short = is_short(body)
+        if short and not templated:
             return self._reader.read(request)
-        async with self._queue.place(client):
+        async with contextlib.AsyncExitStack() as places:
+            for queue in (self._places,) if short else (self._long, self._places):
+                await places.enter_async_context(queue.place(client, len(body)))
             process = self._idle.pop()
             try:
                 return await process.read(request)
@@ -71,7 +80,7 @@ class Intake:
             process.close()
 
     async def _start_one(self) -> None:
-        async with self._queue.place(""):
+        async with self._places.place("", 0):
             process = self._idle.pop()
             try:
                 await process.start()
