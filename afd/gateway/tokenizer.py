@@ -69,9 +69,16 @@ class TextTokenizer:
         self._byte_tokens = _byte_tokens(vocabulary) if _falls_back_to_bytes(tokenizer) else {}
 
     @classmethod
-    def from_json(cls, text: str) -> TextTokenizer:
-        """What `to_json` gave."""
-        return cls(tokenizers.Tokenizer.from_str(text))
+    def from_json(cls, text: str, *, splits_special: bool = False) -> TextTokenizer:
+        """What `to_json` and `splits_special` gave."""
+        tokenizer = tokenizers.Tokenizer.from_str(text)
+        tokenizer.encode_special_tokens = splits_special
+        return cls(tokenizer)
+
+    @property
+    def splits_special(self) -> bool:
+        """Special tokens written in a text are ordinary text. The library keeps that out of its JSON."""
+        return bool(self._tokenizer.encode_special_tokens)
 
     def to_json(self) -> str:
         """The whole tokenizer as text, for another process."""
@@ -79,7 +86,7 @@ class TextTokenizer:
         return text
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Text -> ids. Special tokens written in the text are recognised (a chat template writes them)."""
+        """Text -> ids. Special tokens in the text are recognised (a chat template writes them), unless `splits_special`."""
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 

@@ -29,24 +29,31 @@ _BODIES: dict[str, type[ChatBody | CompletionBody]] = {"chat": ChatBody, "comple
 
 
 class Setup(msgspec.Struct, array_like=True):
-    """A `ServedModel` and the limits, as values.  model: without tokenizer and template, which come as text."""
+    """A `ServedModel` and the limits, as values.  model: without tokenizer and template, which come as text.
+
+    tokenizer: its JSON, and whether it splits special tokens.
+    """
 
     model: ServedModel
-    tokenizer: str | None
+    tokenizer: tuple[str, bool] | None
     template: tuple[dict[str, str], dict[str, str]] | None
     limits: GatewayConfig
 
     @classmethod
     def of(cls, model: ServedModel, limits: GatewayConfig) -> Setup:
         template = None if model.template is None else (model.template.sources, model.template.special_tokens)
-        tokenizer = None if model.tokenizer is None else model.tokenizer.to_json()
+        tokenizer = None if model.tokenizer is None else (model.tokenizer.to_json(), model.tokenizer.splits_special)
         return cls(replace(model, tokenizer=None, template=None), tokenizer, template, limits)
 
     def restore(self, make_template: Callable[[dict[str, str], dict[str, str]], ChatTemplate]) -> ServedModel:
         """The model as it was; make_template: from sources and special tokens."""
+        tokenizer = None
+        if self.tokenizer is not None:
+            text, splits_special = self.tokenizer
+            tokenizer = TextTokenizer.from_json(text, splits_special=splits_special)
         return replace(
             self.model,
-            tokenizer=None if self.tokenizer is None else TextTokenizer.from_json(self.tokenizer),
+            tokenizer=tokenizer,
             template=None if self.template is None else make_template(*self.template),
         )
 
