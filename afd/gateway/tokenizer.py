@@ -86,7 +86,7 @@ class TextTokenizer:
         return text
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Text -> ids. Special tokens in the text are recognised (a chat template writes them), unless `splits_special`."""
+        """Text -> ids. Special tokens in it are recognised (a template writes them), unless `splits_special`."""
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 

@@ -67,7 +67,8 @@ async def test_who_has_most_waiting_makes_room_for_others():
 async def test_it_is_sizes_that_count():
     crowd = Crowd(max_size=100)
     tasks = [await crowd.ask("a0")]
-    tasks += [await crowd.ask(name, size) for name, size in (("a1", 40), ("a2", 30), ("a3", 30), ("b1", 50), ("c1", 61))]
+    for name, size in (("a1", 40), ("a2", 30), ("a3", 30), ("b1", 50), ("c1", 61)):
+        tasks.append(await crowd.ask(name, size))
     assert crowd.refused == ["a3", "a2", "c1"]
     tasks += [await crowd.ask(f"d{i}", 1) for i in range(10)]
     for _ in range(13):
