@@ -49,8 +49,9 @@ class BrowserGuard:
             )
 
     def _known(self, name: str) -> bool:
+        """An address can be no name that somebody lets point here; probes and scrapers use addresses."""
         assert self._hosts is not None
-        return name in self._hosts or _is_loopback(name)
+        return name in self._hosts or _is_local_name(name) or _address(name) is not None
 
 
 def _is_cross_site(host: str, headers: Mapping[bytes, bytes]) -> bool:
@@ -71,10 +72,17 @@ def _name_of(host: str) -> str:
 
 
 def _is_loopback(name: str) -> bool:
-    name = name.strip("[]").lower().rstrip(".")
-    if name == "localhost" or name.endswith(".localhost"):
-        return True
+    address = _address(name)
+    return _is_local_name(name) or (address is not None and address.is_loopback)
+
+
+def _is_local_name(name: str) -> bool:
+    name = name.lower().rstrip(".")
+    return name == "localhost" or name.endswith(".localhost")
+
+
+def _address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     try:
-        return ipaddress.ip_address(name).is_loopback
+        return ipaddress.ip_address(name.strip("[]"))
     except ValueError:
-        return False
+        return None
