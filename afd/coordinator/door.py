@@ -15,6 +15,8 @@ from typing import Any
 
 import grpc
 
+from afd.rare_log import RareLog
+
 log = logging.getLogger(__name__)
 
 MAX_REQUEST_BYTES = 1 << 20
@@ -50,8 +52,7 @@ class TokenCheck(grpc.ServerInterceptor):  # type: ignore[misc]
 
     def __init__(self, token: str, clock: Callable[[], float]):
         self._expected = f"Bearer {token}".encode()
-        self._clock = clock
-        self._logged_at = float("-inf")
+        self._news = RareLog(log, REFUSAL_LOG_INTERVAL_S, clock)  # a stranger cannot fill the log
         # A handler of streams is called before a message has come; one of single messages is not.
         self._refusal = grpc.stream_unary_rpc_method_handler(self._refuse)
 
@@ -63,10 +64,7 @@ class TokenCheck(grpc.ServerInterceptor):  # type: ignore[misc]
         return continuation(details)
 
     def _refuse(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
-        now = self._clock()
-        if now - self._logged_at >= REFUSAL_LOG_INTERVAL_S:  # a stranger cannot fill the log
-            self._logged_at = now
-            log.warning("refused a call from %s: wrong or no secret", context.peer())
+        self._news.warn(f"refused a call from {context.peer()}: wrong or no secret")
         context.abort(grpc.StatusCode.UNAUTHENTICATED, "wrong or no cluster secret")
         return b""  # not reached
 
