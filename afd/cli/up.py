@@ -40,9 +40,10 @@ def run(args: argparse.Namespace) -> int:
     from afd.log import setup_logging
     from afd.open_files import want_open_files
 
-    config, folder = find_model(config_from_args(args))
-    config = share_threads(config, usable_cores())
+    config = config_from_args(args)
     setup_logging("afd up", level=config.log.level, fmt=config.log.format)
+    config, folder = find_model(config)
+    config = share_threads(config, usable_cores())
     secret = read_secret(config.cluster.secret_file) if config.cluster.secret_file else new_secret()
     if args.dry_run:
         print(config_toml(config))

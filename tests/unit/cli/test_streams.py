@@ -6,10 +6,12 @@ import io
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from afd.command_line import make_streams_usable
+from tests.fakes.long_model import write_long_llama
 
 AFD = f"{sys.executable} -m afd"
 
@@ -58,3 +60,13 @@ class Seekless(io.TextIOWrapper):
 def test_a_stream_for_reading_and_writing_over_a_pipe_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdout", Seekless(io.BytesIO()))
     make_streams_usable()
+
+
+@pytest.mark.parametrize("command", ["up", "gateway --coordinator 127.0.0.1:1"])
+def test_what_a_model_is_warned_about_is_json_too(tmp_path: Path, command: str) -> None:
+    folder = write_long_llama(tmp_path / "model")
+    (folder / "tokenizer.json").rename(folder / "tokenizer.model")
+    done = shell(f"{AFD} {command} --dry-run --log-format json --model {folder}")
+    assert done.returncode == 0
+    messages = [json.loads(line)["message"] for line in done.stderr.splitlines()]
+    assert any("tokenizer.model is not read" in message for message in messages)
