@@ -326,12 +326,13 @@ class Admission:
         """
         streams, least = self._decodes(crowd), self._scheduler.config.min_chunk_tokens
         limit = max(least, self._scheduler.max_step_tokens - round(streams[0].num_tokens))
-        room, middle = limit, num_prompt // 2
+        room, middle = float(limit), num_prompt // 2
         if crowd.num_seqs:
             room = self._budget.prefill_tokens(streams, 0, crowd.target_s, middle, limit)
-        streams[0] = streams[0].plus(StepLoad.chunk(middle, max(room, least)))
+        room = room or least / (MAX_PAUSES + 1)
+        streams[0] = streams[0].plus(StepLoad.chunk(middle, room))
         cycle_s = self._model.cycle_s(streams)
-        return _Pace(cycle_s, cycle_s / (room if room >= least else least / (MAX_PAUSES + 1)))
+        return _Pace(cycle_s, cycle_s / room)
 
     def _candidate(self, ask: Ask) -> _Share:
         num_left = self._lengths.final_output(ask.sampling, ask.num_output) - ask.num_output

@@ -30,7 +30,7 @@ SERVICE_ORDER = attrgetter("priority", "arrival")  # `Sequence.rank_key`, at the
 class SchedulerConfig:
     """Token and sequence limits of one worker; see `AttentionConfig` for their meaning.
 
-    min_chunk_tokens: prefill of a step that prefills at all, and of each prompt that waits behind the oldest.
+    min_chunk_tokens: prefill of a step after MAX_PAUSES without any, and of each prompt that waits behind the oldest.
 
     first_stream: which of equally loaded streams gets a sequence first, modulo their number: workers that begin at
     different ones make gangs of even size where their sequences do not divide by the streams.
@@ -273,13 +273,12 @@ class Scheduler:
         loads = [self._flying.get(idx) or _decode_load(_decoding(seqs)) for idx, seqs in enumerate(self._running)]
         loads[stream] = _decode_load([item.seq for item in decodes])
         allowed = pace.prefill_tokens(loads, stream, target_s, prefills[0].num_computed, budget)
-        least = min(budget, self.config.min_chunk_tokens)
-        if allowed >= least:
+        if allowed:
             self._num_pauses[stream] = 0
             return allowed
         pauses = self._num_pauses.get(stream, 0) + 1 if decodes else MAX_PAUSES + 1  # an empty step is no pause
         self._num_pauses[stream] = pauses % (MAX_PAUSES + 1)
-        return least if pauses > MAX_PAUSES else 0
+        return min(budget, self.config.min_chunk_tokens) if pauses > MAX_PAUSES else 0
 
     def _admit(self) -> None:
         """Waiting -> running, in service order, while a place and the blocks of the whole text so far are free."""
