@@ -1,12 +1,17 @@
-"""Overload: an open loop at a multiple of the capacity, with each SLA policy, against a modelled worker.
+"""The SLA on a real cluster, below its capacity and above it: who is served, in time, and what the others are told.
 
-    python -m bench.overload            # capacity first, then twice as much with enforce, observe, off
-    python -m bench.overload --quick    # a few seconds each: does it run
+    python -m bench.overload                         # 1A1F: capacity first, then half, 0.8 and twice of it
+    python -m bench.overload --topologies 1A1F,2A1F --seconds 120
+    python -m bench.overload --quick                 # a few seconds each, on a modelled worker: does it run
 
-Real processes (`afd up --topology mono`), real HTTP, `afd bench` as the load; only the model is a formula, so that two
-cores show what a large machine would. Capacity is what it completes per second under enforce when far more is offered.
-Memory is the resident set of all cluster processes; its growth is that of the run's second half, when queues and caches
-are as full as they get: what grows then is a leak. The last line of the output is one JSON object.
+Real processes (`afd up` with its defaults), the real default model, real HTTP, `afd bench` as the load (Poisson
+arrivals). Policies take turns at each load. Capacity is what is completed per second under enforce when far more is
+offered. A machine that needs most of the TPOT target for a single sequence has next to no capacity: give it a looser one
+(`--tpot-ms`), or a worker that is modelled (`--modelled`), which shows the gateway and admission alone.
+
+Retry-After is compared with what the last request that was let in before the refusal waited for its first token. Memory
+is the resident set of all cluster processes; its growth is that of the run's second half. The last line of the output is
+one JSON object.
 """
 
 from __future__ import annotations
@@ -30,13 +35,10 @@ from bench.local import BenchCluster
 AT_ONCE_S = 0.1
 
 
-def flags_of(args: argparse.Namespace, policy: str) -> list[str]:
-    return [
-        *("--topology", "mono", "--sla-policy", policy),
-        *("--sla-tpot-ms", str(args.tpot_ms), "--sla-ttft-ms", str(args.ttft_ms)),
-        *("--set", f"attention.modelled={args.modelled}"),
-        *("--set", f"attention.min_chunk_tokens={args.min_chunk}"),
-    ]
+def flags_of(args: argparse.Namespace, topology: str, policy: str) -> list[str]:
+    flags = ["--topology", topology, "--sla-policy", policy]
+    flags += ["--sla-tpot-ms", str(args.tpot_ms), "--sla-ttft-ms", str(args.ttft_ms)]
+    return flags + (["--set", f"attention.modelled={args.modelled}"] if args.modelled else [])
 
 
 class MemoryWatch:
@@ -93,40 +95,61 @@ def load(url: str, args: argparse.Namespace, *shape: str) -> dict:
         return json.loads(result.read_text())
 
 
-def measure_capacity(args: argparse.Namespace) -> float:
-    """Requests per second in the middle of an open loop at `probe_rate` under enforce."""
-    with BenchCluster(*flags_of(args, "enforce")) as cluster:
-        count = round(args.probe_rate * args.probe_s)
-        found = load(cluster.url, args, "--rate", str(args.probe_rate), "--num-prompts", str(count))
+def warm_up(cluster: BenchCluster, args: argparse.Namespace) -> None:
+    """The model of step times has seen something."""
+    load(cluster.url, args, "--concurrency", "2", "--num-prompts", "6")
+
+
+def measure_capacity(args: argparse.Namespace, topology: str) -> float:
+    """Requests per second in the middle of an open loop that offers far too much, under enforce."""
+    with BenchCluster(*flags_of(args, topology, "enforce")) as cluster:
+        warm_up(cluster, args)
+        rate = args.probe_rate
+        if not rate:
+            most = load(cluster.url, args, "--concurrency", "16", "--num-prompts", "32")
+            rate = max(0.5, 3.0 * most["request_throughput"])
+        found = load(cluster.url, args, "--rate", str(rate), "--num-prompts", str(max(20, round(rate * args.probe_s))))
     return found["steady_output_throughput"] / (found["total_output_tokens"] / found["completed"])
 
 
-def overload(args: argparse.Namespace, policy: str, rate: float) -> dict[str, float]:
+def retry_after_ratios(found: dict) -> list[float]:
+    """Retry-After of each refusal over the TTFT of the last request that was sent before it and let in."""
+    ratios, waited_s = [], None
+    rows = zip(found["start_times"], found["errors"], found["ttfts"], found["retry_afters"], strict=True)
+    for _, error, ttft_s, retry_after_s in sorted(rows, key=lambda row: row[0]):
+        if not error:
+            waited_s = ttft_s
+        elif retry_after_s and waited_s:
+            ratios.append(retry_after_s / waited_s)
+    return ratios
+
+
+def measure(args: argparse.Namespace, topology: str, policy: str, load_share: float, rate: float) -> dict:
     """One run with one policy -> a row of the table."""
-    count = max(20, round(rate * args.seconds))
-    with BenchCluster(*flags_of(args, policy)) as cluster:
-        load(
-            cluster.url, args, "--concurrency", "4", "--num-prompts", "16"
-        )  # the model of step times has seen something
+    count = max(10, round(rate * args.seconds))
+    with BenchCluster(*flags_of(args, topology, policy)) as cluster:
+        warm_up(cluster, args)
         with MemoryWatch(cluster.process.pid) as memory:
             found = load(cluster.url, args, "--rate", str(rate), "--num-prompts", str(count))
         if memory.lost:
-            raise RuntimeError(
-                f"{policy}: a process of the cluster ended: {memory.lost}\n" + "\n".join(cluster.lines[-30:])
-            )
-        counted = cluster.stats("attention")[0]
+            lines = "\n".join(cluster.lines[-30:])
+            raise RuntimeError(f"{policy}: a process of the cluster ended: {memory.lost}\n{lines}")
     refusals = [s for s, error in zip(found["latencies"], found["errors"], strict=True) if error]
     attained = found["slo_attainment"] or {}
+    ratios = retry_after_ratios(found)
     return {
+        "topology": topology,
+        "load": load_share,
         "policy": policy,
         "rate": rate,
         "sent": count,
         "completed": found["completed"],
         "refused": found["refused"],
         "other_failures": found["failed"] - found["refused"],
-        "refused_with_retry_after": found["refused_with_retry_after"],
         "refused_at_once": sum(s <= AT_ONCE_S for s in refusals),
         "p99_refusal_ms": found.get("p99_refusal_ms"),
+        "retry_after_ratio": statistics.median(ratios) if ratios else None,
+        "retry_after_within_2": sum(0.5 <= ratio <= 2.0 for ratio in ratios) / len(ratios) if ratios else None,
         "p50_tpot_ms": found["p50_tpot_ms"],
         "p99_tpot_ms": found["p99_tpot_ms"],
         "p99_ttft_ms": found["p99_ttft_ms"],
@@ -134,33 +157,46 @@ def overload(args: argparse.Namespace, policy: str, rate: float) -> dict[str, fl
         "ttft_attainment": attained.get("ttft"),
         "goodput": found["request_goodput"],
         "output_throughput": found["output_throughput"],
-        "would_refuse": counted["refused"],
         "memory_mib": memory.summary(),
     }
 
 
-def table(rows: list[dict], tpot_ms: float) -> str:
-    head = ("policy", "sent", "served", "503", "at once", "TPOT p50", "p99", "of target", "met", "TTFT p99", "met")
-    head += ("goodput/s", "tok/s", "MiB", "MiB/min")
+def table(rows: list[dict]) -> str:
+    head = (
+        "topology",
+        "load",
+        "policy",
+        "sent",
+        "served",
+        "503",
+        "at once",
+        "Retry-After",
+        "within 2",
+        "TPOT p50",
+        "p99",
+    )
+    head += ("met", "TTFT p99", "met", "goodput/s", "tok/s", "MiB")
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
-        memory = row["memory_mib"]
+        memory, refused, ratio = row["memory_mib"], row["refused"], row["retry_after_ratio"]
         cells = [
+            row["topology"],
+            f"{row['load']:.1f}",
             row["policy"],
             row["sent"],
             row["completed"],
-            row["refused"],
-            row["refused_at_once"] if row["refused"] else "-",
+            refused,
+            row["refused_at_once"] if refused else "-",
+            f"x {ratio:.2f}" if ratio else "-",
+            f"{row['retry_after_within_2']:.0%}" if ratio else "-",
             f"{row['p50_tpot_ms']:.1f}",
             f"{row['p99_tpot_ms']:.1f}",
-            f"{row['p99_tpot_ms'] / tpot_ms:.2f}",
             f"{row['tpot_attainment']:.1%}",
             f"{row['p99_ttft_ms']:.0f}",
             f"{row['ttft_attainment']:.1%}",
-            f"{row['goodput']:.1f}",
+            f"{row['goodput']:.2f}",
             f"{row['output_throughput']:.0f}",
             f"{memory['begin']:.0f} - {memory['end']:.0f}",
-            f"{memory['growth_per_minute']:+.1f}",
         ]
         lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
     return "\n".join(lines)
@@ -168,31 +204,36 @@ def table(rows: list[dict], tpot_ms: float) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--policies", default="enforce,observe,off")
-    parser.add_argument("--modelled", default="base_ms=6,token_us=600,context_us=0.2", help="attention.modelled")
-    parser.add_argument("--min-chunk", type=int, default=16, help="prefill tokens that each step can afford")
+    parser.add_argument("--topologies", default="1A1F")
+    parser.add_argument("--policies", default="observe,enforce")
+    parser.add_argument("--loads", default="0.5,0.8,2", help="offered load / capacity")
+    parser.add_argument(
+        "--modelled", help="attention.modelled, in topology mono: base_ms=6,token_us=600,context_us=0.2"
+    )
     parser.add_argument("--tpot-ms", type=float, default=50.0)
-    parser.add_argument("--ttft-ms", type=float, default=2000.0)
-    parser.add_argument("--input-len", type=int, default=32)
+    parser.add_argument("--ttft-ms", type=float, default=5000.0)
+    parser.add_argument("--input-len", type=int, default=64)
     parser.add_argument("--output-len", type=int, default=64)
-    parser.add_argument("--factor", type=float, default=2.0, help="offered load / capacity")
     parser.add_argument("--capacity", type=float, help="requests/s; measured if not given")
-    parser.add_argument("--probe-rate", type=float, default=60.0, help="requests/s that measure the capacity")
-    parser.add_argument("--probe-s", type=float, default=20.0)
-    parser.add_argument("--seconds", type=float, default=60.0, help="of arrivals, per policy")
-    parser.add_argument("--quick", action="store_true", help="4 s per policy, capacity not measured")
+    parser.add_argument("--probe-rate", type=float, help="requests/s that measure the capacity (found out)")
+    parser.add_argument("--probe-s", type=float, default=30.0)
+    parser.add_argument("--seconds", type=float, default=60.0, help="of arrivals in each run")
+    parser.add_argument("--quick", action="store_true", help="4 s a run on a modelled worker, capacity not measured")
     args = parser.parse_args()
     if args.quick:
-        args.seconds, args.capacity = 4.0, args.capacity or 12.0
-    capacity = args.capacity or measure_capacity(args)
-    print(f"capacity {capacity:.1f} requests/s; offered {args.factor * capacity:.1f}/s for {args.seconds:.0f} s each")
+        args.seconds, args.capacity = 4.0, args.capacity or 8.0
+        args.modelled = args.modelled or "base_ms=6,token_us=600,context_us=0.2"
     rows = []
-    for policy in args.policies.split(","):
-        rows.append(overload(args, policy, args.factor * capacity))
-        print(f"  {policy}: done", flush=True)
-    print("\n" + table(rows, args.tpot_ms) + "\n")
+    for topology in ["mono"] if args.modelled else args.topologies.split(","):
+        capacity = args.capacity or measure_capacity(args, topology)
+        print(f"{topology}: capacity {capacity:.2f} requests/s", flush=True)
+        for share in map(float, args.loads.split(",")):
+            for policy in args.policies.split(","):
+                rows.append(measure(args, topology, policy, share, share * capacity))
+                print(table(rows[-1:]).splitlines()[-1], flush=True)
+    print("\n" + table(rows) + "\n")
     machine = {"cpu": platform.machine(), "cores": os.cpu_count(), "load": os.getloadavg()[0]}
-    print(json.dumps({"bench": "overload", **vars(args), "capacity": capacity, "rows": rows, "machine": machine}))
+    print(json.dumps({"bench": "overload", **vars(args), "rows": rows, "machine": machine}))
 
 
 if __name__ == "__main__":

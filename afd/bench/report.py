@@ -138,6 +138,7 @@ def detailed_json(records: list[RequestRecord]) -> dict[str, Any]:
         "queue_times": [record.start_s - record.due_s for record in ordered],
         "generated_texts": ["".join(record.texts or ()) for record in ordered],
         "errors": [record.error for record in ordered],
+        "retry_afters": [record.retry_after_s for record in ordered],
     }
 
 
