@@ -200,9 +200,11 @@ class Admission:
             num_prompt, num_output = (round(value) for value in self._typical)
             typical = self._share(num_prompt, 0, num_output, held=0, target_s=self._tpot_s)
             wait_s = self._wait_s(shares, typical)
-            prefill_token_s = self._pace(crowd, num_prompt).token_s
-            # Before it was seen: places come as sequences end, and no faster than their successors are prefilled.
-            expected_s = max(cycle_s * num_output / len(shares), prefill_token_s * num_prompt)
+            pace = self._pace(crowd, num_prompt)
+            prefill_token_s = pace.token_s
+            # Before it was seen: places come as sequences end, in cycles that are full, and no faster than their
+            # successors are prefilled.
+            expected_s = max(pace.cycle_s * num_output / len(shares), prefill_token_s * num_prompt)
             interval_s = self._place_interval_s or expected_s
         return Outlook(wait_s, interval_s, prefill_token_s, min(self._tpot_s, crowd.target_s) - cycle_s, cycle_s)
 
