@@ -6,8 +6,8 @@
 
 Real processes (`afd up` with its defaults), the real default model, real HTTP, `afd bench` as the load (Poisson
 arrivals). Policies take turns at each load. Capacity is what is completed per second under enforce when far more
-is offered. A machine that needs most of the TPOT target for a single sequence has next to no capacity: give it a looser one
-(`--tpot-ms`), or a worker that is modelled (`--modelled`), which shows the gateway and admission alone.
+is offered. A machine that needs most of the TPOT target for a single sequence has next to no capacity: give it a looser
+one (`--tpot-ms`), or a worker that is modelled (`--modelled`), which shows the gateway and admission alone.
 
 Retry-After is compared with what the last request that was let in before the refusal waited for its first token. Memory
 is the resident set of all cluster processes; its growth is that of the run's second half. The last line of the output
