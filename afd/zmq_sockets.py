@@ -13,39 +13,36 @@ from typing import Any, TypeVar
 
 import zmq
 
+from afd.messages.serving import MAX_MESSAGE_BYTES
 from afd.secrets import zmq_keypair
 
 SocketT = TypeVar("SocketT", bound="zmq.Socket[Any]")
 
-MAX_MESSAGE_BYTES = 64 << 20
-MESSAGE_BASE_BYTES = 256 << 10  # all of a request but its tokens; a lease's list of live requests
-TOKEN_BYTES = 5  # a token id in msgpack
 QUEUE_MESSAGES = 65_536  # per connection; a ROUTER that is full drops, and the gateway asks again (Resend)
 HANDSHAKE_TIMEOUT_MS = 5_000
 HEARTBEAT_MS = 1_000
 HEARTBEAT_TIMEOUT_MS = 4_000
 
 
-def _set_limits(socket: zmq.Socket[Any]) -> None:
+def _set_limits(socket: zmq.Socket[Any], max_message_bytes: int) -> None:
     socket.linger = 0
     socket.sndhwm = QUEUE_MESSAGES
     socket.rcvhwm = QUEUE_MESSAGES
-    socket.maxmsgsize = MAX_MESSAGE_BYTES
+    socket.maxmsgsize = max_message_bytes
     socket.handshake_ivl = HANDSHAKE_TIMEOUT_MS
     socket.heartbeat_ivl = HEARTBEAT_MS
     socket.heartbeat_timeout = HEARTBEAT_TIMEOUT_MS
 
 
-def server_socket(ctx: zmq.Context[SocketT], secret: bytes, max_context: int) -> SocketT:
+def server_socket(ctx: zmq.Context[SocketT], secret: bytes, max_message_bytes: int) -> SocketT:
     """An attention worker's ROUTER, not bound yet. Frames: [gateway identity, message].
 
-    max_context: tokens of the longest sequence; bounds a message, and so what a stranger's handshake can hold.
+    max_message_bytes: also bounds what a stranger's connection can hold during its handshake.
     A gateway that reconnects under its own identity takes over its old connection.
     """
     keys = zmq_keypair(secret, "worker")
     socket = ctx.socket(zmq.ROUTER)
-    _set_limits(socket)
-    socket.maxmsgsize = min(MAX_MESSAGE_BYTES, MESSAGE_BASE_BYTES + TOKEN_BYTES * max_context)
+    _set_limits(socket, max_message_bytes)
     socket.curve_server = True
     socket.curve_publickey = keys.public
     socket.curve_secretkey = keys.secret
@@ -57,7 +54,7 @@ def client_socket(ctx: zmq.Context[SocketT], secret: bytes, identity: bytes) -> 
     """A gateway's DEALER for one worker, not connected yet. identity: 1..255 bytes, not starting with zero."""
     keys = zmq_keypair(secret, "gateway")
     socket = ctx.socket(zmq.DEALER)
-    _set_limits(socket)
+    _set_limits(socket, MAX_MESSAGE_BYTES)
     socket.identity = identity
     socket.curve_serverkey = zmq_keypair(secret, "worker").public
     socket.curve_publickey = keys.public

@@ -96,7 +96,7 @@ class ModelledWorker:
         return thread
 
     def _run(self, bound: threading.Event) -> None:
-        with zmq.Context() as ctx, server_socket(ctx, SECRET, 1 << 20) as socket:
+        with zmq.Context() as ctx, server_socket(ctx, SECRET, 8 << 20) as socket:
             self.endpoint = f"tcp://127.0.0.1:{socket.bind_to_random_port('tcp://127.0.0.1')}"
             bound.set()
             next_step = time.perf_counter() + self.step_s

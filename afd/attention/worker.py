@@ -33,7 +33,7 @@ from afd.kv.cache import KVCache, count_blocks, too_small_for_context
 from afd.kv.windowed_blocks import WindowedBlocks, held_at_most
 from afd.messages.membership import ClusterView, StepCosts, WorkerInfo
 from afd.messages.membership_port import Announce, Join, SyncFields
-from afd.messages.serving import WorkerStats
+from afd.messages.serving import WorkerStats, to_worker_bytes
 from afd.metrics import MetricsServer, process_registry
 from afd.model.cuda import CudaDevice
 from afd.model.device import check_device
@@ -120,7 +120,7 @@ class _Worker:
         registry = process_registry("attention")
         pages = {"/trace": self._trace}
         self._server = MetricsServer(section.host, section.metrics_port, registry, self._ready, pages)
-        socket = server_socket(self._context, secret, spec.max_context)
+        socket = server_socket(self._context, secret, to_worker_bytes(config, spec.max_context))
         try:
             endpoint = f"tcp://{section.host}:{section.port or '*'}"
             socket.bind(endpoint)

@@ -18,6 +18,7 @@ import msgspec
 from afd.config import AttentionConfig, ClusterConfig, FfnConfig
 from afd.cores import share_cores
 from afd.errors import ConfigError
+from afd.messages.serving import to_worker_bytes
 from afd.model.loading import ModelFolder, resolve_model
 from afd.model.sharding import check_sparse
 from afd.model.tokenizer_files import load_tokenizer
@@ -111,6 +112,7 @@ def find_model(config: ClusterConfig) -> tuple[ClusterConfig, ModelFolder]:
     folder = resolve_model(config.model.name)
     if load_tokenizer(folder) is None and folder.path is not None:
         log.warning("model %s has no tokenizer that is read: it serves token ids only, no text, no chat", folder.name)
+    to_worker_bytes(config, folder.spec.max_context)
     if config.cluster.dispatch is DispatchMode.SPARSE:
         check_sparse(folder.spec, config.cluster.ffn_parallel)
     model = msgspec.structs.replace(config.model, served_name=config.model.served_name or folder.name)

@@ -2,19 +2,25 @@
 
 The file lies in a directory of mode 0700 under $XDG_RUNTIME_DIR (else the temporary directory), has mode 0600, holds
 the coordinator's address and the cluster's secret, and names its supervisor by process id and start time, so that a
-file left by a killed supervisor is recognised and removed.
+file left by a killed supervisor is recognised and removed. Anybody may have taken that directory's name in a shared
+temporary directory: then the file lies in a fresh directory there, which is looked into as well.
 """
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 import stat
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 
 from afd.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 
 class RunInfo(msgspec.Struct, frozen=True):
@@ -31,24 +37,43 @@ class RunInfo(msgspec.Struct, frozen=True):
 
 
 PARTIAL = ".partial"
+_FRESH_PREFIX = f"afd-{os.getuid()}-"
 
 
 def run_directory() -> Path:
-    """Where this user's run files lie (it exists only while there are any)."""
+    """Where this user's run files usually lie (it exists only while there are any)."""
     base = os.environ.get("XDG_RUNTIME_DIR", "")
     if base and os.path.isdir(base):
         return Path(base) / "afd"
-    return Path(tempfile.gettempdir()) / f"afd-{os.getuid()}"
+    return Path(_temporary_directory()) / f"afd-{os.getuid()}"
 
 
-def write_run_file(info: RunInfo) -> Path:
-    """Write `<pid>.json`, readable by this user only; returns its path."""
+def new_run_file() -> Path:
+    """Where this process's run file, `<pid>.json`, is to be written: a directory that is private, made if need be.
+
+    ConfigError where there can be none.
+    """
     directory = run_directory()
-    path = directory / f"{info.pid}.json"
+    try:
+        _make_private(directory)
+    except OSError as error:
+        try:
+            fresh = Path(tempfile.mkdtemp(prefix=_FRESH_PREFIX, dir=_temporary_directory()))
+        except OSError as second:
+            raise ConfigError(
+                f"no private directory for the run file: {directory}: {error.strerror}, and none can be made in "
+                f"{_temporary_directory()}: {second.strerror}; set XDG_RUNTIME_DIR to a directory of yours"
+            ) from None
+        log.warning("%s: %s; this cluster's run file is in %s", directory, error.strerror, fresh)
+        directory = fresh
+    return directory / f"{os.getpid()}.json"
+
+
+def write_run_file(path: Path, info: RunInfo) -> None:
+    """Write the file, readable by this user only, at a path that `new_run_file` gave."""
     partial = path.with_suffix(PARTIAL)
     try:
-        directory.mkdir(mode=0o700, exist_ok=True)
-        _check_private(directory)
+        _make_private(path.parent)  # again: the last of the others that used it may have removed it
         partial.unlink(missing_ok=True)
         fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
         with os.fdopen(fd, "wb") as file:
@@ -56,7 +81,6 @@ def write_run_file(info: RunInfo) -> Path:
         partial.rename(path)
     except OSError as error:
         raise ConfigError(f"cannot write run file {path}: {error.strerror}") from error
-    return path
 
 
 def remove_run_file(path: str | Path) -> None:
@@ -72,12 +96,8 @@ def remove_run_file(path: str | Path) -> None:
 
 def running_clusters() -> list[RunInfo]:
     """The clusters of this user on this host, oldest first; files of dead supervisors are removed on the way."""
-    directory = run_directory()
-    if not directory.exists():
-        return []
-    _check_private(directory)
     found = []
-    for path in sorted(directory.glob("*.json")):
+    for path in [path for directory in _private_directories() for path in sorted(directory.glob("*.json"))]:
         try:
             info = msgspec.json.decode(path.read_bytes(), type=RunInfo)
         except (OSError, msgspec.MsgspecError):
@@ -98,8 +118,30 @@ def process_start_time(pid: int) -> int:
     return int(text.rpartition(")")[2].split()[19])
 
 
-def _check_private(directory: Path) -> None:
-    """The files name secrets: a directory that someone else made or may read is refused."""
+def _temporary_directory() -> str:
+    try:
+        return tempfile.gettempdir()
+    except OSError:  # nothing can be written anywhere, which whoever writes will hear
+        return "/tmp"
+
+
+def _private_directories() -> Iterator[Path]:
+    """Those that may hold run files of this user's; names taken by others, or open to them, are passed over."""
+    for directory in (run_directory(), *sorted(Path(_temporary_directory()).glob(f"{_FRESH_PREFIX}*"))):
+        try:
+            if _is_private(directory):
+                yield directory
+        except OSError:
+            continue  # it does not exist, or is on its way out
+
+
+def _make_private(directory: Path) -> None:
+    """OSError where it is, or becomes, not this user's alone: the files name secrets."""
+    directory.mkdir(mode=0o700, exist_ok=True)
+    if not _is_private(directory):
+        raise PermissionError(errno.EACCES, "not private to this user")
+
+
+def _is_private(directory: Path) -> bool:
     status = directory.lstat()
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
-        raise ConfigError(f"run directory {directory} is not private to this user; remove it")
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o077

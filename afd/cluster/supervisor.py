@@ -34,7 +34,7 @@ from afd.cluster.process import Command, Spawned, describe_exit, role_command
 from afd.cluster.progress import ChildProgress, progress_line, ready_text
 from afd.cluster.resolve import most_threads, with_cores, worker_cores
 from afd.cluster.restart import RestartPolicy, worth_restarting
-from afd.cluster.run_file import RunInfo, process_start_time, remove_run_file, run_directory, write_run_file
+from afd.cluster.run_file import RunInfo, new_run_file, process_start_time, remove_run_file, write_run_file
 from afd.cluster.shutdown import StopSequence, stages
 from afd.config import ClusterConfig
 
@@ -81,13 +81,17 @@ class Supervisor:
         self._coordinator = ""  # its address, once announced
         self._url = ""
         self._answers = False  # /readyz said 200 at least once
-        self._run_file: Path | None = None
+        self._run_file = Path()  # from `run` on
         self._stopping: StopSequence | None = None
         self._num_interrupts = 0
         self._exit_code = EXIT_OK
 
     def run(self) -> int:
-        """Bring the cluster up, keep it up, take it down; the exit code of `afd up`."""
+        """Bring the cluster up, keep it up, take it down; the exit code of `afd up`.
+
+        ConfigError, before anything is started, where the run file has no place.
+        """
+        self._run_file = new_run_file()
         try:
             with self._signals() as signals:
                 if self._make_fork_server is not None:
@@ -105,8 +109,7 @@ class Supervisor:
                 child.close()
             self._close_fork_server()
             self._selector.close()
-            if self._run_file is not None:
-                remove_run_file(self._run_file)
+            remove_run_file(self._run_file)
             self._console.close()
         return self._exit_code
 
@@ -258,8 +261,8 @@ class Supervisor:
             gateway = msgspec.structs.replace(config.gateway, port=urlsplit(self._url).port or config.gateway.port)
             config = msgspec.structs.replace(config, gateway=gateway)
         config = with_cores(config, child.role, self._cores.get(child.name, ""))
-        run_file = run_directory() / f"{os.getpid()}.json" if child.role == "coordinator" else ""
-        child.configure(config, self._secret, run_file=str(run_file))
+        run_file = str(self._run_file) if child.role == "coordinator" else ""
+        child.configure(config, self._secret, run_file=run_file)
 
     def _reap(self) -> None:
         if self._fork_server is not None and self._stopping is None and not self._fork_server.alive:
@@ -329,7 +332,7 @@ class Supervisor:
             model=self._config.model.served_name,
             ca_file=os.path.abspath(ca_file) if (ca_file := self._config.coordinator.tls_ca_file) else "",
         )
-        self._run_file = write_run_file(info)
+        write_run_file(self._run_file, info)
 
     def _stop(self, exit_code: int) -> None:
         """Begin to stop; the first reason decides the exit code."""

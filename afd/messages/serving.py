@@ -12,8 +12,38 @@ from typing import Union
 
 import msgspec
 
+from afd.config import ClusterConfig
+from afd.errors import ConfigError
 from afd.messages.codec import Decoder
 from afd.types import FinishReason, SamplingParams
+
+MAX_MESSAGE_BYTES = 64 << 20
+_BASE_BYTES = 256 << 10  # all of a request but its tokens
+_TOKEN_BYTES = 5
+_REQUEST_ID_BYTES = 64
+
+
+def to_worker_bytes(config: ClusterConfig, model_context: int) -> int:
+    """Bytes of the longest message that an attention worker takes: a request as long as the context, or a list of all
+    requests that it may have. ConfigError where that is above MAX_MESSAGE_BYTES.
+
+    As many bytes can be held for each connection that has not authenticated yet.
+    """
+    context = min(model_context, config.model.max_context or model_context)
+    num_requests = config.attention.max_num_seqs + config.attention.max_waiting
+    room = MAX_MESSAGE_BYTES - _BASE_BYTES
+    if _TOKEN_BYTES * context > room:
+        raise ConfigError(
+            f"a request of {context} tokens, which is the context here, does not fit a message to a worker "
+            f"({MAX_MESSAGE_BYTES >> 20} MiB): set model.max_context to at most {room // _TOKEN_BYTES}"
+        )
+    if _REQUEST_ID_BYTES * num_requests > room:
+        raise ConfigError(
+            f"attention.max_num_seqs and max_waiting allow {num_requests} requests, whose ids do not fit a message to "
+            f"a worker ({MAX_MESSAGE_BYTES >> 20} MiB): at most {room // _REQUEST_ID_BYTES} together"
+        )
+    return _BASE_BYTES + max(_TOKEN_BYTES * context, _REQUEST_ID_BYTES * num_requests)
+
 
 # --- gateway -> worker ----------------------------------------------------------------------------------
 

@@ -86,7 +86,7 @@ class FakeWorker:
         self._gateways: set[bytes] = set()
         self._changed = asyncio.Condition()
         self._ctx = zmq.asyncio.Context()
-        self._socket = server_socket(self._ctx, secret, 1 << 20)
+        self._socket = server_socket(self._ctx, secret, 8 << 20)
         port = self._socket.bind_to_random_port("tcp://127.0.0.1")
         self.endpoint = f"tcp://127.0.0.1:{port}"
         self._tasks = [

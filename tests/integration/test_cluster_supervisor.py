@@ -342,3 +342,19 @@ def test_a_port_in_use_is_said_before_anything_starts(tmp_path: Path) -> None:
     assert answer.stderr == (
         f"afd: error: gateway: port {port} on 127.0.0.1 is in use; choose another with --port (0 = any)\n"
     )
+
+
+def test_a_taken_run_directory_does_not_hide_the_cluster(
+    up: Callable[..., Up], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    taken = tmp_path / "afd"  # where run files would lie
+    taken.touch()
+    cluster = up("1A1F")
+    cluster.wait_line(f"{taken}: File exists; this cluster's run file is in {tmp_path}/afd-")
+    cluster.wait_line("AFD is ready: http://127.0.0.1:")
+    assert len(cluster.status()["members"]) == 3  # type: ignore[arg-type]
+    taken.unlink()
+    assert len(cluster.status()["members"]) == 3, "also once the name is free"  # type: ignore[arg-type]
+    cluster.process.send_signal(signal.SIGINT)
+    assert cluster.end() == 0

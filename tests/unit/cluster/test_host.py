@@ -7,8 +7,11 @@ import os
 import shutil
 import socket
 import stat
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from afd.cluster import resolve
@@ -18,6 +21,7 @@ from afd.cluster.process import describe_exit, role_environment
 from afd.cluster.run_file import (
     PARTIAL,
     RunInfo,
+    new_run_file,
     process_start_time,
     remove_run_file,
     run_directory,
@@ -115,6 +119,14 @@ def run_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A temporary directory of everybody's, and no other place for run files."""
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
 def run_info(pid: int = 0, started: int = 0) -> RunInfo:
     pid = pid or os.getpid()
     return RunInfo(pid, started or process_start_time(pid), "127.0.0.1:1", "ab", "http://x", "1A1F", "m")
@@ -122,9 +134,10 @@ def run_info(pid: int = 0, started: int = 0) -> RunInfo:
 
 def test_a_run_file_is_private_found_and_gone(run_base: Path) -> None:
     assert running_clusters() == [] and list(run_base.iterdir()) == [], "looking leaves nothing behind"
-    path = write_run_file(run_info())
+    path = new_run_file()
+    write_run_file(path, run_info())
     assert stat.S_IMODE(path.stat().st_mode) == 0o600 and stat.S_IMODE(path.parent.stat().st_mode) == 0o700
-    assert write_run_file(run_info()) == path, "written again with the URL"
+    write_run_file(path, run_info())  # again, with the URL
     assert running_clusters() == [run_info()]
     path.with_suffix(PARTIAL).touch()  # killed while it wrote the file again
     remove_run_file(path)
@@ -133,25 +146,75 @@ def test_a_run_file_is_private_found_and_gone(run_base: Path) -> None:
 
 
 def test_files_of_dead_supervisors_and_garbage_are_not_clusters(run_base: Path) -> None:
-    dead = write_run_file(run_info(pid=os.getpid(), started=1))  # this pid, but another process
-    assert running_clusters() == [] and not dead.exists()
-    kept = write_run_file(run_info())
-    kept.with_name("1.json").write_bytes(b"{")
+    path = new_run_file()
+    write_run_file(path, run_info(pid=os.getpid(), started=1))  # this pid, but another process
+    assert running_clusters() == [] and not path.exists()
+    write_run_file(path, run_info())  # its directory went with the dead one's file
+    path.with_name("1.json").write_bytes(b"{")
     assert running_clusters() == [run_info()]
     assert process_start_time(2**22 + 1) == 0
 
 
-def test_a_directory_of_someone_else_is_refused(run_base: Path) -> None:
-    run_directory().mkdir(mode=0o755)
-    with pytest.raises(ConfigError, match="not private"):
-        write_run_file(run_info())
-    with pytest.raises(ConfigError, match="not private"):
-        running_clusters()
+def readable_by_others(name: Path) -> None:
+    name.mkdir(mode=0o755)
 
 
-def test_without_a_runtime_directory_the_temporary_one_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
-    assert run_directory().name == f"afd-{os.getuid()}"
+def link_to_elsewhere(name: Path) -> None:
+    (name.parent / "elsewhere").mkdir(mode=0o700)
+    name.symlink_to(name.parent / "elsewhere")
+
+
+def of_another_user(name: Path) -> None:
+    if os.getuid():
+        pytest.skip("only root can give a directory away")
+    name.mkdir(mode=0o700)
+    os.chown(name, 65534, 65534)
+
+
+@pytest.mark.parametrize("take", [readable_by_others, of_another_user, link_to_elsewhere, Path.touch])
+def test_where_the_name_is_taken_a_fresh_directory_serves_and_is_found(
+    shared: Path, take: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    taken = run_directory()
+    take(taken)
+    before = sorted(shared.rglob("*"))
+    path = new_run_file()
+    assert path.parent.parent == shared and path.parent != taken
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    [record] = caplog.records
+    assert str(taken) in record.getMessage() and str(path.parent) in record.getMessage()
+    write_run_file(path, run_info())
+    assert running_clusters() == [run_info()]
+    remove_run_file(path)
+    assert running_clusters() == [] and sorted(shared.rglob("*")) == before
+
+
+def test_what_others_leave_under_our_names_is_not_read(shared: Path) -> None:
+    for name in (run_directory(), run_directory().with_name(f"afd-{os.getuid()}-foreign")):
+        name.mkdir(mode=0o700)
+        (name / f"{os.getpid()}.json").write_bytes(msgspec.json.encode(run_info()))
+        assert running_clusters() == [run_info()]
+        name.chmod(0o777)
+        assert running_clusters() == []
+
+
+def test_where_nothing_can_be_made_it_says_what_to_do(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(shared / "missing"))
+    with pytest.raises(ConfigError, match=r"no private directory for the run file: .*set XDG_RUNTIME_DIR"):
+        new_run_file()
+    assert running_clusters() == []
+
+
+def test_a_name_taken_meanwhile_is_not_written_to(run_base: Path) -> None:
+    path = new_run_file()
+    path.parent.chmod(0o755)
+    with pytest.raises(ConfigError, match=f"cannot write run file {path}: not private"):
+        write_run_file(path, run_info())
+    assert list(path.parent.iterdir()) == []
+
+
+def test_without_a_runtime_directory_the_temporary_one_is_used(shared: Path) -> None:
+    assert run_directory() == shared / f"afd-{os.getuid()}"
 
 
 # --- secret file ----------------------------------------------------------------------------------------
@@ -232,6 +295,8 @@ def test_the_model_is_found_early_and_named() -> None:
     assert resolve.find_model(named)[0].model.served_name == "mine"
     with pytest.raises(ModelError, match="nothing-here"):
         resolve.find_model(resolve_config(None, {"model.name": "/nothing-here"}))
+    with pytest.raises(ConfigError, match="do not fit a message to a worker"):
+        resolve.find_model(resolve_config(None, {"model.name": "dummy:llama-tiny", "attention.max_waiting": 1 << 21}))
 
 
 def test_a_port_in_use_is_one_clear_line() -> None:

@@ -17,7 +17,7 @@ WAIT_MS = 10_000
 def worker():
     """An attention worker's socket and its endpoint."""
     with zmq.Context() as context:
-        socket = server_socket(context, SECRET, 8192)
+        socket = server_socket(context, SECRET, 1 << 20)
         port = socket.bind_to_random_port("tcp://127.0.0.1")
         try:
             yield socket, f"tcp://127.0.0.1:{port}"

@@ -1,13 +1,24 @@
 """The serving sockets: members of the cluster talk, strangers do not get a word in, whatever keys they bring."""
 
+import socket
+from contextlib import ExitStack, suppress
+
+import psutil
 import pytest
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
+from afd.config import resolve_config
+from afd.errors import ConfigError
+from afd.messages.codec import encode
+from afd.messages.serving import MAX_MESSAGE_BYTES, Lease, Submit, to_worker_bytes
 from afd.secrets import zmq_keypair
+from afd.types import SamplingParams
 from afd.zmq_sockets import client_socket, server_socket
 
 SECRET = b"the secret of this cluster"
+MAX_BYTES = 300 << 10
+WAIT_S = 10.0
 
 
 class Wiring:
@@ -16,7 +27,7 @@ class Wiring:
     def __init__(self):
         self.ctx = zmq.Context()
         self.sockets = []
-        self.server = self.keep(server_socket(self.ctx, SECRET, 8192))
+        self.server = self.keep(server_socket(self.ctx, SECRET, MAX_BYTES))
         self.server_events = self.keep(self.server.get_monitor_socket())
         self.endpoint = f"tcp://127.0.0.1:{self.server.bind_to_random_port('tcp://127.0.0.1')}"
 
@@ -47,8 +58,8 @@ class Wiring:
 
     def close(self):
         self.server.disable_monitor()
-        for socket in self.sockets:
-            socket.close(linger=0)
+        for one in self.sockets:
+            one.close(linger=0)
         self.ctx.term()
 
 
@@ -96,6 +107,57 @@ def test_a_gateway_that_reconnects_takes_its_place_over(wiring):
     assert second.recv() == b"answer"
 
 
-def test_a_message_is_bounded_by_the_context(wiring):
-    """What a connection may make the worker hold, before it has proved anything too."""
-    assert wiring.server.maxmsgsize < 400 << 10
+def command_frame(num_bytes):
+    """A ZMTP greeting with mechanism CURVE, and the head of a command of that size."""
+    greeting = b"\xff" + bytes(8) + b"\x7f" + b"\x03\x01" + b"CURVE".ljust(20, b"\0") + bytes(32)
+    return greeting + b"\x06" + num_bytes.to_bytes(8, "big")
+
+
+@pytest.mark.parametrize("announced", [MAX_BYTES, MAX_BYTES + 1, 60 << 20, (1 << 63) - 1])
+def test_memory_before_authentication_is_bounded(wiring, announced):
+    """However much strangers announce and send, the worker holds no more of it than a message may have."""
+    before = psutil.Process().memory_info().rss
+    port = int(wiring.endpoint.rpartition(":")[2])
+    with ExitStack() as stack:
+        strangers = [stack.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in range(6)]
+        for stranger in strangers:
+            stranger.settimeout(WAIT_S)
+            stranger.sendall(command_frame(announced))
+        for stranger in strangers:
+            left = min(announced - 1, 30 << 20)
+            with suppress(ConnectionError):
+                while left:
+                    left -= stranger.send(bytes(min(left, 1 << 16)))
+        client = wiring.member()
+        client.send(b"hello")  # the socket's thread has come past what the strangers sent before
+        assert wiring.server.poll(5000)
+        assert psutil.Process().memory_info().rss - before < 6 * (MAX_BYTES + (2 << 20))
+        if announced > MAX_BYTES:
+            wiring.wait_event({zmq.Event.DISCONNECTED})
+
+
+def config_with(**values):
+    return resolve_config(None, {key.replace("__", "."): value for key, value in values.items()})
+
+
+def test_a_message_holds_a_request_as_long_as_the_context_and_the_ids_of_all_requests():
+    for context, num_waiting in ((8192, 1024), (131_072, 1), (1 << 20, 1), (64, 200_000)):
+        config = config_with(attention__max_waiting=num_waiting)
+        limit = to_worker_bytes(config, context)
+        ids = [2**32 - 1] * context
+        bias = tuple((2**32 - 1, -0.1) for _ in range(1024))
+        sampling = SamplingParams(context, 2**64 - 1, logit_bias=bias, stop_token_ids=tuple(ids[:1024]))
+        assert len(encode(Submit("x" * 48, 1, ids, [], sampling))) < limit
+        num_requests = num_waiting + config.attention.max_num_seqs
+        assert len(encode(Lease("g" * 32, 5.0, ["x" * 48] * num_requests))) < limit
+    assert to_worker_bytes(config_with(), 8192) < 400 << 10
+    assert to_worker_bytes(config_with(model__max_context=100), 1 << 24) < 400 << 10
+
+
+def test_a_size_that_makes_no_sense_is_refused_with_a_remedy():
+    with pytest.raises(ConfigError, match=r"set model.max_context to at most ([0-9]+)") as refused:
+        to_worker_bytes(config_with(), 1 << 24)
+    advised = int(str(refused.value).split()[-1])
+    assert to_worker_bytes(config_with(model__max_context=advised), 1 << 24) <= MAX_MESSAGE_BYTES
+    with pytest.raises(ConfigError, match="max_waiting"):
+        to_worker_bytes(config_with(attention__max_waiting=1 << 21), 8192)
