@@ -59,6 +59,11 @@ def grpc_token(secret: bytes) -> str:
     return derive_key(secret, "grpc token").hex()
 
 
+def trace_token(secret: bytes) -> str:
+    """Bearer token for the traces of workers (hex)."""
+    return derive_key(secret, "trace token").hex()
+
+
 def mesh_key(secret: bytes) -> bytes:
     """HMAC key of stepmesh's mutual challenge, 32 bytes."""
     return derive_key(secret, "stepmesh hmac")

@@ -28,6 +28,7 @@ from itertools import product
 from typing import Any
 
 from afd.model.loading import resolve_model
+from afd.secrets import trace_token
 from afd.trace.clocks import Bounds, Offset
 from afd.trace.collect import Target, fetch
 from afd.trace.pipeline import Pipeline, pipeline_of
@@ -143,19 +144,19 @@ def one_round(
     begun_s, foreign_s = time.perf_counter(), foreign_cpu_s()
     result = run_round(cluster, prompts, args.output_len)
     foreign = (foreign_cpu_s() - foreign_s) / (time.perf_counter() - begun_s)
-    timeline = decoding(result, targets, args.last_s)
+    timeline = decoding(result, targets, trace_token(cluster.secret), args.last_s)
     pipeline = pipeline_of(timeline)
     assert pipeline is not None, f"no step in {timeline.seconds:.2f} s of decoding; raise --output-len"
     return Measured(pipeline, foreign)
 
 
-def decoding(result: Round, targets: Sequence[Target], last_s: float) -> Timeline:
+def decoding(result: Round, targets: Sequence[Target], token: str, last_s: float) -> Timeline:
     """The stages of all workers while every request of the round decoded: the last seconds of that."""
     end_s = min(timeline.token_s[-1] for timeline in result.timelines)
     begin_s = max(end_s - last_s, *(timeline.token_s[0] for timeline in result.timelines))
     dumps = []
     for target in targets:
-        header, stages = fetch(target, time.perf_counter() - begin_s)
+        header, stages = fetch(target, time.perf_counter() - begin_s, token)
         assert header.kept_since_s < begin_s, f"{target.name}: its ring is too short; lower --output-len or --last-s"
         dumps.append(Dump(target.role, target.rank, header.pid, end_s, 0.0, stages, Offset(HERE, HERE)))
     return build(dumps, end_s - begin_s)

@@ -48,6 +48,7 @@ from afd.sched.prefill import PrefillBudget
 from afd.sched.scheduler import Scheduler, SchedulerConfig
 from afd.sched.streams import StreamChooser
 from afd.seat import IDLE_S, TURN_S, Seat, take_seat
+from afd.secrets import trace_token
 from afd.types import DispatchMode
 from afd.zmq_sockets import server_socket
 from stepmesh.layout import PayloadLayout
@@ -119,7 +120,9 @@ class _Worker:
         section = config.attention
         registry = process_registry("attention")
         pages = {"/trace": self._trace}
-        self._server = MetricsServer(section.host, section.metrics_port, registry, self._ready, pages)
+        self._server = MetricsServer(
+            section.host, section.metrics_port, registry, self._ready, pages, token=trace_token(secret)
+        )
         socket = server_socket(self._context, secret, to_worker_bytes(config, spec.max_context))
         try:
             endpoint = f"tcp://{section.host}:{section.port or '*'}"

@@ -75,15 +75,18 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _collect(args: argparse.Namespace) -> tuple[Timeline, str]:
+    from afd.secrets import trace_token
     from afd.trace.collect import collect, targets_of
     from afd.trace.summary import summary_text
     from afd.trace.window import turns_of
 
-    with locate(args).client() as client:
+    place = locate(args)
+    with place.client() as client:
         status = client.status()
     view = status.view
     topology = f"{view.num_attention}A{view.num_ffn}F" if view.num_ffn else "mono"
-    collected = collect(targets_of(status.members), args.seconds, title=f"{topology} {view.model}")
+    token = trace_token(place.secret)
+    collected = collect(targets_of(status.members), args.seconds, token, title=f"{topology} {view.model}")
     turns_of(collected.timeline)  # nothing is written of a cluster that idles
     return collected.timeline, summary_text(collected.timeline, collected.offsets)
 

@@ -29,6 +29,7 @@ from afd.model.loading import ModelFolder, load_ffn_half, resolve_model
 from afd.model.sharding import ShardSpec
 from afd.model.threads import ThreadShare
 from afd.seat import IDLE_S, TURN_S, Seat, take_seat
+from afd.secrets import trace_token
 from stepmesh.types import Role
 
 log = logging.getLogger(__name__)
@@ -74,7 +75,9 @@ class _Worker:
         config, spec = self._config, self._folder.spec
         registry = process_registry("ffn")
         pages = {"/trace": self._trace}
-        self._server = MetricsServer(config.ffn.host, config.ffn.metrics_port, registry, self._ready, pages)
+        self._server = MetricsServer(
+            config.ffn.host, config.ffn.metrics_port, registry, self._ready, pages, token=trace_token(secret)
+        )
         info = WorkerInfo(
             role=Role.FFN.value,
             incarnation="",

@@ -28,7 +28,6 @@ MARGIN_S = 1.0  # asked for beyond the window: the workers are asked one after a
 NUM_THREADS = 8
 
 T = TypeVar("T")
-A = TypeVar("A")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,21 +59,31 @@ def targets_of(members: Sequence[MemberStatus]) -> list[Target]:
 
 
 def collect(
-    targets: Sequence[Target], seconds: float, *, title: str = "", clock: Callable[[], float] = time.perf_counter
+    targets: Sequence[Target],
+    seconds: float,
+    token: str,
+    *,
+    title: str = "",
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Collected:
-    """The last `seconds` of all workers. One that does not answer is named in `missing`; TraceError if none does."""
+    """The last `seconds` of all workers. One that does not answer is named in `missing`; TraceError if none does.
+
+    token: `afd.secrets.trace_token` of the cluster.
+    """
     if not targets:
         raise TraceError("the cluster has no worker yet: wait until `afd status` shows one")
     missing: list[str] = []
     with ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="trace") as pool:
         measured: dict[str, Bounds] = {}
-        for target, bounds in zip(targets, pool.map(lambda t: _attempt(measure_clock, t, clock), targets), strict=True):
+        for target, bounds in zip(
+            targets, pool.map(lambda t: _attempt(lambda: measure_clock(t, clock)), targets), strict=True
+        ):
             if isinstance(bounds, TraceError):
                 missing.append(str(bounds))
             else:
                 measured[target.name] = bounds
         alive = [target for target in targets if target.name in measured]
-        answers = list(pool.map(lambda t: _attempt(fetch, t, seconds + MARGIN_S), alive))
+        answers = list(pool.map(lambda t: _attempt(lambda: fetch(t, seconds + MARGIN_S, token)), alive))
     dumps: dict[Target, tuple[TraceHeader, list[Stage]]] = {}
     for target, answer in zip(alive, answers, strict=True):
         if isinstance(answer, TraceError):
@@ -92,10 +101,10 @@ def collect(
     return Collected(build(moved, seconds, title=title, missing=missing), offsets)
 
 
-def _attempt(visit: Callable[[Target, A], T], target: Target, argument: A) -> T | TraceError:
+def _attempt(visit: Callable[[], T]) -> T | TraceError:
     """The answer, or why there is none: one worker that is gone must not cost the others' trace."""
     try:
-        return visit(target, argument)
+        return visit()
     except TraceError as error:
         return error
 
@@ -116,10 +125,10 @@ def measure_clock(target: Target, clock: Callable[[], float]) -> Bounds:
     return bounds_of(pings)
 
 
-def fetch(target: Target, seconds: float) -> tuple[TraceHeader, list[Stage]]:
+def fetch(target: Target, seconds: float, token: str) -> tuple[TraceHeader, list[Stage]]:
     """One worker's dump of its last `seconds`. TraceError."""
     with _connected(target) as connection:
-        connection.request("GET", f"/trace?seconds={seconds:.3f}")
+        connection.request("GET", f"/trace?seconds={seconds:.3f}", headers={"Authorization": f"Bearer {token}"})
         with connection.getresponse() as response:
             body = _read(target, response)
         line, _, lines = body.partition(b"\n")
@@ -132,6 +141,8 @@ def fetch(target: Target, seconds: float) -> tuple[TraceHeader, list[Stage]]:
 
 def _read(target: Target, response: http.client.HTTPResponse) -> bytes:
     """The whole body, within its bounds."""
+    if response.status == 401:
+        raise TraceError(f"{target.name} at {target.address} belongs to a cluster with another secret")
     if response.status != 200:
         raise TraceError(f"{target.name} at {target.address} has no /trace (HTTP {response.status})")
     body = bytearray()

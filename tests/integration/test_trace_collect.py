@@ -18,6 +18,8 @@ from afd.trace import collect as module
 from afd.trace.collect import Target, collect, targets_of
 from afd.trace.errors import TraceError
 
+TOKEN = "the cluster's"
+
 
 @contextlib.contextmanager
 def worker(role: str, rank: int, num_stages: int = 1000, capacity: int = 50_000) -> Iterator[Target]:
@@ -29,7 +31,7 @@ def worker(role: str, rank: int, num_stages: int = 1000, capacity: int = 50_000)
         ring.add(Stage(name, end_s - 1e-3, end_s, 0, idx % 4, 8))
     page = TracePage(role, 1000 + rank)
     page.attach(rank, ring)
-    server = MetricsServer("127.0.0.1", 0, process_registry(role), lambda: (True, ""), {"/trace": page})
+    server = MetricsServer("127.0.0.1", 0, process_registry(role), lambda: (True, ""), {"/trace": page}, token=TOKEN)
     try:
         yield Target(role, rank, server.address)
     finally:
@@ -77,7 +79,7 @@ def body(text: bytes) -> Callable[[BaseHTTPRequestHandler], None]:
 def test_workers_of_this_machine_share_our_clock_exactly():
     with worker("attention", 0) as a, worker("ffn", 0) as f:
         before_s = time.perf_counter()
-        collected = collect([a, f], 0.5, title="1A1F")
+        collected = collect([a, f], 0.5, TOKEN, title="1A1F")
         after_s = time.perf_counter()
     assert [w.name for w in collected.timeline.workers] == ["attention/0", "ffn/0"]
     assert collected.timeline.workers[0].pid == 1000 and not collected.timeline.missing
@@ -91,7 +93,7 @@ def test_workers_of_this_machine_share_our_clock_exactly():
 def test_another_machines_clock_is_measured(monkeypatch):
     monkeypatch.setattr(module, "machine_id", lambda: "elsewhere")
     with worker("attention", 0) as a, worker("ffn", 0) as f:
-        collected = collect([a, f], 0.5, clock=lambda: time.perf_counter() + 5000.0)
+        collected = collect([a, f], 0.5, TOKEN, clock=lambda: time.perf_counter() + 5000.0)
     errors = []
     for offset in collected.offsets.values():
         assert offset.used.low_s <= 5000.0 <= offset.used.high_s
@@ -104,7 +106,7 @@ def test_another_machines_clock_is_measured(monkeypatch):
 
 def test_a_ring_that_was_too_short_is_said():
     with worker("ffn", 0, num_stages=900, capacity=100) as f:
-        collected = collect([f], 0.8)
+        collected = collect([f], 0.8, TOKEN)
     assert collected.timeline.workers[0].complete_from_s > 0.5
 
 
@@ -116,7 +118,7 @@ def free_port() -> int:
 def test_one_worker_that_is_gone_does_not_cost_the_others_trace():
     gone = Target("attention", 1, f"127.0.0.1:{free_port()}")
     with worker("ffn", 0) as f:
-        collected = collect([gone, f], 0.5)
+        collected = collect([gone, f], 0.5, TOKEN)
     [reason] = collected.timeline.missing
     assert reason.startswith(f"attention/1 at {gone.address} does not answer")
     assert [w.name for w in collected.timeline.workers] == ["ffn/0"]
@@ -141,24 +143,32 @@ def test_what_a_worker_answers_wrongly_is_said(answer, complaint):
         scripted(answer) as target,
         pytest.raises(TraceError, match=f"no worker gave a trace: attention/9.*{complaint}"),
     ):
-        collect([target], 0.5)
+        collect([target], 0.5, TOKEN)
+
+
+def test_a_worker_of_another_cluster_is_said():
+    with (
+        worker("ffn", 0) as f,
+        pytest.raises(TraceError, match=r"ffn/0 at .* belongs to a cluster with another secret"),
+    ):
+        collect([f], 0.5, "another's")
 
 
 def test_a_dump_without_end_is_cut_off(monkeypatch):
     monkeypatch.setattr(module, "MAX_BODY_BYTES", 1000)
     with scripted(body(b"x" * 5000)) as target, pytest.raises(TraceError, match="too long or too slow"):
-        collect([target], 0.5)
+        collect([target], 0.5, TOKEN)
 
 
 @pytest.mark.parametrize("address", ["", "nowhere", "127.0.0.1:http", "127.0.0.1:99999999"])
 def test_an_address_that_is_none_is_said(address):
     with pytest.raises(TraceError, match=r"ffn/0 at .*does not answer"):
-        collect([Target("ffn", 0, address)], 0.5)
+        collect([Target("ffn", 0, address)], 0.5, TOKEN)
 
 
 def test_a_cluster_without_workers_is_said():
     with pytest.raises(TraceError, match="has no worker yet"):
-        collect([], 1.0)
+        collect([], 1.0, TOKEN)
 
 
 def test_targets_are_the_workers_that_say_where_they_are():

@@ -88,6 +88,8 @@ def test_of_an_idle_cluster_it_says_so_first_and_writes_nothing(monkeypatch, tmp
 class FakePlace:
     """Where a coordinator says that the cluster is 1A1F."""
 
+    secret = b"s" * 32
+
     def client(self):
         return contextlib.nullcontext(self)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import select
 import socket
 import time
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ from afd.events import CHUNK_STAGES, Stage, StageBlock, TraceHeader, TracePage, 
 from afd.metrics import MAX_REQUESTS, MetricsServer, process_registry
 
 WAIT_S = 10.0
+LONG_MIB = 32  # more than sockets hold
+AUTHORIZED = {"Authorization": "Bearer the cluster's"}
 
 
 def stage_at(end_s: float) -> Stage:
@@ -87,12 +90,11 @@ def server() -> Iterator[MetricsServer]:
     ring.add(stage_at(time.perf_counter()))
     page.attach(0, ring)
 
-    def endless(query: object) -> Iterator[bytes]:
-        while True:
-            yield b"x" * (1 << 20)
+    def long(query: object) -> Iterator[bytes]:
+        yield from [b"x" * (1 << 20)] * LONG_MIB
 
-    pages = {"/trace": page, "/endless": endless}
-    server = MetricsServer("127.0.0.1", 0, process_registry("ffn"), lambda: (True, ""), pages)
+    pages = {"/trace": page, "/long": long}
+    server = MetricsServer("127.0.0.1", 0, process_registry("ffn"), lambda: (True, ""), pages, token="the cluster's")
     yield server
     server.close()
 
@@ -121,7 +123,7 @@ def test_the_trace_is_served_and_wrong_queries_are_not(server):
     for path, status in (("/trace?seconds=5", 200), ("/trace", 200), ("/trace?seconds=soon", 400), ("/tracer", 404)):
         connection = connected(server)
         try:
-            connection.request("GET", path)
+            connection.request("GET", path, headers=AUTHORIZED)
             response = connection.getresponse()
             body = response.read()
         finally:
@@ -133,20 +135,56 @@ def test_the_trace_is_served_and_wrong_queries_are_not(server):
             assert b"/trace" in body and b"/clock" in body
 
 
-def test_a_slow_reader_is_cut_off(server, monkeypatch):
-    monkeypatch.setattr(metrics, "ANSWER_TIMEOUT_S", 0.2)
+@pytest.mark.parametrize("authorization", [None, "", "Bearer ", "Bearer the clusters", "Basic the cluster's"])
+def test_strangers_get_no_trace(server, authorization):
     connection = connected(server)
     try:
-        connection.request("GET", "/endless")
-        assert connection.getresponse().read()  # to an end, though the page has none
+        connection.request("GET", "/trace", headers={} if authorization is None else {"Authorization": authorization})
+        response = connection.getresponse()
+        assert response.status == 401 and b"token" in response.read()
+        connection.request("GET", "/trace", headers=AUTHORIZED)  # the same connection, no stranger now
+        assert connection.getresponse().read()
+        connection.request("GET", "/trace")
+        assert connection.getresponse().status == 401, "a token is for one request"
     finally:
         connection.close()
+
+
+def test_without_a_token_nobody_gets_a_page():
+    server = MetricsServer("127.0.0.1", 0, process_registry("ffn"), lambda: (True, ""), {"/trace": TracePage("ffn", 1)})
+    try:
+        for authorization in ("", "Bearer ", "Bearer"):
+            connection = connected(server)
+            connection.request("GET", "/trace", headers={"Authorization": authorization})
+            assert connection.getresponse().status == 401
+            connection.close()
+    finally:
+        server.close()
+
+
+def test_a_long_page_comes_whole(server):
+    connection = connected(server)
+    try:
+        connection.request("GET", "/long", headers=AUTHORIZED)
+        assert len(connection.getresponse().read()) == LONG_MIB << 20
+    finally:
+        connection.close()
+
+
+def test_a_slow_reader_is_cut_off(server, monkeypatch):
+    monkeypatch.setattr(metrics, "ANSWER_TIMEOUT_S", 0.2)
+    host, _, port = server.address.rpartition(":")
+    with socket.create_connection((host, int(port)), timeout=WAIT_S) as reader:
+        reader.sendall(b"GET /long HTTP/1.0\r\nAuthorization: Bearer the cluster's\r\n\r\n")
+        poll = select.poll()
+        poll.register(reader, 0)
+        assert poll.poll(WAIT_S * 1e3), "it was put out without having read a byte"
 
 
 def test_a_reader_that_hangs_up_leaves_the_thread_free(server):
     host, _, port = server.address.rpartition(":")
     with socket.create_connection((host, int(port)), timeout=WAIT_S) as reader:
-        reader.sendall(b"GET /endless HTTP/1.0\r\n\r\n")
+        reader.sendall(b"GET /long HTTP/1.0\r\nAuthorization: Bearer the cluster's\r\n\r\n")
         assert reader.recv(10)
     connection = connected(server)
     try:
