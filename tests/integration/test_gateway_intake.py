@@ -3,6 +3,8 @@
 import asyncio
 import dataclasses
 import json
+import subprocess
+import threading
 import time
 
 import msgspec
@@ -110,7 +112,7 @@ async def test_a_request_that_hangs_or_kills_its_process_harms_no_other():
         (child,) = [p for p in psutil.Process().children() if p.pid == hasty.pid]
         with pytest.raises(AfdError, match="took longer than 1 s"):
             await hasty.read(chat("hang"))
-        assert not child.is_running()
+        child.wait(10.0)
         assert (await hasty.read(chat("fine"))).job is not None
         psutil.Process(process.pid).kill()
         with pytest.raises(AfdError, match="ended with this one"):
@@ -119,6 +121,32 @@ async def test_a_request_that_hangs_or_kills_its_process_harms_no_other():
     finally:
         process.close()
         hasty.close()
+
+
+@async_test
+async def test_a_start_that_is_given_up_leaves_nothing(monkeypatch):
+    """A child that is being made in a thread when the gateway stops is ended as soon as it is there."""
+    begun, made = threading.Event(), []
+    popen = subprocess.Popen
+
+    def slow(*args, **options):
+        begun.set()
+        time.sleep(0.2)
+        made.append(popen(*args, **options))
+        return made[0]
+
+    monkeypatch.setattr(subprocess, "Popen", slow)
+    process = ReaderProcess(msgspec.msgpack.encode(Setup.of(MODEL, LIMITS)))
+    starting = asyncio.create_task(process.start())
+    await asyncio.to_thread(begun.wait, 10.0)
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    process.close()
+    async with asyncio.timeout(10.0):
+        while not made or made[0].returncode is None:
+            await asyncio.sleep(0.01)
+    assert made[0].returncode < 0
 
 
 @async_test

@@ -7,6 +7,9 @@ import os
 import socket
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
+from typing import TypeVar
 
 import msgspec
 
@@ -18,6 +21,7 @@ START_S = 60.0  # a fresh interpreter on a busy machine, and a tokenizer of many
 READ_S = 20.0
 LONG_PROMPT_TOKENS = 1 << 14  # others get a turn after so many ids were turned into integers
 
+T = TypeVar("T")
 _replies = msgspec.msgpack.Decoder(Reply)
 
 
@@ -44,9 +48,7 @@ class ReaderProcess:
         self.close()
         try:
             async with asyncio.timeout(START_S):
-                ours, theirs = socket.socketpair()
-                with theirs:
-                    self._process = await asyncio.to_thread(_spawn, theirs.fileno())
+                self._process, ours = await _in_thread(_spawn, _discard)
                 self._reader, self._writer = await asyncio.open_connection(sock=ours, limit=1 << 20)
                 await self._send(self._setup)
                 await self._receive()
@@ -89,8 +91,7 @@ class ReaderProcess:
         if writer is not None:
             writer.close()
         if process is not None:
-            process.kill()
-            process.wait()
+            _end(process)
 
     async def _send(self, data: bytes) -> None:
         assert self._writer is not None
@@ -106,13 +107,43 @@ class ReaderProcess:
         return await self._reader.readexactly(num_bytes)
 
 
-def _spawn(descriptor: int) -> subprocess.Popen[bytes]:
-    program = f"import sys; sys.path[:] = {sys.path!r}; from afd.gateway.intake.child import serve; serve({descriptor})"
-    return subprocess.Popen(
-        [sys.executable, "-c", program],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        pass_fds=(descriptor,),
-        process_group=0,  # Ctrl-C is for the gateway, which still reads while it drains
-        env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
-    )
+async def _in_thread(make: Callable[[], T], discard: Callable[[T], None]) -> T:
+    """What `make` gives in a thread, which nothing can stop: if nobody waits any more, it is discarded."""
+    making = asyncio.ensure_future(asyncio.to_thread(make))
+    try:
+        return await asyncio.shield(making)
+    except asyncio.CancelledError:
+        making.add_done_callback(lambda made: made.cancelled() or made.exception() or discard(made.result()))
+        raise
+
+
+def _spawn() -> tuple[subprocess.Popen[bytes], socket.socket]:
+    """A child, and our end of the connection to it."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        code = f"from afd.gateway.intake.child import serve; serve({theirs.fileno()})"
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}; {code}"],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(),),
+                process_group=0,  # Ctrl-C is for the gateway, which still reads while it drains
+                env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
+            )
+        except BaseException:
+            ours.close()
+            raise
+    return process, ours
+
+
+def _discard(spawned: tuple[subprocess.Popen[bytes], socket.socket]) -> None:
+    process, ours = spawned
+    ours.close()
+    _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Kill it, and wait in a thread: a process of a gigabyte takes a while to go."""
+    process.kill()
+    threading.Thread(target=process.wait, name="end of a request reader").start()
