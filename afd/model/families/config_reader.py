@@ -109,11 +109,11 @@ class ConfigReader:
         return ids[0] if ids else None
 
     def token_ids(self, key: str) -> tuple[int, ...]:
-        """A token id, a list of them, or nothing."""
+        """A token id, a list of them, or nothing; converters write -1 for "none"."""
         value = self.get(key)
         if value is None:
             return ()
-        ids = value if isinstance(value, list | tuple) else [value]
+        ids = [i for i in (value if isinstance(value, list | tuple) else [value]) if i != -1]
         if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
             raise self.fail(key, f"expected token ids, found {shown(value)}")
         return tuple(ids)

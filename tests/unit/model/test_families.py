@@ -77,6 +77,8 @@ def test_llama_spec_and_defaults() -> None:
     attention = spec.layers[0].attention
     assert (attention.num_kv_heads, attention.head_dim, attention.rope.rotary_dim) == (4, 16, 16)
     assert spec.eos_token_ids == (2, 7) and spec.max_top_k == 0
+    spec = llama(bos_token_id=-1, eos_token_id=-1)  # as converters write "none"
+    assert spec.bos_token_id is None and spec.eos_token_ids == ()
     assert llama(head_dim=32).layers[0].attention.head_dim == 32
 
 
@@ -126,6 +128,7 @@ def test_rope_from_either_layout() -> None:
         ({"x\ny": 1}, r"'x\ny': 1 is not known"),
         ({"rope_scaling": {"rope_type": "linear"}}, "rope_scaling: factor: missing"),
         ({"eos_token_id": "x"}, "eos_token_id: expected token ids"),
+        ({"eos_token_id": [2, -2]}, "eos_token_id: expected token ids"),
         ({"rms_norm_eps": "1e-5"}, "rms_norm_eps: expected a number"),
         ({"tie_word_embeddings": 1}, "tie_word_embeddings: expected true or false"),
     ],
