@@ -8,8 +8,6 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
-from typing import TypeVar
 
 import msgspec
 
@@ -21,7 +19,6 @@ START_S = 60.0  # a fresh interpreter on a busy machine, and a tokenizer of many
 READ_S = 20.0
 LONG_PROMPT_TOKENS = 1 << 14  # others get a turn after so many ids were turned into integers
 
-T = TypeVar("T")
 _replies = msgspec.msgpack.Decoder(Reply)
 
 
@@ -48,7 +45,7 @@ class ReaderProcess:
         self.close()
         try:
             async with asyncio.timeout(START_S):
-                self._process, ours = await _in_thread(_spawn, _discard)
+                self._process, ours = await _spawned()
                 self._reader, self._writer = await asyncio.open_connection(sock=ours, limit=1 << 20)
                 await self._send(self._setup)
                 await self._receive()
@@ -107,14 +104,21 @@ class ReaderProcess:
         return await self._reader.readexactly(num_bytes)
 
 
-async def _in_thread(make: Callable[[], T], discard: Callable[[T], None]) -> T:
-    """What `make` gives in a thread, which nothing can stop: if nobody waits any more, it is discarded."""
-    making = asyncio.ensure_future(asyncio.to_thread(make))
+async def _spawned() -> tuple[subprocess.Popen[bytes], socket.socket]:
+    """`_spawn` in a thread, which nothing can stop: what nobody waits for any more is ended when it is there."""
+    spawning = asyncio.ensure_future(asyncio.to_thread(_spawn))
     try:
-        return await asyncio.shield(making)
+        return await asyncio.shield(spawning)
     except asyncio.CancelledError:
-        making.add_done_callback(lambda made: made.cancelled() or made.exception() or discard(made.result()))
+        spawning.add_done_callback(_discard)
         raise
+
+
+def _discard(spawning: asyncio.Future[tuple[subprocess.Popen[bytes], socket.socket]]) -> None:
+    if not spawning.cancelled() and spawning.exception() is None:
+        process, ours = spawning.result()
+        ours.close()
+        _end(process)
 
 
 def _spawn() -> tuple[subprocess.Popen[bytes], socket.socket]:
@@ -135,12 +139,6 @@ def _spawn() -> tuple[subprocess.Popen[bytes], socket.socket]:
             ours.close()
             raise
     return process, ours
-
-
-def _discard(spawned: tuple[subprocess.Popen[bytes], socket.socket]) -> None:
-    process, ours = spawned
-    ours.close()
-    _end(process)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
