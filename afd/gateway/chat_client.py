@@ -7,7 +7,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
@@ -59,9 +59,11 @@ class Conversation:
                 if response.status_code != httpx.codes.OK:
                     response.read()
                     raise ChatError(_error_text(response))
-                for line in response.iter_lines():
-                    if line.startswith("data: ") and line != "data: [DONE]":
+                for line in _lines(response.iter_bytes()):
+                    if line.startswith(b"data: ") and line != b"data: [DONE]":
                         yield from _pieces(json.loads(line[6:]))
+        except ValueError as error:
+            raise ChatError(f"{self.client.base_url} sent an event that is no JSON: {error}") from error
         except httpx.HTTPError as error:
             raise ChatError(f"connection to {self.client.base_url} failed: {error}") from error
 
@@ -155,6 +157,14 @@ def _served_model(client: httpx.Client) -> str:
         return str(response.json()["data"][0]["id"])
     except (ValueError, LookupError, TypeError) as error:
         raise ChatError(f"{client.base_url} does not answer like an OpenAI-compatible server") from error
+
+
+def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """The whole lines of an event stream. A text may hold what else Unicode takes for the end of a line."""
+    rest = b""
+    for chunk in chunks:
+        *lines, rest = (rest + chunk).split(b"\n")
+        yield from (line.removesuffix(b"\r") for line in lines)
 
 
 def _pieces(event: dict[str, Any]) -> Iterator[str]:

@@ -2,10 +2,12 @@
 
 import asyncio
 import io
+import json
 
+import httpx
 import pytest
 
-from afd.gateway.chat_client import run_chat
+from afd.gateway.chat_client import ChatError, Conversation, run_chat
 from tests.fakes.async_test import async_test
 from tests.fakes.gateway import saying, served_gateway
 from tests.fakes.text_model import text_model
@@ -129,3 +131,21 @@ async def test_an_unknown_command_is_called_unknown_and_not_sent():
 async def test_urls_that_are_none(url):
     code, printed = await chat(url, [])
     assert code == 1 and printed.startswith("afd chat: ") and len(printed.splitlines()) == 1
+
+
+@pytest.mark.parametrize("size", [1, 7, 10_000])
+def test_what_unicode_takes_for_the_end_of_a_line_is_text(size):
+    text = "one\u2028two\u2029three\x85four\nfive\r\nsix 日本"
+    event = json.dumps({"choices": [{"delta": {"content": text}}]}, ensure_ascii=False).encode()
+    stream = b": keep-alive\n\ndata: " + event + b"\r\n\r\ndata: " + event + b"\n\ndata: [DONE]\n\n"
+    chunks = [stream[i : i + size] for i in range(0, len(stream), size)]
+    transport = httpx.MockTransport(lambda request: httpx.Response(200, content=iter(chunks)))
+    with httpx.Client(transport=transport, base_url="http://gateway") as client:
+        assert list(Conversation(client, "m").ask("hi")) == [text, text]
+
+
+def test_an_event_that_is_no_json_is_the_servers_fault():
+    transport = httpx.MockTransport(lambda request: httpx.Response(200, content=b"data: {\n\n"))
+    client = httpx.Client(transport=transport, base_url="http://gateway")
+    with client, pytest.raises(ChatError, match="no JSON"):
+        list(Conversation(client, "m").ask("hi"))
