@@ -57,7 +57,7 @@ def _api_key(args: argparse.Namespace) -> str:
     if not args.api_key_file:
         return str(args.api_key or os.environ.get(KEY_VARIABLE, "")).strip()
     try:
-        with open(args.api_key_file, encoding="utf-8") as file:
+        with open(args.api_key_file, encoding="utf-8-sig") as file:
             lines = [line.strip() for line in file]
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"

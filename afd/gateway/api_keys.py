@@ -41,7 +41,7 @@ def load_api_keys(path: str) -> ApiKeys:
     if not path:
         return ApiKeys([])
     try:
-        with Path(path).open(encoding="utf-8") as file:
+        with Path(path).open(encoding="utf-8-sig") as file:
             mode = os.fstat(file.fileno()).st_mode
             lines = file.read().splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -43,6 +43,13 @@ def test_weak_ones_are_named_without_the_key(
     assert not any(key in record.getMessage() for key in ("secret", LONG))
 
 
+def test_a_file_as_windows_editors_write_it(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_bytes(f"\ufeff{LONG}\r\n{LONG}2\r\n".encode())
+    keys = load_api_keys(str(path))
+    assert keys.accepts(f"Bearer {LONG}".encode()) and keys.accepts(f"Bearer {LONG}2".encode())
+
+
 def test_no_file_and_no_keys(tmp_path: Path) -> None:
     assert not load_api_keys("").required
     for content in (None, b"", b"# nothing\n", b"\xff\xfe"):
