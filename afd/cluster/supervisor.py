@@ -119,6 +119,8 @@ class Supervisor:
         for key, _ in self._selector.select(self._patience()):
             if key.fileobj is signals:
                 signals.recv(4096)
+            elif key.fd not in self._selector.get_map():
+                continue  # closed because of what was heard before it in this turn
             elif isinstance(key.data, Child):
                 self._hear(key.data)
             elif key.fd == key.data.fd:

@@ -25,7 +25,7 @@ OUTLIER = 2.5  # a longer step than so many times the expected one counts as tha
 SMALLEST_S = 1e-5
 GROWTH = 1.15  # sizes so many times the largest one seen are still believed to be on the line,
 FEW = 4.0  # and so many more rows: few rows never fill a device
-TOLERANCE = 0.1  # by which what was seen of one size may contradict the line
+TOLERANCE = 0.1  # share of a step by which what was seen of one size may contradict the line
 CONFIRMED = 2  # steps of about one size that show how long it takes at least: a hiccup is longer, none is shorter
 MEMORY = 200  # steps after which a size that did not come again is forgotten
 HICCUP = 1.4  # a step longer than so many times what its size took counts as that
@@ -63,7 +63,7 @@ class Curve:
         if not largest:
             return self._line_s(size) + others_s
         reach = max(largest + FEW, GROWTH * largest)
-        low_s, high_s = self._seen.bounds_s(min(size, reach))
+        low_s, high_s = self._seen.bounds_s(min(size, reach), self._slope)
         own_s = min(high_s, max(low_s, self._line_s(min(size, reach))))
         return own_s * max(1.0, size / reach) + others_s
 
@@ -76,7 +76,7 @@ class Curve:
             seconds = min(seconds, OUTLIER * max(expected_s, self(*features)))
         self.num_samples += 1
         self._correct(seconds - expected_s, expected_s, features)
-        self._seen.add(features[1], max(0.0, seconds - self._others_s(features)))
+        self._seen.add(features[1], seconds, features[2] if len(features) > 2 else 0.0)
 
     def scaled(self, factor: float) -> Curve:
         """What is known of work that takes `factor` times as long."""
@@ -91,8 +91,13 @@ class Curve:
     def _line_s(self, size: float) -> float:
         return self._values[0] + self._values[1] * size
 
+    @property
+    def _slope(self) -> float:
+        """Seconds for each of the further feature."""
+        return self._values[2] if len(self._values) > 2 else 0.0
+
     def _others_s(self, features: tuple[float, ...]) -> float:
-        return self._values[2] * features[2] if len(features) > 2 else 0.0
+        return self._slope * features[2] if len(features) > 2 else 0.0
 
     def _begin(self, seconds: float, features: tuple[float, ...]) -> None:
         """The first step: all of it may be constant, or any feature's."""
@@ -138,8 +143,8 @@ class SeenSizes:
         self._tables: _Tables | None = None
         self.largest = 0.0
 
-    def add(self, size: float, seconds: float) -> None:
-        """One step; a size of 0 says nothing."""
+    def add(self, size: float, seconds: float, further: float) -> None:
+        """One step of so many rows, and so much of the further feature; a size of 0 says nothing."""
         if size <= 0.0:
             return
         self._num_steps += 1
@@ -147,7 +152,7 @@ class SeenSizes:
         entry = self._entries.get(bucket)
         if entry is None:
             entry = self._entries[bucket] = _Seen()
-        entry.add(size, seconds, self._num_steps)
+        entry.add(size, seconds, further, self._num_steps)
         if self._num_steps % MEMORY == 0:
             oldest = self._num_steps - MEMORY
             self._entries = {key: seen for key, seen in self._entries.items() if seen.step >= oldest}
@@ -155,12 +160,14 @@ class SeenSizes:
         self._tables = None
         self.largest = max(self.largest, size)
 
-    def bounds_s(self, size: float) -> tuple[float, float]:
-        """Least and most seconds that a step of that size can take, if what was seen is right to TOLERANCE."""
+    def bounds_s(self, size: float, slope: float) -> tuple[float, float]:
+        """Least and most seconds that so many rows can take, if the steps that were seen are right to TOLERANCE.
+
+        slope: seconds that go to each of the further feature; it changes with each step only.
+        """
         if self._tables is None:
-            self._tables = _Tables.of(sorted(self._entries.values(), key=lambda seen: seen.size))
-        low_s, high_s = self._tables.bounds_s(size)
-        return (1.0 - TOLERANCE) * low_s, (1.0 + TOLERANCE) * high_s
+            self._tables = _Tables.of(sorted(self._entries.values(), key=lambda seen: seen.size), slope)
+        return self._tables.bounds_s(size)
 
     def scaled(self, factor: float) -> SeenSizes:
         """The same of work that takes `factor` times as long."""
@@ -178,48 +185,56 @@ class _Seen:
 
     size: float = 0.0
     seconds: float = 0.0
+    further: float = 0.0
     step: int = 0
     num_steps: int = 0
 
-    def add(self, size: float, seconds: float, step: int) -> None:
+    def add(self, size: float, seconds: float, further: float, step: int) -> None:
         if self.num_steps:
             seconds = min(seconds, HICCUP * self.seconds)
         self.num_steps += 1
         weight = max(RECENT, 1.0 / self.num_steps)
         self.size += weight * (size - self.size)
         self.seconds += weight * (seconds - self.seconds)
+        self.further += weight * (further - self.further)
         self.step = step
 
 
 @dataclass(frozen=True, slots=True)
 class _Tables:
-    """Bounds by bisection. Of the sizes below each place: most seconds, least seconds a row; of those from it on: least
-    seconds, most seconds a row."""
+    """Bounds by bisection in what a size takes at least and at most.
+
+    Of the sizes below each place: the largest least, the smallest most for each row; of those from it on: the smallest
+    most, the largest least for each row.
+    """
 
     sizes: list[float]
-    most_below_s: list[float]
-    least_rate_below_s: list[float]
-    least_above_s: list[float]
-    most_rate_above_s: list[float]
+    least_below_s: list[float]
+    most_rate_below_s: list[float]
+    most_above_s: list[float]
+    least_rate_above_s: list[float]
 
     @classmethod
-    def of(cls, entries: Sequence[_Seen]) -> _Tables:
-        seconds = [seen.seconds for seen in entries]
-        at_least = [seen.seconds if seen.num_steps >= CONFIRMED else 0.0 for seen in entries]
+    def of(cls, entries: Sequence[_Seen], slope: float) -> _Tables:
         sizes = [seen.size for seen in entries]
-        rates, rates_at_least = list(map(truediv, seconds, sizes)), list(map(truediv, at_least, sizes))
+        at_least, at_most = [], []
+        for seen in entries:
+            rows_s, unsure_s = max(0.0, seen.seconds - slope * seen.further), TOLERANCE * seen.seconds
+            at_most.append(rows_s + unsure_s)
+            at_least.append(max(0.0, rows_s - unsure_s) if seen.num_steps >= CONFIRMED else 0.0)
+        most_rates, least_rates = list(map(truediv, at_most, sizes)), list(map(truediv, at_least, sizes))
         return cls(
             sizes,
             list(accumulate(at_least, max, initial=0.0)),
-            list(accumulate(rates, min, initial=math.inf)),
-            list(accumulate(reversed(seconds), min, initial=math.inf))[::-1],
-            list(accumulate(reversed(rates_at_least), max, initial=0.0))[::-1],
+            list(accumulate(most_rates, min, initial=math.inf)),
+            list(accumulate(reversed(at_most), min, initial=math.inf))[::-1],
+            list(accumulate(reversed(least_rates), max, initial=0.0))[::-1],
         )
 
     def bounds_s(self, size: float) -> tuple[float, float]:
         """(least, most) seconds of a step of that size."""
         place = bisect_left(self.sizes, size)
         return (
-            max(self.most_below_s[place], size * self.most_rate_above_s[place]),
-            min(self.least_above_s[place], size * self.least_rate_below_s[place]),
+            max(self.least_below_s[place], size * self.least_rate_above_s[place]),
+            min(self.most_above_s[place], size * self.most_rate_below_s[place]),
         )

@@ -56,14 +56,13 @@ def start_streams(cluster, count):
     return streams
 
 
-@pytest.mark.parametrize(("topology", "role"), [("1A1F", "attention"), ("1A2F", "ffn")])
-def test_a_killed_worker_ends_its_requests_with_an_error_event(topology, role, tmp_path):
+def test_a_killed_ffn_worker_ends_requests_with_an_error_event_where_nobody_waits_for_its_successor(tmp_path):
     """Within 3 s; the cluster then heals (the supervisor starts the worker again) and serves."""
     impatient = ("--set", "cluster.recovery_timeout_s=1.0")  # sooner than any FFN worker can start again
-    with LocalCluster(tmp_path, *MODEL, *impatient, "--topology", topology) as cluster:
+    with LocalCluster(tmp_path, *MODEL, *impatient, "--topology", "1A2F") as cluster:
         streams = start_streams(cluster, 3)
         killed_s = time.monotonic()
-        os.kill(cluster.pid_of(role), signal.SIGKILL)
+        os.kill(cluster.pid_of("ffn"), signal.SIGKILL)
         for stream in streams:
             stream.join(10)
             assert stream.error is not None and stream.done, (stream.error, stream.broken)
@@ -79,6 +78,18 @@ def test_a_killed_ffn_worker_is_a_pause_where_recovery_may_take_longer(tmp_path,
     with LocalCluster(tmp_path, *MODEL, *patient, "--topology", "1A2F") as cluster:
         streams = start_streams(cluster, 3)
         os.kill(cluster.pid_of("ffn", 1), signal.SIGKILL)
+        for stream in streams:
+            stream.join(90)
+            assert stream.done and stream.error is None, (stream.error, stream.broken)
+    for stream in streams:
+        reference.check(STEP3_TINY, stream.prompt, stream.ids, LONG)
+
+
+def test_a_killed_only_attention_worker_is_a_pause(tmp_path, reference):
+    """Its successor takes the requests over, with what they had."""
+    with LocalCluster(tmp_path, *MODEL, "--topology", "1A1F") as cluster:
+        streams = start_streams(cluster, 3)
+        os.kill(cluster.pid_of("attention"), signal.SIGKILL)
         for stream in streams:
             stream.join(90)
             assert stream.done and stream.error is None, (stream.error, stream.broken)

@@ -143,9 +143,11 @@ def test_a_hf_folder_with_a_tokenizer(files: TokenizerFiles, make_folder: Callab
     assert loaded.tokenizer.encode(CHAT).ids == files.tokenizer.encode(CHAT).ids
     config = path / "tokenizer_config.json"
     for file, name in ((config, "tokenizer_config.json: not JSON"), (path / "tokenizer.json", "not a tokenizer")):
+        before = file.read_text() if file.exists() else "{}"
         file.write_text("{")
         with pytest.raises(ModelError, match=name):
             load_tokenizer(resolve_model(str(path)))
+        file.write_text(before)
 
 
 def test_bfloat16_stays_close_to_float32(folder: ModelFolder, halves: tuple[AttentionHalf, FFNHalf]) -> None:
