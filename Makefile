@@ -17,7 +17,7 @@ FAST := tests/sim tests/contract tests/unit -k "not (shm or tcp or verbs)" $(add
 	simulate attention/test_engine.py attention/test_gpu_engine.py plan/test_plan_search.py stepmesh/cli stepmesh/test_native.py \
 	stepmesh/test_processes.py plan/test_plan_figures.py trace/test_trace_picture.py)
 # Long demonstrations of single subjects: a release in network namespaces, every family, overload, hostile input.
-LONG := tests/k8s tests/fuzz tests/e2e/test_families.py tests/e2e/test_pauses_of_the_default_model.py \
+LONG := tests/k8s tests/fuzz tests/e2e/test_families.py \
 	tests/integration/test_overload.py tests/integration/test_config_keys_oracle.py
 
 .PHONY: setup serve test test-long test-fast test-matrix test-gpu test-rdma bench-rdma fuzz lint format clean
@@ -46,7 +46,8 @@ test-fast: setup
 	$(PYTEST) $(FAST)
 
 test-matrix: setup
-	$(BIN)/python -m pytest -n $(TEST_JOBS) -m "matrix or not matrix" tests/e2e/test_topologies.py tests/e2e/test_families.py --timeout 600
+	$(BIN)/python -m pytest -n $(TEST_JOBS) -m "matrix or not matrix" tests/e2e/test_topologies.py \
+		tests/e2e/test_families.py tests/e2e/test_pauses_of_the_default_model.py --timeout 900
 
 # `--device cuda` against the reference on the CPU. Skipped, with the reason, where there is no GPU.
 test-gpu: setup

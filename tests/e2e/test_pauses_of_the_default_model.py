@@ -1,4 +1,4 @@
-"""The whole table: the default model, each role, pauses of 4 and 10 s (one of the long demonstrations)."""
+"""The whole table: the default model, each role, pauses of 4 and 10 s (make test-matrix; minutes)."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from tests.e2e.conftest import SMOLLM2
 from tests.e2e.local_cluster import LocalCluster
 from tests.e2e.pauses import check_pause
 
-NUM_TOKENS = 120
+NUM_TOKENS = 100
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.matrix
 @pytest.mark.parametrize("topology", ["1A1F", "2A1F"])
 @pytest.mark.parametrize("pause_s", [4.0, 10.0])
 def test_every_stream_ends_complete_and_right(topology, pause_s, tmp_path, reference):

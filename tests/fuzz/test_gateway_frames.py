@@ -112,7 +112,7 @@ def alarm() -> Any:
 @pytest.mark.parametrize("policy", ["off", "enforce"])
 @async_test
 async def test_mutated_frames(alarm: Alarm, policy: str) -> None:
-    num_cases = volume(25_000, 800)
+    num_cases = volume(25_000, 1_600)
     rng = generator(f"frames to a gateway, sla {policy}", num_cases)
     gauge = MemoryGauge(num_cases // BURST)
     clients: set[asyncio.Task[None]] = set()

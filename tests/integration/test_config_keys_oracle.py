@@ -167,7 +167,7 @@ class Oracle:
     def wrong(self, raw: dict[str, Any], *names: str) -> str | None:
         """What is wrong with AFD's answer to a configuration that differs in `names`; None when nothing is."""
         refusal = self.refusal(raw)
-        if refusal is not None and any(f" {name}:" in refusal for name in names):
+        if refusal is not None and any(f" {name}:" in refusal or f" {name} None" in refusal for name in names):
             return None
         want = self.save(raw)
         if want is None:
