@@ -143,6 +143,7 @@ def test_a_killed_gateway_or_supervisor_closes_connections_and_leaves_nothing(vi
             stream.join(5)
             assert not stream.is_alive() and stream.broken is not None
         _, alive = psutil.wait_procs(cluster.members, timeout=5)
-        assert not alive, [p.cmdline() for p in alive]
+        # Orphans that have ended wait for whoever is process 1 here to take notice.
+        assert not [p for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
         for path in cluster.run_dir.rglob("*.json"):
             path.unlink()  # the supervisor itself is gone: `afd status` clears its stale run file

@@ -19,6 +19,7 @@ from tests.contract.world import RDMA_DEVICES, Holdings, World, attention, ffn, 
 
 A0, F0 = attention(0), ffn(0)
 LIMIT_S = 30.0
+START_S = 90.0  # of an interpreter, in an emulated guest
 spawn = multiprocessing.get_context("spawn")
 
 
@@ -45,7 +46,7 @@ class Server:
         self.process = spawn.Process(target=serve, args=(there, config, world.member(A0)))
         self.process.start()
         there.close()
-        assert self.pipe.poll(LIMIT_S), "the server did not start"
+        assert self.pipe.poll(START_S), "the server did not start"
         self.member: Member = self.pipe.recv()
 
     def kill(self, number: int) -> None:
