@@ -21,7 +21,7 @@ class Parser(argparse.ArgumentParser):
     """Sub-parsers are of its class too."""
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
-        """Of a sub-command too: what it does not know is its own error, with its own flags as suggestions."""
+        """Parse, a sub-command too: what it does not know is its own error, with its own flags as suggestions."""
         found, unknown = super().parse_known_args(args, namespace)
         if unknown:
             flags = [flag for flag in self._option_string_actions if flag.startswith("--")]

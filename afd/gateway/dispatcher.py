@@ -16,6 +16,7 @@ from afd.gateway.router import Worker, choose_worker
 from afd.gateway.sequence import Delta, Sequence, Verdict
 from afd.messages.membership import ClusterView
 from afd.messages.serving import (
+    NEVER_S,
     Abort,
     GatewayMessage,
     Lease,
@@ -37,7 +38,6 @@ PROBE_INTERVAL_S = 1.0
 COOLING_MIN_S, COOLING_MAX_S = 0.05, 1.0
 PAUSE_S = 0.5  # between two ticks: this process stood still, and could hear nobody meanwhile
 MAX_LOSSES = 5  # a request that takes so many workers down with it is not tried again
-NEVER_S = 60.0  # a worker that says so of a request sees no departure that would make room for it
 SCOUT = 3.0  # the first in line is not turned away before the forecast says so many times the time that it has
 
 
@@ -116,7 +116,7 @@ class Dispatcher:
             self.counters.rejected_queue_full += 1
             raise UnavailableError(
                 f"the queue is full ({len(self.queue)} of {self.queue.max_sequences} sequences wait)",
-                retry_after_s=self._forecast.wait_s(_reports(serving), len(self.queue), now),
+                retry_after_s=max(1.0, self._forecast.wait_s(_reports(serving), len(self.queue), now)),
                 code="queue_full",
             )
         target_s = self.limits.ttft_s if ttft_s is None else ttft_s
@@ -243,7 +243,7 @@ class Dispatcher:
             failed = outcome.finish in (FinishReason.ERROR, FinishReason.ABORT)
             if failed:
                 outcome.finish = None
-            if len(sequence.output_ids) == len(outcome.ids):
+            if outcome.ids and len(sequence.output_ids) == len(outcome.ids):
                 self._started(sequence, now)
             sequence.sink.push(sequence, outcome, now)
             if failed:
@@ -412,7 +412,7 @@ class Dispatcher:
             self._fail(sequence, PeerLostError(f"{why}, and no worker could take it over in time"))
         else:
             self.counters.rejected_ttft += 1
-            wait_s = self._forecast.wait_s(self._serving_reports(), len(self.queue), now)
+            wait_s = max(1.0, self._forecast.wait_s(self._serving_reports(), len(self.queue), now))
             self._fail(sequence, self._too_late(wait_s, now - sequence.created_at))
 
     def _serving_reports(self) -> list[WorkerStats]:

@@ -45,7 +45,7 @@ class Detokenizer(Protocol):
         ...
 
     def push_one(self, token_id: int) -> Piece:
-        """As `push` of one token, with the place of the token in the text."""
+        """Take one token as `push` does, and tell its text with the place of the token in the text."""
         ...
 
     def flush(self) -> str:

@@ -151,7 +151,7 @@ def masses_of(weights: Row) -> npt.NDArray[np.int64]:
 
 
 def row_logprobs(logits: Row, token: int, top: int) -> RowLogprobs:
-    """Of the model's own logits."""
+    """The log-probabilities of the model's own logits."""
     largest = logits.max()
     total = masses_of(weights_of(logits, largest, LOG2_E)).sum()
     normaliser = float(largest) + float(logarithm(np.array([float(total) / ONE_MASS]))[0])

@@ -45,6 +45,8 @@ def to_worker_bytes(config: ClusterConfig, model_context: int) -> int:
     return _BASE_BYTES + max(_TOKEN_BYTES * context, _REQUEST_ID_BYTES * num_requests)
 
 
+NEVER_S = 60.0  # retry_after_s of a request for which no departure makes room
+
 # --- gateway -> worker ----------------------------------------------------------------------------------
 
 

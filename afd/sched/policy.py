@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from afd.messages.serving import NEVER_S
 from afd.sched.forecast import LengthForecast
 from afd.sched.latency import LatencyModel, StepLoad
 from afd.sched.prefill import HEADROOM, PrefillBudget
@@ -23,7 +24,6 @@ Policy = Literal["enforce", "observe", "off"]
 
 BACKLOG = 0.1  # share of the TTFT target that prompts before a new one may take here; the rest waits at the gateway
 ALONE = 1.5  # a prompt may take so many times as long beside others as alone
-NEVER_S = 60.0  # retry_after of a request for which no departure makes room
 SIZE_EMA = 0.2
 INTERVAL_EMA = 0.05
 LINE_S = 0.3  # a refused request that asks again so soon keeps its place before smaller ones that came later

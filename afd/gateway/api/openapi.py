@@ -60,7 +60,7 @@ def answers(
 
 
 def takes(decoder: BodyDecoder[Any], shape: type, *, events: type | None = None) -> dict[str, Any]:
-    """As `answers`, for a POST of JSON; events: the answer may be a stream of these."""
+    """The answers of a POST of JSON, as `answers` has them; events: the answer may be a stream of these."""
     arguments = answers(shape, events=events, errors=_BODY_ERRORS if events is None else GENERATION_ERRORS)
     schema = _reference(decoder.body_type)
     arguments["openapi_extra"]["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}

@@ -14,7 +14,7 @@ from typing import Any
 from afd.errors import ModelError
 
 MAX_SIZE = 1 << 24
-"""Of any width, count or context that a configuration may claim."""
+"""The largest width, count or context that a configuration may claim."""
 
 MAX_LAYERS = 1_000
 MAX_EXPERTS = 10_000

@@ -13,7 +13,8 @@ WHAT_LOADS = "what loads: bfloat16, float16 or float32 weights, or float8 in blo
 _NO_PART = frozenset(
     ("activation_scheme", "fmt", "modules_to_not_convert", "ignored_layers", "scale_fmt", "dequantize")
 )
-"""Of float8 settings: activations stay in the compute dtype, and which matrices are float8 the files say themselves."""
+"""Keys of float8 settings that need not be read: activations stay in the compute dtype, and the files say which
+matrices are float8."""
 
 
 def fp8_block(config: ConfigReader) -> tuple[int, int]:

@@ -58,7 +58,7 @@ TRANSFORMERS_NAMES = {
     **fused_expert_names("mlp.experts"),
     **swiglu_names("mlp.shared_experts", "shared_"),
 }
-"""Of a model that transformers 5 saved in its own format."""
+"""What a model has that transformers 5 saved in its own format."""
 
 
 def parse(config: ConfigReader, name: str) -> ModelSpec:

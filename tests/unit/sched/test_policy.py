@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 import pytest
 
 from afd.kv.block_pool import BlockPool
+from afd.messages.serving import NEVER_S
 from afd.sched.forecast import FIRST_GUESS, LengthForecast
 from afd.sched.latency import LatencyModel, StepLoad, StepSample
-from afd.sched.policy import NEVER_S, Admission, Ask
+from afd.sched.policy import Admission, Ask
 from afd.sched.prefill import PrefillBudget
 from afd.sched.scheduler import MAX_PAUSES, Scheduler, SchedulerConfig
 from afd.sched.sequence import Sequence
