@@ -126,7 +126,7 @@ def _temporary_directory() -> str:
 
 
 def _private_directories() -> Iterator[Path]:
-    """The directories that may hold run files of this user's; names taken by others, or open to them, are passed over."""
+    """Directories that may hold this user's run files; names taken by others, or open to them, are passed over."""
     for directory in (run_directory(), *sorted(Path(_temporary_directory()).glob(f"{_FRESH_PREFIX}*"))):
         try:
             if _is_private(directory):
