@@ -36,7 +36,7 @@ from stepmesh.layout import PayloadLayout
 from stepmesh.mesh import Mesh
 from stepmesh.types import Member, RankId, Role, WireDtype
 
-PATIENCE_S = 20.0  # a machine that stalls for half a second must not make a straggler of anybody
+PATIENCE_S = 20.0  # a machine that stalls for seconds must not make a straggler or a lost peer of anybody
 
 STEP_TOKENS, BLOCK_SIZE, NUM_BLOCKS = 16, 8, 128
 
@@ -98,6 +98,8 @@ class Pod:
                 config_hash=b"h" * 16,
                 layout=self.layout,
                 transport=self.transport,
+                peer_timeout_s=PATIENCE_S,
+                stall_timeout_s=PATIENCE_S,
             )
         )
 
