@@ -76,6 +76,11 @@ class WaitForecast:
         target = min(high, max(low, self.correction * ratio))
         self.correction += LEARN * (target - self.correction)
 
+    def waited_in_vain(self, waited_s: float, forecast_s: float) -> None:
+        """A sequence gave up its place in line after `waited_s`: its wait would have been longer, who knows how long."""
+        if waited_s > forecast_s:
+            self.waited(waited_s, forecast_s)
+
     def wait_s(
         self, workers: Collection[WorkerStats], num_ahead: int, now: float, *, first_s: float | None = None
     ) -> float:

@@ -120,24 +120,24 @@ class Dispatcher:
                 code="queue_full",
             )
         target_s = self.limits.ttft_s if ttft_s is None else ttft_s
-        patience_s = self.limits.request_timeout_s
+        patience_s, forecast_s = self.limits.request_timeout_s, None
         if self.limits.enforce:
             reports = _reports(serving)
             patience_s = max(0.1 * target_s, target_s - prefill_s(reports, max(len(s.prompt_ids) for s in sequences)))
             num_ahead = self.queue.num_ahead(sequences[0].priority)
             # Where nobody waits and a worker has refused nobody, it is asked: it knows, and this is a forecast.
             if num_ahead or not any(worker.has_room(now) for worker in serving):
-                wait_s = self._forecast.wait_s(reports, num_ahead + len(sequences) - 1, now)
-                if is_too_long(wait_s, patience_s):
+                forecast_s = self._forecast.wait_s(reports, num_ahead + len(sequences) - 1, now)
+                if is_too_long(forecast_s, patience_s):
                     self.counters.rejected_ttft += 1
-                    raise self._too_late(wait_s, target_s)
+                    raise self._too_late(forecast_s, target_s)
         for sequence in sequences:
             self._num_submitted += 1
             sequence.order = self._num_submitted
             sequence.created_at = now
             sequence.deadline = now + patience_s
             sequence.first_due_at = now + target_s
-            self._line_up(sequence, now)
+            self._line_up(sequence, now, forecast_s)
         self._pump(now)
 
     def abort(self, sequences: Iterable[Sequence], now: float) -> None:
@@ -412,6 +412,8 @@ class Dispatcher:
             self._fail(sequence, PeerLostError(f"{why}, and no worker could take it over in time"))
         else:
             self.counters.rejected_ttft += 1
+            if sequence.lined_up_at:
+                self._forecast.waited_in_vain(now - sequence.lined_up_at, sequence.forecast_s)
             wait_s = max(1.0, self._forecast.wait_s(self._serving_reports(), len(self.queue), now))
             self._fail(sequence, self._too_late(wait_s, now - sequence.created_at))
 

@@ -119,3 +119,37 @@ def test_a_forecast_that_was_wrong_is_corrected(really):
         said_s = forecast.wait_s([full(2.0, 0.5)], 4, 0.0)
         forecast.waited(really * 4.0, said_s)
     assert forecast.wait_s([full(2.0, 0.5)], 4, 0.0) == pytest.approx(really * 4.0, rel=0.1)
+
+
+def test_who_gives_up_its_place_in_line_corrects_the_forecast_too():
+    """Else only those whose wait was short enough would be learnt from."""
+    forecast = WaitForecast()
+    for _ in range(30):
+        said_s = forecast.wait_s([full(2.0, 0.5)], 4, 0.0)
+        forecast.waited_in_vain(8.0, said_s)
+    assert forecast.wait_s([full(2.0, 0.5)], 4, 0.0) == pytest.approx(8.0, rel=0.1)
+    before = forecast.correction
+    forecast.waited_in_vain(2.0, 8.0)  # says nothing: it might have waited for eight seconds
+    assert forecast.correction == before
+
+
+def test_a_line_that_ends_in_refusals_is_joined_by_fewer():
+    """A worker that always says 'half a second' and never gives a place: soon newcomers are told at once."""
+    scene, now, late, at_once = Scene(enforce=True, ttft_s=2.0), 0.0, 0, 0
+    waiting = []
+    for step in range(400):
+        now = 0.05 * (step + 1)
+        scene.say("a", full(0.5, 0.1), now)
+        for request in list(waiting):
+            if request.sink.error is not None:
+                waiting.remove(request)
+                late += 1
+            elif request.req_id in scene.dispatcher.workers["a"].active:
+                scene.refuse("a", request, now, retry_after_s=0.5)
+        if step % 4 == 0:
+            try:
+                waiting.append(scene.submit(now))
+            except UnavailableError:
+                at_once += 1
+        scene.alive(now)
+    assert at_once > 3 * late, (late, at_once)
