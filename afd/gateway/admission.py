@@ -77,7 +77,7 @@ class WaitForecast:
         self.correction += LEARN * (target - self.correction)
 
     def waited_in_vain(self, waited_s: float, forecast_s: float) -> None:
-        """A sequence gave up its place in line after `waited_s`: its wait would have been longer, who knows how long."""
+        """A sequence left the line without a place after `waited_s`: its wait would have been longer than that."""
         if waited_s > forecast_s:
             self.waited(waited_s, forecast_s)
 

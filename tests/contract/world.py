@@ -92,6 +92,8 @@ class World:
             "layout": LAYOUT,
             "transport": self.transport,
         }
+        if not self.virtual:  # a machine that stalls for seconds loses nobody, but where a test asks for it
+            fields |= {"peer_timeout_s": 3 * LIMIT_S, "stall_timeout_s": 3 * LIMIT_S}
         if RDMA_DEVICES:
             fields["verbs"] = VerbsOptions(device=RDMA_DEVICES[rank_id.role is Role.FFN])
         return MeshConfig(**(fields | overrides))
