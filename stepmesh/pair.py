@@ -17,7 +17,7 @@ from stepmesh.layout import NUM_PARITIES
 from stepmesh.session import Notice, Session
 from stepmesh.slots import CombineView, DispatchView, Slot, copy_section, rises_below
 from stepmesh.stats import PeerStats
-from stepmesh.topology import Membership
+from stepmesh.topology import PeerEpochs
 from stepmesh.trace import Record, Stage, Trace
 from stepmesh.transports.base import Channel, Fabric, Link, Posted, close_fds
 from stepmesh.types import (
@@ -327,10 +327,10 @@ class FfnPair(Pair):
         link: Link,
         channel: Channel,
         stats: PeerStats,
-        membership: Membership,
+        epochs: PeerEpochs,
     ) -> None:
         super().__init__(env, identity, link, channel, stats)
-        self._membership = membership
+        self.epochs = epochs  # replaced by the roster whenever the members change
         self.window = CombineWindow(env.config.num_streams)
         self._dtype = int(self._layout.combine_dtype)
         self._parked: list[tuple[Posted, float]] = []  # dispatches of an epoch not heard of yet, and since when
@@ -398,7 +398,7 @@ class FfnPair(Pair):
         lane = self.lane_of(header.stream)
         if lane is None or self._parked or not self.window.is_settled(header):
             return None
-        if header.epoch not in self._membership.live_epochs:
+        if not self.epochs.hold(header.epoch):
             return None
         payload_bytes = self._layout.dispatch(header.num_tokens, 0).total
         lane.follow(_of_gang(header, answered)._replace(top_k=0, payload_bytes=payload_bytes))
@@ -409,7 +409,7 @@ class FfnPair(Pair):
         newest = lane.newest()
         if self._lanes.get(lane.stream) is not lane or self._parked or not self.window.is_settled(newest):
             return False
-        if newest.epoch not in self._membership.live_epochs:
+        if not self.epochs.hold(newest.epoch):
             return False
         lane.follow(_of_gang(newest, answer)._replace(layer=BEFORE_FIRST))
         return True
@@ -426,7 +426,7 @@ class FfnPair(Pair):
 
     def take(self, posts: Sequence[Posted]) -> list[DispatchArrived]:
         arrived = []
-        membership, stats = self._membership, self.stats
+        epochs, stats = self.epochs, self.stats
         now = self._now()
         for posted in posts:
             slot = self._rx[NUM_PARITIES * posted[0] + posted[1]]
@@ -440,7 +440,7 @@ class FfnPair(Pair):
                 raise FrameError(f"row_idx does not rise strictly within a batch of {header.gang_tokens} rows")
             if self._parked:
                 self._check_not_parked(posted)
-            if not self.window.accept(header, membership.live_epochs, membership.newest_epoch):
+            if not self.window.accept(header, epochs):
                 self._parked.append((posted, now))
                 continue
             stats.received_messages += 1

@@ -192,7 +192,8 @@ class Visit(_Attempt):
         hello = self.hello
         identity = Identity(hello.id, hello.incarnation, hello.generation, self._reason)
         stats = self._stats_of(hello.id)
-        return FfnPair(self._env, identity, self.link, self._channel, stats, self._membership)
+        epochs = self._membership.epochs_of(hello.id, hello.incarnation)
+        return FfnPair(self._env, identity, self.link, self._channel, stats, epochs)
 
     def _carry_out(self, step: Step) -> None:
         assert isinstance(self._handshake, Responder)

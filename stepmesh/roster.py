@@ -119,6 +119,9 @@ class Roster:
                 self._dialler.want(member)
             for member in self.membership.members().values():
                 self._dialler.refresh(member)
+        for pair in self.live:
+            if isinstance(pair, FfnPair):
+                pair.epochs = self.membership.epochs_of(pair.peer, pair.identity.incarnation)
         self.look_at = 0.0  # dial in the very next progress
 
     def _take(self, pair: Pair, posts: Sequence[Posted]) -> None:

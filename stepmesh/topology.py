@@ -1,8 +1,8 @@
 """Who may talk to whom, and over what. Pure.
 
-`Membership` holds the epochs that are live (two at most in ordinary operation) and tells which peers to reach and
-which to drop. `admit` is an FFN rank's decision about an authenticated hello; `choose_transport` picks the
-transport of a pair by what both ends offer.
+`Membership` holds the epochs that are live and tells which peers to reach, which to drop, and in which epochs a peer's
+dispatches may be (`PeerEpochs`). `admit` is an FFN rank's decision about an authenticated hello; `choose_transport`
+picks the transport of a pair by what both ends offer.
 """
 
 from __future__ import annotations
@@ -24,6 +24,27 @@ class MembershipChange(NamedTuple):
     added: tuple[Member, ...]
 
 
+class PeerEpochs(NamedTuple):
+    """The epochs of which one process may be a member: from the oldest live one to the newest, but those `without` it.
+
+    An epoch between live ones that this end has not heard of counts: members that join at the same time raise the epoch
+    several times, and each end fetches the list when it is its turn.
+    """
+
+    oldest: int
+    newest: int
+    without: frozenset[int]  # live, and known not to have it as a member
+
+    def hold(self, epoch: int) -> bool:
+        return self.oldest <= epoch <= self.newest and epoch not in self.without
+
+    def objection(self, epoch: int) -> str:
+        """Why `epoch`, which they do not hold, is refused."""
+        if epoch in self.without:
+            return f"epoch {epoch} is without this peer"
+        return f"epoch {epoch} is not live (oldest {self.oldest}, newest {self.newest})"
+
+
 class Membership:
     """The other role's ranks, by live epoch."""
 
@@ -32,7 +53,6 @@ class Membership:
         self._epochs: dict[int, dict[RankId, Member]] = {}
         self._retired = -1
         self.live_epochs: frozenset[int] = frozenset()
-        self.newest_epoch = -1
 
     def members(self) -> dict[RankId, Member]:
         """Every rank of any live epoch; where epochs disagree the newer one counts."""
@@ -56,7 +76,7 @@ class Membership:
             raise ConfigError(f"epoch {epoch} already has other members: a new list needs a new epoch")
         before = self.members()
         self._epochs[epoch] = table
-        self._refresh()
+        self.live_epochs = frozenset(self._epochs)
         return _difference(before, self.members())
 
     def retire_epoch(self, epoch: int) -> MembershipChange:
@@ -65,12 +85,18 @@ class Membership:
         self._retired = max(self._retired, epoch)
         for old in [number for number in self._epochs if number <= epoch]:
             del self._epochs[old]
-        self._refresh()
+        self.live_epochs = frozenset(self._epochs)
         return _difference(before, self.members())
 
-    def _refresh(self) -> None:
-        self.live_epochs = frozenset(self._epochs)
-        self.newest_epoch = max(self._epochs, default=self._retired)
+    def epochs_of(self, rank_id: RankId, incarnation: str) -> PeerEpochs:
+        """Where dispatches of that process may be, until the members change again."""
+        without = [
+            epoch
+            for epoch, table in self._epochs.items()
+            if (member := table.get(rank_id)) is None or member.incarnation != incarnation
+        ]
+        oldest, newest = min(self._epochs, default=self._retired + 1), max(self._epochs, default=self._retired)
+        return PeerEpochs(oldest, newest, frozenset(without))
 
 
 def _difference(before: dict[RankId, Member], after: dict[RankId, Member]) -> MembershipChange:

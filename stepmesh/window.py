@@ -6,7 +6,8 @@ uses the slots of parity seq & 1. Rules, for one pair in one generation:
 - A dispatch may use a parity only when the exchange that used it before has been answered. Answers are
   cumulative: the answer to a later seq of the stream also settles earlier ones.
 - The FFN side accepts a seq only if it is higher than any before it on that stream and its slot is not one that
-  still waits for an answer, and an epoch only if it is live and not lower than the stream's last one.
+  still waits for an answer, and an epoch only if the peer may be in it (`PeerEpochs`) and it is not lower than the
+  stream's last one.
 - The FFN side answers a seq once, and never one older than the newest it has answered.
 - The attention side takes a combine for the newest dispatch; one for an older, still unanswered dispatch is
   superseded (counted, not delivered); anything else is an error.
@@ -14,11 +15,11 @@ uses the slots of parity seq & 1. Rules, for one pair in one generation:
 
 from __future__ import annotations
 
-from collections.abc import Container
 from typing import NamedTuple
 
 from stepmesh.errors import FrameError, SlotBusyError, StaleArrivalError
 from stepmesh.layout import NUM_PARITIES
+from stepmesh.topology import PeerEpochs
 from stepmesh.types import Header, RowIdx
 
 
@@ -95,7 +96,7 @@ class CombineWindow:
         """True while any accepted dispatch waits for this rank's answer. Any thread."""
         return any(self._open)
 
-    def accept(self, header: Header, live_epochs: Container[int], newest_epoch: int) -> bool:
+    def accept(self, header: Header, epochs: PeerEpochs) -> bool:
         """Judge a dispatch. False: keep it, this end has not heard of its epoch yet. Raises FrameError."""
         stream, seq, epoch = header.stream, header.seq, header.epoch
         if seq <= self._seen_seq[stream]:
@@ -106,10 +107,10 @@ class CombineWindow:
         other = self._open[slot]
         if other is not None:
             raise FrameError(f"seq {seq} of stream {stream} took the slot of {other.seq}, which has no answer yet")
-        if epoch not in live_epochs:
-            if epoch > newest_epoch:
+        if not epochs.hold(epoch):
+            if epoch > epochs.newest:
                 return False
-            raise FrameError(f"epoch {epoch} is not live (newest {newest_epoch})")
+            raise FrameError(epochs.objection(epoch))
         self._seen_seq[stream] = seq
         self._seen_epoch[stream] = epoch
         self._open[slot] = header

@@ -12,6 +12,7 @@ from stepmesh import (
     CombineArrived,
     ConfigError,
     DispatchArrived,
+    FrameRejected,
     Member,
     MeshClosedError,
     PeerDown,
@@ -22,7 +23,7 @@ from stepmesh import (
 )
 from tests.contract.world import Holdings, World, attention, ffn, make_parts
 
-A0, A1 = attention(0), attention(1)
+A0, A1, A2 = attention(0), attention(1), attention(2)
 F0, F1, F2 = ffn(0), ffn(1), ffn(2)
 
 
@@ -93,6 +94,47 @@ def test_two_epochs_live_side_by_side(world: World) -> None:
     with pytest.raises(ConfigError, match="epoch 1 is not live"):
         world.dispatch(A0, [F0], make_parts(2), epoch=1)
     world.exchange(A0, [F0, F1], make_parts(2), epoch=2)
+
+
+def test_epochs_that_this_end_has_missed_are_taken(world: World) -> None:
+    """Two ranks join while F0 hears nothing: it learns of epoch 3 only, the others begin steps in 2."""
+    world.build(1, 1)
+    world.add(A1)
+    world.add(A2)
+    world.meshes[F0].set_members(3, world.members(A0.role))
+    for epoch in (2, 3):
+        for rank_id in (A0, A1, A2):
+            world.meshes[rank_id].set_members(epoch, [world.member(F0)])
+    world.until_connected()
+    world.forget()
+    world.exchange(A0, [F0], make_parts(2), epoch=2)
+    world.exchange(A1, [F0], make_parts(2), epoch=2)
+    world.exchange(A0, [F0], make_parts(2), epoch=1, stream=1)
+    world.exchange(A0, [F0], make_parts(2), epoch=3)
+    for rank_id in (F0, A0, A1, A2):
+        assert world.seen(rank_id, FrameRejected) == world.seen(rank_id, PeerDown) == []
+
+
+def test_an_epoch_without_the_sender_is_refused(world: World) -> None:
+    world.build(1, 1)
+    world.add(A1)
+    world.form(2)
+    world.until_connected()
+    world.meshes[A1].set_members(1, [world.member(F0)])
+    world.dispatch(A1, [F0], make_parts(2), epoch=1)
+    (rejected,) = world.take(F0, FrameRejected)
+    assert rejected.peer == A1
+    assert "epoch 1 is without" in rejected.reason
+
+
+def test_an_epoch_below_the_live_ones_is_refused(world: World) -> None:
+    world.build(1, 1)
+    world.form(3)
+    world.meshes[F0].retire_epoch(2)
+    world.meshes[A0].set_members(2, [world.member(F0)])
+    world.dispatch(A0, [F0], make_parts(2), epoch=2)
+    (rejected,) = world.take(F0, FrameRejected)
+    assert "epoch 2 is not live" in rejected.reason
 
 
 def test_a_rank_of_no_live_epoch_is_dropped(world: World) -> None:

@@ -39,11 +39,26 @@ def test_a_new_epoch_adds_and_keeps() -> None:
     change = membership.set_members(2, [member(1), member(2)])
     assert (change.dropped, ranks(change.added)) == ((), [(2, "a")])
     assert membership.live_epochs == {1, 2}
-    assert membership.newest_epoch == 2
     change = membership.retire_epoch(1)
     assert change.dropped == (RankId(Role.ATTENTION, 0),)
     assert membership.live_epochs == {2}
     assert membership.retire_epoch(1) == ((), ())
+
+
+def test_a_peer_may_be_in_missed_epochs_and_not_where_others_are_known_to_be() -> None:
+    membership = Membership(CONFIG)
+    membership.retire_epoch(1)
+    assert membership.epochs_of(RankId(Role.ATTENTION, 0), "a") == (2, 1, set())
+    membership.set_members(2, [member(0)])
+    membership.set_members(5, [member(0), member(1)])
+    membership.set_members(6, [member(0, "b"), member(1)])
+    held = {
+        (rank, name): [
+            epoch for epoch in range(9) if membership.epochs_of(RankId(Role.ATTENTION, rank), name).hold(epoch)
+        ]
+        for rank, name in ((0, "a"), (0, "b"), (1, "a"))
+    }
+    assert held == {(0, "a"): [2, 3, 4, 5], (0, "b"): [3, 4, 6], (1, "a"): [3, 4, 5, 6]}
 
 
 def test_another_incarnation_replaces() -> None:

@@ -7,8 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stepmesh.errors import FrameError, SlotBusyError, StaleArrivalError
+from stepmesh.topology import PeerEpochs
 from stepmesh.types import Header
 from stepmesh.window import CombineWindow, DispatchWindow, Exchange
+
+FIRST = PeerEpochs(1, 1, frozenset())
 
 
 def header(seq: int, *, stream: int = 0, epoch: int = 1, num_tokens: int = 5) -> Header:
@@ -87,44 +90,44 @@ def test_a_combine_counts_once() -> None:
 
 def test_dispatches_must_rise_per_stream() -> None:
     window = CombineWindow(2)
-    assert window.accept(header(4), {1}, 1)
+    assert window.accept(header(4), FIRST)
     for seq in (4, 3):
         with pytest.raises(FrameError, match="not above 4"):
-            window.accept(header(seq), {1}, 1)
-    assert window.accept(header(1, stream=1), {1}, 1)
-    assert window.accept(header(9), {1}, 1)
+            window.accept(header(seq), FIRST)
+    assert window.accept(header(1, stream=1), FIRST)
+    assert window.accept(header(9), FIRST)
 
 
 def test_a_slot_is_filled_again_only_after_its_answer() -> None:
     window = CombineWindow(2)
-    window.accept(header(1), {1}, 1)
+    window.accept(header(1), FIRST)
     second = header(2)
-    window.accept(second, {1}, 1)
+    window.accept(second, FIRST)
     with pytest.raises(FrameError, match="seq 3 of stream 0 took the slot of 1, which has no answer yet"):
-        window.accept(header(3), {1}, 1)
-    window.accept(header(3, stream=1), {1}, 1)
+        window.accept(header(3), FIRST)
+    window.accept(header(3, stream=1), FIRST)
     window.answered(second)  # settles 1, too
-    assert window.accept(header(3), {1}, 1)
+    assert window.accept(header(3), FIRST)
 
 
 def test_epochs_of_a_stream() -> None:
     window = CombineWindow(1)
-    assert window.accept(header(1, epoch=3), {3, 4}, 4)
-    assert not window.accept(header(2, epoch=5), {3, 4}, 4)
+    assert window.accept(header(1, epoch=3), PeerEpochs(3, 4, frozenset()))
+    assert not window.accept(header(2, epoch=5), PeerEpochs(3, 4, frozenset()))
     second = header(2, epoch=5)
-    assert window.accept(second, {4, 5}, 5)  # heard of in the meantime
+    assert window.accept(second, PeerEpochs(4, 5, frozenset()))  # heard of in the meantime
     with pytest.raises(FrameError, match="already in 5"):
-        window.accept(header(3, epoch=4), {4, 5}, 5)
+        window.accept(header(3, epoch=4), PeerEpochs(4, 5, frozenset()))
     window.answered(second)
-    with pytest.raises(FrameError, match="not live"):
-        window.accept(header(3, epoch=6), {5, 7}, 7)
+    with pytest.raises(FrameError, match="epoch 6 is without this peer"):
+        window.accept(header(3, epoch=6), PeerEpochs(5, 7, frozenset({6})))
 
 
 def test_an_answer_settles_what_is_older() -> None:
     window = CombineWindow(1)
     first, second = header(1), header(2)
     for one in (first, second):
-        window.accept(one, {1}, 1)
+        window.accept(one, FIRST)
     window.check_answerable(first)
     window.answered(second)
     assert not window.pending
@@ -137,7 +140,7 @@ def test_an_answer_leaves_what_is_newer() -> None:
     window = CombineWindow(1)
     first, second = header(1), header(2)
     for one in (first, second):
-        window.accept(one, {1}, 1)
+        window.accept(one, FIRST)
     window.answered(first)
     window.check_answerable(second)
     with pytest.raises(StaleArrivalError):
@@ -146,7 +149,7 @@ def test_an_answer_leaves_what_is_newer() -> None:
 
 def test_only_the_very_header_that_was_accepted_can_be_answered() -> None:
     window = CombineWindow(1)
-    window.accept(header(1), {1}, 1)
+    window.accept(header(1), FIRST)
     with pytest.raises(StaleArrivalError):
         window.check_answerable(header(1))
 
@@ -154,7 +157,7 @@ def test_only_the_very_header_that_was_accepted_can_be_answered() -> None:
 def test_idle_is_void_once_a_newer_dispatch_was_seen() -> None:
     window = CombineWindow(1)
     assert window.idle_is_current(0, 0)
-    window.accept(header(7), {1}, 1)
+    window.accept(header(7), FIRST)
     assert window.idle_is_current(0, 7)
     assert not window.idle_is_current(0, 6)
 
@@ -185,7 +188,7 @@ def test_the_two_ends_never_use_a_slot_twice(actions: list[str]) -> None:
             flying.append(seq)
         elif action == "receive" and flying:
             received = header(flying.pop(0))
-            assert theirs.accept(received, {1}, 1)
+            assert theirs.accept(received, FIRST)
             open_there.append(received)
         elif action.startswith("answer") and open_there:
             answer = open_there[-1] if action == "answer newest" else open_there[0]
