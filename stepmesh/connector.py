@@ -24,6 +24,7 @@ log = logging.getLogger("stepmesh")
 
 _FIRST_BACKOFF_S = 0.05
 _LONGEST_BACKOFF_S = 0.5  # a link that broke is to be back within a second
+_STEADY_S = 5.0  # a pair that was up for so long is dialled again at once; one that breaks sooner has to wait longer
 
 
 @dataclass(slots=True)
@@ -32,7 +33,7 @@ class _Target:
 
     member: Member
     attempt: Dialling | None = None
-    up: bool = False
+    up_since: float | None = None  # set while the pair is up
     refused: bool = False  # for good: only another incarnation can change it
     retry_at: float = 0.0
     backoff_s: float = _FIRST_BACKOFF_S
@@ -66,17 +67,23 @@ class Dialler:
         if target is not None and target.attempt is not None:
             target.attempt.abandon()
 
-    def lost(self, rank_id: RankId, *, retryable: bool) -> None:
-        """The pair is down; the next step dials again, unless it went for good."""
+    def lost(self, rank_id: RankId, now: float, *, retryable: bool) -> None:
+        """The pair is down. It is dialled again, unless it went for good: at once if it was steady, else after a pause
+        that doubles each time.
+        """
         target = self._targets.get(rank_id)
-        if target is not None:
-            self._targets[rank_id] = _Target(target.member, refused=not retryable)
+        if target is None:
+            return
+        fresh = self._targets[rank_id] = _Target(target.member, refused=not retryable)
+        if target.up_since is not None and now - target.up_since < _STEADY_S:
+            fresh.retry_at = now + target.backoff_s
+            fresh.backoff_s = min(2 * target.backoff_s, _LONGEST_BACKOFF_S)
 
     def step(self, now: float, readable: Collection[Link]) -> list[AttentionPair | PeerDown]:
         """Begin due attempts and carry on those that something has happened to."""
         outcomes: list[AttentionPair | PeerDown] = []
         for target in self._targets.values():
-            if target.up or target.refused:
+            if target.up_since is not None or target.refused:
                 continue
             try:
                 pair = self._advance(target, now, readable)
@@ -98,9 +105,12 @@ class Dialler:
                 return None
             if target.failing_since is None:
                 target.failing_since = now
+            link = self._env.fabric.connect(target.member.address)
+            if link is None:
+                return None
             generation = self._generations.get(rank_id, 0) + 1
             stats = self._stats.peer(str(rank_id))
-            target.attempt = Dialling(self._env, target.member, generation, stats, target.withheld)
+            target.attempt = Dialling(self._env, link, target.member, generation, stats, target.withheld)
         elif not target.attempt.broken and target.attempt.link not in readable and now <= target.attempt.deadline:
             return None
         attempt = target.attempt
@@ -109,7 +119,7 @@ class Dialler:
             self._generations[rank_id] = attempt.generation
         if pair is not None:
             target.attempt = None
-            target.up = True
+            target.up_since = now
         return pair
 
     def _failed(self, target: _Target, error: MeshError, now: float) -> list[PeerDown]:

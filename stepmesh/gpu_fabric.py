@@ -174,7 +174,7 @@ class GpuFabric(Fabric):
     def transports(self) -> tuple[str, ...]:
         return self._inner.transports
 
-    def connect(self, address: Any) -> Link:
+    def connect(self, address: Any) -> Link | None:
         return self._inner.connect(address)
 
     def open_channel(self, transport: str, spec: ChannelSpec, link: Link) -> Channel:

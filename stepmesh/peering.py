@@ -118,9 +118,11 @@ class _Attempt(ABC):
 
 
 class Dialling(_Attempt):
-    """The attention rank tries to reach one member. Raises TransportError when there is no way at all."""
+    """The attention rank shakes hands with one member over a link that it has begun to open."""
 
-    def __init__(self, env: Environment, member: Member, generation: int, stats: PeerStats, withheld: str = "") -> None:
+    def __init__(
+        self, env: Environment, link: Link, member: Member, generation: int, stats: PeerStats, withheld: str = ""
+    ) -> None:
         config = env.config
         self.member = member
         self.generation = generation
@@ -129,7 +131,7 @@ class Dialling(_Attempt):
         transports = tuple(name for name in env.fabric.transports if not withheld.startswith(f"{name}:"))
         hello = _hello(config, transports, member, generation, withheld)
         handshake = Initiator(config.secret, env.fabric.nonce(NONCE_BYTES), hello)
-        super().__init__(env, env.fabric.connect(member.address), handshake)
+        super().__init__(env, link, handshake)
         self.link.send(handshake.start())
 
     def advance(self) -> AttentionPair | None:

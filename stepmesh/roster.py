@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from stepmesh.connector import Dialler, Doorman
 from stepmesh.errors import FrameError, ProtocolError
 from stepmesh.pair import Environment, FfnPair, Pair
+from stepmesh.repeats import Repeats
 from stepmesh.session import Draining, Ended, Idle, Notice
 from stepmesh.stats import MeshStats
 from stepmesh.topology import Membership, MembershipChange
@@ -54,6 +55,7 @@ class Roster:
         self._dialler = Dialler(env, stats)
         self._doorman = Doorman(env, stats, self.membership)
         self._draining = False
+        self._repeats = Repeats()
 
     def set_members(self, epoch: int, members: Iterable[Member]) -> None:
         """Make an epoch live. Raises ConfigError."""
@@ -227,7 +229,7 @@ class Roster:
         pair.stats.up = False
         pair.stats.last_down_reason = reason
         pair.stats.losses += retryable
-        self._dialler.lost(pair.peer, retryable=retryable)
+        self._dialler.lost(pair.peer, self._fabric.now(), retryable=retryable)
         self.look_at = 0.0  # dial again in the very next progress
         self._report_down(PeerDown(pair.peer, reason, retryable))
 
@@ -235,10 +237,11 @@ class Roster:
         if down.peer in self.pairs:
             log.warning("%s: another process that calls itself %s: %s", self._id, down.peer, down.reason)
             return
-        log.warning(
-            "%s: %s down (%s): %s", self._id, down.peer, "retryable" if down.retryable else "final", down.reason
-        )
-        self._env.trace.record((self._fabric.now(), Stage.PEER_DOWN, down.peer, 0, 0, 0))
+        now = self._fabric.now()
+        kind = "retryable" if down.retryable else "final"
+        level = logging.WARNING if self._repeats.is_news(str(down.peer), down.reason, now) else logging.DEBUG
+        log.log(level, "%s: %s down (%s): %s", self._id, down.peer, kind, down.reason)
+        self._env.trace.record((now, Stage.PEER_DOWN, down.peer, 0, 0, 0))
         self._stats.peer(str(down.peer)).last_down_reason = down.reason
         self.events.append(down)
 

@@ -184,8 +184,11 @@ class Fabric(ABC):
         """Transports this rank offers, in order of preference."""
 
     @abstractmethod
-    def connect(self, address: Address) -> Link:
-        """Begin to connect; the link may still be connecting. Raises TransportError."""
+    def connect(self, address: Address) -> Link | None:
+        """Begin to connect; the link may still be connecting. None: ask again, the host's name is being looked up.
+
+        Never blocks. Raises TransportError.
+        """
 
     @abstractmethod
     def open_channel(self, transport: str, spec: ChannelSpec, link: Link) -> Channel:

@@ -18,6 +18,7 @@ from stepmesh.config import MeshConfig
 from stepmesh.errors import ConfigError, TransportError
 from stepmesh.repeats import Repeats
 from stepmesh.transports.base import Channel, ChannelSpec, Fabric, Link, Wakeups
+from stepmesh.transports.names import GetAddrInfo, NameResolver
 from stepmesh.transports.shm import ShmChannel, unsupported_reason
 from stepmesh.transports.sockets import SocketLink, dial_tcp, dial_unix, listen_tcp, listen_unix
 from stepmesh.transports.tcp import TcpChannel, TcpIo
@@ -36,12 +37,15 @@ _ACCEPT_PAUSE_S = 1.0  # after running out of descriptors: accepting again at on
 class HostFabric(Fabric):
     """Used by every rank that runs for real. Raises ConfigError when the forced transport cannot work here.
 
-    `verbs`: another way to speak verbs than this machine's pyverbs (tests).
+    `verbs`: another way to speak verbs than this machine's pyverbs; `getaddrinfo`: another way to resolve names. For
+    tests.
     """
 
     waits = True
 
-    def __init__(self, config: MeshConfig, verbs: Verbs | None = None) -> None:
+    def __init__(
+        self, config: MeshConfig, verbs: Verbs | None = None, getaddrinfo: GetAddrInfo = socket.getaddrinfo
+    ) -> None:
         if not hasattr(select, "epoll") or not hasattr(os, "eventfd"):
             raise ConfigError("stepmesh's sockets need Linux (epoll, eventfd); inproc runs everywhere")
         self._config = config
@@ -61,6 +65,7 @@ class HostFabric(Fabric):
         self._awaiting_data: list[TcpChannel] = []
         self._periodic: list[_Periodic] = []
         self._repeats = Repeats()
+        self._names = NameResolver(config.connect_timeout_s, self._ring_if_open, getaddrinfo=getaddrinfo)
         self._open = True
         self._open_lock = threading.Lock()  # wake() may come from any thread while the main thread closes
         try:
@@ -83,7 +88,7 @@ class HostFabric(Fabric):
         """This rank's RDMA port, if it offers verbs."""
         return self._rdma
 
-    def connect(self, address: Address) -> Link:
+    def connect(self, address: Address) -> Link | None:
         unreachable = "the peer listens on no UNIX socket"
         if "shm" in self._transports and address.unix:
             try:
@@ -94,7 +99,8 @@ class HostFabric(Fabric):
             raise TransportError(f"transport 'shm' is forced, but {unreachable}")
         if not address.port:
             raise TransportError(f"the peer listens on no TCP port ({unreachable})")
-        return self._track(SocketLink(dial_tcp(address.host, address.port), self._epoll, connecting=True))
+        endpoint = self._names.look_up(address.host, address.port)
+        return None if endpoint is None else self._track(SocketLink(dial_tcp(endpoint), self._epoll, connecting=True))
 
     def open_channel(self, transport: str, spec: ChannelSpec, link: Link) -> Channel:
         if transport == "shm":
@@ -167,10 +173,8 @@ class HostFabric(Fabric):
                 self._epoll.unregister(fd)
 
     def wake(self) -> None:
-        with self._open_lock:
-            if self._open:
-                self._woken = True
-                self._ring()
+        self._woken = True
+        self._ring_if_open()
 
     def close(self) -> None:
         with self._open_lock:
@@ -217,6 +221,11 @@ class HostFabric(Fabric):
     def _ring(self) -> None:
         with contextlib.suppress(BlockingIOError):  # full: it rings already
             os.eventfd_write(self._bell, 1)
+
+    def _ring_if_open(self) -> None:  # any thread
+        with self._open_lock:
+            if self._open:
+                self._ring()
 
     def _accept(self, listener: socket.socket, wakeups: Wakeups) -> None:
         for _ in range(self._config.max_pending):
@@ -372,5 +381,5 @@ def _data_dialler(link: Link) -> Callable[[], socket.socket]:
     """The data connection goes where the control link goes."""
     if not isinstance(link, SocketLink) or link.kind != "tcp":
         raise TransportError(f"tcp needs a control link over TCP, this one is {link.kind}")
-    host, port = link.peer_endpoint()
-    return lambda: dial_tcp(host, port)
+    endpoint = link.peer_endpoint()
+    return lambda: dial_tcp(endpoint)

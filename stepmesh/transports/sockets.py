@@ -14,6 +14,7 @@ from pathlib import Path
 
 from stepmesh.errors import ProtocolError, TransportError
 from stepmesh.transports.base import Link, Received, close_fds
+from stepmesh.transports.names import Endpoint, resolve
 from stepmesh.types import Address
 from stepmesh.wire import MAX_FDS, ControlParser
 
@@ -38,9 +39,7 @@ def listen_unix(name: str) -> socket.socket:
 def listen_tcp(host: str, port: int) -> socket.socket:
     """A TCP listener; port 0 takes any free one."""
     try:
-        family, kind, protocol, _, where = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
+        family, kind, protocol, where = resolve(host, port, socket.AI_PASSIVE)
     except OSError as error:
         raise TransportError(f"cannot resolve listen_host {host!r}: {error}") from error
     listener = socket.socket(family, kind | socket.SOCK_NONBLOCK, protocol)
@@ -65,17 +64,14 @@ def dial_unix(address: Address) -> socket.socket:
     return sock
 
 
-def dial_tcp(host: str, port: int) -> socket.socket:
+def dial_tcp(endpoint: Endpoint) -> socket.socket:
     """Begin to connect; completion shows as writability. Raises TransportError."""
-    try:
-        family, kind, protocol, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except OSError as error:
-        raise TransportError(f"cannot resolve {host!r}: {error}") from error
-    sock = socket.socket(family, kind | socket.SOCK_NONBLOCK, protocol)
+    sock = socket.socket(endpoint.family, endpoint.kind | socket.SOCK_NONBLOCK, endpoint.protocol)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    code = sock.connect_ex(where)
+    code = sock.connect_ex(endpoint.where)
     if code not in (0, errno.EINPROGRESS):
         sock.close()
+        host, port = endpoint.where[:2]
         raise TransportError(f"cannot connect to {host}:{port}: {os.strerror(code)}")
     return sock
 
@@ -124,13 +120,13 @@ class SocketLink(Link):
     def fileno(self) -> int:
         return self._sock.fileno()
 
-    def peer_endpoint(self) -> tuple[str, int]:
-        """(host, port) of the other end of a TCP link. Raises TransportError once it is gone."""
+    def peer_endpoint(self) -> Endpoint:
+        """The other end of a TCP link. Raises TransportError once it is gone."""
         try:
-            host, port = self._sock.getpeername()[:2]
+            where = self._sock.getpeername()
         except OSError as error:
             raise TransportError(f"control connection is gone: {error.strerror}") from error
-        return host, port
+        return Endpoint(self._sock.family, self._sock.type, self._sock.proto, where)
 
     def trust(self) -> None:
         self._parser.trusted = True

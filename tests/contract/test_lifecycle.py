@@ -393,6 +393,25 @@ def test_an_unreachable_peer_is_reported_once_and_tried_for_ever(world: World) -
     assert world.seen(A0, PeerDown) == []
 
 
+def test_a_pair_that_breaks_again_and_again_is_dialled_less_often(world: World) -> None:
+    """Four losses soon after one another; then one after a time in which the pair was steady."""
+    world.build(1, 1)
+    came_back_after_s = []
+    for settle_s in (0.0, 0.0, 0.0, 0.0, 5.1):
+        world.settle(settle_s)
+        world.forget()
+        world.cut(A0, F0)
+        world.take(A0, PeerDown)
+        lost_at = world.now()
+        world.take(A0, PeerUp)
+        came_back_after_s.append(world.now() - lost_at)
+        world.until_connected()
+    first, second, third, fourth, steady = came_back_after_s
+    assert fourth >= 0.3  # 0.4, seen late by a thread that was busy
+    if world.virtual:
+        assert first >= 0.05 and second >= 0.1 and third >= 0.2 and 0.4 <= fourth < 0.5 and steady < 0.05
+
+
 def test_200_join_and_leave_cycles_leave_nothing_behind(world: World, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.CRITICAL, logger="stepmesh")  # records that pytest keeps are not ours
     world.build(1, 1, trace_events=0)

@@ -190,6 +190,7 @@ def test_a_recorded_handshake_is_worth_nothing(world: World) -> None:
 
     def recording(address: Address) -> Link:
         link = connect_link(address)
+        assert link is not None
         send = link.send
 
         def send_and_record(frame: bytes, fds: Sequence[int] = ()) -> None:

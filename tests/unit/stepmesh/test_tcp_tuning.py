@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from stepmesh.transports.names import resolve
 from stepmesh.transports.sockets import dial_tcp, listen_tcp, tune_local
 
 FRAME_BYTES = 150_000
@@ -23,7 +24,7 @@ def stack() -> Iterator[ExitStack]:
 def connected(stack: ExitStack, host: str) -> tuple[socket.socket, socket.socket]:
     """A connection as a data connection is made: (dialled, accepted)."""
     listener = stack.enter_context(listen_tcp(host, 0))
-    dialled = stack.enter_context(dial_tcp(host, listener.getsockname()[1]))
+    dialled = stack.enter_context(dial_tcp(resolve(host, listener.getsockname()[1])))
     listener.setblocking(True)
     accepted = stack.enter_context(listener.accept()[0])
     return dialled, accepted
