@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from afd.cores import parse_cores
 from afd.errors import ConfigError
+from afd.host.cores import parse_cores
 from afd.types import DispatchMode, FfnParallel, Topology
 
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]

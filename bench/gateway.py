@@ -35,8 +35,8 @@ from afd.config import ClusterConfig, GatewayConfig, ModelConfig
 from afd.messages.codec import encode
 from afd.messages.membership import ClusterView, Member, Plan, WorkerInfo
 from afd.messages.serving import Abort, Submit, TokenChunk, Tokens, WorkerStats, gateway_message_decoder
+from afd.messages.serving_sockets import server_socket
 from afd.types import FinishReason
-from afd.zmq_sockets import server_socket
 
 SECRET = b"a secret for the benchmark only"
 TOKEN_IDS = range(300, 8000)

@@ -23,8 +23,8 @@ import zmq
 from afd.attention.frontend import MAX_LEASE_S
 from afd.messages.codec import encode
 from afd.messages.serving import Lease, Refused, Submit, Tokens, worker_message_decoder
+from afd.messages.serving_sockets import client_socket
 from afd.types import FinishReason, SamplingParams
-from afd.zmq_sockets import client_socket
 from bench.drawing import GREEDY, Drawing
 
 READY_S = 120.0

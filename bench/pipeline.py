@@ -27,8 +27,8 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any
 
+from afd.messages.keys import trace_token
 from afd.model.loading import resolve_model
-from afd.secrets import trace_token
 from afd.trace.clocks import Bounds, Offset
 from afd.trace.collect import Target, fetch
 from afd.trace.pipeline import Pipeline, pipeline_of

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 from pathlib import Path
 
-from afd.events import Stage
+from afd.telemetry.ring import Stage
 from afd.trace.chrome import from_chrome
 from afd.trace.picture import draw
 from afd.trace.summary import summary_text

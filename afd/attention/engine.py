@@ -27,11 +27,11 @@ from afd.messages.serving import TokenLogprobs
 from afd.model.device import to_device
 from afd.model.halves import AttentionBatch, AttentionHalf, Dispatch
 from afd.model.sampling import Sampler
-from afd.model.threads import ThreadShare
 from afd.sched.head_slices import NextStage, next_of, slice_end
 from afd.sched.scheduler import Scheduler
 from afd.sched.sequence import BatchItem, MicroBatch, Progress
 from afd.types import FinishReason
+from afd.worker.threads import ThreadShare
 
 NOT_FINITE = "the model produced logits that are not finite: its weights are damaged or overflow in this dtype"
 

@@ -9,10 +9,10 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from afd.attention.engine import Engine
-from afd.attention.pipeline import RecentAttention
-from afd.data_plane import mesh_metrics
+from afd.attention.health import RecentAttention
 from afd.sched.latency import LatencyModel
 from afd.sched.policy import Admission
+from afd.worker.data_plane import mesh_metrics
 from stepmesh.mesh import Mesh
 
 

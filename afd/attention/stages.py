@@ -9,10 +9,10 @@ from functools import partial
 from itertools import zip_longest
 
 from afd.attention.exchange import Combined
-from afd.events import Stage, StageBlock, TraceRing
 from afd.kernels.relay import Relayed
 from afd.sched.latency import StepLoad, StepSample
 from afd.sched.sequence import MicroBatch
+from afd.telemetry.ring import Stage, StageBlock, TraceRing
 
 MAX_SAMPLES = 16  # of steps that wait for `deliver`
 EMA = 0.2  # weight of the newest step in moving averages

@@ -17,40 +17,40 @@ from afd.attention.exchange import Exchange, LocalExchange
 from afd.attention.frontend import Frontend
 from afd.attention.gpu_engine import GpuAttentionEngine
 from afd.attention.gpu_exchange import GpuExchange, GpuLocalExchange
+from afd.attention.health import RecentAttention
 from afd.attention.mesh_exchange import MeshExchange
 from afd.attention.metrics import AttentionMetrics
 from afd.attention.modelled import ModelledEngine, StepFormula
-from afd.attention.pipeline import RecentAttention
 from afd.attention.relay import StreamRelay
 from afd.attention.requests import RequestBook
 from afd.attention.row_selection import RowSelection
 from afd.config import ClusterConfig
-from afd.data_plane import config_hash, mesh_members, payload_layout, relays_natively
 from afd.errors import ConfigError, PeerLostError
-from afd.events import TracePage
 from afd.kv.block_pool import BlockPool
 from afd.kv.cache import KVCache, count_blocks, too_small_for_context
 from afd.kv.windowed_blocks import WindowedBlocks, held_at_most
+from afd.membership.port import Announce, Join, SyncFields
+from afd.messages.keys import trace_token
 from afd.messages.membership import ClusterView, StepCosts, WorkerInfo
-from afd.messages.membership_port import Announce, Join, SyncFields
 from afd.messages.serving import WorkerStats, to_worker_bytes
-from afd.metrics import MetricsServer, process_registry
+from afd.messages.serving_sockets import server_socket
 from afd.model.cuda import CudaDevice
 from afd.model.device import check_device
 from afd.model.graphs import DecodeGraphs
 from afd.model.halves import AttentionHalf
 from afd.model.loading import ModelFolder, load_attention_half, load_ffn_half, resolve_model
 from afd.model.sharding import ShardSpec
-from afd.model.threads import ThreadShare, alone_ratio
 from afd.sched.latency import LatencyModel
 from afd.sched.policy import Admission
 from afd.sched.prefill import PrefillBudget
 from afd.sched.scheduler import Scheduler, SchedulerConfig
 from afd.sched.streams import StreamChooser
-from afd.seat import IDLE_S, TURN_S, Seat, take_seat
-from afd.secrets import trace_token
+from afd.telemetry.exposition import MetricsServer, process_registry
+from afd.telemetry.ring import TracePage
 from afd.types import DispatchMode
-from afd.zmq_sockets import server_socket
+from afd.worker.data_plane import config_hash, mesh_members, payload_layout, relays_natively
+from afd.worker.seat import IDLE_S, TURN_S, Seat, take_seat
+from afd.worker.threads import ThreadShare, alone_ratio
 from stepmesh.layout import PayloadLayout
 from stepmesh.types import Role
 

@@ -16,7 +16,7 @@ from afd.types import Topology
 
 if TYPE_CHECKING:
     from afd.cluster.autoscale.decision import Limits, Policy
-    from afd.coordinator.client import CoordinatorClient
+    from afd.membership.client import CoordinatorClient
 
 LOOK_S = 5.0
 
@@ -97,9 +97,9 @@ def _serve(
     from afd.cluster.autoscale.metrics import AutoscaleMetrics
     from afd.cluster.autoscale.scale_target import ScaleTarget
     from afd.cluster.launch import files_needed
-    from afd.log import setup_logging
-    from afd.metrics import MetricsServer, process_registry
-    from afd.open_files import want_open_files
+    from afd.host.open_files import want_open_files
+    from afd.telemetry.exposition import MetricsServer, process_registry
+    from afd.telemetry.log import setup_logging
 
     setup_logging("autoscale", level=config.log.level, fmt=config.log.format)
     want_open_files(files_needed("autoscale", config), "autoscale")

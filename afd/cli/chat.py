@@ -8,7 +8,7 @@ import os
 import sys
 
 from afd.cli.locate import locate_local
-from afd.command_line import not_negative, positive, positive_number
+from afd.cli.parser import not_negative, positive, positive_number
 from afd.errors import ConfigError
 
 KEY_VARIABLE = "AFD_API_KEY"

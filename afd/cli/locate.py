@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from afd.errors import ConfigError
 
 if TYPE_CHECKING:
-    from afd.coordinator.client import CoordinatorClient
+    from afd.membership.client import CoordinatorClient
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +23,8 @@ class Located:
 
     def client(self) -> CoordinatorClient:
         """To be closed by the caller."""
-        from afd.coordinator.client import CoordinatorClient
-        from afd.secrets import grpc_token
+        from afd.membership.client import CoordinatorClient
+        from afd.messages.keys import grpc_token
 
         return CoordinatorClient(self.coordinator, grpc_token(self.secret), ca_file=self.ca_file)
 

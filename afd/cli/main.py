@@ -8,13 +8,10 @@ import sys
 from collections.abc import Sequence
 
 from afd import __version__
-from afd.bench import cli as bench
-from afd.cli import autoscale, chat, inspect, k8s, roles, status, trace, up
-from afd.command_line import EXIT_USAGE, Parser, make_streams_usable
+from afd.cli import autoscale, bench, chat, inspect, k8s, plan, roles, simulate, status, trace, up
+from afd.cli.parser import EXIT_USAGE, Parser, make_streams_usable
 from afd.errors import AfdError
-from afd.log import json_line
-from afd.plan import cli as plan
-from afd.simulate import cli as simulate
+from afd.telemetry.log import json_line
 
 EXIT_INTERRUPTED = 130
 

@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     from afd.cluster.process import role_environment
     from afd.cluster.resolve import find_model, usable_cores, whole_host_threads
     from afd.cluster.secret_file import require_secret
-    from afd.log import setup_logging
+    from afd.telemetry.log import setup_logging
 
     config = config_from_args(args)
     setup_logging(args.role, level=config.log.level, fmt=config.log.format)

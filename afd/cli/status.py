@@ -10,8 +10,8 @@ import msgspec
 
 from afd.cli.locate import add_locate_flags, locate
 from afd.errors import CoordinatorError
-from afd.log import printable
 from afd.messages.membership import ControlRequest, Forecast, MemberStatus, StatusReply
+from afd.telemetry.log import printable
 
 NUM_EVENTS = 8
 _PIPELINE = {

@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     """What can be refused before anything is asked for."""
-    from afd.events import MAX_SECONDS
+    from afd.telemetry.ring import MAX_SECONDS
 
     if not 0.0 < args.seconds < MAX_SECONDS:
         raise ConfigError(f"--seconds {args.seconds:g} is not between 0 and {MAX_SECONDS:g}")
@@ -75,7 +75,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _collect(args: argparse.Namespace) -> tuple[Timeline, str]:
-    from afd.secrets import trace_token
+    from afd.messages.keys import trace_token
     from afd.trace.collect import collect, targets_of
     from afd.trace.summary import summary_text
     from afd.trace.window import turns_of

@@ -37,8 +37,8 @@ def run(args: argparse.Namespace) -> int:
     from afd.cluster.restart import RestartPolicy
     from afd.cluster.secret_file import new_secret, read_secret
     from afd.cluster.supervisor import Supervisor
-    from afd.log import setup_logging
-    from afd.open_files import want_open_files
+    from afd.host.open_files import want_open_files
+    from afd.telemetry.log import setup_logging
 
     config = config_from_args(args)
     setup_logging("afd up", level=config.log.level, fmt=config.log.format)

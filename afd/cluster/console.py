@@ -9,7 +9,7 @@ import unicodedata
 from collections.abc import Callable
 from typing import TextIO
 
-from afd.log import json_line
+from afd.telemetry.log import json_line
 
 FIRST_INTERVAL_S = 5.0  # without a terminal the progress line is logged now and then instead, ever more rarely
 LAST_INTERVAL_S = 60.0

@@ -15,7 +15,7 @@ import msgspec
 
 from afd.config import ClusterConfig
 from afd.errors import ConfigError
-from afd.open_files import OWN_FILES
+from afd.host.open_files import OWN_FILES
 
 EXIT_OK = 0
 EXIT_FAILURE = 1

@@ -16,8 +16,8 @@ from typing import TypeVar
 import msgspec
 
 from afd.config import AttentionConfig, ClusterConfig, FfnConfig
-from afd.cores import share_cores
 from afd.errors import ConfigError
+from afd.host.cores import share_cores
 from afd.messages.serving import to_worker_bytes
 from afd.model.loading import ModelFolder, resolve_model
 from afd.model.sharding import check_sparse

@@ -27,10 +27,10 @@ from afd.cluster.launch import (
 from afd.cluster.process import die_with_parent
 from afd.cluster.roles import RoleContext, RoleEntry
 from afd.cluster.run_file import remove_run_file
-from afd.coordinator.membership import MembershipLostError
 from afd.errors import AfdError, ConfigError, CoordinatorError, ModelError
-from afd.log import setup_logging
-from afd.open_files import want_open_files
+from afd.host.open_files import want_open_files
+from afd.membership.thread import MembershipLostError
+from afd.telemetry.log import setup_logging
 
 log = logging.getLogger(__name__)
 

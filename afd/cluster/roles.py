@@ -18,12 +18,12 @@ import msgspec
 
 from afd.cluster.stop_policy import why_stop
 from afd.config import ClusterConfig
-from afd.coordinator.client import CoordinatorClient
-from afd.coordinator.membership import Membership, MembershipTiming
 from afd.errors import CoordinatorError
+from afd.membership.client import CoordinatorClient
+from afd.membership.port import Announce, SyncFields
+from afd.membership.thread import Membership, MembershipTiming
+from afd.messages.keys import grpc_token
 from afd.messages.membership import ClusterView, WorkerInfo
-from afd.messages.membership_port import Announce, SyncFields
-from afd.secrets import grpc_token
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ import secrets
 from pathlib import Path
 
 from afd.errors import ConfigError
-from afd.secrets import MIN_SECRET_BYTES, warn_of_mode
+from afd.messages.keys import MIN_SECRET_BYTES, warn_of_mode
 
 log = logging.getLogger(__name__)
 

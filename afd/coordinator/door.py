@@ -15,7 +15,7 @@ from typing import Any
 
 import grpc
 
-from afd.rare_log import RareLog
+from afd.telemetry.rare_log import RareLog
 
 log = logging.getLogger(__name__)
 

@@ -18,24 +18,24 @@ import grpc
 import msgspec
 
 from afd.config import ClusterConfig
-from afd.coordinator.client import SERVICE
 from afd.coordinator.door import PendingBodies, TokenCheck, server_options
 from afd.coordinator.members import Timing
 from afd.coordinator.metrics import CoordinatorMetrics
 from afd.coordinator.plan import PlanRules
 from afd.coordinator.state import Action, ClusterSpec, CoordinatorState, Log, Lost, Published, Stop
-from afd.coordinator.tls import server_credentials
 from afd.errors import ConfigError
+from afd.membership.client import SERVICE
+from afd.membership.port import Announce
+from afd.membership.tls import server_credentials
 from afd.messages.codec import Decoder, MessageError, encode
+from afd.messages.keys import grpc_token
 from afd.messages.membership import (
     control_request_decoder,
     register_request_decoder,
     status_request_decoder,
     sync_request_decoder,
 )
-from afd.messages.membership_port import Announce
-from afd.metrics import MetricsServer, process_registry
-from afd.secrets import grpc_token
+from afd.telemetry.exposition import MetricsServer, process_registry
 
 log = logging.getLogger(__name__)
 

@@ -26,7 +26,6 @@ from afd.coordinator.members import ATTENTION, FFN, GATEWAY, ROLES, Entry, Heari
 from afd.coordinator.placement import expert_ranks
 from afd.coordinator.plan import Planner, PlanRules
 from afd.errors import CoordinatorError
-from afd.log import printable
 from afd.messages.membership import (
     ClusterView,
     ControlReply,
@@ -40,6 +39,7 @@ from afd.messages.membership import (
     SyncRequest,
     WorkerInfo,
 )
+from afd.telemetry.log import printable
 from afd.types import FfnParallel, Topology
 
 MAX_ATTENTION = 128  # width of the gang member mask

@@ -11,15 +11,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from afd.events import Stage, StageBlock, TraceRing
 from afd.ffn.dispatch_check import DispatchCheck
 from afd.ffn.gang import Arrival, GangBatch, GangTable
 from afd.ffn.lateness import Lateness
 from afd.ffn.relay import GangRelay, RelayedGang
 from afd.model.expert_load import ExpertLoad
 from afd.model.halves import Dispatch, FFNHalf
-from afd.model.threads import ThreadShare
 from afd.model.wire_format import decode_rows, encode_rows
+from afd.telemetry.ring import Stage, StageBlock, TraceRing
+from afd.worker.threads import ThreadShare
 from stepmesh.errors import StaleArrivalError
 from stepmesh.layout import PayloadLayout
 from stepmesh.mesh import Mesh

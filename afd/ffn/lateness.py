@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from afd.ffn.gang import Arrival
-from afd.recent import Growth
+from afd.telemetry.recent import Growth
 
 _LATE, _LAYERS = "late/", "layers/"
 

@@ -8,9 +8,9 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from afd.data_plane import mesh_metrics
 from afd.ffn.engine import FFNEngine
-from afd.ffn.pipeline import RecentFFN
+from afd.ffn.health import RecentFFN
+from afd.worker.data_plane import mesh_metrics
 from stepmesh.mesh import Mesh
 
 

@@ -11,25 +11,25 @@ import time
 import torch
 
 from afd.config import ClusterConfig
-from afd.data_plane import config_hash, mesh_members, payload_layout, relays_natively
-from afd.events import TracePage
 from afd.ffn.engine import FFNEngine
 from afd.ffn.expert_watch import ExpertWatch
 from afd.ffn.gang import GangTable
 from afd.ffn.gpu_engine import GpuFFNEngine
+from afd.ffn.health import RecentFFN
 from afd.ffn.metrics import FFNMetrics
-from afd.ffn.pipeline import RecentFFN
 from afd.ffn.relay import GangRelay
+from afd.membership.port import Announce, Join, SyncFields
+from afd.messages.keys import trace_token
 from afd.messages.membership import ClusterView, WorkerInfo
-from afd.messages.membership_port import Announce, Join, SyncFields
-from afd.metrics import MetricsServer, process_registry
 from afd.model.cuda import CudaDevice
 from afd.model.device import check_device
 from afd.model.loading import ModelFolder, load_ffn_half, resolve_model
 from afd.model.sharding import ShardSpec
-from afd.model.threads import ThreadShare
-from afd.seat import IDLE_S, TURN_S, Seat, take_seat
-from afd.secrets import trace_token
+from afd.telemetry.exposition import MetricsServer, process_registry
+from afd.telemetry.ring import TracePage
+from afd.worker.data_plane import config_hash, mesh_members, payload_layout, relays_natively
+from afd.worker.seat import IDLE_S, TURN_S, Seat, take_seat
+from afd.worker.threads import ThreadShare
 from stepmesh.types import Role
 
 log = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ import socket
 from collections.abc import Callable
 
 from afd.gateway.connections import Connections
-from afd.rare_log import RareLog
+from afd.telemetry.rare_log import RareLog
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 from afd.errors import ConfigError
-from afd.secrets import warn_of_mode
+from afd.messages.keys import warn_of_mode
 
 log = logging.getLogger(__name__)
 

@@ -9,11 +9,11 @@ from starlette.types import ASGIApp
 from afd import __version__
 from afd.errors import AfdError
 from afd.gateway.api.admin import AdminRoutes
-from afd.gateway.api.errors import on_afd_error, on_http_error, on_unexpected_error
 from afd.gateway.api.openai import OpenAiRoutes
 from afd.gateway.api.openapi import document
 from afd.gateway.api_keys import ApiKeys
 from afd.gateway.browser_guard import BrowserGuard
+from afd.gateway.errors import on_afd_error, on_http_error, on_unexpected_error
 from afd.gateway.middleware import RequestGate
 from afd.gateway.service import GatewayService
 

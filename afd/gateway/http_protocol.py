@@ -20,9 +20,9 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from afd.errors import RequestError
-from afd.gateway.api.errors import ApiError, describe
 from afd.gateway.closing_transport import WRITE_STALL_S, ClosingTransport
 from afd.gateway.connections import Connections
+from afd.gateway.errors import ApiError, describe
 from afd.gateway.http_head import check_head, framing_head
 
 HEAD_TIMEOUT_S = 20.0

@@ -11,7 +11,7 @@ import zmq
 
 from afd.messages.codec import encode
 from afd.messages.serving import Lease, lease_identity
-from afd.zmq_sockets import client_socket
+from afd.messages.serving_sockets import client_socket
 
 log = logging.getLogger(__name__)
 

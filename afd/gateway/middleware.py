@@ -13,9 +13,9 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from afd.errors import RequestError
-from afd.gateway.api.errors import error_response
 from afd.gateway.api_keys import ApiKeys
 from afd.gateway.browser_guard import BrowserGuard
+from afd.gateway.errors import error_response
 from afd.gateway.metrics import GatewayMetrics
 
 OPEN_PATHS = frozenset({"/", "/livez", "/readyz", "/health", "/metrics", "/version", "/favicon.ico"})

@@ -22,9 +22,9 @@ from afd.gateway.connections import Connections
 from afd.gateway.http_protocol import HttpEdge, StrictHttpProtocol
 from afd.gateway.served_model import ServedModel, load_served_model
 from afd.gateway.service import GatewayService
-from afd.messages.membership_port import MembershipLike
-from afd.open_files import OWN_FILES, open_files_limit
-from afd.rare_log import RareLog
+from afd.host.open_files import OWN_FILES, open_files_limit
+from afd.membership.port import MembershipLike
+from afd.telemetry.rare_log import RareLog
 
 log = logging.getLogger(__name__)
 

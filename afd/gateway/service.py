@@ -23,10 +23,10 @@ from afd.gateway.served_model import ServedModel
 from afd.gateway.sla import SlaWindow
 from afd.gateway.stop import StopMatcher
 from afd.gateway.worker_client import WorkerClient
+from afd.membership.port import MembershipLike
 from afd.messages.membership import ClusterView
-from afd.messages.membership_port import MembershipLike
 from afd.messages.serving import WorkerMessage, WorkerStats
-from afd.metrics import process_registry
+from afd.telemetry.exposition import process_registry
 from afd.types import SamplingParams
 
 log = logging.getLogger(__name__)

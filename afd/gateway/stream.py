@@ -14,8 +14,8 @@ from collections.abc import AsyncIterator
 from starlette.types import Receive, Scope, Send
 
 from afd.errors import AfdError
-from afd.gateway.api.errors import describe, error_event, error_response
-from afd.gateway.api.formats import Choice, ResponseFormat, usage_of
+from afd.gateway.dialect import Choice, ResponseFormat, usage_of
+from afd.gateway.errors import describe, error_event, error_response
 from afd.gateway.generation import ClientGoneError, Generation
 from afd.gateway.metrics import GatewayMetrics
 

@@ -12,7 +12,7 @@ import zmq.asyncio
 
 from afd.messages.codec import MessageError, encode
 from afd.messages.serving import GatewayMessage, WorkerMessage, worker_message_decoder
-from afd.zmq_sockets import client_socket
+from afd.messages.serving_sockets import client_socket
 
 log = logging.getLogger(__name__)
 

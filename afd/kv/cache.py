@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from afd.host_memory import zeroed
+from afd.host.memory import zeroed
 
 
 class KVLayer(Protocol):

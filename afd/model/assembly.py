@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from afd.errors import ModelError
-from afd.host_memory import HostMemory
+from afd.host.memory import HostMemory
 from afd.kernels import PackedMatrix
 from afd.model.attention_kinds import Attention, AttentionWeights, GqaAttention, MfaAttention, projection_parts
 from afd.model.ffn import DenseFfn, Ffn, MoeFfn, SharedExpert, SwiGlu

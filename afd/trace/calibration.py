@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from afd.events import Stage
+from afd.telemetry.ring import Stage
 from afd.trace.errors import TraceError
 from afd.trace.timeline import ATTENTION, FFN, Hop, Timeline, Worker, hops
 

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from afd.events import Stage
+from afd.telemetry.ring import Stage
 from afd.trace.errors import TraceError
 from afd.trace.timeline import ATTENTION, Timeline, Worker, gang_name, gang_of_name, hops, lanes
 

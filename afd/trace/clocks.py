@@ -70,7 +70,7 @@ def _bounds(ping: Ping) -> Bounds:
 
 
 def agree(measured: Mapping[str, Bounds], machines: Mapping[str, str], here: str) -> dict[str, Offset]:
-    """Worker -> offset. Workers of one machine (`afd.events.machine_id`) read one clock and share one offset.
+    """Worker -> offset. Workers of one machine (`afd.telemetry.ring.machine_id`) read one clock and share one offset.
 
     here: our own machine, whose offset is zero.  A machine whose workers contradict each other is not believed.
     """

@@ -13,8 +13,8 @@ from typing import TypeVar
 
 import msgspec
 
-from afd.events import Stage, TraceHeader, machine_id
 from afd.messages.membership import MemberStatus
+from afd.telemetry.ring import Stage, TraceHeader, machine_id
 from afd.trace.clocks import Bounds, Offset, Ping, agree, bounds_of
 from afd.trace.errors import TraceError
 from afd.trace.timeline import ATTENTION, FFN, Dump, Timeline, build
@@ -68,7 +68,7 @@ def collect(
 ) -> Collected:
     """The last `seconds` of all workers. One that does not answer is named in `missing`; TraceError if none does.
 
-    token: `afd.secrets.trace_token` of the cluster.
+    token: `afd.messages.keys.trace_token` of the cluster.
     """
     if not targets:
         raise TraceError("the cluster has no worker yet: wait until `afd status` shows one")

@@ -18,7 +18,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
-from afd.events import Stage
+from afd.telemetry.ring import Stage
 from afd.trace.errors import TraceError
 from afd.trace.pipeline import exposed_spans
 from afd.trace.summary import stage_shares

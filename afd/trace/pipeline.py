@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from math import inf
 from statistics import fmean, quantiles
 
-from afd.events import Stage
+from afd.telemetry.ring import Stage
 from afd.trace.timeline import ATTENTION, COMPUTING, FFN, Timeline, Worker, hops
 
 OWN = ("embed", "attention", "dispatch", "combine")

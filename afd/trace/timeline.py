@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from afd.events import Stage
+from afd.telemetry.ring import Stage
 from afd.trace.clocks import Offset
 
 ATTENTION, FFN = "attention", "ffn"

@@ -27,8 +27,8 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from afd.bench.report import describe_machine
 from afd.kernels import select_kernels
+from afd.load.report import describe_machine
 from afd.model.loading import DEFAULT_MODEL
 from bench.compare.contestant import Contestant, idle_shares
 from bench.compare.model_files import gguf_file, huggingface_folder

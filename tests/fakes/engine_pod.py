@@ -16,7 +16,6 @@ from afd.attention.gpu_exchange import GpuExchange
 from afd.attention.mesh_exchange import MeshExchange
 from afd.attention.relay import StreamRelay
 from afd.attention.row_selection import RowSelection
-from afd.data_plane import WIRE_DTYPES
 from afd.errors import PeerLostError
 from afd.ffn.engine import FFNEngine
 from afd.ffn.gang import GangTable
@@ -31,6 +30,7 @@ from afd.model.sharding import ShardSpec
 from afd.sched.scheduler import Scheduler, SchedulerConfig
 from afd.sched.sequence import Sequence
 from afd.types import DispatchMode, FfnParallel, SamplingParams
+from afd.worker.data_plane import WIRE_DTYPES
 from stepmesh.config import MeshConfig
 from stepmesh.layout import PayloadLayout
 from stepmesh.mesh import Mesh

@@ -6,8 +6,8 @@ import asyncio
 import uuid
 from collections.abc import Sequence
 
+from afd.membership.port import ViewCallback
 from afd.messages.membership import ClusterView, Member, Plan, WorkerInfo
-from afd.messages.membership_port import ViewCallback
 
 
 def ffn_member(rank: int = 0) -> Member:

@@ -16,8 +16,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from afd.cluster.role_process import run_supervised
 from afd.cluster.roles import RoleContext, RoleEntry, run_coordinator_role
 from afd.errors import ConfigError
+from afd.membership.port import SyncFields
 from afd.messages.membership import MeshAddress, WorkerInfo
-from afd.messages.membership_port import SyncFields
 
 log = logging.getLogger(__name__)
 POLL_S = 0.02

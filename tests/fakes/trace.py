@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from afd.events import Stage
+from afd.telemetry.ring import Stage
 from afd.trace.timeline import ATTENTION, FFN, Timeline, Worker
 
 MS = 1e-3

@@ -31,8 +31,8 @@ from afd.messages.serving import (
     gateway_message_decoder,
     lease_identity,
 )
+from afd.messages.serving_sockets import server_socket
 from afd.types import FinishReason
-from afd.zmq_sockets import server_socket
 
 STATS_INTERVAL_S = 0.2
 

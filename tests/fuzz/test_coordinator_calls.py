@@ -17,12 +17,12 @@ import msgspec
 import pytest
 
 from afd.config import resolve_config
-from afd.coordinator.client import MAX_REPLY_BYTES, SERVICE
 from afd.coordinator.door import MAX_REQUEST_BYTES
 from afd.coordinator.members import Timing
 from afd.coordinator.plan import PlanRules
 from afd.coordinator.service import CoordinatorServer
 from afd.coordinator.state import ClusterSpec, CoordinatorState
+from afd.membership.client import MAX_REPLY_BYTES, SERVICE
 from afd.messages.codec import Decoder, MessageError, encode
 from afd.messages.membership import (
     ControlRequest,

@@ -12,13 +12,13 @@ import time
 
 import pytest
 
-from afd.bench import load_loop, runner
-from afd.bench.cli import main
-from afd.bench.http1 import ServerUrl
-from afd.bench.progress import Progress
-from afd.bench.record import Outcome
-from afd.bench.runner import BenchSettings, StoppedError, run_bench
+from afd.cli.main import main
 from afd.errors import ConfigError
+from afd.load import load_loop, runner
+from afd.load.http1 import ServerUrl
+from afd.load.progress import Progress
+from afd.load.record import Outcome
+from afd.load.runner import BenchSettings, StoppedError, run_bench
 from tests.fakes.async_test import async_test
 from tests.fakes.gateway import served_gateway
 from tests.fakes.openai_server import completion, fake_server
@@ -214,7 +214,7 @@ def on_fake_server(script, test):
 
 
 def command(url, flags, *more):
-    return [sys.executable, "-m", "afd.bench", "--url", url, *flags.split(), *more]
+    return [sys.executable, "-m", "afd", "bench", "--url", url, *flags.split(), *more]
 
 
 def call(url, flags, *more):
@@ -340,7 +340,7 @@ def test_ctrl_c_reports_what_was_measured():
 def test_what_cannot_start_is_one_line_and_exit_code_2(args, reason):
     err = io.StringIO()
     with contextlib.redirect_stderr(err):
-        code = main(["--quiet", *args])
+        code = main(["bench", "--quiet", *args])
     assert code == 2
     assert err.getvalue().startswith("afd: error: ")
     assert reason in err.getvalue()
@@ -352,6 +352,6 @@ def test_what_cannot_start_is_one_line_and_exit_code_2(args, reason):
 )
 def test_flags_out_of_range_are_usage_errors(args, capsys):
     with pytest.raises(SystemExit) as caught:
-        main(args)
+        main(["bench", *args])
     assert caught.value.code == 2
     assert args[0] in capsys.readouterr().err

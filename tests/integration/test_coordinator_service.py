@@ -18,11 +18,13 @@ import msgspec
 import pytest
 
 from afd.config import ClusterConfig, resolve_config
-from afd.coordinator.client import SERVICE, CoordinatorClient, CoordinatorUnreachableError
 from afd.coordinator.door import BODY_TIMEOUT_S, HANDSHAKE_TIMEOUT_S, MAX_STREAMS
-from afd.coordinator.membership import Membership, MembershipLostError, MembershipTiming
 from afd.coordinator.service import NUM_THREADS, run_coordinator
 from afd.errors import ConfigError, CoordinatorError
+from afd.membership.client import SERVICE, CoordinatorClient, CoordinatorUnreachableError
+from afd.membership.port import SyncFields
+from afd.membership.thread import Membership, MembershipLostError, MembershipTiming
+from afd.messages.keys import grpc_token
 from afd.messages.membership import (
     MAX_SILENT_EXPERTS,
     ClusterView,
@@ -32,8 +34,6 @@ from afd.messages.membership import (
     SyncRequest,
     WorkerInfo,
 )
-from afd.messages.membership_port import SyncFields
-from afd.secrets import grpc_token
 
 SECRET = b"a secret of the test cluster"
 TOKEN = grpc_token(SECRET)

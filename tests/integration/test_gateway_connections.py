@@ -22,7 +22,7 @@ import asyncio, resource, sys
 resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[1]),) * 2)
 from tests.fakes.gateway import served_gateway
 from tests.fakes.text_model import text_model
-from afd.log import setup_logging
+from afd.telemetry.log import setup_logging
 setup_logging("gateway")
 async def main():
     async with served_gateway(text_model()) as rig:

@@ -3,10 +3,10 @@
 import asyncio
 from dataclasses import dataclass
 
-from afd.bench.http1 import ServerUrl
-from afd.bench.progress import Progress
-from afd.bench.record import Outcome
-from afd.bench.runner import BenchSettings, run_bench
+from afd.load.http1 import ServerUrl
+from afd.load.progress import Progress
+from afd.load.record import Outcome
+from afd.load.runner import BenchSettings, run_bench
 from tests.e2e.local_cluster import LocalCluster
 
 # A step of 4 ms + 1 ms a token: 25 decodes beside one prefill of 16 tokens in 45 ms.

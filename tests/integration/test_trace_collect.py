@@ -11,9 +11,9 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from afd.events import Stage, TracePage, TraceRing
 from afd.messages.membership import Member, MemberStatus, WorkerInfo
-from afd.metrics import MetricsServer, process_registry
+from afd.telemetry.exposition import MetricsServer, process_registry
+from afd.telemetry.ring import Stage, TracePage, TraceRing
 from afd.trace import collect as module
 from afd.trace.collect import Target, collect, targets_of
 from afd.trace.errors import TraceError

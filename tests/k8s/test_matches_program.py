@@ -186,7 +186,7 @@ def gateway_routes() -> set[str]:
 def metrics_server_routes() -> set[str]:
     import httpx
 
-    from afd.metrics import MetricsServer, process_registry
+    from afd.telemetry.exposition import MetricsServer, process_registry
 
     server = MetricsServer("127.0.0.1", 0, process_registry("ffn"), lambda: (True, ""))
     try:

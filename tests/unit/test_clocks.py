@@ -8,11 +8,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 WALL_CLOCK = {"time": {"time", "time_ns", "localtime", "gmtime"}, "datetime": {"now", "utcnow", "today"}}
 TOLD = {
-    "afd/log.py": "log lines",
+    "afd/telemetry/log.py": "log lines",
     "afd/gateway/api/openai.py": "`created` of an answer",
     "afd/gateway/served_model.py": "`created` of the model",
     "afd/gateway/templating.py": "a template's date",
-    "afd/bench/report.py": "a report's date",
+    "afd/load/report.py": "a report's date",
 }
 
 

@@ -11,9 +11,9 @@ from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from afd import __version__
 from afd.errors import UnavailableError
 from afd.gateway.api.answers import ClusterState, Health, Version
-from afd.gateway.api.errors import error_response
-from afd.gateway.api.formats import json
 from afd.gateway.api.openapi import answers
+from afd.gateway.dialect import json
+from afd.gateway.errors import error_response
 from afd.gateway.page import load_page
 from afd.gateway.service import GatewayService
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, Union
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from afd.gateway.api.errors import ApiError
+from afd.gateway.errors import ApiError
 
 FinishReason = Literal["stop", "length"]
 

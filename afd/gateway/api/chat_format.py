@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from afd.gateway.api.formats import Choice, clamp_logprob, json
+from afd.gateway.dialect import Choice, clamp_logprob, json
 from afd.gateway.sequence import Delta
 from afd.gateway.tokenizer import TextTokenizer
 

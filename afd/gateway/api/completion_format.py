@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from afd.gateway.api.formats import Choice, clamp_logprob, json
+from afd.gateway.dialect import Choice, clamp_logprob, json
 from afd.gateway.sequence import Delta
 from afd.gateway.tokenizer import TextOffsets, TextTokenizer
 

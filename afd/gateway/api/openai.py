@@ -21,7 +21,6 @@ from afd.gateway.api.answers import (
 )
 from afd.gateway.api.chat_format import ChatFormat
 from afd.gateway.api.completion_format import CompletionFormat
-from afd.gateway.api.formats import ResponseFormat, json
 from afd.gateway.api.openapi import answers, path_parameter, takes
 from afd.gateway.api.schema import (
     SamplingBody,
@@ -31,6 +30,7 @@ from afd.gateway.api.schema import (
     tokenize_decoder,
 )
 from afd.gateway.body import read_body
+from afd.gateway.dialect import ResponseFormat, json
 from afd.gateway.generation import GenerationJob
 from afd.gateway.intake.reader import Prepared
 from afd.gateway.served_model import ServedModel

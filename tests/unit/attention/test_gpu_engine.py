@@ -24,8 +24,8 @@ from afd.model.loading import load_attention_half, load_ffn_half, resolve_model
 from afd.model.reference import compare, reference_generate
 from afd.model.sharding import ShardSpec
 from afd.sched.sequence import Sequence
-from afd.seat import Seat
 from afd.types import FfnParallel, SamplingParams
+from afd.worker.seat import Seat
 from stepmesh.types import WireDtype
 from tests.fakes import cuda
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from afd.attention.exchange import Combined
-from afd.attention.pipeline import RecentAttention
+from afd.attention.health import RecentAttention
 from afd.attention.stages import StageClock
 from afd.kernels.relay import Outcome, Relayed
 from afd.sched.sequence import MicroBatch

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from afd.command_line import make_streams_usable
+from afd.cli.parser import make_streams_usable
 from tests.fakes.long_model import write_long_llama
 
 AFD = f"{sys.executable} -m afd"

@@ -17,7 +17,7 @@ from afd.cluster import console as console_module
 from afd.cluster.console import Console, fit, width
 from afd.cluster.progress import ChildProgress, curl_line, progress_line
 from afd.config import resolve_config
-from afd.log import json_line
+from afd.telemetry.log import json_line
 
 
 class Terminal(io.StringIO):

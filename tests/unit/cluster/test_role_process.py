@@ -13,8 +13,8 @@ import pytest
 
 from afd.cluster.launch import EXIT_CONFIG, EXIT_FAILURE, EXIT_LOST
 from afd.cluster.role_process import exit_code_of
-from afd.coordinator.membership import MembershipLostError
 from afd.errors import AfdError, ConfigError, CoordinatorError, ModelError, PeerLostError
+from afd.membership.thread import MembershipLostError
 
 ROOT = Path(__file__).resolve().parents[3]
 WAIT_S = 20.0
@@ -23,7 +23,7 @@ import sys, threading
 from afd.cluster import role_process
 from afd.cluster.launch import RoleLaunch
 from afd.config import resolve_config
-from afd.coordinator.membership import MembershipLostError
+from afd.membership.thread import MembershipLostError
 role_process.STOP_MARGIN_S = role_process.FATAL_LIMIT_S = 0.1
 config = resolve_config(None, {{"gateway.drain_s": 0.1}})
 def entry(context):

@@ -9,8 +9,8 @@ from prometheus_client import CollectorRegistry
 
 from afd.ffn.engine import FFNEngine
 from afd.ffn.gang import GangTable
+from afd.ffn.health import RecentFFN
 from afd.ffn.metrics import FFNMetrics
-from afd.ffn.pipeline import RecentFFN
 from afd.model.loading import resolve_model
 from stepmesh.layout import PayloadLayout
 from stepmesh.types import DispatchArrived, DispatchParts, Header, IdleNotice, RankId, Role, WireDtype

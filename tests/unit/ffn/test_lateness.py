@@ -6,7 +6,7 @@ import pytest
 
 from afd.ffn.gang import Arrival
 from afd.ffn.lateness import Lateness, straggler_scores
-from afd.recent import Growth, RecentSums
+from afd.telemetry.recent import Growth, RecentSums
 
 
 def arrival(rank: int, at_s: float) -> Arrival:

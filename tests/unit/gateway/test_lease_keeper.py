@@ -7,7 +7,7 @@ import zmq
 from afd.gateway import lease_keeper
 from afd.gateway.lease_keeper import LeaseKeeper
 from afd.messages.serving import Lease, gateway_message_decoder, lease_identity
-from afd.zmq_sockets import server_socket
+from afd.messages.serving_sockets import server_socket
 
 SECRET = b"a secret for tests, long enough"
 WAIT_MS = 10_000

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from afd.config import ClusterConfig, Listener, resolve_config
-from afd.data_plane import mesh_config
 from afd.errors import ConfigError
+from afd.worker.data_plane import mesh_config
 from stepmesh.layout import PayloadLayout
 from stepmesh.mesh import Mesh
 from stepmesh.types import Role, WireDtype

@@ -6,7 +6,7 @@ import pytest
 
 matplotlib = pytest.importorskip("matplotlib")
 
-from afd.plan.cli import main  # noqa: E402
+from afd.cli.main import main  # noqa: E402
 from afd.plan.figures import cost_frontier, pareto_frontier, save, tgs_by_topology  # noqa: E402
 
 NAMES = ("plan_cost_frontier", "plan_cost_by_chip", "plan_kv_context", "plan_intensity", "plan_tgs")
@@ -34,7 +34,7 @@ def test_tgs_lines_cross_where_the_report_changes_topology(models, chips):
 
 
 def test_every_figure_is_written_as_png_and_svg(tmp_path, capsys):
-    assert main(["figures", "--out", str(tmp_path / "figures"), "--json"]) == 0
+    assert main(["plan", "figures", "--out", str(tmp_path / "figures"), "--json"]) == 0
     written = json.loads(capsys.readouterr().out)
     files = sorted((tmp_path / "figures").iterdir())
     assert sorted(written) == [str(path) for path in files]
@@ -51,5 +51,5 @@ def test_equal_figures_give_equal_files(models, chips, tmp_path):
 def test_a_folder_that_cannot_be_made(tmp_path, capsys):
     blocked = tmp_path / "file"
     blocked.write_text("")
-    assert main(["figures", "--out", str(blocked / "figures")]) == 2
+    assert main(["plan", "figures", "--out", str(blocked / "figures")]) == 2
     assert "--out" in capsys.readouterr().err

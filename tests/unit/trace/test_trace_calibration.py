@@ -9,8 +9,8 @@ import msgspec
 import pytest
 
 from afd.cli.main import main
-from afd.events import Stage
 from afd.plan.calibration import load_calibration
+from afd.telemetry.ring import Stage
 from afd.trace.calibration import calibration, points
 from afd.trace.chrome import to_chrome
 from afd.trace.errors import TraceError

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from afd.events import Stage
+from afd.telemetry.ring import Stage
 from afd.trace.chrome import from_chrome, to_chrome
 from afd.trace.errors import TraceError
 from afd.trace.timeline import Timeline, Worker

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 import msgspec
 import pytest
 
-from afd import metrics
-from afd.events import CHUNK_STAGES, Stage, StageBlock, TraceHeader, TracePage, TraceRing
-from afd.metrics import MAX_REQUESTS, MetricsServer, process_registry
+from afd.telemetry import exposition
+from afd.telemetry.exposition import MAX_REQUESTS, MetricsServer, process_registry
+from afd.telemetry.ring import CHUNK_STAGES, Stage, StageBlock, TraceHeader, TracePage, TraceRing
 
 WAIT_S = 10.0
 LONG_MIB = 32  # more than sockets hold
@@ -172,7 +172,7 @@ def test_a_long_page_comes_whole(server):
 
 
 def test_a_slow_reader_is_cut_off(server, monkeypatch):
-    monkeypatch.setattr(metrics, "ANSWER_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(exposition, "ANSWER_TIMEOUT_S", 0.2)
     host, _, port = server.address.rpartition(":")
     with socket.create_connection((host, int(port)), timeout=WAIT_S) as reader:
         reader.sendall(b"GET /long HTTP/1.0\r\nAuthorization: Bearer the cluster's\r\n\r\n")

@@ -6,7 +6,7 @@ import struct
 
 import pytest
 
-from afd.events import Stage
+from afd.telemetry.ring import Stage
 from afd.trace.errors import TraceError
 from afd.trace.timeline import Timeline, Worker
 from afd.trace.window import choose_window

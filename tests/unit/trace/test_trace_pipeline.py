@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from afd.events import Stage
+from afd.telemetry.ring import Stage
 from afd.trace.pipeline import Pipeline, exposed_spans, layer_transfer_s, pipeline_of, total, without
 from afd.trace.summary import summary_text
 from afd.trace.timeline import Timeline, Worker

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from afd.events import Stage
+from afd.telemetry.ring import Stage
 from afd.trace.clocks import Bounds, Offset
 from afd.trace.timeline import Dump, build, gang_members, gang_name, gang_of_name, hops, lanes
 from tests.fakes.trace import gang_of, two_to_one

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from afd.events import Stage
+from afd.telemetry.ring import Stage
 from afd.trace.clocks import Bounds, Offset
 from afd.trace.errors import TraceError
 from afd.trace.summary import mean_gang, mean_round_trip_s, stage_shares, summary_text

@@ -1,0 +1,1 @@
+"""How a process is a member of the cluster: the client of the coordinator, the thread that reports, TLS."""
