@@ -18,13 +18,12 @@ from afd.model.halves import AttentionHalf, AttentionLayer, FFNHalf
 from afd.model.int8 import Int8Weight, int8_copy, int8_in
 from afd.model.inventory import Half, TensorSpec, inventory
 from afd.model.latent_attention import LatentWeights, MlaAttention
-from afd.model.loading import Progress
 from afd.model.primitives import Weight, prepared, prepared_for
 from afd.model.router import Router
 from afd.model.sharding import ShardSpec
 from afd.model.spec import WEIGHT_TYPES, AttentionKind, AttentionSpec, FfnKind, FfnSpec
 from afd.model.weights.checkpoint import Checkpoint
-from afd.model.weights.source import RawTensor, Slices
+from afd.model.weights.source import Progress, RawTensor, Slices
 
 PIECE_ELEMENTS = 1 << 20
 """Elements read at once: bounds what loading holds beyond the half itself."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ from afd.model.weights.checkpoint import Checkpoint
 from afd.model.weights.dummy import DummySource, dummy_naming
 from afd.model.weights.gguf import GgufSource
 from afd.model.weights.safetensors import SafetensorsSource
-from afd.model.weights.source import TensorSource
+from afd.model.weights.source import Progress, TensorSource
 
 if TYPE_CHECKING:
     import torch
@@ -41,8 +41,6 @@ FINGERPRINT_EDGE_BYTES = 1 << 20
 MAX_ROPE_FREQS = 1 << 12
 
 QUANT_NAME = "hf_quant_config.json"
-Progress = Callable[[int, int], None]
-"""Called as (tensors done, tensors in all) while a half loads."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,22 +22,10 @@ from afd.plan.limits import feasibility
 from afd.plan.memory import max_requests, require_weights_fit
 from afd.plan.models import ModelShape
 from afd.plan.payload import advice_payload, estimate_payload
+from afd.plan.report import REPORT_CHIPS, REPORT_MODELS
 from afd.plan.search import SearchSpace
 from afd.plan.stages import RooflineStages, StageModel
 from afd.types import Topology
-
-REPORT_CHIPS = ("h800", "h20", "a800", "910b")
-REPORT_MODELS = (
-    "deepseek-v3",
-    "kimi-k2",
-    "qwen3-235b-a22b",
-    "qwen3-32b",
-    "llama4-maverick",
-    "minimax-m1",
-    "ernie-4.5-300b",
-    "pangu-pro-moe",
-    "step3",
-)
 
 EXIT_OK = 0
 EXIT_INFEASIBLE = 1

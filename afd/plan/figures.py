@@ -11,12 +11,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from afd.errors import ConfigError
-from afd.plan.commands import REPORT_CHIPS, REPORT_MODELS
 from afd.plan.cost import cheapest_split, split_cost
 from afd.plan.efficiency import Efficiency
 from afd.plan.estimate import Estimator, Objective
 from afd.plan.hardware import Chip
 from afd.plan.models import ModelShape
+from afd.plan.report import REPORT_CHIPS, REPORT_MODELS
 from afd.plan.search import SearchSpace
 from afd.plan.stages import RooflineStages
 from afd.types import Topology

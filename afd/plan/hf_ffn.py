@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from afd.errors import ConfigError
+from afd.plan.hf_keys import Keys
 from afd.plan.models import FfnGroup
-
-if TYPE_CHECKING:
-    from afd.plan.hf_config import Keys
 
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
 _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_k", "experts_per_token")

@@ -10,66 +10,16 @@ import multiprocessing
 import secrets
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
-from stepmesh.cli.m2n_rank import ROW_BYTES, Task, run_rank
-from stepmesh.config import MAX_ATTENTION_RANKS, TRANSPORTS, TransportChoice
+from stepmesh.cli.m2n_experiment import Experiment
+from stepmesh.cli.m2n_rank import Task, run_rank
 from stepmesh.errors import ConfigError, TransportError
 from stepmesh.rendezvous import RendezvousServer
 from stepmesh.types import RankId, Role
-
-_MAX_BYTES = 64 << 20
-_UNITS = {"K": 1 << 10, "M": 1 << 20}
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What to run."""
-
-    num_attention: int
-    num_ffn: int
-    transports: tuple[TransportChoice, ...]
-    sizes: tuple[int, ...]  # bytes of a dispatch to one peer
-    back: int  # bytes of an answer: this many times as many
-    count: int
-    host: str
-    timeout_s: float
-
-    @classmethod
-    def parse(
-        cls, *, ranks: str, transports: str, sizes: str, back: str, count: int, host: str, timeout_s: float
-    ) -> Plan:
-        """From the command line's words. Raises ConfigError."""
-        sides = ranks.split("x")
-        if len(sides) != 2 or not all(side.isdecimal() and 1 <= int(side) <= MAX_ATTENTION_RANKS for side in sides):
-            raise ConfigError(f"ranks {ranks!r}: say MxN with numbers in 1..{MAX_ATTENTION_RANKS}, such as 2x2")
-        names = transports.split(",")
-        usable = [name for name in TRANSPORTS if name != "inproc"]
-        if unknown := [name for name in names if name not in usable]:
-            raise ConfigError(f"transport {unknown[0]!r} is not one of {', '.join(usable)}")
-        if back not in ("1", "2"):
-            raise ConfigError(f"back {back!r} is not 1 or 2")
-        if count < 1 or not timeout_s > 0:
-            raise ConfigError("count and timeout must be positive")
-        wanted = tuple(parse_size(size) for size in sizes.split(","))
-        return cls(
-            int(sides[0]),
-            int(sides[1]),
-            tuple(cast(TransportChoice, name) for name in names),
-            wanted,
-            int(back),
-            count,
-            host,
-            timeout_s,
-        )
-
-    @property
-    def ranks(self) -> list[RankId]:
-        attention = [RankId(Role.ATTENTION, rank) for rank in range(self.num_attention)]
-        return attention + [RankId(Role.FFN, rank) for rank in range(self.num_ffn)]
 
 
 class Result(NamedTuple):
@@ -86,23 +36,15 @@ class Result(NamedTuple):
     gb_per_s: float  # both directions, all pairs, from the slowest attention rank's time
 
 
-def parse_size(text: str) -> int:
-    """A number of bytes, rounded up to whole rows of 64. Raises ConfigError."""
-    digits, unit = (text[:-1], _UNITS[text[-1]]) if text[-1:] in _UNITS else (text, 1)
-    if not digits.isdecimal() or not 0 <= int(digits) * unit <= _MAX_BYTES:
-        raise ConfigError(f"size {text!r} is not a number of bytes up to 64M, such as 64, 8K or 917504")
-    return -(-int(digits) * unit // ROW_BYTES) * ROW_BYTES
-
-
-def run(plan: Plan, *, secret: bytes, at: str | None, run_ranks: str | None) -> list[Result]:
+def run(experiment: Experiment, *, secret: bytes, at: str | None, run_ranks: str | None) -> list[Result]:
     """Run all or this host's ranks. Results come where attention/0 runs, elsewhere the list is empty.
 
     Raises ConfigError for arguments, TransportError when a rank fails; none of the processes is left then.
     """
-    ours = _ranks_here(plan, run_ranks)
+    ours = _ranks_here(experiment, run_ranks)
     host, port = ("127.0.0.1", 0) if at is None else _endpoint(at)
     if at is None:
-        if len(ours) != len(plan.ranks):
+        if len(ours) != len(experiment.ranks):
             raise ConfigError("some ranks run elsewhere: say where they meet (--at HOST:PORT)")
         secret = secrets.token_bytes(32)
     elif len(secret) < 16:
@@ -112,9 +54,9 @@ def run(plan: Plan, *, secret: bytes, at: str | None, run_ranks: str | None) -> 
     server = RendezvousServer(host, port, secret) if leads else None
     try:
         where = server.address if server is not None else (host, port)
-        for transport in plan.transports:
-            part = replace(plan, transports=(transport,))
-            answers = _run_processes([Task(rank_id, part, where, secret) for rank_id in ours], plan)
+        for transport in experiment.transports:
+            part = replace(experiment, transports=(transport,))
+            answers = _run_processes([Task(rank_id, part, where, secret) for rank_id in ours], experiment)
             if leads:
                 results += _summarise(part, answers)
     finally:
@@ -132,10 +74,10 @@ def text(result: Result) -> str:
     )
 
 
-def _ranks_here(plan: Plan, run_ranks: str | None) -> list[RankId]:
+def _ranks_here(experiment: Experiment, run_ranks: str | None) -> list[RankId]:
     if run_ranks is None:
-        return plan.ranks
-    by_name = {str(rank_id): rank_id for rank_id in plan.ranks}
+        return experiment.ranks
+    by_name = {str(rank_id): rank_id for rank_id in experiment.ranks}
     names = run_ranks.split(",")
     if unknown := [name for name in names if name not in by_name]:
         raise ConfigError(f"rank {unknown[0]!r} is none of {', '.join(by_name)}")
@@ -149,7 +91,7 @@ def _endpoint(at: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def _run_processes(tasks: Sequence[Task], plan: Plan) -> dict[RankId, Any]:
+def _run_processes(tasks: Sequence[Task], experiment: Experiment) -> dict[RankId, Any]:
     """What each rank has to say at its end."""
     spawn = multiprocessing.get_context("spawn")
     running: list[tuple[RankId, SpawnProcess, Connection]] = []
@@ -160,7 +102,7 @@ def _run_processes(tasks: Sequence[Task], plan: Plan) -> dict[RankId, Any]:
             process.start()
             there.close()
             running.append((task.id, process, here))
-        deadline = time.monotonic() + plan.timeout_s * (2 + len(plan.sizes))
+        deadline = time.monotonic() + experiment.timeout_s * (2 + len(experiment.sizes))
         return _collect({pipe: rank_id for rank_id, _, pipe in running}, deadline)
     finally:
         for _, process, pipe in running:
@@ -193,18 +135,19 @@ def _collect(pipes: dict[Connection, RankId], deadline: float) -> dict[RankId, A
     return said
 
 
-def _summarise(plan: Plan, answers: dict[RankId, Any]) -> list[Result]:
+def _summarise(experiment: Experiment, answers: dict[RankId, Any]) -> list[Result]:
     lead = answers[RankId(Role.ATTENTION, 0)]
     results = []
     for part in lead["parts"]:
         micros = sorted(time_ns / 1e3 for time_ns in part["times_ns"])
         slowest_s = max(part["total_s"])
-        moved = (part["out_bytes"] + part["back_bytes"]) * plan.num_attention * plan.num_ffn * plan.count
+        num_pairs = experiment.num_attention * experiment.num_ffn
+        moved = (part["out_bytes"] + part["back_bytes"]) * num_pairs * experiment.count
         results.append(
             Result(
-                transport=plan.transports[0],
+                transport=experiment.transports[0],
                 carried_by="+".join(lead["carried_by"]),
-                ranks=f"{plan.num_attention}x{plan.num_ffn}",
+                ranks=f"{experiment.num_attention}x{experiment.num_ffn}",
                 out_bytes=part["out_bytes"],
                 back_bytes=part["back_bytes"],
                 exchanges=len(micros),

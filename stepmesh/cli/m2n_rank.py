@@ -11,10 +11,11 @@ import logging
 import secrets
 import time
 from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from stepmesh.cli.m2n_experiment import ROW_BYTES, Experiment
 from stepmesh.config import MeshConfig
 from stepmesh.errors import MeshError, TransportError
 from stepmesh.layout import PayloadLayout
@@ -34,10 +35,6 @@ from stepmesh.types import (
     WireDtype,
 )
 
-if TYPE_CHECKING:
-    from stepmesh.cli.m2n import Plan
-
-ROW_BYTES = 64
 _NUM_CHECKED = 8  # exchanges of a size that are compared byte for byte; they also warm up
 _OFFSETS = 1024  # places in a table where content may begin
 _EPOCH = 1
@@ -48,7 +45,7 @@ class Task(NamedTuple):
     """What a rank's process needs to know."""
 
     id: RankId
-    plan: Plan
+    experiment: Experiment
     where: tuple[str, int]  # of the rendezvous
     secret: bytes
 
@@ -58,7 +55,7 @@ def run_rank(task: Task, pipe: Connection) -> None:
     logging.getLogger("stepmesh").setLevel(logging.ERROR)  # every end of a run would be a warning
     try:
         with (
-            RendezvousClient(*task.where, task.secret, str(task.id), task.plan.timeout_s) as meeting,
+            RendezvousClient(*task.where, task.secret, str(task.id), task.experiment.timeout_s) as meeting,
             Mesh(_config(task)) as mesh,
         ):
             rank = _Attention(task, mesh, meeting) if task.id.role is Role.ATTENTION else _Ffn(task, mesh, meeting)
@@ -70,24 +67,24 @@ def run_rank(task: Task, pipe: Connection) -> None:
 
 
 def _config(task: Task) -> MeshConfig:
-    plan = task.plan
+    experiment = task.experiment
     return MeshConfig(
         id=task.id,
         incarnation=secrets.token_hex(8),
         secret=task.secret,
         config_hash=b"m2n",
-        layout=_layout(plan),
+        layout=_layout(experiment),
         num_streams=1,
-        listen_host=plan.host,
-        transport=plan.transports[0],
-        peer_timeout_s=min(5.0, plan.timeout_s),  # more ranks than cores are a normal case here
+        listen_host=experiment.host,
+        transport=experiment.transports[0],
+        peer_timeout_s=min(5.0, experiment.timeout_s),  # more ranks than cores are a normal case here
     )
 
 
-def _layout(plan: Plan) -> PayloadLayout:
+def _layout(experiment: Experiment) -> PayloadLayout:
     """A dispatch row has 64 bytes. An answer has as many rows; twice the bytes are twice as wide elements."""
-    out = WireDtype.FP32 if plan.back == 1 else WireDtype.BF16
-    return PayloadLayout(ROW_BYTES // out.itemsize, max(1, max(plan.sizes) // ROW_BYTES), 0, out, WireDtype.FP32)
+    out = WireDtype.FP32 if experiment.back == 1 else WireDtype.BF16
+    return PayloadLayout(ROW_BYTES // out.itemsize, max(1, max(experiment.sizes) // ROW_BYTES), 0, out, WireDtype.FP32)
 
 
 class _Content:
@@ -113,7 +110,7 @@ class _Rank:
 
     def __init__(self, task: Task, mesh: Mesh, meeting: RendezvousClient) -> None:
         self.id = task.id
-        self._plan = task.plan
+        self._experiment = task.experiment
         self._mesh = mesh
         self._meeting = meeting
         self._out = _Content(1, mesh.config.layout, mesh.config.layout.dispatch_dtype)
@@ -122,23 +119,23 @@ class _Rank:
         mesh.watch_fd(meeting.fileno())
 
     def _gather(self, name: str, size: int, payload: Any = None, timeout_s: float | None = None) -> dict[str, Any]:
-        limit_s = self._plan.timeout_s if timeout_s is None else timeout_s
+        limit_s = self._experiment.timeout_s if timeout_s is None else timeout_s
         return self._meeting.gather(name, size, payload, timeout_s=limit_s, meanwhile=self._pass_time)
 
     def _join(self) -> None:
         """Learn of all ranks, and be connected to those of the other role."""
         here = Member(self.id, self._mesh.config.incarnation, self._mesh.address)
-        name = f"join over {self._plan.transports[0]}"
-        met = self._gather(name, len(self._plan.ranks), here.to_dict())
+        name = f"join over {self._experiment.transports[0]}"
+        met = self._gather(name, len(self._experiment.ranks), here.to_dict())
         members = [Member.from_dict(fields) for fields in met.values()]
         self._mesh.set_members(_EPOCH, [member for member in members if member.id.role is not self.id.role])
-        expected = {rank_id for rank_id in self._plan.ranks if rank_id.role is not self.id.role}
-        deadline = time.monotonic() + self._plan.timeout_s
+        expected = {rank_id for rank_id in self._experiment.ranks if rank_id.role is not self.id.role}
+        deadline = time.monotonic() + self._experiment.timeout_s
         while expected - set(self._mesh.peers):
             self._pass_time(_POLL_S)
             if time.monotonic() > deadline:
                 missing = ", ".join(str(rank_id) for rank_id in sorted(expected - set(self._mesh.peers)))
-                raise TransportError(f"not connected to {missing} within {self._plan.timeout_s:g} s")
+                raise TransportError(f"not connected to {missing} within {self._experiment.timeout_s:g} s")
 
     def _pass_time(self, seconds: float) -> None:
         for event in self._mesh.progress(min(seconds, _POLL_S)):
@@ -161,7 +158,8 @@ class _Ffn(_Rank):
     def run(self) -> None:
         self._join()
         self._finishing = True
-        self._gather("done", len(self._plan.ranks), timeout_s=self._plan.timeout_s * (1 + len(self._plan.sizes)))
+        experiment = self._experiment
+        self._gather("done", len(experiment.ranks), timeout_s=experiment.timeout_s * (1 + len(experiment.sizes)))
 
     def _take(self, event: Event) -> None:
         super()._take(event)
@@ -177,30 +175,30 @@ class _Ffn(_Rank):
 class _Attention(_Rank):
     def __init__(self, task: Task, mesh: Mesh, meeting: RendezvousClient) -> None:
         super().__init__(task, mesh, meeting)
-        self._peers = [rank_id for rank_id in task.plan.ranks if rank_id.role is Role.FFN]
+        self._peers = [rank_id for rank_id in task.experiment.ranks if rank_id.role is Role.FFN]
         self._arrived: list[CombineArrived] = []
 
     def run(self) -> dict[str, Any]:
-        plan = self._plan
+        experiment = self._experiment
         self._join()
         parts = []
-        for place, size in enumerate(plan.sizes):
-            self._gather(f"begin {place}", plan.num_attention)
+        for place, size in enumerate(experiment.sizes):
+            self._gather(f"begin {place}", experiment.num_attention)
             num_rows = size // ROW_BYTES
             for step in range(1, _NUM_CHECKED + 1):
                 self._exchange(num_rows, place, step)
             began = time.perf_counter()
-            times_ns = [self._exchange(num_rows, place, _NUM_CHECKED + 1 + i) for i in range(plan.count)]
+            times_ns = [self._exchange(num_rows, place, _NUM_CHECKED + 1 + i) for i in range(experiment.count)]
             total_s = time.perf_counter() - began
             self._mesh.idle(0)
-            ended = self._gather(f"end {place}", plan.num_attention, total_s)
+            ended = self._gather(f"end {place}", experiment.num_attention, total_s)
             back_bytes = num_rows * self._mesh.config.layout.hidden * 4
             parts.append(
                 {"out_bytes": size, "back_bytes": back_bytes, "times_ns": times_ns, "total_s": [*ended.values()]}
             )
         stats = self._mesh.stats()["peers"]
         self._finishing = True
-        self._gather("done", len(plan.ranks))
+        self._gather("done", len(experiment.ranks))
         return {"parts": parts, "carried_by": sorted({peer["transport"] for peer in stats.values()})}
 
     def _exchange(self, num_rows: int, layer: int, step: int) -> int:
@@ -210,12 +208,12 @@ class _Attention(_Rank):
         view = self._mesh.dispatch_view(self._peers[0], 0, num_rows, 0)
         np.copyto(view.rows, content)
         self._mesh.dispatch(self._peers, DispatchMeta(0, _EPOCH, step, layer), view)
-        deadline = time.monotonic() + self._plan.timeout_s
+        deadline = time.monotonic() + self._experiment.timeout_s
         while len(self._arrived) < len(self._peers):
             self._pass_time(_POLL_S)
             if time.monotonic() > deadline:
                 raise TransportError(
-                    f"{len(self._arrived)} of {len(self._peers)} answers in {self._plan.timeout_s:g} s"
+                    f"{len(self._arrived)} of {len(self._peers)} answers in {self._experiment.timeout_s:g} s"
                 )
         elapsed = time.perf_counter_ns() - began
         for event in self._arrived:

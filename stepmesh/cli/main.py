@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from stepmesh.cli import doctor, m2n, topo
+from stepmesh.cli.m2n_experiment import Experiment
 from stepmesh.config import TRANSPORTS
 from stepmesh.errors import MeshError
 
@@ -86,7 +87,7 @@ def _m2n(args: argparse.Namespace) -> int:
     secret = os.environ.get(_SECRET_VARIABLE, "").encode()
     if args.secret_file is not None:
         secret = args.secret_file.read_bytes().strip()
-    plan = m2n.Plan.parse(
+    experiment = Experiment.parse(
         ranks=args.ranks,
         transports=args.transport,
         sizes=args.sizes,
@@ -95,7 +96,7 @@ def _m2n(args: argparse.Namespace) -> int:
         host=args.host,
         timeout_s=args.timeout,
     )
-    results = m2n.run(plan, secret=secret, at=args.at, run_ranks=args.run_ranks)
+    results = m2n.run(experiment, secret=secret, at=args.at, run_ranks=args.run_ranks)
     for result in results:
         print(m2n.text(result), flush=True)
     if args.json and results:

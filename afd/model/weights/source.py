@@ -7,7 +7,7 @@ the bytes of the slice where its format allows it, so that a worker never holds 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 Slices = tuple[slice, ...]
+
+Progress = Callable[[int, int], None]
+"""Called as (tensors done, tensors in all) while a half loads."""
 
 MAX_TENSORS = 400_000
 """Of a checkpoint, three times what those with most experts have."""

@@ -16,7 +16,7 @@ import ipaddress
 import mmap
 from collections import deque
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -24,13 +24,10 @@ from stepmesh.config import VerbsOptions
 from stepmesh.errors import ProtocolError, TransportError
 from stepmesh.layout import HEADER_BYTES, NUM_PARITIES
 from stepmesh.transports.base import Channel, ChannelSpec, Failure, Offer, Posted, close_fds
-from stepmesh.transports.verbs.base import QueueLimits, QueuePair, Region, Remote, RowSource, Wire
+from stepmesh.transports.verbs.base import Adapter, QueueLimits, QueuePair, Region, Remote, RowSource, Wire
 from stepmesh.transports.verbs.ledger import SendLedger
-from stepmesh.transports.verbs.selection import common_mtu
+from stepmesh.transports.verbs.selection import Selection, common_mtu
 from stepmesh.transports.verbs.status import FLUSHED, SUCCESS, explain
-
-if TYPE_CHECKING:
-    from stepmesh.transports.verbs.endpoint import VerbsEndpoint
 
 _SEQ_BITS = 26  # the immediate's lower part; the upper six name the stream
 _SEQ_MASK = (1 << _SEQ_BITS) - 1
@@ -49,6 +46,19 @@ def limits(num_streams: int) -> QueueLimits:
     return QueueLimits(num_writes=max(24, 2 * _WRITES_PER_FRAME * num_slots), num_receives=2 * num_slots)
 
 
+class Endpoint(Protocol):
+    """The opened port, as its channels see it."""
+
+    adapter: Adapter
+    selection: Selection
+
+    def drain(self) -> bool:
+        """Hand completions to their channels; True when there were any."""
+
+    def forget(self, serial: int) -> None:
+        """The channel is closed."""
+
+
 class VerbsChannel(Channel):
     """Made by an endpoint, which routes completions here by serial.
 
@@ -58,7 +68,7 @@ class VerbsChannel(Channel):
     kind = "verbs"
 
     def __init__(
-        self, spec: ChannelSpec, endpoint: VerbsEndpoint, serial: int, options: VerbsOptions, *, probes: bool
+        self, spec: ChannelSpec, endpoint: Endpoint, serial: int, options: VerbsOptions, *, probes: bool
     ) -> None:
         self._spec = spec
         self._endpoint = endpoint
@@ -238,7 +248,7 @@ class _Slots:
     """Slots in page-aligned anonymous memory, registered as one region. The memory goes with its last view."""
 
     def __init__(
-        self, num_streams: int, slot_bytes: int, endpoint: VerbsEndpoint, regions: list[Region], *, remote: bool
+        self, num_streams: int, slot_bytes: int, endpoint: Endpoint, regions: list[Region], *, remote: bool
     ) -> None:
         if slot_bytes > endpoint.selection.port.max_message_bytes:
             raise TransportError(

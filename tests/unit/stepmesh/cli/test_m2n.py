@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stepmesh.cli.m2n import Plan, Result, parse_size, run, text
+from stepmesh.cli.m2n import Result, run, text
+from stepmesh.cli.m2n_experiment import Experiment, parse_size
 from stepmesh.cli.m2n_rank import _Content
 from stepmesh.cli.main import main
 from stepmesh.errors import ConfigError, TransportError
@@ -24,12 +25,12 @@ from tests.contract.world import Holdings
 SMALL = ["--sizes", "0,64,8K", "--count", "5", "--timeout", "30"]
 
 
-def plan(**changes: object) -> Plan:
+def experiment(**changes: object) -> Experiment:
     words: dict[str, object] = {
         "ranks": "1x1", "transports": "shm", "sizes": "64", "back": "1", "count": 3, "host": "127.0.0.1",
         "timeout_s": 30.0,
     }  # fmt: skip
-    return Plan.parse(**(words | changes))  # type: ignore[arg-type]
+    return Experiment.parse(**(words | changes))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -55,18 +56,18 @@ def test_sizes(text: str, size: int) -> None:
 )
 def test_wrong_words_are_named(change: dict[str, object], problem: str) -> None:
     with pytest.raises(ConfigError, match=problem):
-        plan(**change)
+        experiment(**change)
 
 
 def test_ranks_of_other_hosts_need_a_place_and_a_key() -> None:
     with pytest.raises(ConfigError, match="say where they meet"):
-        run(plan(), secret=b"", at=None, run_ranks="ffn/0")
+        run(experiment(), secret=b"", at=None, run_ranks="ffn/0")
     with pytest.raises(ConfigError, match="common key"):
-        run(plan(), secret=b"short", at="10.0.0.1:7000", run_ranks="ffn/0")
+        run(experiment(), secret=b"short", at="10.0.0.1:7000", run_ranks="ffn/0")
     with pytest.raises(ConfigError, match="'ffn/9' is none of attention/0, ffn/0"):
-        run(plan(), secret=b"", at=None, run_ranks="ffn/9")
+        run(experiment(), secret=b"", at=None, run_ranks="ffn/9")
     with pytest.raises(ConfigError, match="no HOST:PORT"):
-        run(plan(), secret=b"x" * 16, at="7000", run_ranks="ffn/0")
+        run(experiment(), secret=b"x" * 16, at="7000", run_ranks="ffn/0")
 
 
 def test_content_differs_between_exchanges_and_senders() -> None:
@@ -122,7 +123,7 @@ def test_two_hosts_meet(tmp_path: Path) -> None:
 def test_a_rank_that_cannot_run_is_named_and_none_is_left() -> None:
     before = Holdings.now()
     with pytest.raises(TransportError, match=r"ffn/0: .*cannot listen on 203\.0\.113\.7"):
-        run(plan(ranks="1x1", transports="tcp", host="203.0.113.7"), secret=b"", at=None, run_ranks=None)
+        run(experiment(ranks="1x1", transports="tcp", host="203.0.113.7"), secret=b"", at=None, run_ranks=None)
     assert Holdings.now().fds == before.fds
     children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
     assert not any(b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children)
