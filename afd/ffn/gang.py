@@ -164,14 +164,25 @@ def ranks_of(mask: int) -> list[int]:
 
 
 class GangTable:
-    """All streams of one FFN rank. Times are seconds of any monotonic clock."""
+    """All streams of one FFN rank. Times are seconds of any monotonic clock.
 
-    def __init__(self, rank: int, num_ffn: int, *, max_window_s: float = 0.005, straggler_s: float = 0.5):
+    Main thread only, but for `has_pending`, `under_way` and `num_active_streams`, which any thread may ask.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        num_ffn: int,
+        *,
+        num_streams: int = 4,
+        max_window_s: float = 0.005,
+        straggler_s: float = 0.5,
+    ):
         self._rank = rank
         self._num_ffn = num_ffn
         self._max_window_s = max_window_s
         self._straggler_s = straggler_s
-        self._streams: dict[int, _Stream] = {}
+        self._streams = tuple(_Stream() for _ in range(num_streams))
         self._present = 0  # mask of attention ranks
         self._counter = 0
         self.num_stragglers: dict[int, int] = {}
@@ -180,7 +191,7 @@ class GangTable:
 
     def arrive(self, arrival: Arrival) -> None:
         """A dispatch came in. A second one of the same (rank, stream) replaces the first (it was re-sent)."""
-        stream, bit = self._stream(arrival.stream), 1 << arrival.rank
+        stream, bit = self._streams[arrival.stream], 1 << arrival.rank
         self._present |= bit
         stream.remove(arrival.rank)
         stream.active |= bit
@@ -191,7 +202,7 @@ class GangTable:
 
     def idle(self, rank: int, stream_idx: int) -> None:
         """The attention rank has nothing to run in that stream: nobody waits for it."""
-        stream = self._stream(stream_idx)
+        stream = self._streams[stream_idx]
         if rank not in stream.pending:
             stream.active &= ~(1 << rank)
             stream.members &= ~(1 << rank)
@@ -201,7 +212,7 @@ class GangTable:
         others = ~(1 << rank)
         self._present &= others
         dropped = []
-        for stream in self._streams.values():
+        for stream in self._streams:
             stream.active &= others
             stream.members &= others
             stream.detached &= others
@@ -219,7 +230,7 @@ class GangTable:
     def next_batch(self, now: float) -> GangBatch | None:
         """The complete gang whose first arrival is oldest, or None. The caller computes and answers it."""
         best_s, best = inf, None
-        for idx, stream in self._streams.items():
+        for idx, stream in enumerate(self._streams):
             for key, group in stream.groups.items():
                 if group.first_s < best_s and self._goes_at(idx, stream, group) <= now:
                     best_s, best = group.first_s, (idx, key)
@@ -229,7 +240,7 @@ class GangTable:
         """When `next_batch` may have something without a new arrival; None = only an arrival can help."""
         times = [
             self._goes_at(idx, stream, group)
-            for idx, stream in self._streams.items()
+            for idx, stream in enumerate(self._streams)
             for group in stream.groups.values()
         ]
         return min(times, default=None)
@@ -237,26 +248,26 @@ class GangTable:
     @property
     def num_active_streams(self) -> int:
         """Streams in which any attention worker is at work: with one, all of them wait for this side's answer."""
-        return sum(1 for stream in self._streams.values() if stream.active)
+        return sum(1 for stream in self._streams if stream.active)
 
     @property
     def has_pending(self) -> bool:
-        return any(stream.pending for stream in self._streams.values())
+        return any(stream.pending for stream in self._streams)
 
     @property
     def under_way(self) -> bool:
         """An attention worker is in the middle of a step, here or at its own side: rows are here, or will come."""
-        return any(stream.active for stream in self._streams.values())
+        return any(stream.active for stream in self._streams)
 
     def step_s(self, stream_idx: int) -> float:
         """Moving average of that stream's step; 0 where another rank forms its gangs, or too early to tell."""
-        return self._stream(stream_idx).step_s
+        return self._streams[stream_idx].step_s
 
     def sole_gang(self, rank: int, stream_idx: int, epoch: int) -> tuple[int, int] | None:
         """(gang_id, mask) that this attention worker's next layer 0 in the stream gets, at once, if it comes before
         anything else does. None where that is not certain.
         """
-        stream, bit = self._stream(stream_idx), 1 << rank
+        stream, bit = self._streams[stream_idx], 1 << rank
         if self._present != bit or stream.active != bit or self.has_pending or self.num_active_streams > 1:
             return None
         if stream.epoch != epoch or not self._is_former(stream_idx):
@@ -265,12 +276,6 @@ class GangTable:
 
     # -- details ------------------------------------------------------------------------------------------
 
-    def _stream(self, idx: int) -> _Stream:
-        stream = self._streams.get(idx)
-        if stream is None:
-            stream = self._streams[idx] = _Stream()
-        return stream
-
     def _is_former(self, stream_idx: int) -> bool:
         return stream_idx % self._num_ffn == self._rank
 
@@ -278,7 +283,7 @@ class GangTable:
         """How long layer 0 may wait for the members of the last gang: 0 with one attention worker."""
         if not self._present & (self._present - 1):
             return 0.0
-        return min(self._max_window_s, WINDOW_SHARE * self._stream(stream_idx).step_s)
+        return min(self._max_window_s, WINDOW_SHARE * self._streams[stream_idx].step_s)
 
     def _goes_at(self, idx: int, stream: _Stream, group: _Group) -> float:
         """When a group is computed if nobody else arrives; when it began if it waits for nobody."""

@@ -104,8 +104,13 @@ class _Worker:
         half = load_ffn_half(
             self._folder, shard, config.model.dtype, config.ffn.device, loaded, weights=config.model.weights
         )
-        gangs = GangTable(seat.rank, config.topology.num_ffn, max_window_s=config.ffn.gang_window_ms / 1e3)
         assert seat.mesh is not None, "an FFN worker has no place in topology mono"
+        gangs = GangTable(
+            seat.rank,
+            config.topology.num_ffn,
+            num_streams=seat.mesh.config.num_streams,
+            max_window_s=config.ffn.gang_window_ms / 1e3,
+        )
         if config.ffn.device == "cuda":
             self._device = CudaDevice()
             self._engine = GpuFFNEngine(half, seat.mesh, gangs, self._device, layout=layout)

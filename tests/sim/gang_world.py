@@ -235,7 +235,7 @@ class World:
 
     def check(self) -> None:
         """Bounded waits, and the same sets everywhere for gangs that nothing disturbed."""
-        patience_s = max(stream.step_s for table in self.tables for stream in table._streams.values()) + WINDOW_S
+        patience_s = max(table.step_s(k) for table in self.tables for k in range(self.num_streams)) + WINDOW_S
         queue_s = 3e-4 * self.num_streams * (len(self.workers) + 1)
         assert self.longest_s <= STRAGGLER_S + 2 * patience_s + queue_s + 0.01, "waited past every bound"
         complete = 0

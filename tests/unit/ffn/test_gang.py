@@ -1,11 +1,13 @@
 """Gangs by scripted scenarios (tests/sim has the simulation)."""
 
 import copy
+import sys
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from afd.ffn import gang as gang_module
 from afd.ffn.gang import Arrival, GangTable, mask_of
 
 LAYERS = 3
@@ -17,6 +19,31 @@ def arrival(rank, layer=0, *, at=0.0, gang=0, mask=0, stream=0, epoch=1, tokens=
 
 def ranks(batch):
     return None if batch is None else [a.rank for a in batch.arrivals]
+
+
+@pytest.mark.parametrize("look", ["has_pending", "under_way", "num_active_streams"])
+def test_the_table_does_not_grow_under_a_look_of_the_heartbeat_thread(look):
+    """Between any two lines of the look the main thread takes the first frame of one more stream."""
+    gangs = GangTable(0, 1)
+    fresh = iter(range(4))
+
+    def interfere(frame, event, arg):
+        if frame.f_code.co_filename != gang_module.__file__:
+            return None
+        if event == "line" and (stream := next(fresh, None)) is not None:
+            sys.settrace(None)
+            gangs.arrive(arrival(0, stream=stream))
+            sys.settrace(interfere)
+        return interfere
+
+    before = sys.gettrace()
+    sys.settrace(interfere)
+    try:
+        getattr(gangs, look)
+    finally:
+        sys.settrace(before)
+    assert next(fresh, None) != 0, "nothing came during the look"
+    assert getattr(gangs, look)
 
 
 def table(**kwargs):
