@@ -2,6 +2,6 @@
 
 state      the decisions: registrations, heartbeats and time in, views and actions out (no I/O)
 members    what is known of one member, and when it counts as lost (no I/O)
-placement  expert -> FFN rank table;  plan  the pipeline plan of a view
+plan       the pipeline plan of a view
 service    gRPC around the state;  client  what the other roles call;  membership  their side thread
 """

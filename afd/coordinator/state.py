@@ -23,7 +23,6 @@ from typing import Union
 import msgspec
 
 from afd.coordinator.members import ATTENTION, FFN, GATEWAY, ROLES, Entry, Hearing, Timing, blame
-from afd.coordinator.placement import expert_ranks
 from afd.coordinator.plan import Planner, PlanRules
 from afd.errors import CoordinatorError
 from afd.messages.membership import (
@@ -116,7 +115,6 @@ class CoordinatorState:
         self._epoch_floor = 0  # largest epoch that anyone has seen
         self._shutdown_until: float | None = None
         self._stopped = False
-        self._num_experts = 0
         self._silent_experts: set[ExpertId] = set()  # warned of
         self._actions: list[Action] = []
         self._events: deque[str] = deque(maxlen=MAX_EVENTS)
@@ -247,8 +245,6 @@ class CoordinatorState:
             raise RefusedError(f"{entry.name} cannot become {info.role}")
         entry.info = info
         entry.heard(now)
-        if info.num_experts:
-            self._num_experts = info.num_experts
         self._publish()
         return RegisterReply(rank=entry.rank, view=self._view)
 
@@ -338,7 +334,6 @@ class CoordinatorState:
                 drain_asked=member.draining,
             )
         self._epoch_members = frozenset(i for i in identities if i[0] != GATEWAY)
-        self._num_experts = max(self._num_experts, len(seen.expert_ranks))
         if seen.shutdown:
             self._shutdown_until = now + 2 * self._timing.drain_s
         self._view = msgspec.structs.replace(
@@ -420,7 +415,6 @@ class CoordinatorState:
             plan=self._planner.fit(self._view.plan, num_attention),
             members=[entry.member() for entry in shown],
             shutdown=self._shutdown_until is not None,
-            expert_ranks=expert_ranks(self._num_experts, self._view.num_ffn, self._spec.ffn_parallel),
         )
         if candidate != self._view:
             self._view = msgspec.structs.replace(candidate, version=self._view.version + 1)

@@ -17,6 +17,7 @@ from prometheus_client.registry import Collector
 from afd.gateway.dispatcher import Dispatcher
 from afd.gateway.sequence import Delta, Sequence
 from afd.gateway.sla import SlaWindow
+from afd.gateway.worker_client import LinkCounters
 from afd.types import FinishReason
 
 # 50 ms, the default TPOT target, is a bucket edge.
@@ -132,9 +133,10 @@ class _Total:
 class DispatchCollector(Collector):
     """Everything that is known without observing: workers' load, queue, counters, SLA. Rendered at scrape time."""
 
-    def __init__(self, dispatcher: Dispatcher, model_name: str, sla: SlaWindow, block_size: int):
-        """block_size: tokens of a KV block."""
+    def __init__(self, dispatcher: Dispatcher, links: LinkCounters, model_name: str, sla: SlaWindow, block_size: int):
+        """links: to the workers.  block_size: tokens of a KV block."""
         self._dispatcher = dispatcher
+        self._links = links
         self._labels = {"model_name": model_name, "engine": "0"}
         self._sla = sla
         self._block_size = block_size
@@ -162,6 +164,8 @@ class DispatchCollector(Collector):
             ("afd_gateway_workers_lost", "Attention workers lost", counters.workers_lost),
             ("afd_gateway_token_gaps", "Gaps seen in token messages", counters.gaps),
             ("afd_gateway_stale_chunks", "Token messages of old attempts", counters.stale_chunks),
+            ("afd_gateway_messages_unsent", "Messages to workers that were dropped", self._links.unsent),
+            ("afd_gateway_messages_unreadable", "Messages of workers that were dropped", self._links.unreadable),
         ):
             yield CounterMetricFamily(name, text, value)
         rejections = CounterMetricFamily("afd_gateway_rejections", "503 before placement", labels=["reason"])

@@ -54,10 +54,6 @@ class Worker:
         """Serving and not cooling down after a refusal."""
         return self.serving and now >= self.cooling_until and self.credits != 0
 
-    @property
-    def predicted_wait_s(self) -> float:
-        return self.stats.predicted_wait_s if self.stats is not None else 0.0
-
     def add(self, sequence: Sequence) -> None:
         self.active[sequence.req_id] = sequence
         self.outstanding_tokens += sequence.outstanding_tokens

@@ -54,7 +54,8 @@ class GatewayService:
         self.registry: CollectorRegistry = process_registry("gateway")
         self._sla = SlaWindow(config.sla.tpot_ms / 1e3, config.sla.ttft_ms / 1e3)
         self.metrics = GatewayMetrics(self.registry, model.name, self._sla)
-        self.registry.register(DispatchCollector(self.dispatcher, model.name, self._sla, config.attention.block_size))
+        links, block_size = self._client.counters, config.attention.block_size
+        self.registry.register(DispatchCollector(self.dispatcher, links, model.name, self._sla, block_size))
         self._generations: set[Generation] = set()
         self._num_requests = 0
         self._ticker: asyncio.Task[None] | None = None

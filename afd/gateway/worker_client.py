@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import cast
 
 import zmq
@@ -13,12 +14,21 @@ import zmq.asyncio
 from afd.messages.codec import MessageError, encode
 from afd.messages.serving import GatewayMessage, WorkerMessage, worker_message_decoder
 from afd.messages.serving_sockets import client_socket
+from afd.telemetry.rare_log import RareLog
 
 log = logging.getLogger(__name__)
 
 LAST_WORDS_MS = 200
 
 OnMessage = Callable[[str, WorkerMessage], None]
+
+
+@dataclass(slots=True)
+class LinkCounters:
+    """Messages that were dropped, cumulative, for /metrics: the protocol recovers, but that takes time."""
+
+    unsent: int = 0
+    unreadable: int = 0
 
 
 class WorkerClient:
@@ -33,8 +43,8 @@ class WorkerClient:
         self._on_message = on_message
         self._ctx = zmq.asyncio.Context()
         self._links: dict[str, tuple[zmq.asyncio.Socket, asyncio.Task[None]]] = {}
-        self.num_bad_messages = 0
-        self.num_unsent = 0
+        self.counters = LinkCounters()
+        self._news = RareLog(log)
 
     def connect(self, key: str, endpoint: str) -> None:
         """Open a link; the connection itself comes about (and back) in the background."""
@@ -56,13 +66,13 @@ class WorkerClient:
         """Hand a message to ZeroMQ. Dropped, and counted, when there is no link or its queue is full."""
         link = self._links.get(key)
         if link is None:
-            self.num_unsent += 1
+            self.counters.unsent += 1
             return
         # With DONTWAIT the future is done on return.
         sent = cast("asyncio.Future[object]", link[0].send(encode(message), zmq.DONTWAIT))
         if sent.exception() is not None:
-            self.num_unsent += 1
-            log.warning("message to attention worker %s dropped: %s", key, sent.exception())
+            self.counters.unsent += 1
+            self._news.warn(f"message to attention worker {key} dropped: {sent.exception()}")
 
     async def close(self) -> None:
         """Close all links and the context; last words (aborts) get a moment to leave."""
@@ -85,8 +95,8 @@ class WorkerClient:
             try:
                 message = worker_message_decoder.decode(frame)
             except MessageError as error:
-                self.num_bad_messages += 1
-                log.warning("attention worker %s sent a message that is dropped: %s", key, error)
+                self.counters.unreadable += 1
+                self._news.warn(f"attention worker {key} sent a message that is dropped: {error}")
                 continue
             try:
                 self._on_message(key, message)

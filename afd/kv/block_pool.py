@@ -48,16 +48,11 @@ class BlockPool:
         """Blocks that `num_tokens` tokens need."""
         return -(-num_tokens // self.block_size)
 
-    def match(self, token_ids: Sequence[int]) -> tuple[list[int], list[bytes]]:
-        """Take a reference on the longest cached prefix of `token_ids` in full blocks -> (blocks, hashes).
+    def find(self, token_ids: Sequence[int]) -> list[bytes]:
+        """Hashes of the longest cached prefix of `token_ids` in full blocks; no reference is taken.
 
         At least one token is left to compute, since logits come from computing one.
         """
-        hashes = self.find(token_ids)
-        return self.take(hashes), hashes
-
-    def find(self, token_ids: Sequence[int]) -> list[bytes]:
-        """Hashes of the longest cached prefix, as `match`, without taking a reference."""
         hashes: list[bytes] = []
         if not self.prefix_cache:
             return hashes

@@ -32,7 +32,7 @@ ViewCallback = Callable[[ClusterView], None]
 
 
 class MembershipLike(Protocol):
-    """One process's place in the cluster. Every method may be called from any thread; only `wait_rank` blocks.
+    """One process's place in the cluster. Every method may be called from any thread; none blocks but `close`.
 
     Rank first, addresses later is allowed: join with `mesh=None`, wait for the rank, bind, then `update_info`.
     The worker appears in the published view once its addresses are known.
@@ -55,10 +55,6 @@ class MembershipLike(Protocol):
 
     def view(self) -> ClusterView | None:
         """The newest view; None before the first registration succeeded."""
-        ...
-
-    def wait_rank(self, timeout_s: float) -> int:
-        """Block until registered. CoordinatorError when refused (says why) or not answered in `timeout_s`."""
         ...
 
     def update_info(self, info: WorkerInfo) -> None:

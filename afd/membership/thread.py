@@ -139,18 +139,6 @@ class Membership:
         with self._changed:
             return self._view
 
-    def wait_rank(self, timeout_s: float) -> int:
-        with self._changed:
-            self._changed.wait_for(lambda: self._rank >= 0 or self._error is not None or self._closing, timeout_s)
-            if self._error is not None:
-                raise self._error
-            if self._rank < 0:
-                raise MembershipLostError(
-                    f"no registration with the coordinator {self._client.address} within {timeout_s:.0f} s: "
-                    f"is it running and reachable from this host?"
-                )
-            return self._rank
-
     # --- what the worker says -----------------------------------------------------------------------------
 
     def update_info(self, info: WorkerInfo) -> None:

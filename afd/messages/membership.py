@@ -42,7 +42,6 @@ class WorkerInfo(msgspec.Struct, frozen=True):
     config_hash: Name  # model fingerprint, wire dtype, shapes, slot sizes, protocol version (hex)
     mesh: MeshAddress | None = None  # attention and ffn
     serving: Name = ""  # attention: ZeroMQ endpoint "tcp://host:port"
-    serving_key: Name = ""  # attention: CURVE public key (z85)
     metrics: Name = ""  # "host:port" of /metrics, /livez, /readyz
     # asked for (a re-registration or a StatefulSet ordinal); -1 = any free one
     rank: Annotated[int, Meta(ge=-1, le=1 << 16)] = -1
@@ -79,10 +78,10 @@ class Member(msgspec.Struct, frozen=True):
 
 
 class ClusterView(msgspec.Struct, frozen=True):
-    """The published state. `version` rises with every change; `epoch` with membership or placement.
+    """The published state. `version` rises with every change; `epoch` with membership.
 
     members: the workers that have announced where they can be reached (one still choosing its ports is only in
-    the status).  expert_ranks: FFN rank of each routed expert, [num_experts]; empty for a dense model.
+    the status).
     """
 
     cluster_id: Name
@@ -96,7 +95,6 @@ class ClusterView(msgspec.Struct, frozen=True):
     plan: Plan
     members: Annotated[list[Member], Meta(max_length=1024)]
     shutdown: bool = False
-    expert_ranks: Annotated[list[Small], Meta(max_length=1 << 16)] = []
 
     def of_role(self, role: str) -> list[Member]:
         """Members of one role in rank order."""

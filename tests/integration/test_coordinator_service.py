@@ -112,16 +112,34 @@ class Joined:
         self.views: queue.Queue[ClusterView] = queue.Queue()
         self.fatal: queue.Queue[CoordinatorError] = queue.Queue()
         self.news: list[dict[str, object]] = []
+        self._settled = threading.Event()  # registered, or refused
         self.membership = Membership(
             CoordinatorClient(address, token),
             worker,
             fields,
             timing=timing,
-            on_fatal=self.fatal.put,
+            on_fatal=self._on_fatal,
             announce=self.news.append,
         )
-        self.membership.on_view(self.views.put)
+        self.membership.on_view(self._on_view)
         self.membership.start()
+
+    def _on_view(self, view: ClusterView) -> None:
+        self.views.put(view)
+        self._settled.set()
+
+    def _on_fatal(self, error: CoordinatorError) -> None:
+        self.fatal.put(error)
+        self._settled.set()
+
+    def wait_rank(self) -> int:
+        """The rank, once registered; raises what ended the membership instead (and leaves it in `fatal`)."""
+        assert self._settled.wait(WAIT_S)
+        if self.membership.rank < 0:
+            error = self.fatal.get(timeout=WAIT_S)
+            self.fatal.put(error)
+            raise error
+        return self.membership.rank
 
     def wait_view(self, wanted: Callable[[ClusterView], bool]) -> ClusterView:
         """The first of the coming views (or the present one) that is wanted."""
@@ -267,7 +285,7 @@ def test_a_member_that_never_sends_its_body_is_cut_off_and_nobody_is_lost_for_it
     with coordinator() as running:
         members = [join(running.address, info(role)) for role in ("attention", "ffn", "gateway")]
         for member in members:
-            member.membership.wait_rank(WAIT_S)
+            member.wait_rank()
         with held_calls(running.address, 2 * NUM_THREADS, token=TOKEN) as calls:
             for call in calls:
                 assert call.exception(timeout=4 * BODY_TIMEOUT_S) is not None
@@ -320,7 +338,7 @@ def test_nobody_there_is_unreachable_within_the_deadline() -> None:
 def test_shutdown_ends_the_process_after_the_last_member(join: Callable[..., Joined]) -> None:
     running = Coordinator(config())
     worker = join(running.address, info("attention"))
-    worker.membership.wait_rank(WAIT_S)
+    worker.wait_rank()
     with CoordinatorClient(running.address, TOKEN) as client:
         client.control(ControlRequest("shutdown"))
     worker.wait_view(lambda view: view.shutdown)
@@ -332,7 +350,7 @@ def test_shutdown_ends_the_process_after_the_last_member(join: Callable[..., Joi
 def test_members_see_one_another_and_every_change(join: Callable[..., Joined]) -> None:
     with coordinator() as running:
         attention, ffn, gateway = (join(running.address, info(role)) for role in ("attention", "ffn", "gateway"))
-        assert [one.membership.wait_rank(WAIT_S) for one in (attention, ffn, gateway)] == [0, 0, 0]
+        assert [one.wait_rank() for one in (attention, ffn, gateway)] == [0, 0, 0]
         view = gateway.wait_view(lambda view: view.formed)
         assert [m.ready for m in view.members] == [False, False, False]
         ffn.membership.set_loading(0.5)
@@ -350,7 +368,7 @@ def test_addresses_may_come_after_the_rank(join: Callable[..., Joined]) -> None:
     with coordinator() as running:
         attention = join(running.address, info("attention"))
         ffn = join(running.address, info("ffn", bound=False))
-        assert ffn.membership.wait_rank(WAIT_S) == 0
+        assert ffn.wait_rank() == 0
         ffn.membership.update_info(msgspec.structs.replace(ffn.info, mesh=MeshAddress("", "127.0.0.1", 7)))
         view = attention.wait_view(lambda view: view.formed)
         assert view.of_role("ffn")[0].info.mesh == MeshAddress("", "127.0.0.1", 7)
@@ -360,10 +378,10 @@ def test_addresses_may_come_after_the_rank(join: Callable[..., Joined]) -> None:
 
 def test_another_model_is_refused_for_good(join: Callable[..., Joined]) -> None:
     with coordinator() as running:
-        join(running.address, info("ffn")).membership.wait_rank(WAIT_S)
+        join(running.address, info("ffn")).wait_rank()
         other = join(running.address, info("attention", config_hash="other"))
         with pytest.raises(CoordinatorError, match=r"'other' differs from the cluster's 'same'") as caught:
-            other.membership.wait_rank(WAIT_S)
+            other.wait_rank()
         assert not isinstance(caught.value, MembershipLostError)
         assert other.fatal.get(timeout=WAIT_S) is caught.value
 
@@ -372,7 +390,7 @@ def test_a_wrong_secret_ends_the_membership_at_once(join: Callable[..., Joined])
     with coordinator() as running:
         stranger = join(running.address, info("ffn"), token=grpc_token(b"another secret 123"))
         with pytest.raises(CoordinatorError, match="--secret-file"):
-            stranger.membership.wait_rank(WAIT_S)
+            stranger.wait_rank()
 
 
 def test_a_dead_predecessor_is_waited_for_and_a_live_one_is_not_displaced(join: Callable[..., Joined]) -> None:
@@ -380,16 +398,16 @@ def test_a_dead_predecessor_is_waited_for_and_a_live_one_is_not_displaced(join: 
         with CoordinatorClient(running.address, TOKEN) as client:
             assert client.register(RegisterRequest(info("ffn", rank=0))).rank == 0  # and never heard of again
         successor = join(running.address, info("ffn", rank=0))
-        assert successor.membership.wait_rank(WAIT_S) == 0
+        assert successor.wait_rank() == 0
         third = join(running.address, info("ffn", rank=0))
         with pytest.raises(MembershipLostError, match="held by another ffn worker"):
-            third.membership.wait_rank(WAIT_S)
+            third.wait_rank()
 
 
 def test_a_stalled_worker_is_told_that_it_is_lost(join: Callable[..., Joined]) -> None:
     with coordinator() as running:
         worker = join(running.address, info("ffn"), fields=lambda: SyncFields(progress=3, pending=True))
-        worker.membership.wait_rank(WAIT_S)
+        worker.wait_rank()
         worker.membership.set_ready(True)
         error = worker.fatal.get(timeout=WAIT_S)
         assert isinstance(error, MembershipLostError) and "no progress" in str(error)
@@ -399,7 +417,7 @@ def test_silent_experts_reach_the_status_and_the_events(join: Callable[..., Join
     found = tuple((layer, expert) for layer in range(2) for expert in range(MAX_SILENT_EXPERTS))
     with coordinator() as running, CoordinatorClient(running.address, TOKEN) as client:
         worker = join(running.address, info("ffn"), fields=lambda: SyncFields(silent_experts=found))
-        worker.membership.wait_rank(WAIT_S)
+        worker.wait_rank()
         worker.membership.set_ready(True)  # sent at once, in a heartbeat
         worker.wait_view(lambda view: any(member.ready for member in view.members))
         status = client.status()
@@ -410,7 +428,7 @@ def test_silent_experts_reach_the_status_and_the_events(join: Callable[..., Join
 def test_broken_links_are_told_until_they_heal(join: Callable[..., Joined]) -> None:
     with coordinator("2A1F") as running:
         workers = [join(running.address, info(role)) for role in ("attention", "attention", "ffn")]
-        ranks = [worker.membership.wait_rank(WAIT_S) for worker in workers]
+        ranks = [worker.wait_rank() for worker in workers]
         workers[2].wait_view(lambda view: view.formed)
         for worker in workers[:2]:
             worker.membership.report_pair("ffn/0", True, "reset by peer")
@@ -437,11 +455,10 @@ def test_the_coordinator_may_come_later_go_and_come_back(join: Callable[..., Joi
     with coordinator() as first:
         address = first.address
     early = [join(address, info(role)) for role in ("attention", "ffn")]
-    with pytest.raises(CoordinatorError, match="is it running"):
-        early[0].membership.wait_rank(0.05)
+    assert early[0].membership.rank == -1
     assert early[0].membership.view() is None and not early[0].membership.coordinator_alive
     with coordinator(address=address):
-        assert [worker.membership.wait_rank(WAIT_S) for worker in early] == [0, 0]
+        assert [worker.wait_rank() for worker in early] == [0, 0]
         before = early[0].wait_view(lambda view: view.formed)
         early[0].wait_view(lambda view: view.formed)
     gone = threading.Event()
@@ -466,7 +483,7 @@ def test_giving_up_when_no_coordinator_ever_answers(join: Callable[..., Joined])
     timing = MembershipTiming(heartbeat_s=0.02, register_timeout_s=0.2)
     worker = join(address, info("ffn"), timing=timing)
     with pytest.raises(MembershipLostError, match="cannot be reached"):
-        worker.membership.wait_rank(WAIT_S)
+        worker.wait_rank()
 
 
 def test_close_is_quick_and_idempotent_whatever_the_coordinator_does(join: Callable[..., Joined]) -> None:
@@ -474,5 +491,4 @@ def test_close_is_quick_and_idempotent_whatever_the_coordinator_does(join: Calla
         worker = join(f"127.0.0.1:{silent.getsockname()[1]}", info("ffn"))
         worker.membership.close()
         worker.membership.close()
-        with pytest.raises(CoordinatorError):
-            worker.membership.wait_rank(0.1)
+        assert worker.membership.rank == -1

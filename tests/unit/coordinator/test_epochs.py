@@ -124,12 +124,6 @@ def test_the_plan_has_a_gang_window_only_with_company() -> None:
     assert scenario.view.plan.version == before + 1
 
 
-def test_experts_are_placed_as_soon_as_an_ffn_worker_names_them() -> None:
-    scenario = Scenario("1A2F")
-    reply = scenario.register("f0", num_experts=5, bound=False)
-    assert reply.view is not None and reply.view.expert_ranks == [0, 0, 1, 1, 1]
-
-
 def test_a_cluster_that_ends_waits_for_nobody() -> None:
     scenario = formed("1A1F")
     for who in ("g0", "f0", "a0"):

@@ -10,6 +10,7 @@ from afd.gateway.generation import ClientGoneError, Generation
 from afd.gateway.metrics import DispatchCollector, GatewayMetrics
 from afd.gateway.sequence import Delta
 from afd.gateway.sla import SlaWindow
+from afd.gateway.worker_client import LinkCounters
 from afd.types import FinishReason
 from tests.fakes.dispatch_scene import Scene, stats
 
@@ -29,7 +30,7 @@ class Board:
         self.registry = CollectorRegistry()
         sla = SlaWindow(0.05, 1.0)
         self.metrics = GatewayMetrics(self.registry, "m", sla)
-        self.registry.register(DispatchCollector(scene.dispatcher, "m", sla, block_size=32))
+        self.registry.register(DispatchCollector(scene.dispatcher, LinkCounters(), "m", sla, block_size=32))
 
     def samples(self):
         page = generate_latest(self.registry).decode()
