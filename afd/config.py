@@ -13,14 +13,16 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from afd.errors import ConfigError
-from afd.host.cores import parse_cores
-from afd.types import DispatchMode, FfnParallel, Topology
+from afd.types import MAX_STREAMS, DispatchMode, FfnParallel, Topology
 
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 Positive = Annotated[float, msgspec.Meta(gt=0, le=1e9)]  # finite: clocks and waits must take it
 PositiveInt = Annotated[int, msgspec.Meta(ge=1)]
 NonNegativeInt = Annotated[int, msgspec.Meta(ge=0)]
 WILDCARD_HOSTS = frozenset({"0.0.0.0", "::", "[::]", "*"})
+
+ANY_CORE = "any"
+"""In place of a list of cores: the kernel decides."""
 
 
 class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -116,7 +118,7 @@ class AttentionConfig(Listener, frozen=True):
     hashes, such as "base_ms=4,token_us=150,context_us=0.2" (topology mono; for tests of everything but the model).
     """
 
-    streams: Annotated[int, msgspec.Meta(ge=0, le=4)] = 0
+    streams: Annotated[int, msgspec.Meta(ge=0, le=MAX_STREAMS)] = 0
     max_step_tokens: PositiveInt = 256
     min_chunk_tokens: PositiveInt = 8
     max_num_seqs: PositiveInt = 256
@@ -296,6 +298,19 @@ def check_config(config: ClusterConfig) -> None:
         raise ConfigError("topology mono sends no rows; leave cluster.wire at auto")
     if topology.mono and config.cluster.dispatch is not DispatchMode.BROADCAST:
         raise ConfigError("topology mono sends no rows; leave cluster.dispatch at broadcast")
+
+
+def parse_cores(text: str) -> set[int]:
+    """ "0,2-3" -> {0, 2, 3}; none for "" and "any". ConfigError for anything else."""
+    if text in ("", ANY_CORE):
+        return set()
+    cores: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()) or int(last or first) < int(first):
+            raise ConfigError(f"cores: {text!r} is neither a list of core numbers such as 0,2-3 nor {ANY_CORE!r}")
+        cores.update(range(int(first), int(last or first) + 1))
+    return cores
 
 
 def config_to_toml_dict(config: ClusterConfig) -> dict[str, Any]:

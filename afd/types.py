@@ -33,6 +33,7 @@ class DispatchMode(StrEnum):
     SPARSE = "sparse"  # those that its experts, or its share of the shared expert, work on
 
 
+MAX_STREAMS = 4  # places in the pipeline of an attention worker
 MAX_LOGPROBS = 20
 MIN_TEMPERATURE = 1e-5  # below, no second token has a chance, and float32 could not even divide by it
 

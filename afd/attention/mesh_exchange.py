@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from afd.attention.exchange import Combined
-from afd.attention.row_selection import RowSelection
 from afd.errors import PeerLostError
 from afd.kernels.relay import Relayed
 from afd.model.halves import Dispatch
+from afd.model.row_selection import RowSelection
 from afd.model.wire_format import encode_rows
 from stepmesh.errors import PeerNotConnectedError, SlotBusyError
 from stepmesh.lane import BEFORE_FIRST, Lane, Trips

@@ -23,7 +23,6 @@ from afd.attention.metrics import AttentionMetrics
 from afd.attention.modelled import ModelledEngine, StepFormula
 from afd.attention.relay import StreamRelay
 from afd.attention.requests import RequestBook
-from afd.attention.row_selection import RowSelection
 from afd.config import ClusterConfig
 from afd.errors import ConfigError, PeerLostError
 from afd.kv.block_pool import BlockPool
@@ -39,6 +38,7 @@ from afd.model.device import check_device
 from afd.model.graphs import DecodeGraphs
 from afd.model.halves import AttentionHalf
 from afd.model.loading import ModelFolder, load_attention_half, load_ffn_half, resolve_model
+from afd.model.row_selection import RowSelection
 from afd.model.sharding import ShardSpec
 from afd.sched.latency import LatencyModel
 from afd.sched.policy import Admission

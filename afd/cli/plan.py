@@ -9,6 +9,7 @@ from afd.cli.parser import one_of, positive, positive_number
 from afd.plan import commands
 from afd.plan.deployment import Dispatch, KvDtype
 from afd.plan.pipeline import PipelineKind
+from afd.types import MAX_STREAMS
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -135,6 +136,6 @@ def _contexts(text: str) -> list[int]:
 
 def _streams(text: str) -> list[int]:
     values = sorted({positive(name) for name in _names(text)})
-    if values[-1] > 4:
-        raise argparse.ArgumentTypeError("streams must be 1 to 4")
+    if values[-1] > MAX_STREAMS:
+        raise argparse.ArgumentTypeError(f"streams must be 1 to {MAX_STREAMS}")
     return values

@@ -18,8 +18,8 @@ import msgspec
 from afd.config import ClusterConfig
 from afd.coordinator.forecast import busy, forecast, usable
 from afd.messages.membership import Forecast, Plan, StepCosts
-from afd.sched.prefill import HEADROOM
-from afd.sched.streams import MAX_STREAMS, TRIAL_WORSE
+from afd.sched.rules import HEADROOM, TRIAL_WORSE
+from afd.types import MAX_STREAMS
 
 DEFAULT_MAX_STREAMS = 3
 INTERVAL_S = 10.0

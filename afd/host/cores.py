@@ -14,29 +14,11 @@ import os
 import threading
 from collections.abc import Sequence, Set
 
-from afd.errors import ConfigError
-
 log = logging.getLogger(__name__)
-
-ANY = "any"
-"""In place of a list: the kernel decides."""
-
-
-def parse_cores(text: str) -> set[int]:
-    """ "0,2-3" -> {0, 2, 3}; none for "" and "any". ConfigError for anything else."""
-    if text in ("", ANY):
-        return set()
-    cores: set[int] = set()
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()) or int(last or first) < int(first):
-            raise ConfigError(f"cores: {text!r} is neither a list of core numbers such as 0,2-3 nor {ANY!r}")
-        cores.update(range(int(first), int(last or first) + 1))
-    return cores
 
 
 def share_cores(cores: Sequence[int], num_workers: int, usable: int) -> list[str]:
-    """An equal share of `cores` for each worker of this host, as `parse_cores` reads it.
+    """An equal share of `cores` for each worker of this host, as `afd.config.parse_cores` reads it.
 
     usable: how many of them may be busy at a time. Where workers would have to share one: "" for all of them.
     """

@@ -10,7 +10,7 @@ from enum import StrEnum
 from afd.errors import ConfigError
 from afd.plan.hardware import Chip
 from afd.plan.models import ModelShape
-from afd.types import Topology
+from afd.types import MAX_STREAMS, Topology
 
 
 class KvDtype(StrEnum):
@@ -55,8 +55,8 @@ class Deployment:
     def __post_init__(self) -> None:
         if self.topology.mono:
             raise ConfigError("topology mono has nothing to plan: give xAyF")
-        if not 1 <= self.streams <= 4:
-            raise ConfigError(f"streams must be 1 to 4, found {self.streams}")
+        if not 1 <= self.streams <= MAX_STREAMS:
+            raise ConfigError(f"streams must be 1 to {MAX_STREAMS}, found {self.streams}")
         if self.ranks_per_instance < 1:
             raise ConfigError(f"ranks per instance must be positive, found {self.ranks_per_instance}")
         if self.dispatch is Dispatch.SPARSE and (self.model.has_shared_expert or not self.model.max_top_k):

@@ -15,7 +15,8 @@ from typing import Literal
 from afd.messages.serving import NEVER_S
 from afd.sched.forecast import LengthForecast
 from afd.sched.latency import LatencyModel, StepLoad
-from afd.sched.prefill import HEADROOM, PrefillBudget
+from afd.sched.prefill import PrefillBudget
+from afd.sched.rules import HEADROOM
 from afd.sched.scheduler import MAX_PAUSES, Scheduler
 from afd.sched.sequence import Sequence as Request
 from afd.types import SamplingParams

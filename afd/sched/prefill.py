@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from afd.sched.latency import LatencyModel, StepLoad
+from afd.sched.rules import HEADROOM
 
 FINENESS = 16  # a part of what fits that may stay unused
-HEADROOM = 0.9  # share of a target that may be planned with: the rest is for what no model knows
 
 
 class PrefillBudget:

@@ -9,12 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from afd.sched.latency import LatencyModel, StepLoad
+from afd.sched.rules import TRIAL_WORSE
+from afd.types import MAX_STREAMS
 
-MAX_STREAMS = 4
 BETTER = 0.95  # a change must promise at least 5 %
 DECIDE_EVERY = 16  # steps between decisions
 TRIAL_CYCLES = 8
-TRIAL_WORSE = 1.25  # numbers predicted worse than that are not tried
 TRIAL_EVERY = 1024  # steps after which a measurement is old
 TRIAL_GAP = 128  # steps between two trials at least
 

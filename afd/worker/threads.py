@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 
 from afd import kernels
-from afd.host.cores import cores_of_this_thread, parse_cores, pin_this_thread, thread_cores
+from afd.config import parse_cores
+from afd.host.cores import cores_of_this_thread, pin_this_thread, thread_cores
 
 _TORCH_GRAIN = 1 << 15  # elements below which torch does not split a row-wise operation over threads
 
@@ -39,7 +40,7 @@ class ThreadShare:
     def start(self, own_cores: str = "") -> None:
         """Start the threads and give each its place: the caller, a worker's main thread, stays on a core of its own.
 
-        own_cores: the worker's, as `afd.host.cores.parse_cores` reads them.
+        own_cores: the worker's, as `afd.config.parse_cores` reads them.
         """
         shared, alone = self._counts
         main, near, far = thread_cores(parse_cores(own_cores), cores_of_this_thread())

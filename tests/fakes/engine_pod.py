@@ -15,7 +15,6 @@ from afd.attention.gpu_engine import GpuAttentionEngine
 from afd.attention.gpu_exchange import GpuExchange
 from afd.attention.mesh_exchange import MeshExchange
 from afd.attention.relay import StreamRelay
-from afd.attention.row_selection import RowSelection
 from afd.errors import PeerLostError
 from afd.ffn.engine import FFNEngine
 from afd.ffn.gang import GangTable
@@ -26,6 +25,7 @@ from afd.kv.cache import KVCache
 from afd.model.cuda import CudaDevice
 from afd.model.graphs import DecodeGraphs
 from afd.model.loading import load_attention_half, load_ffn_half
+from afd.model.row_selection import RowSelection
 from afd.model.sharding import ShardSpec
 from afd.sched.scheduler import Scheduler, SchedulerConfig
 from afd.sched.sequence import Sequence

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from afd.cluster.resolve import with_cores, worker_cores
-from afd.config import resolve_config
+from afd.config import parse_cores, resolve_config
 from afd.errors import ConfigError
-from afd.host.cores import parse_cores, pin_this_thread, share_cores, thread_cores
+from afd.host.cores import pin_this_thread, share_cores, thread_cores
 
 
 def test_lists() -> None:

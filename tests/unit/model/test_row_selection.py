@@ -10,10 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from afd.attention.row_selection import RowSelection
 from afd.errors import ConfigError
 from afd.model.halves import Dispatch, FFNHalf
 from afd.model.loading import load_attention_half, load_ffn_half, resolve_model
+from afd.model.row_selection import RowSelection
 from afd.model.sharding import ShardSpec, check_sparse
 from afd.types import FfnParallel
 
