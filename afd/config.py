@@ -156,6 +156,9 @@ class FfnConfig(Listener, frozen=True):
 class CoordinatorConfig(Section, frozen=True):
     """address: host:port of the coordinator, as the other roles reach it (port 0 with `afd up`: any).
 
+    stall_timeout_s: a process whose main loop stands still for so long although work waits is lost, to the coordinator
+    and to its peers in the data plane; so is an attention worker, to a gateway that has not heard of it for so long.
+
     tls_*: PEM files; the coordinator shows certificate and key, the other roles trust the CA. All "" = plain text.
     """
 

@@ -29,7 +29,7 @@ from afd.messages.serving import (
 )
 from afd.types import FinishReason
 
-SILENCE_S = 2.0  # a worker that says nothing for so long is lost (it reports at least every second)
+MIN_SILENCE_S = 1.0  # two reports of a worker
 LEASE_INTERVAL_S = 1.0
 LIVE_IDS_EVERY = 5  # every so many leases carry the list of live requests
 RESEND_INTERVAL_S = 0.25
@@ -60,6 +60,7 @@ class DispatchLimits:
     """ttft_s: target of a first token; with `enforce` it is a deadline, else `request_timeout_s` is.
 
     recovery_timeout_s: how long sequences wait for any worker to serve (again), lost ones for a successor.
+    silence_s: a worker that says nothing for so long is lost; it reports twice a second, whatever it computes.
     vocab_size: token ids from there on are none of the model's.
     """
 
@@ -69,6 +70,7 @@ class DispatchLimits:
     enforce: bool = False
     request_timeout_s: float = 600.0
     recovery_timeout_s: float = 60.0
+    silence_s: float = 5.0
     vocab_size: int = 1 << 31
 
 
@@ -209,7 +211,7 @@ class Dispatcher:
                 worker.heard_at += paused_s  # this process stood still: nobody could be heard
             if now >= worker.lease_at:
                 self._send_lease(worker, now)
-            if worker.heard_at is not None and now - worker.heard_at > SILENCE_S:
+            if worker.heard_at is not None and now - worker.heard_at > self.limits.silence_s:
                 self.counters.workers_lost += not worker.lost
                 worker.lost = True
                 if worker.active and self._may_serve_beside(worker.key):  # else they wait: it may only be paused
@@ -266,11 +268,14 @@ class Dispatcher:
     def _on_failed(self, worker: Worker, sequence: Sequence, chunk: TokenChunk, now: float) -> None:
         worker.remove(sequence)
         detail = chunk.error or "the worker gave no reason"
-        if chunk.retryable or chunk.finish is FinishReason.ABORT:
-            self._lose(sequence, f"attention worker {worker.rank} gave up the request: {detail}", now, worker.key)
-            self._pump(now)
-        else:
+        why = f"attention worker {worker.rank} gave up the request: {detail}"
+        if not chunk.retryable and chunk.finish is not FinishReason.ABORT:
             self._fail(sequence, WorkerError(f"attention worker {worker.rank}: {detail}"))
+        elif not worker.serving and not self._may_serve_beside(worker.key):
+            self._fail(sequence, PeerLostError(f"{why}; no other can take it over"))
+        else:
+            self._lose(sequence, why, now, worker.key)
+            self._pump(now)
 
     def _on_refused(self, worker: Worker, message: Refused, now: float) -> None:
         sequence = worker.active.get(message.req_id)

@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry
 
 from afd.config import ClusterConfig
 from afd.errors import UnavailableError
-from afd.gateway.dispatcher import Dispatcher, DispatchLimits
+from afd.gateway.dispatcher import MIN_SILENCE_S, Dispatcher, DispatchLimits
 from afd.gateway.generation import Generation, GenerationJob
 from afd.gateway.intake.intake import Intake
 from afd.gateway.lease_keeper import LeaseKeeper
@@ -241,5 +241,6 @@ def _limits(config: ClusterConfig, model: ServedModel) -> DispatchLimits:
         enforce=config.sla.policy == "enforce",
         request_timeout_s=config.gateway.request_timeout_s,
         recovery_timeout_s=config.cluster.recovery_timeout_s,
+        silence_s=max(config.coordinator.stall_timeout_s, MIN_SILENCE_S),
         vocab_size=model.vocab_size,
     )

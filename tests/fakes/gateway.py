@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 
-from afd.config import ClusterConfig, GatewayConfig, SlaConfig, TopologyConfig
+from afd.config import ClusterConfig, CoordinatorConfig, GatewayConfig, SlaConfig, TopologyConfig
 from afd.gateway.api_keys import ApiKeys
 from afd.gateway.app import build_app
 from afd.gateway.serve import run_gateway
@@ -67,10 +67,12 @@ async def gateway(
     limits: dict[str, Any] | None = None,
     sla: dict[str, Any] | None = None,
     recovery_timeout_s: float = 60.0,
+    stall_timeout_s: float = 5.0,
 ) -> AsyncIterator[Rig]:
     """The application in this loop, called without a socket; ready on entry."""
     config = ClusterConfig(
         cluster=TopologyConfig(recovery_timeout_s=recovery_timeout_s),
+        coordinator=CoordinatorConfig(stall_timeout_s=stall_timeout_s),
         gateway=GatewayConfig(port=0, **(limits or {})),
         sla=SlaConfig(**(sla or {})),
     )

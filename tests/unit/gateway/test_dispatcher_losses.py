@@ -1,7 +1,7 @@
 """The dispatcher, scripted: lost workers, failures, lost messages."""
 
 from afd.errors import PeerLostError
-from afd.gateway.dispatcher import MAX_LOSSES, PROBE_S, SILENCE_S, WorkerError
+from afd.gateway.dispatcher import MAX_LOSSES, PROBE_S, WorkerError
 from afd.messages.serving import Abort, Lease, Refused, Resend, Submit, TokenChunk, Tokens
 from afd.types import FinishReason
 from tests.fakes.dispatch_scene import Scene, member, stats
@@ -80,7 +80,7 @@ def test_a_silent_worker_keeps_its_requests_where_there_is_no_other():
 
 
 def test_a_silent_workers_requests_move_as_soon_as_there_is_another():
-    scene = Scene()
+    scene = Scene(silence_s=2.0)
     scene.submit()
     for tenth in range(1, 30):
         scene.dispatcher.tick(tenth / 10)
@@ -98,6 +98,34 @@ def test_what_a_worker_failed_is_tried_there_again_where_there_is_no_other():
     scene.tokens("a", request, [5], 0.1, FinishReason.ERROR, error="ffn lost", retryable=True)
     assert scene.submits() == [("a", "r1"), ("a", "r1")]
     assert request.attempt == 1
+
+
+def test_what_a_worker_failed_that_cannot_serve_ends_with_the_reason_where_there_is_no_other():
+    """The worker has waited for its FFN workers as long as it may: another such wait would help nobody."""
+    scene = Scene()
+    request = scene.submit()
+    scene.members["a"] = member("a", ready=False)
+    scene.publish(0.05)
+    scene.tokens("a", request, [5], 0.1, FinishReason.ERROR, error="ffn/0 is lost", retryable=True)
+    assert isinstance(request.sink.error, PeerLostError)
+    assert "ffn/0 is lost" in str(request.sink.error)
+    assert scene.submits() == [("a", "r1")]
+
+
+def test_what_a_worker_failed_that_cannot_serve_waits_for_one_that_may():
+    scene = Scene("ab")
+    for name, rank in (("a", 0), ("b", 1)):
+        scene.members[name] = member(name, rank, ready=name == "a")
+    scene.publish(0.0)
+    request = scene.submit()
+    assert request.worker_key == "a"
+    scene.members = {"a": member("a", ready=False), "b": member("b", 1, ready=False)}
+    scene.publish(0.05)
+    scene.tokens("a", request, [5], 0.1, FinishReason.ERROR, error="ffn/0 is lost", retryable=True)
+    assert request.sink.error is None
+    scene.members["b"] = member("b", 1)
+    scene.publish(0.2)
+    assert scene.submits()[-1] == ("b", "r1")
 
 
 def test_after_a_pause_of_our_own_that_may_have_cost_the_lease_every_request_is_asked_after_at_once():
@@ -122,9 +150,11 @@ def test_requests_that_workers_forgot_in_our_pauses_are_never_given_up():
 
 
 def test_a_silent_worker_is_lost_and_told_so():
-    scene = Scene("ab")
+    scene = Scene("ab", silence_s=2.0)
     request = scene.submit()
     for tenth in range(1, 25):
+        if tenth == 20:
+            assert scene.port.take(Abort) == []
         scene.say("b", stats(1), tenth / 10)
         scene.dispatcher.tick(tenth / 10)
     assert scene.port.take(Abort) == [("a", Abort(["r1"]))]
@@ -144,7 +174,7 @@ def test_a_pause_of_our_own_is_not_the_workers_silence():
     scene.dispatcher.tick(10.0)
     assert scene.dispatcher.workers["a"].serving
     scene.dispatcher.tick(10.1)
-    for tenth in range(102, 102 + int(SILENCE_S * 10) + 1):
+    for tenth in range(102, 102 + int(scene.dispatcher.limits.silence_s * 10) + 1):
         scene.dispatcher.tick(tenth / 10)
     assert not scene.dispatcher.workers["a"].serving
 
