@@ -1,8 +1,8 @@
 """The attention worker's stream loop: which stream runs next, one stage at a time. No socket, no thread.
 
-A stage is: add the combine of layer l, run attention of layer l+1, dispatch (the first stage embeds; the last ones are
-slices of the head, then sampling and commit). The loop is ready-driven: of the streams whose combine has arrived, the
-oldest runs; while one stream's rows are at the FFN, the worker computes another.
+A stage is a leg of a step (`afd.attention.path`: add the combine of layer l, run attention of layer l+1, dispatch; the
+first one embeds) or a slice of its head; the last one samples and commits. The loop is ready-driven: of the streams
+whose combine has arrived, the oldest runs; while one stream's rows are at the FFN, the worker computes another.
 """
 
 from __future__ import annotations
@@ -16,16 +16,15 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from afd.attention.exchange import Combined, Exchange
+from afd.attention.exchange import Combined
 from afd.attention.head import Head, keeps_logits
 from afd.attention.look_ahead import LookAhead
-from afd.attention.relay import StreamRelay
+from afd.attention.path import Fetch, LayerPath, Leg, Step
 from afd.attention.stages import StageClock
 from afd.kernels import RowMax
-from afd.kv.cache import KVCache
 from afd.messages.serving import TokenLogprobs
 from afd.model.device import to_device
-from afd.model.halves import AttentionBatch, AttentionHalf, Dispatch
+from afd.model.halves import AttentionBatch, AttentionHalf
 from afd.model.sampling import Sampler
 from afd.sched.head_slices import NextStage, next_of, slice_end
 from afd.sched.scheduler import Scheduler
@@ -34,20 +33,6 @@ from afd.types import FinishReason
 from afd.worker.threads import ThreadShare
 
 NOT_FINITE = "the model produced logits that are not finite: its weights are damaged or overflow in this dtype"
-
-
-@dataclass(slots=True)
-class Stream:
-    """A place in the pipeline and the micro-batch in it. layer: the one whose FFN answer is awaited; -1 = not begun."""
-
-    micro_batch: MicroBatch
-    batch: AttentionBatch
-    layer: int = -1
-    x: Tensor | None = None  # residual [num_tokens, hidden]; untouched until all partials are in
-    head: Head | None = None
-    relays: bool = True  # its layers may go on in native code
-    started_s: float = 0.0
-    sent_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,64 +67,74 @@ class AttentionEngine:
     def __init__(
         self,
         half: AttentionHalf,
-        cache: KVCache,
         scheduler: Scheduler,
-        exchange: Exchange,
+        path: LayerPath,
         *,
         threads: ThreadShare | None = None,
-        relay: StreamRelay | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ):
         self._half = half
-        self._cache = cache
         self.scheduler = scheduler
-        self._exchange = exchange
+        self._path = path
         self._threads = threads
-        self._relay = relay
         self._sampler = Sampler()
         self._num_layers = half.spec.num_layers
-        self._streams: dict[int, Stream] = {}
+        self._steps: dict[int, Step] = {}  # by stream
+        self._heads: dict[int, Head] = {}  # by stream: of steps whose layers are done
+        self._fetches: dict[int, Fetch] = {}  # by stream: of heads that are done
         self._ready: deque[tuple[int, Combined | None]] = deque()
         self._announced_idle: set[int] = set()
         self._look_ahead = LookAhead(scheduler, self._batch_of)
         self._logits: dict[int, Tensor] = {}  # by stream
-        self._slices_heads = True
         self._clock = clock
         self.stages = StageClock(clock)
 
     @property
     def in_flight(self) -> bool:
         """True while a micro-batch is being computed anywhere."""
-        return bool(self._streams)
+        return bool(self._steps)
 
     def run_once(self, timeout_s: float) -> list[Output]:
         """Start what can start, then run one ready stage, waiting up to `timeout_s` for it. PeerLostError: `fail`."""
+        for idx, fetch in self._fetches.items():
+            if fetch.done():
+                return self._finish_fetched(idx)
         self._start_streams()
         for combined in self._arrivals(timeout_s):
-            stream = self._streams[combined.stream]
-            self.stages.exchange(stream.sent_s, combined, stream.layer, stream.micro_batch.step)
+            step = self._steps[combined.stream]
+            self.stages.answered(step.sent_s, combined, step.layer, step.micro_batch.step)
             self._ready.append((combined.stream, combined))
         if not self._ready:
             return []
-        return self._advance(*self._next_ready())
+        idx, answer = self._next_ready()
+        if self._threads is not None:
+            self._threads.use(alone=len(self._steps) == 1)
+        with self._path.stage(idx):
+            return self._advance(idx, answer)
 
     def _arrivals(self, timeout_s: float) -> list[Combined]:
         """Answers that are there; where nothing is ready, those that come within `timeout_s`."""
         if self._ready:
-            return self._exchange.poll(0.0)
-        batches = (stream.micro_batch for stream in self._streams.values())
+            return self._poll(0.0)
+        batches = (step.micro_batch for step in self._steps.values())
         unprepared = next((batch for batch in batches if not self._look_ahead.has_seen(batch)), None)
         arrived: list[Combined] = []
         begun_s = self._clock()
         if unprepared is not None:
-            arrived = self._exchange.poll(0.0)
+            arrived = self._poll(0.0)
             if not arrived:
                 self._prepare(unprepared)
                 begun_s = self._clock()
         if not arrived:
-            arrived = self._exchange.poll(timeout_s)
-        if self._streams:
+            arrived = self._poll(timeout_s)
+        if self._steps:
             self.stages.wait(begun_s, arrived)
+        return arrived
+
+    def _poll(self, timeout_s: float) -> list[Combined]:
+        arrived = self._path.poll(timeout_s)
+        for leg in self._path.finished():
+            self._book(self._steps[leg.stream], leg)
         return arrived
 
     def _next_ready(self) -> tuple[int, Combined | None]:
@@ -152,18 +147,19 @@ class AttentionEngine:
         return ready.popleft()
 
     def _next_stage(self, idx: int) -> NextStage:
-        stream = self._streams[idx]
-        if stream.head is not None:
+        if idx in self._heads:
             return NextStage.HEAD_GOES_ON
-        return NextStage.HEAD_BEGINS if stream.layer + 1 == self._num_layers else NextStage.LAYER
+        return NextStage.HEAD_BEGINS if self._steps[idx].layer + 1 == self._num_layers else NextStage.LAYER
 
     def fail(self) -> None:
         """The FFN side lost a rank: nothing in flight is booked; its sequences stay where they were."""
-        self._exchange.cancel()
+        self._path.cancel()
         self._ready.clear()
-        for stream in self._streams.values():
-            self.scheduler.fail_stream(stream.micro_batch)
-        self._streams.clear()
+        self._heads.clear()
+        self._fetches.clear()
+        for step in self._steps.values():
+            self.scheduler.fail_stream(step.micro_batch)
+        self._steps.clear()
         self.stages.reset()
         self._announced_idle.clear()
         self._look_ahead.reset()
@@ -172,19 +168,19 @@ class AttentionEngine:
 
     def _start_streams(self) -> None:
         """Give every empty stream its next micro-batch; tell the FFN side of streams that have none."""
-        if not self._exchange.ready:
+        if not self._path.ready:
             return
         for idx in range(self.scheduler.num_slots):  # closed streams too: the FFN side shall not wait for them
-            if idx in self._streams:
+            if idx in self._steps:
                 continue
             micro_batch = self.scheduler.schedule(idx)
             if micro_batch is None:
                 if idx not in self._announced_idle:
                     self._announced_idle.add(idx)
-                    self._exchange.idle(idx)
+                    self._path.idle(idx)
                 continue
             self._announced_idle.discard(idx)
-            self._streams[idx] = Stream(micro_batch, self._look_ahead.batch(micro_batch), started_s=self._clock())
+            self._steps[idx] = Step(micro_batch, self._look_ahead.batch(micro_batch), started_s=self._clock())
             self._ready.append((idx, None))
 
     def _prepare(self, current: MicroBatch) -> None:
@@ -195,95 +191,67 @@ class AttentionEngine:
 
     def _batch_of(self, idx: int, items: abc.Sequence[BatchItem]) -> AttentionBatch:
         """What the kernels need to know of them."""
-        batch = AttentionBatch.build(
-            [(item.start, item.num_new, item.seq.blocks) for item in items],
-            self._cache.block_size,
-            self._half.device,
-            window_blocks=None if self.scheduler.windowed is None else [item.seq.window_blocks for item in items],
-        )
-        self._half.prepare(batch)
+        with self._path.stage(idx):
+            batch = AttentionBatch.build(
+                [(item.start, item.num_new, item.seq.blocks) for item in items],
+                self.scheduler.pool.block_size,
+                self._half.device,
+                window_blocks=None if self.scheduler.windowed is None else [item.seq.window_blocks for item in items],
+            )
+            self._half.prepare(batch)
         return batch
 
-    def _advance(self, idx: int, combined: Combined | None) -> list[Output]:
-        stream = self._streams[idx]
-        if self._threads is not None:
-            self._threads.use(alone=len(self._streams) == 1)
-        begun_s = self._clock()
-        if stream.head is not None:
-            return self._advance_head(idx, begun_s)
-        if combined is not None and self._relay is not None and stream.relays and len(self._streams) == 1:
-            combined = self._relayed(idx, stream, combined, self._relay)
-            if combined is None:
-                return []
-            begun_s = self._clock()
-        stream.layer += 1
-        is_last = stream.layer == self._num_layers
-        partials: abc.Sequence[Tensor] = ()
-        if combined is None:
-            tokens = [t for item in stream.micro_batch.items for t in _new_tokens(item)]
-            stream.x = self._half.embed(self._indices(tokens))
-            if self._relay is not None and len(self._streams) == 1 and self._begin(idx, stream, self._relay, begun_s):
-                return []
-        elif combined.row_idx is None and not is_last:
-            partials = combined.partials  # the layer adds them
+    def _advance(self, idx: int, answer: Combined | None) -> list[Output]:
+        """The step's next leg; behind its last layer the head."""
+        if idx in self._heads:
+            return self._advance_head(idx, self._clock())
+        step = self._steps[idx]
+        step.alone = len(self._steps) == 1
+        if answer is None:
+            leg = self._path.begin(step, [token for item in step.micro_batch.items for token in _new_tokens(item)])
+        elif step.layer + 1 < self._num_layers:
+            leg = self._path.resume(step, answer)
         else:
-            assert stream.x is not None
-            self._half.combine(stream.x, combined.partials, combined.row_idx)
-        entered_s = self._clock()
-        if is_last:
-            self.stages.combined(idx, stream.micro_batch, self._num_layers - 1, begun_s, entered_s)
-            self._begin_head(stream)
-            return self._advance_head(idx, entered_s)
-        assert stream.x is not None
-        dispatch = self._layer(idx, stream, stream.x, partials)
-        computed_s = self._clock()
-        self._exchange.send(idx, stream.micro_batch.step, dispatch)
-        stream.sent_s = self.stages.attention(idx, stream.layer, stream.micro_batch, begun_s, entered_s, computed_s)
+            return self._end_layers(idx, step, answer)
+        if leg is None:
+            self.stages.launched(idx)
+            return []
+        self._book(step, leg)
+        if leg.answer is None:
+            return []
+        if leg.last_layer + 1 == self._num_layers:
+            return self._end_layers(idx, step, leg.answer)
+        self._ready.append((idx, leg.answer))  # the caller's other duties first: a leg may have taken long
         return []
 
-    def _layer(self, idx: int, stream: Stream, x: Tensor, partials: abc.Sequence[Tensor]) -> Dispatch:
-        return self._half.layer(stream.layer, x, stream.batch, self._cache, partials)
+    def _book(self, step: Step, leg: Leg) -> None:
+        self.stages.book(step.micro_batch, leg)
+        step.layer, step.sent_s = leg.last_layer, leg.spans.ended_s
 
-    def _begin(self, idx: int, stream: Stream, relay: StreamRelay, begun_s: float) -> bool:
-        """Layer 0 in native code, if that can; begun_s: when the embedding was."""
-        assert stream.x is not None
-        embedded_s, micro_batch = self._clock(), stream.micro_batch
-        done = relay.begin(idx, micro_batch.step, stream.x, stream.batch)
-        if done is None:
-            return False
-        self.stages.embedded(idx, micro_batch, begun_s, embedded_s)
-        self.stages.relayed(idx, micro_batch, 0, done, Combined(idx, ()))
-        stream.layer, stream.sent_s = 0, done.ended_s
-        return True
+    def _end_layers(self, idx: int, step: Step, answer: Combined) -> list[Output]:
+        """Add the last layer's answer, and begin with the head."""
+        begun_s = self._clock()
+        self._path.end(step, answer)
+        entered_s = self._clock()
+        if not self._path.launches:  # else it is part of the head
+            self.stages.combined(idx, step.micro_batch, self._num_layers - 1, begun_s, entered_s)
+        self._heads[idx] = self._head_of(step)
+        return self._advance_head(idx, entered_s)
 
-    def _relayed(self, idx: int, stream: Stream, combined: Combined, relay: StreamRelay) -> Combined | None:
-        """The layers behind `combined` as far as native code goes through them: the last one's answer, None if it is
-        still to come."""
-        assert stream.x is not None
-        relayed = relay.run(idx, stream.layer + 1, stream.x, stream.batch)
-        if relayed is None:
-            return combined
-        done, answer = relayed
-        stream.relays = done.on_time
-        self.stages.relayed(idx, stream.micro_batch, stream.layer + 1, done, answer or combined)
-        stream.sent_s = done.ended_s  # of the last dispatch, if its answer is still to come
-        stream.layer += done.num_laps
-        return answer
-
-    def _begin_head(self, stream: Stream) -> None:
+    def _head_of(self, step: Step) -> Head:
         seqs, rows, end = [], [], 0
-        for item in stream.micro_batch.items:
+        for item in step.micro_batch.items:
             end += item.num_new
             if item.samples and item.seq.doomed is None:
                 seqs.append(item.seq)
                 rows.append(end - 1)
-        assert stream.x is not None
-        x = stream.x if len(rows) == end else stream.x[self._indices(rows)]
+        x = step.residual
+        if len(rows) < end:
+            x = x[to_device(torch.tensor(rows, dtype=torch.int64), self._half.device)]
         normed = self._half.head_rows(x)
         if keeps_logits(seqs):
-            stream.head = Head(seqs, normed, self._logits_of(stream.micro_batch.stream, len(seqs)))
-        else:
-            stream.head = Head(seqs, normed, RowMax.of_nothing(len(seqs), self._half.device))
+            return Head(seqs, normed, self._logits_of(step.stream, len(seqs)))
+        return Head(seqs, normed, RowMax.of_nothing(len(seqs), self._half.device))
 
     def _logits_of(self, stream: int, num_rows: int) -> Tensor:
         """Room for a head's logits [num_rows, vocab] float32: kept, as fresh memory costs page faults."""
@@ -296,29 +264,34 @@ class AttentionEngine:
 
     def _advance_head(self, idx: int, begun_s: float) -> list[Output]:
         """The logits until rows of another stream are back, or else all of them; then sampling and commit."""
-        stream = self._streams[idx]
-        head, vocab = stream.head, self._half.spec.vocab_size
-        assert head is not None
-        alone = len(self._streams) == 1 or not self._slices_heads
+        head, vocab = self._heads[idx], self._half.spec.vocab_size
+        alone = len(self._steps) == 1 or self._path.launches  # a launch delays nobody
         while head.seqs and head.done < vocab:
             head.advance(self._half, slice_end(head.done, vocab, len(head.seqs), alone=alone))
-            if head.done < vocab and self._exchange.has_news():
-                self.stages.head_slice(idx, stream.micro_batch, begun_s)
+            if head.done < vocab and self._path.has_news():
+                self.stages.head_slice(idx, self._steps[idx].micro_batch, begun_s)
                 self._ready.append((idx, None))
                 return []
-        return self._finish(idx, head, begun_s)
+        fetch = self._path.fetch(idx, head.results) if head.seqs else None
+        if fetch is None:
+            return self._finish(idx, begun_s)
+        self._fetches[idx] = fetch
+        self.stages.launched(idx)
+        return []
 
-    def _finish(self, idx: int, head: Head, begun_s: float) -> list[Output]:
-        """Sampling and commit."""
-        stream = self._streams.pop(idx)
+    def _finish_fetched(self, idx: int) -> list[Output]:
+        fetch = self._fetches.pop(idx)
+        self._heads[idx].results = [tensor for tensor in fetch.tensors if tensor is not None]
+        return self._finish(idx, self.stages.landed(idx) - fetch.device_s)
+
+    def _finish(self, idx: int, begun_s: float) -> list[Output]:
+        """Sampling and commit. begun_s: what is left of the head."""
+        step, head = self._steps.pop(idx), self._heads.pop(idx)
         sampled, failed = self._sample(head)
-        progress = self.scheduler.commit(stream.micro_batch, {req_id: token for req_id, (token, _) in sampled.items()})
+        progress = self.scheduler.commit(step.micro_batch, {req_id: token for req_id, (token, _) in sampled.items()})
         more = not self.scheduler.idle
-        self.stages.finish(idx, stream.micro_batch, begun_s, started_s=stream.started_s, more=more)
+        self.stages.finish(idx, step.micro_batch, begun_s, started_s=step.started_s, more=more)
         return [Output(p, sampled[p.seq.req_id][1]) for p in progress] + failed
-
-    def _indices(self, values: list[int]) -> Tensor:
-        return to_device(torch.tensor(values, dtype=torch.int64), self._half.device)
 
     def _sample(self, head: Head) -> tuple[dict[str, tuple[int, TokenLogprobs | None]], list[Output]]:
         """(token, logprobs) by request id; and the requests that end here because their logits are not finite."""

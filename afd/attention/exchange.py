@@ -9,31 +9,42 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
 from afd.model.halves import Dispatch, FFNHalf
 
 
+class Gang(NamedTuple):
+    """The attention workers whose rows were computed together. id, epoch: 0 where there is no gang."""
+
+    tokens: int = 0
+    """Rows of the merged batch."""
+    size: int = 1
+    id: int = 0
+    epoch: int = 0
+
+
+NO_GANG = Gang()
+
+
 @dataclass(frozen=True, slots=True)
 class Combined:
-    """All partials of one exchange, in FFN rank order. gang_tokens: rows of the merged batch; compute_s: F's time.
-
-    row_idx: rows of the micro-batch that each partial answers, [rows of it] int64; None = all of them, for all ranks.
-    gang_id, epoch: 0 without a gang.  local: computed in this process, inside `poll`.
-    """
+    """All partials of one exchange, in FFN rank order."""
 
     stream: int
     partials: Sequence[Tensor]
+    """None at all where the residual has them already."""
     row_idx: Sequence[Tensor] | None = None
-    gang_tokens: int = 0
-    gang_size: int = 1
+    """Rows of the micro-batch that each partial answers, [rows of it] int64; None = all of them, for all ranks."""
+    gang: Gang = NO_GANG
     compute_s: float = 0.0
-    gang_id: int = 0
-    epoch: int = 0
+    """Of the FFN ranks, the longest."""
     local: bool = False
+    """Computed in this process, inside `poll`."""
 
 
 class Exchange(Protocol):
@@ -65,8 +76,16 @@ class Exchange(Protocol):
 class LocalExchange:
     """FFN halves in this process, run when polled (so that attention and FFN time stay apart in traces)."""
 
-    def __init__(self, halves: Sequence[FFNHalf], *, clock: Callable[[], float] = time.perf_counter):
+    def __init__(
+        self,
+        halves: Sequence[FFNHalf],
+        *,
+        around: Callable[[int], AbstractContextManager[None]] = lambda stream: nullcontext(),
+        clock: Callable[[], float] = time.perf_counter,
+    ):
+        """around: entered with the stream whose rows are computed, and left when they are there."""
         self._halves = halves
+        self._around = around
         self._clock = clock
         self._queue: deque[tuple[int, Dispatch]] = deque()
 
@@ -82,9 +101,10 @@ class LocalExchange:
             return []
         stream, dispatch = self._queue.popleft()
         begun_s = self._clock()
-        partials = [half.layer(dispatch) for half in self._halves]
+        with self._around(stream):
+            partials = [half.layer(dispatch) for half in self._halves]
         num_tokens, took_s = int(dispatch.rows.shape[0]), self._clock() - begun_s
-        return [Combined(stream, partials, gang_tokens=num_tokens, compute_s=took_s, local=True)]
+        return [Combined(stream, partials, gang=Gang(num_tokens), compute_s=took_s, local=True)]
 
     def has_news(self) -> bool:
         return bool(self._queue)

@@ -9,16 +9,14 @@ interrupted steps again once `ready` is true (nothing of them was booked).
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import zip_longest
 
 import torch
 from torch import Tensor
 
-from afd.attention.exchange import Combined
+from afd.attention.exchange import Combined, Gang
 from afd.errors import PeerLostError
-from afd.kernels.relay import Relayed
 from afd.model.halves import Dispatch
 from afd.model.row_selection import RowSelection
 from afd.model.wire_format import encode_rows
@@ -150,8 +148,8 @@ class MeshExchange:
         flight.arrived.clear()
         return flight
 
-    def begin(self, stream: int, step: int, num_tokens: int) -> Lane | None:
-        """For native code that makes layer 0 of a step, which is not waited for: see `lane`. None: use `send`."""
+    def begin_lane(self, stream: int, step: int, num_tokens: int) -> Lane | None:
+        """For native code that makes layer 0 of a step by itself, dense rows for one FFN rank: see `lane`."""
         if len(self._peers) != 1 or self._selection is not None:
             return None
         flight = self._flight(stream, step, 0, num_tokens)
@@ -159,40 +157,22 @@ class MeshExchange:
         return self._mesh.lane_after_answer(flight.peers[0], before, num_tokens)
 
     def lane(self, stream: int) -> Lane | None:
-        """For native code that goes on from the stream's newest exchange: one of dense rows, with one FFN rank.
+        """For native code that goes on from the stream's newest exchange, one of dense rows with one FFN rank.
 
-        None: go on with `send`.
+        None: go on with `send`. What native code does on the lane is to be told to `book`.
         """
         flight = self._streams[stream]
         if len(flight.peers) != 1 or flight.waiting or self._selection is not None:
             return None
         return self._mesh.lane_after_answer(flight.peers[0], flight.meta(stream), flight.num_tokens)
 
-    def relayed(self, lane: Lane, done: Relayed) -> Combined | None:
-        """Book what native code did (at least one exchange): the last answer, its rows added already; None if that is
-        still to come.
-        """
-        flight = self._streams[lane.stream]
-
-        def times() -> Iterator[tuple[float, float | None]]:
-            laps = done.laps()
-            return zip_longest(laps.posted_s.tolist(), laps.answered_s.tolist())
-
-        self._mesh.relayed(lane, Trips(done.num_laps, done.num_answered, done.wait_s, done.ended_s, times))
-        newest = lane.newest()
+    def book(self, lane: Lane, trips: Trips) -> None:
+        """What native code did on the lane, at least one exchange. `poll` brings an answer that is still to come."""
+        self._mesh.relayed(lane, trips)
+        flight, newest = self._streams[lane.stream], lane.newest()
         flight.seq, flight.layer = newest.seq, newest.layer
-        flight.waiting = done.num_answered < done.num_laps
-        if flight.waiting:
-            flight.arrived.clear()
-            return None
-        return Combined(
-            lane.stream,
-            (),
-            gang_tokens=done.gang_tokens,
-            gang_size=flight.mask.bit_count(),
-            gang_id=flight.gang_id,
-            epoch=flight.epoch,
-        )
+        flight.waiting = trips.num_answered < trips.num_sent
+        flight.arrived.clear()
 
     def idle(self, stream: int) -> None:
         if (flight := self._streams.get(stream)) is not None:
@@ -234,11 +214,13 @@ class MeshExchange:
                 header.stream,
                 [self._tensor(answer) for answer in answers],
                 _row_idx(answers),
-                gang_tokens=max(answer.header.gang_tokens for answer in answers),
-                gang_size=flight.mask.bit_count(),
+                Gang(
+                    max(answer.header.gang_tokens for answer in answers),
+                    flight.mask.bit_count(),
+                    flight.gang_id,
+                    flight.epoch,
+                ),
                 compute_s=max(answer.header.compute_ns for answer in answers) / 1e9,
-                gang_id=flight.gang_id,
-                epoch=flight.epoch,
             )
         )
 

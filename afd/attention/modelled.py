@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from afd.attention.engine import Output
+from afd.attention.python_path import leg_of_one
 from afd.attention.stages import StageClock
 from afd.errors import ConfigError
 from afd.messages.serving import TokenLogprobs
@@ -132,7 +133,8 @@ class ModelledEngine:
         self._flight = None
         batch = flight.batch
         computed_s = self._clock()
-        self.stages.attention(batch.stream, 0, batch, flight.started_s, flight.started_s, computed_s)
+        times = (flight.started_s, flight.started_s, computed_s, computed_s)
+        self.stages.book(batch, leg_of_one(batch.stream, 0, times))
         sampled = {
             item.seq.req_id: modelled_token(item.seq, self._vocab_size)
             for item in batch.items

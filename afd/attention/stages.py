@@ -6,10 +6,9 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import zip_longest
 
-from afd.attention.exchange import Combined
-from afd.kernels.relay import Relayed
+from afd.attention.exchange import Combined, Gang
+from afd.attention.path import Leg, Spans
 from afd.sched.latency import StepLoad, StepSample
 from afd.sched.sequence import MicroBatch
 from afd.telemetry.ring import Stage, StageBlock, TraceRing
@@ -55,6 +54,7 @@ class _StepSums:
     ffn_s: float = 0.0
     gang_tokens: int = 0
     exposed_before_s: float = 0.0  # StageTotals.exposed_s when it began
+    typical: bool = True
 
 
 class StageClock:
@@ -73,87 +73,78 @@ class StageClock:
         self.step_s = 0.0  # moving average of one stream's step
         self._ended_s: float | None = None  # of the last stage or wait, while there is work
         self._unanswered_s = 0.0  # waited since the last answer
+        self._beside: set[int] = set()  # streams for which something is computed beside this thread
+        self._idle_since_s = 0.0  # when the last of it ended
 
-    def attention(
-        self, stream: int, layer: int, batch: MicroBatch, begun_s: float, entered_s: float, computed_s: float
-    ) -> float:
-        """One layer and its dispatch; until entered_s, combine (layer 0: embedding), if that is a call of its own."""
-        now = self._span(begun_s)
-        self.totals.attention_s += now - begun_s
-        if layer == 0:
-            self._begin(stream)
-        self._steps[stream].attention_s += now - begun_s
-        num_tokens, step, add = batch.num_tokens, batch.step, self.ring.add
-        add(Stage("combine" if layer else "embed", begun_s, entered_s, stream, layer - 1, num_tokens, step))
-        add(Stage("attention", entered_s, computed_s, stream, layer, num_tokens, step))
-        add(Stage("dispatch", computed_s, now, stream, layer, num_tokens, step))
-        return now
-
-    def embedded(self, stream: int, batch: MicroBatch, begun_s: float, embedded_s: float) -> None:
-        """The embedding of a step whose layers native code goes through, from 0 on."""
-        self._span(begun_s, embedded_s)
-        self._begin(stream)
-        self.totals.attention_s += embedded_s - begun_s
-        self._steps[stream].attention_s += embedded_s - begun_s
-        self.ring.add(Stage("embed", begun_s, embedded_s, stream, -1, batch.num_tokens, batch.step))
-
-    def relayed(self, stream: int, batch: MicroBatch, layer: int, done: Relayed, gang: Combined) -> None:
-        """Layers from `layer` on that native code went through. gang: any exchange of this step; before the first
-        answer of no account.
-        """
-        sums, totals, attention_s = self._steps[stream], self.totals, done.compute_s + done.post_s
-        self._span(done.began_s, done.ended_s + done.open_wait_s)
+    def book(self, batch: MicroBatch, leg: Leg) -> None:
+        """Layers of the batch's step, computed and dispatched, with the answers that were awaited between them."""
+        spans, totals, stream = leg.spans, self.totals, leg.stream
+        attention_s, num_answered = spans.attention_s, spans.num_answered
+        self._span(spans.began_s, spans.ended_s + spans.open_wait_s)
+        if leg.first_layer == 0:
+            self._steps[stream] = _StepSums(set(self._steps), exposed_before_s=totals.exposed_s)
+            for others in self._steps.values():
+                others.among.add(stream)
+        sums = self._steps[stream]
         totals.attention_s += attention_s
-        totals.exchange_s += done.wait_s
-        totals.ffn_s += done.ffn_s
-        totals.wait_s += done.wait_s + done.open_wait_s
-        totals.exposed_s += done.exposed_s
-        self._unanswered_s += done.open_wait_s
-        totals.other_s += max(0.0, done.ended_s - done.began_s - attention_s - done.wait_s)
-        totals.num_exchanges += done.num_answered
-        totals.num_gang_members += done.num_answered * gang.gang_size
         sums.attention_s += attention_s
-        sums.exchange_s += done.wait_s
-        sums.ffn_s += done.ffn_s
-        sums.gang_tokens = done.gang_tokens or sums.gang_tokens
-        # Numbers only: a ring that kept answers would keep the memory they lie in.
-        where = (gang.gang_id, gang.gang_size, gang.epoch)
-        stages = partial(_relayed_stages, done, stream, layer, batch.num_tokens, batch.step, where)
-        self.ring.add_block(StageBlock(done.ended_s, 2 * (done.num_laps + done.num_answered), stages))
-        if done.open_wait_s:
-            self.ring.add(Stage("wait", done.ended_s, done.ended_s + done.open_wait_s))
+        sums.typical &= spans.typical
+        totals.other_s += max(0.0, spans.ended_s - spans.began_s - attention_s - spans.wait_s)
+        if num_answered:
+            self._exchanged(sums, num_answered, spans.wait_s, spans.ffn_s, spans.gang)
+            totals.wait_s += spans.wait_s
+            totals.exposed_s += spans.exposed_s
+        totals.wait_s += spans.open_wait_s
+        self._unanswered_s += spans.open_wait_s
+        stages = partial(_layer_stages, spans, stream, leg.first_layer, batch.num_tokens, batch.step)
+        self.ring.add_block(StageBlock(spans.ended_s, 1 + 2 * (spans.num_layers + num_answered), stages))
+        if spans.open_wait_s:
+            self.ring.add(Stage("wait", spans.ended_s, spans.ended_s + spans.open_wait_s))
+        self._beside.discard(stream)
+        self._idle_since_s = spans.ended_s
 
-    def exchange(self, sent_s: float, combined: Combined, layer: int, step: int) -> None:
-        """One round trip, seen from here; combined.compute_s of it was the FFN's computing."""
+    def answered(self, sent_s: float, combined: Combined, layer: int, step: int) -> None:
+        """One round trip that no leg has awaited; combined.compute_s of it was the FFN's computing."""
         now = self._clock()
-        totals = self.totals
-        totals.exchange_s += now - sent_s
-        totals.ffn_s += combined.compute_s
-        totals.num_exchanges += 1
-        totals.num_gang_members += combined.gang_size
+        self._exchanged(self._steps[combined.stream], 1, now - sent_s, combined.compute_s, combined.gang)
         if self._unanswered_s:  # it came while another stage ran: what was waited before may have been for it
-            self._answered(combined.compute_s)
-        sums = self._steps[combined.stream]
-        sums.exchange_s += now - sent_s
-        sums.ffn_s += combined.compute_s
-        sums.gang_tokens = combined.gang_tokens
-        tokens, gang, size, epoch = combined.gang_tokens, combined.gang_id, combined.gang_size, combined.epoch
+            self._covered(combined.compute_s)
+        tokens, size, gang, epoch = combined.gang
         self.ring.add(Stage("exchange", sent_s, now, combined.stream, layer, tokens, step, gang, size, epoch))
         if combined.local:
             self.ring.add(Stage("ffn", now - combined.compute_s, now, combined.stream, layer, tokens, step))
 
+    def launched(self, stream: int) -> None:
+        """Something is computed for the stream beside this thread, until its leg is booked or it has `landed`."""
+        self._beside.add(stream)
+
+    def landed(self, stream: int) -> float:
+        """What was launched for the stream, and is in no leg, is over: now."""
+        self._beside.discard(stream)
+        self._idle_since_s = self._clock()
+        return self._idle_since_s
+
     def wait(self, begun_s: float, arrived: Sequence[Combined]) -> None:
-        """Nothing was ready although work is in flight. What was computed here meanwhile is no waiting."""
+        """Nothing was ready although work is in flight. What was computed here or beside meanwhile is no waiting."""
+        if self._beside:
+            return
+        begun_s = max(begun_s, self._idle_since_s)
         local_s = sum(combined.compute_s for combined in arrived if combined.local)
         until_s = self._span(begun_s) - local_s
         self.totals.wait_s += until_s - begun_s
         self._unanswered_s += until_s - begun_s
         if arrived:
-            self._answered(sum(combined.compute_s for combined in arrived))
+            self._covered(sum(combined.compute_s for combined in arrived))
         self.ring.add(Stage("wait", begun_s, until_s))
 
     def looked_ahead(self, current: MicroBatch, num_tokens: int, begun_s: float) -> None:
-        """Inputs of the step after `current`, of so many tokens, were prepared while its rows were away."""
+        """Inputs of the step after `current`, of so many tokens, were prepared while its rows were away.
+
+        That takes no time of its own beside what was launched.
+        """
+        if self._beside:
+            return
+        begun_s = max(begun_s, self._idle_since_s)
         now = self._span(begun_s)
         self.totals.ahead_s += now - begun_s
         self.ring.add(Stage("look_ahead", begun_s, now, current.stream, -1, num_tokens, current.step))
@@ -182,7 +173,7 @@ class StageClock:
         sums = self._steps.pop(stream)
         totals.step_s += took_s
         totals.step_exposed_s += totals.exposed_s - sums.exposed_before_s
-        if not self._representative(stream):
+        if not sums.typical:
             return
         self._samples.append(
             StepSample(
@@ -205,14 +196,16 @@ class StageClock:
             if self.observer is not None:
                 self.observer(sample)
 
-    def _begin(self, stream: int) -> None:
-        self._steps[stream] = _StepSums(set(self._steps), exposed_before_s=self.totals.exposed_s)
-        for sums in self._steps.values():
-            sums.among.add(stream)
-
-    def _representative(self, stream: int) -> bool:
-        """Whether the step that has just ended there tells what others will take."""
-        return True
+    def _exchanged(self, sums: _StepSums, number: int, took_s: float, ffn_s: float, gang: Gang) -> None:
+        """So many round trips of one step, by what they took together."""
+        totals = self.totals
+        totals.exchange_s += took_s
+        totals.ffn_s += ffn_s
+        totals.num_exchanges += number
+        totals.num_gang_members += number * gang.size
+        sums.exchange_s += took_s
+        sums.ffn_s += ffn_s
+        sums.gang_tokens = gang.tokens
 
     def _head(self, name: str, stream: int, batch: MicroBatch, begun_s: float) -> float:
         now = self._span(begun_s)
@@ -226,6 +219,7 @@ class StageClock:
         self._steps.clear()
         self._ended_s = None
         self._unanswered_s = 0.0
+        self._beside.clear()
 
     def _span(self, begun_s: float, ended_s: float | None = None) -> float:
         """A stage or wait that began then has ended (None: now): when. What lies before it was something else."""
@@ -234,19 +228,19 @@ class StageClock:
         self._ended_s = self._clock() if ended_s is None else ended_s
         return self._ended_s
 
-    def _answered(self, compute_s: float) -> None:
+    def _covered(self, compute_s: float) -> None:
         """Of the waiting since the last answer, the FFN computed this one's rows during the last `compute_s`."""
         self.totals.exposed_s += max(0.0, self._unanswered_s - compute_s)
         self._unanswered_s = 0.0
 
 
-def _relayed_stages(
-    done: Relayed, stream: int, layer: int, num_tokens: int, step: int, gang: tuple[int, int, int]
-) -> Iterator[Stage]:
-    times = zip_longest(*(column.tolist() for column in done.laps()))
-    for idx, (begun_s, computed_s, posted_s, answered_s) in enumerate(times, layer):
-        yield Stage("attention", begun_s, computed_s, stream, idx, num_tokens, step)
-        yield Stage("dispatch", computed_s, posted_s, stream, idx, num_tokens, step)
+def _layer_stages(spans: Spans, stream: int, first_layer: int, num_tokens: int, step: int) -> Iterator[Stage]:
+    tokens, size, gang, epoch = spans.gang
+    for layer, (begun_s, entered_s, computed_s, posted_s, answered_s) in enumerate(spans.laps(), first_layer):
+        if begun_s is not None:
+            yield Stage("combine" if layer else "embed", begun_s, entered_s, stream, layer - 1, num_tokens, step)
+        yield Stage("attention", entered_s, computed_s, stream, layer, num_tokens, step)
+        yield Stage("dispatch", computed_s, posted_s, stream, layer, num_tokens, step)
         if answered_s is not None:
             yield Stage("wait", posted_s, answered_s)
-            yield Stage("exchange", posted_s, answered_s, stream, idx, done.gang_tokens, step, *gang)
+            yield Stage("exchange", posted_s, answered_s, stream, layer, tokens, step, gang, size, epoch)

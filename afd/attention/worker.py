@@ -15,13 +15,14 @@ from afd.attention.costs import CostReporter
 from afd.attention.engine import AttentionEngine, Engine, Output
 from afd.attention.exchange import Exchange, LocalExchange
 from afd.attention.frontend import Frontend
-from afd.attention.gpu_engine import GpuAttentionEngine
-from afd.attention.gpu_exchange import GpuExchange, GpuLocalExchange
+from afd.attention.gpu_path import GpuPath, computed_here
 from afd.attention.health import RecentAttention
 from afd.attention.mesh_exchange import MeshExchange
 from afd.attention.metrics import AttentionMetrics
 from afd.attention.modelled import ModelledEngine, StepFormula
-from afd.attention.relay import StreamRelay
+from afd.attention.path import LayerPath
+from afd.attention.python_path import PythonPath
+from afd.attention.relay_path import RelayPath
 from afd.attention.requests import RequestBook
 from afd.config import ClusterConfig
 from afd.errors import ConfigError, PeerLostError
@@ -206,27 +207,30 @@ class _Worker:
             ffns = [load_ffn_half(self._folder, shard, config.model.dtype, section.device, weights=weights)]
         device = self._device = CudaDevice() if section.device == "cuda" else None
         if seat.mesh is None:
-            self._exchange = LocalExchange(ffns) if device is None else GpuLocalExchange(ffns, device)
+            self._exchange = (
+                LocalExchange(ffns) if device is None else LocalExchange(ffns, around=computed_here(device))
+            )
         else:
             selection = None
             if config.cluster.dispatch is DispatchMode.SPARSE:
                 selection = RowSelection(spec, config.topology.num_ffn, config.cluster.ffn_parallel)
             self._exchange = MeshExchange(seat.mesh, layout, selection)
         if device is None:
-            relay = self._stream_relay(half, cache, layout)
-            return AttentionEngine(half, cache, scheduler, self._exchange, threads=self._threads, relay=relay)
+            path = self._cpu_path(half, cache, layout)
+            return AttentionEngine(half, scheduler, path, threads=self._threads)
         wire = None if seat.mesh is None else layout.dispatch_dtype
         graphs = DecodeGraphs(half, cache) if section.cuda_graphs else None
-        exchange = GpuExchange(self._exchange, device, wire)
-        return GpuAttentionEngine(half, cache, scheduler, exchange, device, graphs=graphs)
+        return AttentionEngine(half, scheduler, GpuPath(half, cache, self._exchange, device, wire=wire, graphs=graphs))
 
-    def _stream_relay(self, half: AttentionHalf, cache: KVCache, layout: PayloadLayout) -> StreamRelay | None:
-        """Native code that makes the exchanges of a stream by itself; None where it cannot."""
+    def _cpu_path(self, half: AttentionHalf, cache: KVCache, layout: PayloadLayout) -> LayerPath:
+        """One layer a leg; many where native code can make the exchanges by itself."""
         exchange = self._exchange
+        assert exchange is not None
+        path = PythonPath(half, cache, exchange)
         if not isinstance(exchange, MeshExchange) or not relays_natively(layout):
-            return None
+            return path
         layers = half.relay(cache)
-        return None if layers is None else StreamRelay(layers, exchange)
+        return path if layers is None else RelayPath(path, layers, exchange)
 
     def _modelled_engine(self, formula: StepFormula, rank: int) -> ModelledEngine:
         assert self._frontend is not None

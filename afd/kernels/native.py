@@ -17,7 +17,7 @@ from afd.kernels.base import RowMax
 from afd.kernels.packed import PAIRS, QUADS, Packed, PackedInt8, PackedMatrix
 from afd.kernels.sample_rows import SampledRows, SampleRow
 
-_ABI_VERSION = 8
+_ABI_VERSION = 9
 _POST_FAILED = 1000  # + errno
 ISAS = ("portable", "avx2", "avx512")
 """Instruction sets, slowest first; the position is the number the library knows them by."""

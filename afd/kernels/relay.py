@@ -85,6 +85,7 @@ class _AttentionRelay(ctypes.Structure):
     _fields_ = (
         ("lane", c_void_p),
         ("last", c_void_p),
+        ("partial", c_void_p),
         ("layers", c_void_p),
         ("batches", c_void_p),
         ("x", c_void_p),
@@ -223,22 +224,26 @@ class AttentionRelayCall:
         )
         self._call = _Call(kernels, kernels.library.afd_relay_attention, len(layers))
 
-    def __call__(self, first: int, x: Tensor, batches: Sequence[LayerBatch], lane: Lane, bounds: Bounds) -> Relayed:
+    def __call__(
+        self, first: int, x: Tensor, partial: Tensor | None, batches: Sequence[LayerBatch], lane: Lane, bounds: Bounds
+    ) -> Relayed:
         """Layers first, first + 1, ... of residual x [n, hidden] float32, in place.
 
-        The answer to lane.last is the first one's partial; that of the last layer, if it came, is added, too.
+        partial: the answer to lane.last, [n, hidden] bfloat16, which the first layer adds; None = x has it. The answer
+        of the last layer, if it came, is added, too.
         """
-        return self._relay(first, len(self._layers) - first, x, batches, lane, bounds)
+        return self._relay(first, len(self._layers) - first, x, partial, batches, lane, bounds)
 
     def begin(self, x: Tensor, batches: Sequence[LayerBatch], lane: Lane, bounds: Bounds) -> Relayed:
-        """The first layer of a step, behind lane.last, with no partial: sent, and not waited for."""
-        return self._relay(0, 1, x, batches, lane, bounds, begins=True)
+        """The first layer of a step, behind lane.last: sent, and not waited for."""
+        return self._relay(0, 1, x, None, batches, lane, bounds, begins=True)
 
     def _relay(
         self,
         first: int,
         num_layers: int,
         x: Tensor,
+        partial: Tensor | None,
         batches: Sequence[LayerBatch],
         lane: Lane,
         bounds: Bounds,
@@ -246,10 +251,15 @@ class AttentionRelayCall:
         begins: bool = False,
     ) -> Relayed:
         assert x.dtype is torch.float32 and x.is_contiguous() and x.shape[0] == batches[0].num_tokens
+        address = 0
+        if partial is not None:
+            assert partial.dtype is torch.bfloat16 and partial.is_contiguous() and partial.shape == x.shape
+            address = partial.data_ptr()
         pointers = (c_void_p * len(batches))(*[batch.args_address for batch in batches])
         layers = ctypes.addressof(self._layers) + first * ctypes.sizeof(_RelayLayer)
+        batch_pointers = ctypes.addressof(pointers)
         relay = _AttentionRelay(
-            lane.address, lane.last_address, layers, ctypes.addressof(pointers), x.data_ptr(), num_layers, begins
+            lane.address, lane.last_address, address, layers, batch_pointers, x.data_ptr(), num_layers, begins
         )
         return self._call(relay, bounds)
 

@@ -82,10 +82,11 @@ class AttentionRelay:
         """Layer 0 of a step, computed and sent; nothing is awaited."""
         return self._calls[0].begin(x, self._batches(batch), lane, _bounds())
 
-    def run(self, layer: int, x: Tensor, batch: AttentionBatch, lane: Lane) -> Relayed:
-        """From `layer` on, whose partial is the answer to lane.last: as far as it goes, at most RELAY_S."""
+    def run(self, layer: int, x: Tensor, partials: Sequence[Tensor], batch: AttentionBatch, lane: Lane) -> Relayed:
+        """From `layer` on, which adds the answer to lane.last (at most one partial): as far as it goes, for RELAY_S."""
         run, place = self._runs.place(layer)
-        return self._calls[run](place, x, self._batches(batch), lane, _bounds())
+        partial = partials[0] if partials else None
+        return self._calls[run](place, x, partial, self._batches(batch), lane, _bounds())
 
     def _batches(self, batch: AttentionBatch) -> list[LayerBatch]:
         return [kind.tokens(batch) for kind in self._kinds]

@@ -11,10 +11,10 @@ from contextlib import AbstractContextManager
 import torch
 
 from afd.attention.engine import AttentionEngine
-from afd.attention.gpu_engine import GpuAttentionEngine
-from afd.attention.gpu_exchange import GpuExchange
+from afd.attention.gpu_path import GpuPath
 from afd.attention.mesh_exchange import MeshExchange
-from afd.attention.relay import StreamRelay
+from afd.attention.python_path import PythonPath
+from afd.attention.relay_path import RelayPath
 from afd.errors import PeerLostError
 from afd.ffn.engine import FFNEngine
 from afd.ffn.gang import GangTable
@@ -117,14 +117,15 @@ class Pod:
             half = load_attention_half(self.folder, self.dtype, self.device)
             cache = KVCache(self.folder.spec, NUM_BLOCKS, BLOCK_SIZE, half.dtype, self.device, spare_block=self.graphs)
             if self.device == "cpu":
-                relay = StreamRelay(half.relay(cache), exchange) if Role.ATTENTION in self.relays else None
-                engine = AttentionEngine(half, cache, scheduler, exchange, relay=relay)
+                path = PythonPath(half, cache, exchange)
+                if Role.ATTENTION in self.relays:
+                    path = RelayPath(path, half.relay(cache), exchange)
             else:
-                gpu = CudaDevice()
-                outgoing = GpuExchange(exchange, gpu, self.layout.dispatch_dtype)
                 graphs = DecodeGraphs(half, cache, launched_steps=1) if self.graphs else None
                 self.decode_graphs.append(graphs)
-                engine = GpuAttentionEngine(half, cache, scheduler, outgoing, gpu, graphs=graphs)
+                wire = self.layout.dispatch_dtype
+                path = GpuPath(half, cache, exchange, CudaDevice(), wire=wire, graphs=graphs)
+            engine = AttentionEngine(half, scheduler, path)
         self.exchanges.append(exchange)
         self.engines.append(engine)
         self.contexts.append(context)

@@ -23,7 +23,7 @@ extern const SampleTable sample_avx512;
 
 namespace {
 
-constexpr int32_t kAbiVersion = 8;
+constexpr int32_t kAbiVersion = 9;
 
 const KernelTable& table_of(int32_t isa) {
 #if defined(AFD_HAVE_X86)

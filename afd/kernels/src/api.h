@@ -184,14 +184,15 @@ struct AfdRelayLayer {
 };
 struct AfdAttentionRelay {
     const SmLane* lane;
-    // Of the dispatch whose answer, [num_tokens, hidden] bf16, was taken last and is to be added; then of the newest that was
-    // sent. Where a step begins there is no answer: this is what the first dispatch has, but for seq and layer, one less;
-    // that one is sent, and not waited for.
+    // Of the newest dispatch, which was answered; then of the newest that was sent. Where a step begins: what its first
+    // dispatch has, but for seq and layer, one less.
     SmHeader* last;
+    const void* partial;  // the answer to `last`, [num_tokens, hidden] bf16, which the first layer adds; null = x has it
     const AfdRelayLayer* layers;
     const AfdBatch* const* batches;
     float* x;
-    int32_t num_layers, begins;
+    int32_t num_layers;
+    int32_t begins;  // the first layer is sent, and not waited for
 };
 struct AfdFfnRelay {
     const SmLane* lane;

@@ -66,6 +66,7 @@ int32_t relay_attention(const KernelTable& kernels, const AfdAttentionRelay& rel
                         AfdRelayed* done, int num_threads, int32_t* error_detail) {
     const SmLane& lane = *relay.lane;
     SmHeader& sent = *relay.last;
+    const void* partial = relay.partial;
     done->began_ns = done->ended_ns = sm_now_ns();
     while (done->num_laps < relay.num_layers) {
         if (done->ended_ns >= bounds.until_ns) {
@@ -76,7 +77,7 @@ int32_t relay_attention(const KernelTable& kernels, const AfdAttentionRelay& rel
         lap = {};
         lap.begun_ns = done->ended_ns;
         const AfdRelayLayer& l = relay.layers[done->num_laps];
-        const Residual residual{relay.x, {sm_in_rows(&lane, sent.seq)}, relay.begins ? 0 : 1, kBfloat16};
+        const Residual residual{relay.x, {partial}, partial == nullptr ? 0 : 1, kBfloat16};
         sent.seq += 1;
         sent.layer += 1;
         const int32_t status =
@@ -101,6 +102,7 @@ int32_t relay_attention(const KernelTable& kernels, const AfdAttentionRelay& rel
             return kOk;
         }
         sm_lane_take(&lane);
+        partial = sm_in_rows(&lane, sent.seq);
         lap.answered_ns = done->ended_ns = sm_now_ns();
         const int64_t took_ns = lap.answered_ns - lap.posted_ns;
         // Whatever the peer says, it cannot have computed for longer.
@@ -112,7 +114,7 @@ int32_t relay_attention(const KernelTable& kernels, const AfdAttentionRelay& rel
         done->exposed_ns += took_ns - ffn_ns;
     }
     if (done->num_answered > 0)
-        add_rows(relay.x, sm_in_rows(&lane, sent.seq), static_cast<int64_t>(sent.payload_bytes / kBf16Bytes));
+        add_rows(relay.x, partial, static_cast<int64_t>(sent.payload_bytes / kBf16Bytes));
     return kOk;
 }
 

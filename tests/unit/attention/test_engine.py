@@ -1,12 +1,14 @@
 """The stream loop over a local exchange: every request gets what the in-process reference gives it."""
 
 import random
+from collections import deque
 
 import pytest
 import torch
 
 from afd.attention.engine import AttentionEngine
 from afd.attention.exchange import LocalExchange
+from afd.attention.python_path import PythonPath
 from afd.errors import PeerLostError
 from afd.kv.block_pool import BlockPool
 from afd.kv.cache import KVCache
@@ -44,7 +46,7 @@ def make_engine(
         BlockPool(num_blocks, 8, prefix_cache=prefix_cache),
     )
     cache = KVCache(attention.spec, num_blocks, 8, attention.dtype)
-    return AttentionEngine(attention, cache, scheduler, exchange or LocalExchange(ffns))
+    return AttentionEngine(attention, scheduler, PythonPath(attention, cache, exchange or LocalExchange(ffns)))
 
 
 def request(idx, rng, vocab, **sampling):
@@ -105,21 +107,44 @@ def test_sampling_is_independent_of_company_and_streams(halves):
         assert compare(alone, together[seq.req_id]).ok
 
 
-class LateExchange(LocalExchange):
-    """Answers when it is asked to wait, not at the first look."""
+class ScriptedExchange:
+    """Each answer is there after so many looks of whatever kind, or as soon as somebody waits for it."""
+
+    ready = True
+
+    def __init__(self, halves, looks):
+        self._inner, self._looks = LocalExchange(halves), looks
+        self._num_looks, self._due = 0, deque()
+
+    def send(self, stream, step, dispatch):
+        self._inner.send(stream, step, dispatch)
+        self._due.append(self._num_looks + self._looks)
+
+    def has_news(self):
+        self._num_looks += 1
+        return bool(self._due) and self._due[0] <= self._num_looks
 
     def poll(self, timeout_s):
-        return super().poll(timeout_s) if timeout_s else []
+        if not self.has_news() and not (timeout_s and self._due):
+            return []
+        self._due.popleft()
+        return self._inner.poll(0.0)
+
+    def idle(self, stream):
+        pass
+
+
+NEVER = 1 << 30  # looks: only to who waits
 
 
 @pytest.mark.parametrize("end", [None, 7])
-def test_steps_are_prepared_while_the_rows_of_the_one_before_are_away(halves, end):
+def test_steps_are_prepared_while_the_rows_of_the_one_before_are_away(halves, end, monkeypatch):
     """end: one of the sequences ends early, by a token that nobody foresaw."""
     attention, whole, _ = halves
-    engine = make_engine(attention, [whole], num_streams=1, exchange=LateExchange([whole]))
+    engine = make_engine(attention, [whole], num_streams=1, exchange=ScriptedExchange([whole], NEVER))
     built = []
-    real = engine._look_ahead._build
-    engine._look_ahead._build = lambda stream, items: built.append(stream) or real(stream, items)
+    real = attention.prepare
+    monkeypatch.setattr(attention, "prepare", lambda batch: built.append(batch) or real(batch))
     seqs = []
     for idx in range(2):
         greedy = SamplingParams(max_tokens=12, seed=0, temperature=0.0)
@@ -140,35 +165,12 @@ def test_steps_are_prepared_while_the_rows_of_the_one_before_are_away(halves, en
     assert engine.stages.totals.ahead_s == pytest.approx(sum(stage.end_s - stage.start_s for stage in ahead))
 
 
-class SlowExchange(LateExchange):
-    """Answers when it is asked to wait, or while somebody computes a head: after each slice one."""
-
-    def __init__(self, halves):
-        super().__init__(halves)
-        self._answers = False
-
-    def has_news(self):
-        self._answers = super().has_news()
-        return self._answers
-
-    def poll(self, timeout_s):
-        answers, self._answers = self._answers, False
-        return super().poll(1.0 if answers else timeout_s)
-
-
-class SilentExchange(LateExchange):
-    """Answers when it is asked to wait."""
-
-    def has_news(self):
-        return False
-
-
-def stages_of_three_streams(halves, monkeypatch, exchange):
+def stages_of_three_streams(halves, monkeypatch, looks):
     """Of heads that can be cut every 64 entries of the vocabulary."""
     attention, whole, _ = halves
     monkeypatch.setattr(head_slices, "MIN_SLICE_ROWS", 64)
     monkeypatch.setattr(head_slices, "SLICE_LOGITS", 64)
-    engine = make_engine(attention, [whole], num_streams=3, exchange=exchange([whole]))
+    engine = make_engine(attention, [whole], num_streams=3, exchange=ScriptedExchange([whole], looks))
     for idx in range(6):
         engine.scheduler.add(request(idx, random.Random(idx), attention.spec.vocab_size, max_tokens=6))
     run_all(engine, timeout_s=1.0)
@@ -178,7 +180,7 @@ def stages_of_three_streams(halves, monkeypatch, exchange):
 def test_one_head_at_a_time_and_layers_before_it(halves, monkeypatch):
     last_layer = halves[0].spec.num_layers - 1
     under_way, num_slices, num_gave_way, arrived = None, 0, 0, None
-    for stage in stages_of_three_streams(halves, monkeypatch, SlowExchange):
+    for stage in stages_of_three_streams(halves, monkeypatch, 4):
         if stage.name in ("head", "head_slice"):
             assert arrived is None, "rows waited for a head"
             assert under_way in (None, stage.stream), "a head began while another one was not finished"
@@ -193,7 +195,7 @@ def test_one_head_at_a_time_and_layers_before_it(halves, monkeypatch):
 
 
 def test_a_head_that_keeps_nobody_waiting_is_not_cut(halves, monkeypatch):
-    stages = stages_of_three_streams(halves, monkeypatch, SilentExchange)
+    stages = stages_of_three_streams(halves, monkeypatch, NEVER)
     names = {stage.name for stage in stages}
     assert "head" in names and "head_slice" not in names
 
@@ -283,7 +285,7 @@ def test_windowed_layers_with_blocks_of_their_own_equal_the_reference(num_blocks
     windowed = WindowedBlocks(BlockPool(num_windowed, 8), folder.spec.max_window, 16)
     scheduler = Scheduler(config, BlockPool(num_blocks, 8), windowed=windowed)
     cache = KVCache(folder.spec, num_blocks, 8, attention.dtype, num_window_blocks=num_windowed)
-    engine = AttentionEngine(attention, cache, scheduler, LocalExchange([whole]))
+    engine = AttentionEngine(attention, scheduler, PythonPath(attention, cache, LocalExchange([whole])))
     rng = random.Random(4)
     shared = [rng.randrange(500) for _ in range(50)]
     prompts = [[*shared[: rng.randrange(20, 50)], *(rng.randrange(500) for _ in range(3))] for _ in range(6)]

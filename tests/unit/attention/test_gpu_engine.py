@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from afd.attention.exchange import Combined
-from afd.attention.gpu_engine import GpuAttentionEngine, GpuStageClock
-from afd.attention.gpu_exchange import GpuExchange, GpuLocalExchange
+from afd.attention.engine import AttentionEngine
+from afd.attention.gpu_path import GpuPath
+from afd.attention.path import Step
 from afd.attention.worker import _Worker
 from afd.config import resolve_config
 from afd.errors import PeerLostError
@@ -90,7 +90,7 @@ def check(seqs, outputs):
 
 def test_a_mono_worker_on_a_gpu_equals_the_reference(worker):
     engine, rng = worker.engine, random.Random(0)
-    assert isinstance(engine, GpuAttentionEngine) and isinstance(worker._exchange, GpuLocalExchange)
+    assert isinstance(engine, AttentionEngine)
     seqs = [request(idx, rng, 512) for idx in range(6)]
     check(seqs, serve(engine, seqs))
     totals = engine.stages.totals
@@ -137,92 +137,63 @@ class RecordingExchange:
         self.cancelled += 1
 
 
+class Half:
+    """Of a layer whose rows are its stream's number."""
+
+    def __init__(self, device):
+        self.device = device
+
+    def embed(self, token_ids):
+        return to_device(torch.zeros(2, 200), self.device) + token_ids[:, None]
+
+    def layer(self, layer, x, batch, cache, partials):
+        ids = to_device(torch.tensor([[1], [2]], dtype=torch.int32), self.device)
+        return Dispatch(layer, x, ids, to_device(torch.ones(2, 1), self.device))
+
+
 @pytest.fixture
-def exchange(gpu):
+def path(gpu):
     gpu.may_wait = False
-    device, inner = CudaDevice(), RecordingExchange()
-    exchange = GpuExchange(inner, device, WireDtype.FP8_E4M3)
+    device, exchange = CudaDevice(), RecordingExchange()
+    path = GpuPath(Half(device.torch_device), None, exchange, device, wire=WireDtype.FP8_E4M3)
 
     def launch(stream):
-        with device.stage(stream):
-            rows = to_device(torch.full((2, 200), float(stream)), device.torch_device)
-            ids = to_device(torch.tensor([[1], [2]], dtype=torch.int32), device.torch_device)
-            weights = to_device(torch.ones(2, 1), device.torch_device)
-            exchange.send(stream, 7, Dispatch(3, rows, ids, weights))
+        step = Step(SimpleNamespace(stream=stream, step=7), None, 0.0)
+        with path.stage(stream):
+            assert path.begin(step, [stream, stream]) is None
 
-    return SimpleNamespace(face=exchange, inner=inner, launch=launch)
+    return SimpleNamespace(face=path, exchange=exchange, launch=launch)
 
 
-def test_rows_are_sent_when_their_stage_is_over_and_not_before(exchange, gpu):
-    told = []
-    exchange.face.on_sent = lambda stream, device_s: told.append((stream, device_s > 0))
-    exchange.launch(1)
-    exchange.launch(2)
-    exchange.face.poll(0.0)
-    assert not exchange.inner.sent and not told
+def test_rows_are_sent_when_their_layer_is_over_and_not_before(path, gpu):
+    path.launch(1)
+    path.launch(2)
+    path.face.poll(0.0)
+    assert not path.exchange.sent and not path.face.finished()
+    legs = []
     for _ in range(gpu.looks):
-        exchange.face.poll(0.0)
-    assert sorted(told) == [(1, True), (2, True)]
-    stream, step, dispatch = exchange.inner.sent[1]
-    assert (stream, step, dispatch.layer) == (2, 7, 3)
+        path.face.poll(0.0)
+        legs += path.face.finished()
+    assert sorted((leg.stream, leg.first_layer, leg.last_layer) for leg in legs) == [(1, 0, 0), (2, 0, 0)]
+    assert all(leg.answer is None and leg.spans.attention_s > 0 for leg in legs)
+    stream, step, dispatch = path.exchange.sent[1]
+    assert (stream, step, dispatch.layer) == (2, 7, 0)
     assert dispatch.rows.dtype is torch.float8_e4m3fn and dispatch.scales.shape == (2, 2)
     assert dispatch.rows.float()[0, 0] * dispatch.scales[0, 0] == 2.0
     assert dispatch.expert_ids.tolist() == [[1], [2]] and dispatch.expert_weights.tolist() == [[1.0], [1.0]]
 
 
-def test_what_was_cancelled_is_not_sent(exchange, gpu):
-    exchange.launch(0)
-    exchange.face.cancel()
+def test_what_was_cancelled_is_not_sent(path, gpu):
+    path.launch(0)
+    path.face.cancel()
     for _ in range(gpu.looks + 1):
-        exchange.face.poll(0.0)
-    assert exchange.inner.cancelled == 1 and not exchange.inner.sent
+        path.face.poll(0.0)
+    assert path.exchange.cancelled == 1 and not path.exchange.sent and not path.face.finished()
 
 
-def test_a_peer_lost_meanwhile_shows_when_the_rows_leave(exchange, gpu):
-    exchange.inner.lost = True
-    exchange.launch(0)
+def test_a_peer_lost_meanwhile_shows_when_the_rows_leave(path, gpu):
+    path.exchange.lost = True
+    path.launch(0)
     with pytest.raises(PeerLostError):
         for _ in range(gpu.looks + 1):
-            exchange.face.poll(0.0)
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self):
-        return self.now
-
-
-def test_stages_are_booked_when_they_end_and_waiting_is_what_remains():
-    clock = Clock()
-    stages = GpuStageClock(clock)
-    batch = SimpleNamespace(num_tokens=4, step=1, stream=0)
-    assert stages.attention(0, 0, batch, 0.0, 0.1, 0.2) == 0.2
-    assert stages.totals.attention_s == 0.0
-    clock.now = 1.0
-    stages.looked_ahead(batch, 4, 0.5)  # beside the GPU's stage
-    assert stages.totals.ahead_s == stages.totals.other_s == 0.0
-    clock.now = 2.0
-    stages.wait(0.2, [])  # the GPU computes: that is no waiting
-    assert stages.totals.wait_s == 0.0
-    assert stages.sent(0, device_s=1.5) == 2.0
-    assert stages.totals.attention_s == 1.5
-    clock.now = 3.0
-    stages.wait(0.2, [Combined(0, [])])
-    assert stages.totals.wait_s == 1.0
-    clock.now = 3.25
-    stages.looked_ahead(batch, 4, 3.0)  # with an idle GPU
-    assert stages.totals.ahead_s == 0.25 and stages.totals.other_s == 0.0
-    stages.combined(0, batch, 0, 3.0, 3.1)
-    stages.head_launched(0)
-    clock.now = 5.0
-    stages.wait(3.0, [])
-    assert stages.head_ended(0, device_s=0.5) == 4.5 and stages.totals.wait_s == 1.0
-    spans = [(stage.name, stage.start_s, stage.end_s) for stage in stages.ring.snapshot()]
-    stage_spans = [("embed", 0.5, 0.5), ("attention", 0.5, 2.0), ("dispatch", 2.0, 2.0)]
-    assert spans == [*stage_spans, ("wait", 2.0, 3.0), ("look_ahead", 3.0, 3.25)]
-    stages.attention(1, 0, batch, 5.0, 5.0, 5.0)
-    stages.reset()
-    clock.now = 6.0
-    stages.wait(5.5, [])
-    assert stages.totals.wait_s == 1.5
+            path.face.poll(0.0)

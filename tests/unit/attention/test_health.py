@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry
 
-from afd.attention.exchange import Combined
+from afd.attention.exchange import Combined, Gang
 from afd.attention.health import RecentAttention
 from afd.attention.metrics import AttentionMetrics
 from afd.attention.modelled import ModelledEngine, StepFormula
+from afd.attention.python_path import leg_of_one
 from afd.kv.block_pool import BlockPool
 from afd.sched.latency import LatencyModel
 from afd.sched.policy import Admission
@@ -35,11 +36,11 @@ def test_bubble_exposed_transfer_and_gang_size_are_exported() -> None:
 
     batch = MicroBatch(stream=0, step=1, items=[])
     clock.now = 1.0
-    engine.stages.attention(0, 0, batch, 0.0, 0.0, 1.0)
+    engine.stages.book(batch, leg_of_one(0, 0, (0.0, 0.0, 1.0, 1.0)))
     clock.now = 5.0
-    answer = Combined(0, (), gang_size=2, compute_s=3.0)
+    answer = Combined(0, (), gang=Gang(size=2), compute_s=3.0)
     engine.stages.wait(1.0, [answer])
-    engine.stages.exchange(1.0, answer, 0, 1)
+    engine.stages.answered(1.0, answer, 0, 1)
     clock.now = 10.0
     engine.stages.finish(0, batch, 6.0, started_s=0.0, more=False)
 

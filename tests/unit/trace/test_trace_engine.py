@@ -10,6 +10,7 @@ import torch
 
 from afd.attention.engine import AttentionEngine
 from afd.attention.exchange import LocalExchange
+from afd.attention.python_path import PythonPath
 from afd.kv.block_pool import BlockPool
 from afd.kv.cache import KVCache
 from afd.model.loading import load_attention_half, load_ffn_half, resolve_model
@@ -31,7 +32,8 @@ def test_mono_computes_where_it_would_wait(num_streams):
         ),
         BlockPool(32, 8),
     )
-    engine = AttentionEngine(half, KVCache(half.spec, 32, 8, half.dtype), scheduler, LocalExchange([whole]))
+    path = PythonPath(half, KVCache(half.spec, 32, 8, half.dtype), LocalExchange([whole]))
+    engine = AttentionEngine(half, scheduler, path)
     rng = random.Random(0)
     for idx in range(4):
         prompt = [rng.randrange(folder.spec.vocab_size) for _ in range(5)]
