@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import inf
+from typing import NamedTuple
 
 import msgspec
 
@@ -58,6 +59,16 @@ class GangBatch:
     @property
     def num_tokens(self) -> int:
         return sum(a.num_tokens for a in self.arrivals)
+
+
+class ReservedGang(NamedTuple):
+    """A gang of one attention worker for a step that has not begun; see `GangTable.reserve`."""
+
+    rank: int
+    stream: int
+    epoch: int
+    id: int
+    mask: int
 
 
 @dataclass(slots=True)
@@ -139,6 +150,14 @@ class _Stream:
             del self.pending[rank]
         self.at_zero &= ~group.ranks
         return sorted(group.arrivals.values(), key=lambda a: a.rank)
+
+    def form(self, members: int, now: float) -> None:
+        """A gang of these members begins a step."""
+        if self.formed_s is not None and self.members:
+            took_s = now - self.formed_s
+            self.step_s = took_s if self.step_s == 0.0 else 0.8 * self.step_s + 0.2 * took_s
+        self.formed_s = now
+        self.members = members
 
     def began(self, rank: int, epoch: int | None) -> None:
         """The epoch of the rank's newest step; None = the rank is gone."""
@@ -263,16 +282,25 @@ class GangTable:
         """Moving average of that stream's step; 0 where another rank forms its gangs, or too early to tell."""
         return self._streams[stream_idx].step_s
 
-    def sole_gang(self, rank: int, stream_idx: int, epoch: int) -> tuple[int, int] | None:
-        """(gang_id, mask) that this attention worker's next layer 0 in the stream gets, at once, if it comes before
-        anything else does. None where that is not certain.
+    def reserve(self, rank: int, stream_idx: int, epoch: int) -> ReservedGang | None:
+        """A gang for this attention worker's next step in the stream, which nobody else can be waited for in.
+
+        For a caller that answers layer 0 itself, before anything else arrives, and says so to `form`. A reservation
+        that is not used binds nobody. None where anybody else is at work, or another rank forms the stream's gangs.
         """
         stream, bit = self._streams[stream_idx], 1 << rank
         if self._present != bit or stream.active != bit or self.has_pending or self.num_active_streams > 1:
             return None
         if stream.epoch != epoch or not self._is_former(stream_idx):
             return None
-        return self._gang_id(epoch, self._counter + 1), bit
+        return ReservedGang(rank, stream_idx, epoch, self._next_id(epoch), bit)
+
+    def form(self, gang: ReservedGang, now: float) -> None:
+        """The step for which the gang was reserved has begun."""
+        stream = self._streams[gang.stream]
+        stream.detached &= ~gang.mask
+        stream.began(gang.rank, gang.epoch)
+        stream.form(gang.mask, now)
 
     # -- details ------------------------------------------------------------------------------------------
 
@@ -336,13 +364,9 @@ class GangTable:
     def _form(self, stream: _Stream, group: _Group, now: float) -> tuple[int, int]:
         beside = self._parks(stream) or group.epoch < stream.epoch
         if not beside:  # newcomers that lost patience, or an older epoch, do not replace the gang that runs
-            if stream.formed_s is not None and stream.members:
-                took_s = now - stream.formed_s
-                stream.step_s = took_s if stream.step_s == 0.0 else 0.8 * stream.step_s + 0.2 * took_s
-            stream.formed_s = now
-            stream.members = group.ranks
-        self._counter += 1
-        return self._gang_id(group.epoch, self._counter), group.ranks
+            stream.form(group.ranks, now)
+        return self._next_id(group.epoch), group.ranks
 
-    def _gang_id(self, epoch: int, number: int) -> int:
-        return (epoch & 0xFFFF) << 48 | self._rank << 32 | (number & 0xFFFFFFFF)
+    def _next_id(self, epoch: int) -> int:
+        self._counter += 1
+        return (epoch & 0xFFFF) << 48 | self._rank << 32 | (self._counter & 0xFFFFFFFF)

@@ -14,10 +14,12 @@ from afd.config import ClusterConfig
 from afd.ffn.engine import FFNEngine
 from afd.ffn.expert_watch import ExpertWatch
 from afd.ffn.gang import GangTable
-from afd.ffn.gpu_engine import GpuFFNEngine
+from afd.ffn.gpu_path import GpuPath
 from afd.ffn.health import RecentFFN
 from afd.ffn.metrics import FFNMetrics
-from afd.ffn.relay import GangRelay
+from afd.ffn.path import BatchPath
+from afd.ffn.python_path import PythonPath
+from afd.ffn.relay_path import RelayPath
 from afd.membership.port import Announce, Join, SyncFields
 from afd.messages.keys import trace_token
 from afd.messages.membership import ClusterView, WorkerInfo
@@ -113,11 +115,14 @@ class _Worker:
         )
         if config.ffn.device == "cuda":
             self._device = CudaDevice()
-            self._engine = GpuFFNEngine(half, seat.mesh, gangs, self._device, layout=layout)
+            path: BatchPath = GpuPath(half, seat.mesh, layout, self._device)
+            self._engine = FFNEngine(half, seat.mesh, gangs, path)
         else:
+            path = inner = PythonPath(half, seat.mesh, layout)
             layers = half.relay() if relays_natively(layout) else None
-            relay = None if layers is None else GangRelay(layers, seat.mesh, gangs)
-            self._engine = FFNEngine(half, seat.mesh, gangs, layout=layout, threads=self._threads, relay=relay)
+            if layers is not None:
+                path = RelayPath(inner, layers, seat.mesh, gangs)
+            self._engine = FFNEngine(half, seat.mesh, gangs, path, threads=self._threads)
         self._trace.attach(seat.rank, self._engine.ring)
         self._recent = RecentFFN(self._engine)
         self._metrics = FFNMetrics(registry, self._engine, seat.mesh, self._recent)

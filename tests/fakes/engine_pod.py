@@ -16,10 +16,11 @@ from afd.attention.mesh_exchange import MeshExchange
 from afd.attention.python_path import PythonPath
 from afd.attention.relay_path import RelayPath
 from afd.errors import PeerLostError
+from afd.ffn import gpu_path as ffn_gpu_path
+from afd.ffn import python_path as ffn_python_path
+from afd.ffn import relay_path as ffn_relay_path
 from afd.ffn.engine import FFNEngine
 from afd.ffn.gang import GangTable
-from afd.ffn.gpu_engine import GpuFFNEngine
-from afd.ffn.relay import GangRelay
 from afd.kv.block_pool import BlockPool
 from afd.kv.cache import KVCache
 from afd.model.cuda import CudaDevice
@@ -136,10 +137,12 @@ class Pod:
         with context(), torch.inference_mode():
             half = load_ffn_half(self.folder, ShardSpec(rank, self.num_ffn, self.parallel), self.dtype, self.device)
             if self.device == "cpu":
-                relay = GangRelay(half.relay(), mesh, gangs) if Role.FFN in self.relays else None
-                engine = FFNEngine(half, mesh, gangs, layout=self.layout, relay=relay)
+                path = ffn_python_path.PythonPath(half, mesh, self.layout)
+                if Role.FFN in self.relays:
+                    path = ffn_relay_path.RelayPath(path, half.relay(), mesh, gangs)
             else:
-                engine = GpuFFNEngine(half, mesh, gangs, CudaDevice(), layout=self.layout)
+                path = ffn_gpu_path.GpuPath(half, mesh, self.layout, CudaDevice())
+            engine = FFNEngine(half, mesh, gangs, path)
         stop = threading.Event()
 
         def run():

@@ -7,6 +7,7 @@ import torch
 
 from afd.ffn.engine import MAX_WAIT_S, FFNEngine
 from afd.ffn.gang import GangTable
+from afd.ffn.python_path import PythonPath
 from afd.model.halves import Dispatch
 from stepmesh.layout import PayloadLayout
 from stepmesh.types import DispatchArrived, DispatchParts, FrameKind, Header, RankId, Role, WireDtype
@@ -62,7 +63,7 @@ def engine(mesh: BusyMesh) -> FFNEngine:
     layout = PayloadLayout(
         hidden=HIDDEN, max_tokens=4, max_top_k=1, dispatch_dtype=WireDtype.FP32, combine_dtype=WireDtype.FP32
     )
-    return FFNEngine(Half(), mesh, GangTable(1, 2), layout=layout)
+    return FFNEngine(Half(), mesh, GangTable(1, 2), PythonPath(Half(), mesh, layout))
 
 
 def test_a_rank_that_always_has_work_comes_back_after_each_batch():

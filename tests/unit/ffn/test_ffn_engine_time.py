@@ -11,6 +11,7 @@ from afd.ffn.engine import FFNEngine
 from afd.ffn.gang import GangTable
 from afd.ffn.health import RecentFFN
 from afd.ffn.metrics import FFNMetrics
+from afd.ffn.python_path import PythonPath
 from afd.model.loading import resolve_model
 from stepmesh.layout import PayloadLayout
 from stepmesh.types import DispatchArrived, DispatchParts, Header, IdleNotice, RankId, Role, WireDtype
@@ -28,7 +29,8 @@ class Scene:
         self.dtype = torch.float32
         layout = PayloadLayout(HIDDEN, 8, 0, WireDtype.FP32, WireDtype.FP32)
         self.gangs = GangTable(0, 1, max_window_s=100.0, straggler_s=100.0)
-        self.engine = FFNEngine(self, self, self.gangs, layout=layout, clock=lambda: self.now)
+        path = PythonPath(self, self, layout, clock=lambda: self.now)
+        self.engine = FFNEngine(self, self, self.gangs, path, clock=lambda: self.now)
 
     def turn(self, after_s: float, *events: object) -> None:
         """The engine blocks for so long, then these events are there."""

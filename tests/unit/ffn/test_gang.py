@@ -338,48 +338,52 @@ def test_a_new_plan_shortens_the_window():
     assert ranks(gangs.next_batch(0.3011)) == [0]
 
 
-def test_a_sole_workers_next_gang_is_known_before():
+def test_a_sole_worker_can_have_its_next_gang_reserved():
     gangs = table()
-    assert gangs.sole_gang(0, 0, 1) is None, "it has not been heard of yet"
+    assert gangs.reserve(0, 0, 1) is None, "it has not been heard of yet"
     gangs.arrive(arrival(0))
-    assert gangs.sole_gang(0, 0, 1) is None, "something is here already"
-    gangs.next_batch(0.0)
-    known = gangs.sole_gang(0, 0, 1)
-    assert known is not None
-    gangs.arrive(arrival(0, at=1.0))
-    batch = gangs.next_batch(1.0)
-    assert (batch.gang_id, batch.mask) == known
-    assert gangs.sole_gang(0, 0, 2) is None, "another epoch may have other members"
-    assert gangs.sole_gang(0, 1, 1) is None and gangs.sole_gang(1, 0, 1) is None
+    assert gangs.reserve(0, 0, 1) is None, "something is here already"
+    first = gangs.next_batch(0.0)
+    reserved = gangs.reserve(0, 0, 1)
+    assert (reserved.rank, reserved.stream, reserved.epoch, reserved.mask) == (0, 0, 1, 1)
+    gangs.form(reserved, 1.0)
+    assert gangs.step_s(0) == 1.0
+    gangs.arrive(arrival(0, 1, gang=reserved.id, mask=1, at=1.1))
+    assert gangs.next_batch(1.1).gang_id == reserved.id, "its members echo it"
+    assert gangs.reserve(0, 0, 2) is None, "another epoch may have other members"
+    assert gangs.reserve(0, 1, 1) is None and gangs.reserve(1, 0, 1) is None
+    unused = gangs.reserve(0, 0, 1)
+    gangs.arrive(arrival(0, at=2.0))
+    ids = {first.gang_id, reserved.id, unused.id, gangs.next_batch(2.0).gang_id}
+    assert len(ids) == 4, "no two steps have the same gang, whether it was reserved for them or not"
     gangs.idle(0, 0)
-    assert gangs.sole_gang(0, 0, 1) is None, "nothing is to be expected"
+    assert gangs.reserve(0, 0, 1) is None, "nothing is to be expected"
 
 
 @pytest.mark.parametrize("other", [arrival(1), arrival(0, stream=1)])
-def test_no_gang_is_known_before_while_anybody_else_is_at_work(other):
+def test_no_gang_is_reserved_while_anybody_else_is_at_work(other):
     gangs = table()
     for one in (arrival(0), other):
         gangs.arrive(one)
         while gangs.next_batch(1.0) is not None:
             pass
-    assert gangs.sole_gang(0, 0, 1) is None
+    assert gangs.reserve(0, 0, 1) is None
     gangs.lost(1)
     gangs.idle(0, 1)
-    assert gangs.sole_gang(0, 0, 1) is not None
+    assert gangs.reserve(0, 0, 1) is not None
 
 
-def test_only_a_streams_former_knows_its_gangs():
+def test_only_a_streams_former_reserves_its_gangs():
     gangs = GangTable(1, 2)
     for stream in (0, 1):
         gangs.arrive(arrival(0, stream=stream))
         gangs.next_batch(0.0)
-        known = gangs.sole_gang(0, stream, 1)
-        assert (known is not None) is (stream == 1)
+        assert (gangs.reserve(0, stream, 1) is not None) is (stream == 1)
         gangs.idle(0, stream)
 
 
 @given(st.lists(st.tuples(st.sampled_from(("layer", "step", "idle", "lost", "take")), st.integers(0, 1)), max_size=30))
-def test_a_gang_that_was_known_before_is_formed_at_once_whatever_came_earlier(script):
+def test_a_reserved_gang_is_what_its_step_would_have_formed_whatever_came_earlier(script):
     gangs, now, gang = table(), 0.0, (0, 0)
     for event, rank in script:
         now += 0.001
@@ -393,9 +397,24 @@ def test_a_gang_that_was_known_before_is_formed_at_once_whatever_came_earlier(sc
             gangs.lost(rank)
         elif (batch := gangs.next_batch(now)) is not None:
             gang = batch.gang_id, batch.mask
-        known = gangs.sole_gang(0, 0, 1)
-        if known is not None:
-            twin = copy.deepcopy(gangs)
+        twin = copy.deepcopy(gangs)
+        if (reserved := gangs.reserve(0, 0, 1)) is not None:
             twin.arrive(arrival(0, at=now))
             batch = twin.next_batch(now)
-            assert batch is not None and (batch.gang_id, batch.mask, ranks(batch)) == (*known, [0])
+            assert batch is not None and (batch.gang_id, batch.mask, ranks(batch)) == (reserved.id, reserved.mask, [0])
+            gangs.form(reserved, now)
+            assert what_follows(gangs, gang=reserved, now=now) == what_follows(twin, gang=reserved, now=now)
+
+
+def what_follows(gangs, gang, now):
+    """All that a table decides of a gang's next layer, a newcomer beside it, and the members' next step."""
+    seen = [gangs.under_way, gangs.has_pending, gangs.num_active_streams, gangs.window_s(0), gangs.step_s(0)]
+    gangs.arrive(arrival(0, 1, gang=gang.id, mask=gang.mask, at=now + 0.001))
+    gangs.arrive(arrival(1, at=now + 0.001))
+    for later, event in ((0.001, None), (0.002, arrival(0, at=now + 0.002)), (0.02, None), (9.0, None)):
+        if event is not None:
+            gangs.arrive(event)
+        seen.append(gangs.deadline())
+        while (batch := gangs.next_batch(now + later)) is not None:
+            seen.append((batch.layer, batch.gang_id, batch.mask, ranks(batch)))
+    return seen
