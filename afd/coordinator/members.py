@@ -54,6 +54,8 @@ class Entry:
     """One registered process. Times are the coordinator's clock.
 
     excused_s: of the time since `last_seen`, that in which the coordinator could hear nobody.
+    progress_at: when its main loop last moved, or had nothing to do.  moved_at: when it last moved.
+    ready_since: None while it is not ready.
     resumed_until: set while this member is known only from the view of an earlier coordinator and has not been
         heard of since; it is given until then.
     drain_asked: an operator asked for the drain (`draining` is what the member says of itself).
@@ -63,12 +65,13 @@ class Entry:
     rank: int
     last_seen: float
     progress_at: float
+    moved_at: float
     excused_s: float = 0.0
     resumed_until: float | None = None
     progress: int = 0
     pending: bool = False
     loading: float = 0.0
-    ready: bool = False
+    ready_since: float | None = None
     draining: bool = False
     drain_asked: bool = False
     stats: dict[str, float] = field(default_factory=dict)
@@ -83,6 +86,10 @@ class Entry:
     @property
     def identity(self) -> tuple[str, int, str]:
         return (self.info.role, self.rank, self.info.incarnation)
+
+    @property
+    def ready(self) -> bool:
+        return self.ready_since is not None
 
     @property
     def is_worker(self) -> bool:
@@ -103,13 +110,17 @@ class Entry:
     def beat(self, request: SyncRequest, now: float) -> bool:
         """Take a heartbeat in; True when something that the view shows, or a pair, changed."""
         self.heard(now)
-        if request.progress != self.progress or not request.pending:
+        if request.progress != self.progress:
+            self.moved_at = self.progress_at = now
+        elif not request.pending:
             self.progress_at = now
         self.progress, self.pending = request.progress, request.pending
         self.loading, self.stats = request.loading, request.stats
         self.silent_experts, self.costs = request.silent_experts, request.costs
         changed = (request.ready, request.draining) != (self.ready, self.draining)
-        self.ready, self.draining = request.ready, request.draining
+        if request.ready != self.ready:
+            self.ready_since = now if request.ready else None
+        self.draining = request.draining
         self._set_broken(request.pairs, now)
         return changed
 
@@ -139,8 +150,11 @@ class Entry:
         """The coordinator heard nobody for `gap_s`: that time is not this member's silence, nor its standstill."""
         self.excused_s += gap_s
         self.progress_at += gap_s
+        self.moved_at += gap_s
         if self.resumed_until is not None:
             self.resumed_until += gap_s
+        if self.ready_since is not None:
+            self.ready_since += gap_s
         self.broken = {peer: (since + gap_s, reason) for peer, (since, reason) in self.broken.items()}
 
     def member(self) -> Member:
@@ -157,21 +171,32 @@ class Entry:
 
 
 def blame(entries: Iterable[Entry], now: float, patience_s: float) -> tuple[Entry, str] | None:
-    """Who leaves because of broken links: the end with more broken pairs; tie: attention (its requests migrate).
+    """Who leaves because of broken links: an end whose main loop has not moved for `patience_s` before others, then the
+    end with more broken pairs; tie: attention (its requests migrate).
 
     A pair is judged only after it stayed broken for `patience_s`, during which a dead end is found by its silence
-    instead. Complaints about peers that are not members any more do not count.
+    instead. Complaints about peers that are not members any more do not count, nor does the time before an FFN worker
+    was ready: it has announced where it listens, and nobody answers there while it loads the model.
     """
     present = {entry.name: entry for entry in entries if entry.is_worker}
     pairs: dict[frozenset[str], str] = {}
     for entry in present.values():
         for peer, (since, reason) in entry.broken.items():
-            if peer in present and present[peer].info.role != entry.info.role and now - since > patience_s:
+            other = present.get(peer)
+            if other is None or other.info.role == entry.info.role:
+                continue
+            ready_since = (entry if entry.info.role == FFN else other).ready_since
+            if ready_since is not None and now - max(since, ready_since) > patience_s:
                 pairs[frozenset((entry.name, peer))] = reason
     if not pairs:
         return None
     counts = Counter(name for pair in pairs for name in pair)
-    worst = max(counts, key=lambda name: (counts[name], present[name].info.role == ATTENTION, present[name].rank))
+
+    def badness(name: str) -> tuple[bool, int, bool, int]:
+        entry = present[name]
+        return now - entry.moved_at > patience_s, counts[name], entry.info.role == ATTENTION, entry.rank
+
+    worst = max(counts, key=badness)
     reasons = sorted({reason for pair, reason in pairs.items() if worst in pair and reason})
     peers = sorted(name for pair in pairs if worst in pair for name in pair if name != worst)
     detail = f" ({'; '.join(reasons)})" if reasons else ""

@@ -238,7 +238,7 @@ class CoordinatorState:
         entry = self._entries.get(info.incarnation)
         self._epoch_floor = max(self._epoch_floor, request.epoch_seen)
         if entry is None:
-            entry = Entry(info, self._free_rank(info), last_seen=now, progress_at=now)
+            entry = Entry(info, self._free_rank(info), last_seen=now, progress_at=now, moved_at=now)
             self._entries[info.incarnation] = entry
             self._log(logging.INFO, f"{entry.name} joined from {info.host} (pid {info.pid})")
         elif entry.info.role != info.role:
@@ -328,9 +328,10 @@ class CoordinatorState:
                 member.rank,
                 last_seen=now,
                 progress_at=now,
+                moved_at=now,
                 resumed_until=now + self._timing.restart_grace_s,
                 loading=1.0,
-                ready=member.ready,
+                ready_since=now if member.ready else None,
                 drain_asked=member.draining,
             )
         self._epoch_members = frozenset(i for i in identities if i[0] != GATEWAY)

@@ -429,7 +429,8 @@ def test_broken_links_are_told_until_they_heal(join: Callable[..., Joined]) -> N
     with coordinator("2A1F") as running:
         workers = [join(running.address, info(role)) for role in ("attention", "attention", "ffn")]
         ranks = [worker.wait_rank() for worker in workers]
-        workers[2].wait_view(lambda view: view.formed)
+        workers[2].membership.set_ready(True)
+        workers[2].wait_view(lambda view: view.formed and view.of_role("ffn")[0].ready)
         for worker in workers[:2]:
             worker.membership.report_pair("ffn/0", True, "reset by peer")
         workers[0].membership.report_pair("ffn/0", False)

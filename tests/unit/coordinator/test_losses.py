@@ -90,6 +90,35 @@ def test_a_tie_goes_against_the_attention_worker() -> None:
     assert len(scenario.ranks("ffn")) == 2
 
 
+def test_of_a_tie_the_end_whose_main_loop_stands_still_leaves() -> None:
+    """An FFN worker that hangs in a computation sends heartbeats, and has no work pending as far as it knows."""
+    scenario = formed("1A1F")
+    for turn in range(40):
+        scenario.sync("a0", progress=turn)
+        scenario.sync("f0", progress=min(turn, 3))
+        if turn == 10:
+            scenario.report("a0", "ffn/0")
+        scenario.wait(BEAT_S)
+    assert scenario.ranks("ffn") == {} and scenario.ranks("attention") == {"a0": 0}
+    assert "ffn/0 lost: its links to attention/0 are broken" in scenario.log()
+
+
+def test_an_ffn_worker_that_is_not_ready_yet_has_no_broken_links() -> None:
+    """It has announced where it listens, and nobody answers there while it loads the model."""
+    scenario = formed("1A1F")
+    scenario.sync("f0", leaving=True)
+    scenario.silent.add("f0")
+    scenario.register("f1")
+    scenario.report("a0", "ffn/0")
+    scenario.wait(20.0)
+    assert scenario.ranks("attention") == {"a0": 0} and scenario.ranks("ffn") == {"f1": 0}
+    scenario.sync("f1", ready=True)
+    scenario.wait(TIMING.lost_after_s - BEAT_S)
+    assert scenario.ranks("attention") == {"a0": 0} and scenario.ranks("ffn") == {"f1": 0}
+    scenario.wait(3 * BEAT_S)
+    assert scenario.ranks("attention") == {} and scenario.ranks("ffn") == {"f1": 0}
+
+
 def test_a_pair_that_heals_in_time_costs_nobody() -> None:
     scenario = formed("2A1F")
     scenario.report("a0", "ffn/0")
