@@ -26,16 +26,17 @@ ANY_CORE = "any"
 
 
 class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Base of all sections: frozen, unknown keys refused."""
+    """Base of all sections: frozen, unknown keys refused. docs/configuration.md is made of what stands below."""
 
 
 class Listener(Section, frozen=True):
-    """host: where to listen.  advertise_host: what the others are told to connect to (a pod's IP, a container's name);
-    "" = host. Needed where host is a wildcard.
-    """
+    """A role that others connect to."""
 
     host: str = "127.0.0.1"
+    """Address to listen on."""
     advertise_host: str = ""
+    """What the others are told to connect to (a pod's IP, a container's name); "" = host. Needed where host is a
+    wildcard."""
 
     @property
     def reachable_host(self) -> str:
@@ -47,170 +48,218 @@ class Listener(Section, frozen=True):
 
 
 class ModelConfig(Section, frozen=True):
-    """name: "smollm2-135m-instruct", a Hugging Face folder, or "dummy:<preset>".
-
-    max_context: 0 = the model's own.  served_name: what clients call it; "" = derived from `name`.
-    weights: auto = in dtype, int8 = those of the FFN rounded to 8 bits when loaded, a scale for each output channel,
-    int8-all = attention projections (but MLA's) and the LM head too.
-    """
+    """What is served."""
 
     name: str = "smollm2-135m-instruct"
+    """`smollm2-135m-instruct`, a Hugging Face folder, a .gguf file, or `dummy:<preset>`."""
     served_name: str = ""
+    """What clients call it; "" = derived from `name`."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Type of weights and activations; the residual is float32 in any case."""
     weights: Literal["auto", "int8", "int8-all"] = "auto"
+    """auto = in dtype; int8 = those of the FFN rounded to 8 bits when loaded, a scale for each output channel;
+    int8-all = attention projections (but MLA's) and the LM head too."""
     max_context: NonNegativeInt = 0
+    """Tokens of prompt and output together; 0 = the model's own limit."""
 
 
 class TopologyConfig(Section, frozen=True):
-    """topology: xAyF or mono.  transport: of the data plane; auto = shared memory on one host, RDMA between hosts that
-    both have an active port (verbs), else TCP.
-
-    wire: type of the rows from attention to FFN; auto = model.dtype, fp8 = e4m3 with a scale for each 128 columns.
-    Answers come back in model.dtype, or in bf16 or fp32 where that is set.
-
-    dispatch: which rows an FFN rank is sent at an MoE layer; sparse = only those that it works on, for ffn_parallel ep
-    and, where the model has no shared expert, hybrid.
-
-    recovery_timeout_s: how long requests wait for a lost worker's return or its successor, which has to load its half
-    of the model, before they end with an error.
-    """
+    """What all workers have in common."""
 
     topology: str = "1A1F"
+    """xAyF = x attention and y FFN workers, or mono = both halves in one process."""
     ranks_per_instance: Literal[1] = 1
+    """Ranks (devices) of one worker instance."""
     transport: Literal["auto", "shm", "verbs", "tcp"] = "auto"
+    """Of the data plane. auto = shared memory on one host, RDMA between hosts that both have an active port (verbs),
+    else TCP."""
     wire: Literal["auto", "fp8", "bf16", "fp32"] = "auto"
+    """Type of the rows from attention to FFN. auto = model.dtype, fp8 = e4m3 with a scale for each 128 columns. Answers
+    come back in model.dtype, or in bf16 or fp32 where that is set."""
     ffn_parallel: FfnParallel = FfnParallel.HYBRID
+    """How FFN workers share a layer. hybrid = routed experts whole, dense FFN and shared expert sliced; tp = everything
+    sliced; ep = routed experts whole, the shared expert whole on each for its share of the rows."""
     dispatch: DispatchMode = DispatchMode.BROADCAST
+    """Which rows an FFN worker is sent at an MoE layer. sparse = only those that it works on, for ffn_parallel ep and,
+    where the model has no shared expert, hybrid."""
     checksum: bool = False
-    secret_file: str = ""  # "" with `afd up`: a fresh secret for this run, handed to the children by pipe
+    """A CRC-32 on every frame."""
+    secret_file: str = ""
+    """The cluster's secret. "" with `afd up` = a fresh one for this run, handed to the children by pipe."""
     recovery_timeout_s: Positive = 60.0
+    """How long requests wait for a lost worker's return or its successor, which has to load its half of the model,
+    before they end with an error."""
 
 
 class VerbsConfig(Section, frozen=True):
-    """RDMA connections of the data plane: `stepmesh.config.VerbsOptions`, key for key (docs/rdma.md).
-
-    device: "mlx5_0" or "mlx5_0:2"; "" = chosen.  near: PCI address of the GPU whose nearest port is wanted.
-    gid_index: -1 = RoCE v2, IPv4 first.  mtu_bytes: 0 = what both ports have.
-    """
+    """RDMA connections of the data plane: `stepmesh.config.VerbsOptions`, key for key ([rdma](rdma.md))."""
 
     device: str = ""
+    """`mlx5_0` or `mlx5_0:2`; "" = chosen."""
     near: str = ""
+    """PCI address of the GPU whose nearest port is wanted."""
     gid_index: Annotated[int, msgspec.Meta(ge=-1, le=255)] = -1
+    """-1 = RoCE v2, IPv4 first."""
     mtu_bytes: Literal[0, 256, 512, 1024, 2048, 4096] = 0
+    """0 = what both ports have."""
     service_level: Annotated[int, msgspec.Meta(ge=0, le=15)] = 0
+    """InfiniBand's, and RoCE's priority where traffic_class does not set it."""
     traffic_class: Annotated[int, msgspec.Meta(ge=0, le=255)] = 0
+    """The IP header's, DSCP in its upper six bits."""
     timeout: Annotated[int, msgspec.Meta(ge=0, le=31)] = 14
+    """A packet without an acknowledgement is sent again after 4.096 us * 2^timeout (14: 67 ms)."""
     retry_count: Annotated[int, msgspec.Meta(ge=0, le=7)] = 6
+    """How often it is, before the connection fails."""
     rnr_retry: Annotated[int, msgspec.Meta(ge=0, le=7)] = 6
+    """How often, where the peer has no receive posted (which our peers always have)."""
 
 
 class AttentionConfig(Listener, frozen=True):
-    """streams: 0 = auto (up to the plan's maximum).  num_blocks: 0 = as many as kv_cache_gib holds.
-
-    max_step_tokens: tokens of one micro-batch (decodes first, then prefill).  max_num_seqs: running requests.
-    threads: 0 = a fair share of the machine's cores.  threads_alone: while the FFN workers wait for this one (one
-    stream); 0 = `afd up` shares out this host's cores among the workers of a role, elsewhere `threads`.
-    cores: of the main thread, such as "0,2-3"; "any" = the kernel
-    decides; "" = `afd up` shares out this host's, where each worker can have one.
-    cuda_graphs: with device cuda, a layer of a decode step is captured once for each size and replayed
-    (docs/operations.md, GPUs).
-    modelled: not "" = no model: a step takes base_ms + token_us * tokens + context_us * KV entries read, tokens are
-    hashes, such as "base_ms=4,token_us=150,context_us=0.2" (topology mono; for tests of everything but the model).
-    """
+    """Attention workers."""
 
     streams: Annotated[int, msgspec.Meta(ge=0, le=MAX_STREAMS)] = 0
+    """Micro-batches in flight; 0 = chosen, up to the plan's maximum."""
     max_step_tokens: PositiveInt = 256
+    """Tokens of one micro-batch: decodes first, then prefill."""
     min_chunk_tokens: PositiveInt = 8
+    """Prefill tokens of a step once prompts have waited, even where the SLA leaves none; of each further prompt at
+    least so many."""
     max_num_seqs: PositiveInt = 256
+    """Running requests of a worker."""
     max_waiting: PositiveInt = 1024
+    """Admitted requests of a worker that wait for room."""
     block_size: Literal[8, 16, 32, 64] = 32
+    """Tokens of a block of the KV cache."""
     num_blocks: NonNegativeInt = 0
+    """Blocks of the KV cache; 0 = as many as kv_cache_gib holds."""
     kv_cache_gib: Positive = 2.0
+    """Size of the KV cache in GiB, where num_blocks is 0."""
     prefix_cache: bool = True
+    """Requests share the KV blocks of common prefixes."""
     threads: NonNegativeInt = 0
+    """Threads that compute; 0 = a fair share of the machine's cores."""
     threads_alone: NonNegativeInt = 0
+    """The same while the FFN workers wait for this one (one stream); 0 = `afd up` shares out this host's cores among
+    the workers of a role, elsewhere `threads`."""
     cores: str = ""
+    """Of the main thread, such as `0,2-3`; `any` = the kernel decides; "" = `afd up` shares out this host's, where each
+    worker can have one."""
     device: Literal["cpu", "cuda"] = "cpu"
+    """Where it computes."""
     cuda_graphs: bool = False
+    """With device cuda, a layer of a decode step is captured once for each size and replayed
+    ([GPUs](operations.md#gpus))."""
     modelled: str = ""
-    port: Port = 0  # ZeroMQ; 0 = any
+    """Not "" = no model: a step takes base_ms + token_us * tokens + context_us * KV entries read, tokens are hashes,
+    such as `base_ms=4,token_us=150,context_us=0.2` (topology mono; for tests of everything but the model)."""
+    port: Port = 0
+    """Of the gateways' connections (ZeroMQ); 0 = any."""
     mesh_port: Port = 0
+    """Of the data plane; 0 = any."""
     metrics_port: Port = 0
+    """Of metrics, probes and traces; 0 = any."""
 
 
 class FfnConfig(Listener, frozen=True):
-    """threads, threads_alone, cores: as of attention.
-
-    gang_window_ms: upper bound of the wait for other attention workers at layer 0 (a quarter of a step at most).
-    """
+    """FFN workers."""
 
     threads: NonNegativeInt = 0
+    """As `attention.threads`."""
     threads_alone: NonNegativeInt = 0
+    """As `attention.threads_alone`."""
     cores: str = ""
+    """As `attention.cores`."""
     device: Literal["cpu", "cuda"] = "cpu"
+    """Where it computes."""
     gang_window_ms: Annotated[float, msgspec.Meta(ge=0, le=100)] = 10.0
+    """Upper bound of the wait for other attention workers at layer 0 (a quarter of a step at most)."""
     mesh_port: Port = 0
+    """Of the data plane; 0 = any."""
     metrics_port: Port = 0
+    """Of metrics, probes and traces; 0 = any."""
 
 
 class CoordinatorConfig(Section, frozen=True):
-    """address: host:port of the coordinator, as the other roles reach it (port 0 with `afd up`: any).
-
-    stall_timeout_s: a process whose main loop stands still for so long although work waits is lost, to the coordinator
-    and to its peers in the data plane; so is an attention worker, to a gateway that has not heard of it for so long.
-
-    tls_*: PEM files; the coordinator shows certificate and key, the other roles trust the CA. All "" = plain text.
-    """
+    """Membership. The coordinator shows TLS certificate and key, the other roles trust the CA; all "" = plain text."""
 
     address: str = "127.0.0.1:0"
+    """host:port of the coordinator, as the other roles reach it (port 0 with `afd up` = any)."""
     heartbeat_s: Positive = 0.25
+    """Between two heartbeats of a member."""
     lost_after_s: Positive = 2.5
+    """A member without heartbeats for so long is lost; at least three heartbeats."""
     stall_timeout_s: Positive = 5.0
+    """A process whose main loop stands still for so long although work waits is lost, to the coordinator and to its
+    peers in the data plane; so is an attention worker to a gateway that has not heard of it for so long."""
     restart_grace_s: Positive = 5.0
-    register_timeout_s: Positive = 600.0  # a worker gives up when no coordinator answers for so long at start
+    """After its own start the coordinator waits so long before it declares anybody lost."""
+    register_timeout_s: Positive = 600.0
+    """A member gives up when no coordinator answers for so long at its start."""
     metrics_port: Port = 0
+    """Of metrics and probes; 0 = any."""
     tls_cert_file: str = ""
+    """PEM: the coordinator's certificate."""
     tls_key_file: str = ""
+    """PEM: its key."""
     tls_ca_file: str = ""
+    """PEM: whom the other roles trust."""
 
 
 class GatewayConfig(Listener, frozen=True):
-    """Limits protect the process: every one is answered with 400 or 503 and its name.
-
-    allowed_hosts: names, with commas, under which clients may reach a gateway without keys. "" = those of this host
-    where it listens on loopback, else any.
-    generation_config: auto = what a request leaves out is sampled as the model's publisher recommends
-    (generation_config.json); none = as OpenAI does, temperature 1 and no filter.
-    """
+    """HTTP. Limits protect the process: what is beyond one is answered with 400 or 503 and the limit's name."""
 
     port: Port = 8000
+    """Of HTTP; 0 = any."""
     api_keys_file: str = ""
+    """One key a line; "" = everybody is served."""
     allowed_hosts: str = ""
+    """Names, with commas, under which clients may reach a gateway without keys. "" = those of this host where it
+    listens on loopback, else any."""
     max_connections: PositiveInt = 4096
+    """Client connections at a time."""
     generation_config: Literal["auto", "none"] = "auto"
+    """auto = what a request leaves out is sampled as the model's publisher recommends (generation_config.json); none =
+    as OpenAI does, temperature 1 and no filter."""
     max_queue: PositiveInt = 1024
+    """Choices of requests that wait for a place at a worker."""
     max_request_tokens: PositiveInt = 1 << 20
+    """Prompt tokens of all choices of one request together; at least a context is allowed."""
     max_body_bytes: PositiveInt = 8 << 20
+    """Body of one request."""
     max_n: PositiveInt = 16
+    """Choices of one request."""
     max_stop: PositiveInt = 4
+    """Stop strings of one request."""
     reader_processes: PositiveInt = 3
+    """Processes beside the gateway that read and tokenise long requests."""
     request_timeout_s: Positive = 600.0
+    """A request ends with an error after so long."""
     lease_s: Positive = 3.0
+    """Workers drop the requests of a gateway that they have not heard of for so long."""
     drain_s: Positive = 10.0
+    """How long running requests may go on after SIGTERM."""
     sse_keepalive_s: Positive = 15.0
+    """Between two comments in a stream that has nothing else to say."""
 
 
 class SlaConfig(Section, frozen=True):
-    """policy: enforce = refuse what would break the target; observe = measure only; off."""
+    """Targets of latency ([sla](sla.md))."""
 
     tpot_ms: Positive = 50.0
+    """Time per output token."""
     ttft_ms: Positive = 5000.0
+    """Time to first token."""
     policy: Literal["enforce", "observe", "off"] = "observe"
+    """enforce = refuse what would break the target; observe = measure only; off."""
 
 
 class LogConfig(Section, frozen=True):
+    """What every process writes to stderr."""
+
     level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least severity that is written."""
     format: Literal["text", "json"] = "text"
+    """json = one object a line."""
 
 
 class ClusterConfig(Section, frozen=True):

@@ -34,16 +34,6 @@ from tests.unit.model.model_files import STEP3_TINY
 MakeFolder = Callable[..., Path]
 
 
-def test_torch_free_modules_import_no_torch() -> None:
-    """The gateway, the coordinator and the CLI rely on it."""
-    code = (
-        "import sys, afd.model.loading, afd.model.tokenizer_files, afd.model.inventory, afd.model.sharding\n"
-        f"afd.model.loading.resolve_model({str(STEP3_TINY)!r})\n"
-        "assert not {'torch', 'transformers'} & set(sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
-
-
 def test_the_default_model_resolves() -> None:
     folder = resolve_model(DEFAULT_MODEL)
     spec = folder.spec
