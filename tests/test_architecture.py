@@ -150,6 +150,12 @@ def test_every_package_says_what_it_is() -> None:
     assert silent == []
 
 
+def test_the_map_of_the_rooms_is_whole() -> None:
+    page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    rooms = {f"afd/{path.parent.name}" for path in (ROOT / "afd").glob("*/__init__.py")}
+    assert set(re.findall(r"afd/\w+(?=\s)", page.split("```")[1])) == rooms
+
+
 # --- settings ---------------------------------------------------------------------------------------------
 
 
