@@ -124,7 +124,7 @@ class LocalCluster:
         """POST /v1/completions, greedy unless told otherwise -> the parsed answer (an HTTP error raises)."""
         payload = {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "return_token_ids": True, **body}
         payload.setdefault("model", self.model)
-        answer = httpx.post(f"{self.url}/v1/completions", json=payload, timeout=120)
+        answer = httpx.post(f"{self.url}/v1/completions", json=payload, timeout=300)
         assert answer.status_code == 200, answer.text
         return answer.json()
 

@@ -28,6 +28,7 @@ TEXTS = [
 NUM_TOKENS = 64
 
 
+@pytest.mark.timeout(600)  # 30 s where nothing else runs
 def test_smollm2_equals_transformers(tmp_path):
     """Ten prompts of different lengths, 64 tokens each, float32."""
     tokenizer = load_tokenizer(resolve_model(SMOLLM2)).tokenizer
