@@ -5,9 +5,10 @@
     python -m bench.overload --quick                 # a few seconds each, on a modelled worker: does it run
 
 Real processes (`afd up` with its defaults), the real default model, real HTTP, `afd bench` as the load (Poisson
-arrivals). Policies take turns at each load. Capacity is what is completed per second under enforce when far more
-is offered. A machine that needs most of the TPOT target for a single sequence has next to no capacity: give it a looser
-one (`--tpot-ms`), or a worker that is modelled (`--modelled`), which shows the gateway and admission alone.
+arrivals). Policies take turns at each load. Goodput is what is completed per second within both targets while arrivals
+go on; capacity is what is completed per second, while they go on, under enforce when far more is offered. A machine
+that needs most of the TPOT target for a single sequence has next to no capacity: give it a looser one (`--tpot-ms`) or
+a worker that is modelled (`--modelled`), which shows the gateway and admission alone.
 
 Retry-After is compared with what the last request that was let in before the refusal waited for its first token. Memory
 is the resident set of all cluster processes; its growth is that of the run's second half. The last line of the output
@@ -112,6 +113,14 @@ def measure_capacity(args: argparse.Namespace, topology: str) -> float:
     return found["steady_output_throughput"] / (found["total_output_tokens"] / found["completed"])
 
 
+def steady_goodput(found: dict) -> float | None:
+    """Requests per second that meet all goals while arrivals go on; None if the run was too short for a steady part."""
+    if not found["completed"] or not found["steady_output_throughput"]:
+        return None
+    share_good = found["request_goodput"] * found["duration"] / found["completed"]
+    return share_good * found["steady_output_throughput"] / (found["total_output_tokens"] / found["completed"])
+
+
 def retry_after_ratios(found: dict) -> list[float]:
     """Retry-After of each refusal over the TTFT of the last request that was sent before it and let in."""
     ratios, waited_s = [], None
@@ -155,7 +164,7 @@ def measure(args: argparse.Namespace, topology: str, policy: str, load_share: fl
         "p99_ttft_ms": found["p99_ttft_ms"],
         "tpot_attainment": attained.get("tpot"),
         "ttft_attainment": attained.get("ttft"),
-        "goodput": found["request_goodput"],
+        "goodput": steady_goodput(found),
         "output_throughput": found["output_throughput"],
         "memory_mib": memory.summary(),
     }
@@ -175,9 +184,10 @@ def table(rows: list[dict]) -> str:
         "TPOT p50",
         "p99",
     )
-    head += ("met", "TTFT p99", "met", "goodput/s", "tok/s", "MiB")
+    head += ("met", "TTFT p99", "met", "goodput / capacity", "tok/s", "MiB")
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
+        capacity, goodput = row["rate"] / row["load"], row["goodput"]
         memory, refused, ratio = row["memory_mib"], row["refused"], row["retry_after_ratio"]
         cells = [
             row["topology"],
@@ -194,7 +204,7 @@ def table(rows: list[dict]) -> str:
             f"{row['tpot_attainment']:.1%}",
             f"{row['p99_ttft_ms']:.0f}",
             f"{row['ttft_attainment']:.1%}",
-            f"{row['goodput']:.2f}",
+            f"{goodput / capacity:.2f}" if goodput else "-",
             f"{row['output_throughput']:.0f}",
             f"{memory['begin']:.0f} - {memory['end']:.0f}",
         ]
