@@ -3,7 +3,6 @@ forecast of how long one waits in it. Pure."""
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Collection
 
 from afd.gateway.sequence import Sequence
@@ -13,23 +12,24 @@ from afd.messages.serving import WorkerStats
 # and probes are old.
 PLANNED = 0.7
 STALENESS_S = 0.1
-WINDOW_S = 5.0  # over which the line's pace is measured
-ENOUGH = 4  # starts, and
-SETTLED_S = 0.5  # seconds of waiting, that make a pace
-KEPT_S = 10.0  # a pace measured so long ago still tells more than a worker's guess
 LEARN = 0.2  # weight of the newest wait in the correction of forecasts
 CORRECTION_LIMITS = (0.2, 3.0)
 
 
-def predicted_wait_s(workers: Collection[WorkerStats], num_ahead: int, *, first_s: float | None = None) -> float:
+def predicted_wait_s(workers: Collection[WorkerStats], num_ahead: int, *, at_least_s: float = 0.0) -> float:
     """Until a sequence with `num_ahead` others before it gets a place at one of the workers, as these tell.
 
-    first_s: when the first place is free, if somebody knows better than the workers' last reports.
+    A worker that tells of no places has room now.  at_least_s: what somebody who knows better than the reports says.
     """
-    if first_s is None:
-        first_s = min((stats.predicted_wait_s for stats in workers), default=0.0)
-    places_per_s = sum(1.0 / stats.place_interval_s for stats in workers if stats.place_interval_s > 0.0)
-    return first_s + (num_ahead / places_per_s if places_per_s else 0.0)
+    if not all(stats.places_s for stats in workers):
+        return at_least_s
+    places = sorted(place_s for stats in workers for place_s in stats.places_s)
+    if not places:
+        return at_least_s
+    wait_s = places[min(num_ahead, len(places) - 1)]
+    if num_ahead >= len(places):
+        wait_s += (num_ahead + 1 - len(places)) * places[-1] / len(places)
+    return max(at_least_s, wait_s)
 
 
 def is_too_long(wait_s: float, patience_s: float) -> bool:
@@ -42,62 +42,26 @@ def prefill_s(workers: Collection[WorkerStats], num_prompt: int) -> float:
     return num_prompt * min((stats.prefill_token_s for stats in workers), default=0.0)
 
 
-class WaitForecast:
-    """How long a sequence waits in line: by the line's own pace while it moves, before that by the workers' reports.
-
-    Both are multiplied by what waits took of late beside what had been forecast for them.
-    """
+class Correction:
+    """Of predicted times: what they took of late beside what had been predicted for them."""
 
     def __init__(self) -> None:
-        self._waiting_since: float | None = None
-        self._starts: deque[float] = deque()
-        self._interval_s = 0.0
-        self._measured_at = float("-inf")
-        self.correction = 1.0
+        self._factor = 1.0
 
-    def note_line(self, is_empty: bool, now: float) -> None:
-        """Call whenever the line may have become empty, or is empty no longer."""
-        if is_empty:
-            self._measure(now)
-            self._waiting_since = None
-            self._starts.clear()
-        elif self._waiting_since is None:
-            self._waiting_since = now
+    def apply(self, predicted_s: float) -> float:
+        """The time to be expected where `predicted_s` is predicted."""
+        return self._factor * predicted_s
 
-    def started(self, now: float) -> None:
-        """A sequence got its first token."""
-        if self._waiting_since is not None:
-            self._starts.append(now)
-
-    def waited(self, took_s: float, forecast_s: float) -> None:
-        """A sequence of the line got its place after `took_s`; `forecast_s` had been forecast, corrected as it was."""
+    def took(self, took_s: float, predicted_s: float) -> None:
+        """Something took so long that had been predicted to take `predicted_s`."""
         low, high = CORRECTION_LIMITS
-        ratio = (took_s + STALENESS_S) / (forecast_s + STALENESS_S)
-        target = min(high, max(low, self.correction * ratio))
-        self.correction += LEARN * (target - self.correction)
+        ratio = (took_s + STALENESS_S) / (predicted_s + STALENESS_S)
+        self._factor += LEARN * (min(high, max(low, ratio)) - self._factor)
 
-    def waited_in_vain(self, waited_s: float, forecast_s: float) -> None:
-        """A sequence left the line without a place after `waited_s`: its wait would have been longer than that."""
-        if waited_s > forecast_s:
-            self.waited(waited_s, forecast_s)
-
-    def wait_s(
-        self, workers: Collection[WorkerStats], num_ahead: int, now: float, *, first_s: float | None = None
-    ) -> float:
-        """Seconds until a sequence with `num_ahead` others before it gets its place; see `predicted_wait_s`."""
-        self._measure(now)
-        if now - self._measured_at <= KEPT_S:
-            return self.correction * (num_ahead + 1) * self._interval_s
-        return self.correction * predicted_wait_s(workers, num_ahead, first_s=first_s)
-
-    def _measure(self, now: float) -> None:
-        if self._waiting_since is None:
-            return
-        begun_at = max(self._waiting_since, now - WINDOW_S)
-        while self._starts and self._starts[0] < begun_at:
-            self._starts.popleft()
-        if len(self._starts) >= ENOUGH and now - begun_at >= SETTLED_S:
-            self._interval_s, self._measured_at = (now - begun_at) / len(self._starts), now
+    def took_longer(self, than_s: float, predicted_s: float) -> None:
+        """Something was given up after so long."""
+        if than_s > self.apply(predicted_s):
+            self.took(than_s, predicted_s)
 
 
 class AdmissionQueue:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from afd.errors import AfdError, PeerLostError, RequestError, UnavailableError
-from afd.gateway.admission import AdmissionQueue, WaitForecast, is_too_long, prefill_s
+from afd.gateway.admission import AdmissionQueue, Correction, is_too_long, predicted_wait_s, prefill_s
 from afd.gateway.router import Worker, choose_worker
 from afd.gateway.sequence import Delta, Sequence, Verdict
 from afd.messages.membership import ClusterView
@@ -94,7 +94,7 @@ class Dispatcher:
         self.workers: dict[str, Worker] = {}
         self.queue = AdmissionQueue(limits.max_queue)
         self.counters = DispatchCounters()
-        self._forecast = WaitForecast()
+        self._waits, self._prefills = Correction(), Correction()
         self._gateway_id = gateway_id
         self._port = port
         self._num_submitted = 0
@@ -118,28 +118,30 @@ class Dispatcher:
             self.counters.rejected_queue_full += 1
             raise UnavailableError(
                 f"the queue is full ({len(self.queue)} of {self.queue.max_sequences} sequences wait)",
-                retry_after_s=max(1.0, self._forecast.wait_s(_reports(serving), len(self.queue), now)),
+                retry_after_s=max(1.0, self._waits.apply(predicted_wait_s(_reports(serving), len(self.queue)))),
                 code="queue_full",
             )
         target_s = self.limits.ttft_s if ttft_s is None else ttft_s
-        patience_s, forecast_s = self.limits.request_timeout_s, None
+        patience_s, predicted_s = self.limits.request_timeout_s, None
         if self.limits.enforce:
             reports = _reports(serving)
-            patience_s = max(0.1 * target_s, target_s - prefill_s(reports, max(len(s.prompt_ids) for s in sequences)))
+            own_s = self._prefills.apply(prefill_s(reports, max(len(s.prompt_ids) for s in sequences)))
+            patience_s = max(0.1 * target_s, target_s - own_s)
             num_ahead = self.queue.num_ahead(sequences[0].priority)
             # Where nobody waits and a worker has refused nobody, it is asked: it knows, and this is a forecast.
             if num_ahead or not any(worker.has_room(now) for worker in serving):
-                forecast_s = self._forecast.wait_s(reports, num_ahead + len(sequences) - 1, now)
-                if is_too_long(forecast_s, patience_s):
+                predicted_s = predicted_wait_s(reports, num_ahead + len(sequences) - 1)
+                wait_s = self._waits.apply(predicted_s)
+                if is_too_long(wait_s, patience_s):
                     self.counters.rejected_ttft += 1
-                    raise self._too_late(forecast_s, target_s)
+                    raise self._too_late(wait_s, target_s)
         for sequence in sequences:
             self._num_submitted += 1
             sequence.order = self._num_submitted
             sequence.created_at = now
             sequence.deadline = now + patience_s
             sequence.first_due_at = now + target_s
-            self._line_up(sequence, now, forecast_s)
+            self._line_up(sequence, now, predicted_s)
         self._pump(now)
 
     def abort(self, sequences: Iterable[Sequence], now: float) -> None:
@@ -293,7 +295,8 @@ class Dispatcher:
             elsewhere = any(other.has_room(now) for other in self.workers.values())
             fresh = self.limits.enforce and sequence.attempt == 0
             num_ahead = self.queue.num_ahead(sequence.priority, sequence.order)
-            wait_s = self._forecast.wait_s(self._serving_reports(), num_ahead, now, first_s=message.retry_after_s)
+            predicted_s = predicted_wait_s(self._serving_reports(), num_ahead, at_least_s=message.retry_after_s)
+            wait_s = self._waits.apply(predicted_s)
             if message.retry_after_s >= NEVER_S:
                 wait_s = message.retry_after_s
             left_s = sequence.deadline - now
@@ -302,20 +305,20 @@ class Dispatcher:
                 self.counters.rejected_ttft += 1
                 self._fail(sequence, self._too_late(wait_s, sequence.deadline - sequence.created_at))
             else:
-                self._line_up(sequence, now, wait_s)
+                self._line_up(sequence, now, predicted_s)
 
-    def _line_up(self, sequence: Sequence, now: float, forecast_s: float | None = None) -> None:
-        """Put it into the queue. forecast_s: until it gets its place; None = it is offered to a worker first."""
+    def _line_up(self, sequence: Sequence, now: float, predicted_s: float | None = None) -> None:
+        """Put it into the queue. predicted_s: until it gets its place; None = it is offered to a worker first."""
         self.queue.push(sequence)
-        self._forecast.note_line(False, now)
-        if forecast_s is not None and sequence.lined_up_at == 0.0:
-            sequence.lined_up_at, sequence.forecast_s = now, forecast_s
+        if predicted_s is not None and sequence.lined_up_at == 0.0:
+            sequence.lined_up_at, sequence.predicted_s = now, predicted_s
 
     def _started(self, sequence: Sequence, now: float) -> None:
-        """Its first token is here."""
-        self._forecast.started(now)
+        """Its first token is here: learn from what it took."""
         if sequence.lined_up_at:
-            self._forecast.waited(sequence.placed_at - sequence.lined_up_at, sequence.forecast_s)
+            self._waits.took(sequence.placed_at - sequence.lined_up_at, sequence.predicted_s)
+        if sequence.predicted_prefill_s:
+            self._prefills.took(now - sequence.placed_at, sequence.predicted_prefill_s)
 
     def _pump(self, now: float) -> None:
         """Place whatever is queued and fits somewhere; end what has waited too long."""
@@ -323,7 +326,6 @@ class Dispatcher:
             self._expire(sequence, now)
         if not self.queue:
             self._hopeless_since = None
-            self._forecast.note_line(True, now)
             for worker in self.workers.values():
                 worker.uncool()
             return
@@ -346,6 +348,7 @@ class Dispatcher:
         worker.add(sequence)
         sequence.worker_key = worker.key
         sequence.placed_at = sequence.heard_at = now
+        sequence.predicted_prefill_s = prefill_s(_reports([worker]), len(sequence.prompt_ids))
         self.counters.placed += 1
         fresh = self.limits.enforce and sequence.attempt == 0
         self._port.send(worker.key, sequence.submit_message(max(0.001, sequence.first_due_at - now) if fresh else 0.0))
@@ -418,8 +421,8 @@ class Dispatcher:
         else:
             self.counters.rejected_ttft += 1
             if sequence.lined_up_at:
-                self._forecast.waited_in_vain(now - sequence.lined_up_at, sequence.forecast_s)
-            wait_s = max(1.0, self._forecast.wait_s(self._serving_reports(), len(self.queue), now))
+                self._waits.took_longer(now - sequence.lined_up_at, sequence.predicted_s)
+            wait_s = max(1.0, self._waits.apply(predicted_wait_s(self._serving_reports(), len(self.queue))))
             self._fail(sequence, self._too_late(wait_s, now - sequence.created_at))
 
     def _serving_reports(self) -> list[WorkerStats]:

@@ -101,7 +101,8 @@ class Sequence:
         self.deadline = 0.0  # to be placed at a worker
         self.first_due_at = 0.0  # its first token
         self.lined_up_at = 0.0  # first refused by a worker, and waiting since
-        self.forecast_s = 0.0  # how long that would take, as it was thought then
+        self.predicted_prefill_s = 0.0  # from its place to its first token
+        self.predicted_s = 0.0  # how long that would take, as it was thought then
         self.placed_at = 0.0
         self.heard_at = 0.0  # last sign of life from the worker about this sequence
         self.resend_at = 0.0

@@ -156,9 +156,9 @@ class Refused(msgspec.Struct, tag="refused", frozen=True):
 class WorkerStats(msgspec.Struct, tag="stats", frozen=True):
     """Load of one attention worker: sent on every change of note, at most every 100 ms, at least every second.
 
-    tpot_headroom_s: the tightest TPOT target less the predicted one.  predicted_wait_s: until a typical request would
-    be admitted; 0 = now.  max_tokens: prompt and output together, of the longest sequence that can run here; 0 = not
-    known.
+    tpot_headroom_s: the tightest TPOT target less the predicted one.  places_s: until each of the next typical
+    requests would be admitted, one after another, in ascending order; empty = all of them now.  max_tokens: prompt and
+    output together, of the longest sequence that can run here; 0 = not known.
     """
 
     rank: int
@@ -170,11 +170,10 @@ class WorkerStats(msgspec.Struct, tag="stats", frozen=True):
     tpot_headroom_s: float = 0.0
     num_streams: int = 1
     draining: bool = False
-    predicted_wait_s: float = 0.0
+    places_s: list[float] = []
     prefix_hits: int = 0  # prompt tokens, cumulative
     prefix_queries: int = 0
     num_preemptions: int = 0
-    place_interval_s: float = 0.0  # between two places while the worker is full; 0 = not known
     prefill_token_s: float = 0.0  # predicted, from a place to the first token, per prompt token
     max_tokens: int = 0
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from afd.messages.serving import NEVER_S
 from afd.sched.forecast import LengthForecast
 from afd.sched.latency import LatencyModel, StepLoad
+from afd.sched.places import MAX_PLACES, places_s
 from afd.sched.prefill import PrefillBudget
 from afd.sched.rules import HEADROOM
 from afd.sched.scheduler import MAX_PAUSES, Scheduler
@@ -26,11 +27,9 @@ Policy = Literal["enforce", "observe", "off"]
 BACKLOG = 0.1  # share of the TTFT target that prompts before a new one may take here; the rest waits at the gateway
 ALONE = 1.5  # a prompt may take so many times as long beside others as alone
 SIZE_EMA = 0.2
-INTERVAL_EMA = 0.05
 LINE_S = 0.3  # a refused request that asks again so soon keeps its place before smaller ones that came later
 MAX_LINE = 32
 LINE_WAIT_S = 1.0  # nobody is held back for a request whose place is farther away
-SATURATED_S = 1.0  # so long after a refusal an admission still means that a place became free
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,13 +63,12 @@ class Refusal:
 class Outlook:
     """What the worker tells the gateways.
 
-    wait_s: until a typical request would be admitted; 0 = now.  place_interval_s: between two places while full;
-    0 = not known.  prefill_token_s: from a place to the first token, per token of the prompt, beside what runs.
+    places_s: until each of the next typical requests would be admitted, one after another; empty = all of them now.
+    prefill_token_s: from a place to the first token, per token of the prompt, beside what runs.
     headroom_s: the tightest target less the predicted cycle.  cycle_s: with all that is admitted.
     """
 
-    wait_s: float
-    place_interval_s: float
+    places_s: tuple[float, ...]
     prefill_token_s: float
     headroom_s: float
     cycle_s: float
@@ -143,9 +141,6 @@ class Admission:
         self._ttft_s = ttft_s
         self._lengths = LengthForecast()
         self._typical: tuple[float, float] | None = None  # prompt and planned output tokens of recent requests
-        self._refused_at = self._admitted_at = float("-inf")
-        self._place_interval_s = 0.0
-        self._num_intervals = 0
         self._line: dict[str, _Waiting] = {}
         self._num_refusals = 0
         self.num_admitted = 0
@@ -171,14 +166,12 @@ class Admission:
         obstacle = None if idle else self._obstacle(crowd, candidate, due_s, new=not ask.resumed)
         if obstacle is not None:
             self.num_refused += 1
-            self._refused_at = now
             if self.policy == "enforce":
                 wait_s = self._wait_s(shares, candidate, new=not ask.resumed)
                 if wait_s <= LINE_WAIT_S and candidate.target_s >= self._tpot_s and not ask.resumed:
                     self._line_up(ask, candidate, now)
                 return Refusal(obstacle, wait_s)
         self._line.pop(ask.req_id, None)
-        self._note_place(now)
         self.num_admitted += 1
         return None
 
@@ -192,22 +185,17 @@ class Admission:
         Nothing with policy off; no wait with observe, which makes nobody wait.
         """
         if self.policy == "off":
-            return Outlook(0.0, 0.0, 0.0, 0.0, 0.0)
+            return Outlook((), 0.0, 0.0, 0.0)
         shares = [self._share_of(seq) for seq in self._scheduler.sequences()]
         crowd = self._crowd(shares)
         cycle_s = self.cycle_s = self._cycle_s(crowd)
-        wait_s = interval_s = prefill_token_s = 0.0
+        places: tuple[float, ...] = ()
+        prefill_token_s = 0.0
         if shares and self._typical is not None and self.policy == "enforce":
             num_prompt, num_output = (round(value) for value in self._typical)
-            typical = self._share(num_prompt, 0, num_output, held=0, target_s=self._tpot_s)
-            wait_s = self._wait_s(shares, typical)
-            pace = self._pace(crowd, num_prompt)
-            prefill_token_s = pace.token_s
-            # Before it was seen: places come as sequences end, in cycles that are full, and no faster than their
-            # successors are prefilled.
-            expected_s = max(pace.cycle_s * num_output / len(shares), prefill_token_s * num_prompt)
-            interval_s = self._place_interval_s or expected_s
-        return Outlook(wait_s, interval_s, prefill_token_s, min(self._tpot_s, crowd.target_s) - cycle_s, cycle_s)
+            prefill_token_s = self._pace(crowd, num_prompt).token_s
+            places = self._places_s(shares, self._share(num_prompt, 0, num_output, held=0, target_s=self._tpot_s))
+        return Outlook(places, prefill_token_s, min(self._tpot_s, crowd.target_s) - cycle_s, cycle_s)
 
     # -- decisions ----------------------------------------------------------------------------------------
 
@@ -304,6 +292,32 @@ class Admission:
             low, high = (low, middle) if fits_at(moments[middle]) else (middle, high)
         return max(moments[high], cycle_s)
 
+    def _places_s(self, shares: Sequence[_Share], typical: _Share) -> tuple[float, ...]:
+        """Seconds until each of the next requests like `typical` would be admitted; empty: all of them may come."""
+        crowd = self._crowd(shares)
+        pace, cycle_s = self._pace(crowd, typical.num_pending), self._cycle_s(crowd)
+        backlog_s = pace.token_s * crowd.num_pending
+        prefill_s = pace.token_s * typical.num_pending
+        places = places_s(
+            _departures(shares, pace, cycle_s)[1],
+            num_free=self._num_free(crowd, typical),
+            first_s=self._wait_s(shares, typical),
+            backlog_s=backlog_s,
+            prefill_s=prefill_s,
+            decode_s=typical.num_left * cycle_s,
+            allowed_s=BACKLOG * self._ttft_s,
+        )
+        return places if places[-1] else ()
+
+    def _num_free(self, crowd: _Crowd, typical: _Share) -> int:
+        """How many more of them could decode beside the crowd, whatever their prefill takes; at most MAX_PLACES."""
+        crowd = replace(crowd)
+        for num in range(MAX_PLACES):
+            crowd.num_pending = 0
+            if self._obstacle(crowd, typical, math.inf, new=True) is not None:
+                return num
+        return MAX_PLACES
+
     # -- sizes --------------------------------------------------------------------------------------------
 
     @staticmethod
@@ -359,16 +373,6 @@ class Admission:
         size = (float(ask.num_prompt), float(self._lengths.final_output(ask.sampling, ask.num_output)))
         old = self._typical or size
         self._typical = (old[0] + SIZE_EMA * (size[0] - old[0]), old[1] + SIZE_EMA * (size[1] - old[1]))
-
-    def _note_place(self, now: float) -> None:
-        """While full, the time between two admissions is the time between two places."""
-        interval_s = now - self._admitted_at
-        self._admitted_at = now
-        if now - self._refused_at > SATURATED_S or interval_s > 10 * SATURATED_S:
-            return
-        self._num_intervals += 1
-        weight = max(INTERVAL_EMA, 1.0 / self._num_intervals)
-        self._place_interval_s += weight * (interval_s - self._place_interval_s)
 
 
 def _departures(shares: Sequence[_Share], pace: _Pace, cycle_s: float) -> tuple[list[float], list[float]]:

@@ -171,8 +171,7 @@ class AttentionWorker:
                 step_s=self.step_s,
                 tpot_headroom_s=outlook.headroom_s,
                 num_streams=scheduler.num_streams,
-                predicted_wait_s=outlook.wait_s,
-                place_interval_s=outlook.place_interval_s,
+                places_s=list(outlook.places_s),
                 prefill_token_s=outlook.prefill_token_s,
                 num_preemptions=scheduler.num_preemptions,
             )

@@ -77,7 +77,7 @@ class FakeWorker:
         self.mute = False
         self.forget_submits = False
         self.cached_tokens = 0
-        self.predicted_wait_s = 0.0
+        self.places_s: list[float] = []
         self.max_tokens = 0
         self.draining = False
         self.received: list[GatewayMessage] = []
@@ -245,7 +245,7 @@ class FakeWorker:
             kv_blocks_free=100 - self.num_running,
             step_s=0.01,
             draining=self.draining,
-            predicted_wait_s=self.predicted_wait_s,
+            places_s=self.places_s,
             max_tokens=self.max_tokens,
         )
 

@@ -203,7 +203,7 @@ async def test_waits_without_end_are_no_500(alarm: Alarm, value: float) -> None:
         assert answer.status_code == 503, answer.text
         assert int(answer.headers["retry-after"]) >= 1
         rig.worker.refuse = lambda submit: None
-        rig.worker.predicted_wait_s = value
+        rig.worker.places_s = [value, 0.1]
         await rig.worker.send_stats()
         await asyncio.sleep(0)
         async with asyncio.timeout(5):

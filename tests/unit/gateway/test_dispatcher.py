@@ -160,7 +160,7 @@ def test_a_full_queue_refuses_at_once():
 def test_enforced_ttft_refuses_when_the_predicted_wait_is_too_long():
     scene = Scene(enforce=True, ttft_s=2.0)
     scene.refuse("a", scene.submit(), 0.1, retry_after_s=1.0)
-    scene.say("a", stats(predicted_wait_s=7.0), 0.1)
+    scene.say("a", stats(places_s=[7.0, 7.0]), 0.1)
     with pytest.raises(UnavailableError) as error:
         scene.submit(0.1)
     assert (error.value.code, error.value.retry_after_s) == ("overloaded", 7)
@@ -169,7 +169,7 @@ def test_enforced_ttft_refuses_when_the_predicted_wait_is_too_long():
 
 def test_a_worker_that_refused_nobody_is_asked_whatever_is_forecast():
     scene = Scene(enforce=True, ttft_s=2.0)
-    scene.say("a", stats(predicted_wait_s=7.0, place_interval_s=5.0), 0.1)
+    scene.say("a", stats(places_s=[7.0, 12.0]), 0.1)
     scene.submit(0.1)
     assert len(scene.submits()) == 1
 

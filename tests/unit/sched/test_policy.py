@@ -277,7 +277,7 @@ def test_retry_after_says_when_the_place_comes():
         assert worker.ask(f"r{idx}", num_prompt=16, max_tokens=20 * (idx + 1)) is None
         worker.step()
     retry_after_s = worker.ask("next").retry_after_s
-    assert worker.admission.outlook().wait_s == pytest.approx(retry_after_s, rel=0.2)
+    assert worker.admission.outlook().places_s[0] == pytest.approx(retry_after_s, rel=0.2)
     asked_s = worker.now
     while worker.scheduler.num_running == 8:
         worker.step()
@@ -285,21 +285,19 @@ def test_retry_after_says_when_the_place_comes():
     assert worker.ask("next") is None
 
 
-def test_the_outlook_of_a_full_worker_tells_how_often_places_come():
-    worker = Worker()
+def test_the_outlook_of_a_full_worker_tells_when_each_place_comes():
+    worker = Worker(max_num_seqs=8)
     worker.warm_up()
-    assert worker.admission.outlook().wait_s == 0.0
-    begun_s = worker.now
-    admitted, _ = worker.open_loop(80.0, 20.0, random.Random(5), **SIZES)
-    interval_s = (worker.now - begun_s) / admitted
-    for idx in range(400):
-        worker.ask(f"more{idx}", max_tokens=400)
-        outlook = worker.admission.outlook()
-        if outlook.wait_s:
-            break
+    assert worker.admission.outlook().places_s == ()
+    for idx in range(8):
+        assert worker.ask(f"r{idx}", num_prompt=16, max_tokens=40 * (idx + 1)) is None
         worker.step()
-    assert 0.0 < outlook.wait_s < 15.0
-    assert outlook.place_interval_s == pytest.approx(interval_s, rel=0.6)
+    outlook, asked_s, waited_s = worker.admission.outlook(), worker.now, []
+    for idx in range(6):
+        while worker.ask(f"next{idx}", num_prompt=16, max_tokens=400) is not None:
+            worker.step()
+        waited_s.append(worker.now - asked_s)
+    assert list(outlook.places_s[:6]) == pytest.approx(waited_s, rel=0.25)
     assert outlook.cycle_s == pytest.approx(TPOT_S - outlook.headroom_s)
     assert 0.0 < outlook.prefill_token_s <= TPOT_S * (MAX_PAUSES + 1) / 8
 
