@@ -16,7 +16,7 @@ from stepmesh.pair import AttentionPair, Environment, FfnPair
 from stepmesh.peering import Dialling, Visit
 from stepmesh.repeats import Repeats
 from stepmesh.stats import MeshStats
-from stepmesh.topology import Membership, Refusal, admit
+from stepmesh.topology import Epochs, Refusal, admit
 from stepmesh.transports.base import Link
 from stepmesh.types import Member, PeerDown, RankId
 
@@ -152,10 +152,10 @@ class Dialler:
 class Doorman:
     """FFN side: carries handshakes with whoever connects, and turns strangers away."""
 
-    def __init__(self, env: Environment, stats: MeshStats, membership: Membership) -> None:
+    def __init__(self, env: Environment, stats: MeshStats, epochs: Epochs) -> None:
         self._env = env
         self._stats = stats
-        self._membership = membership
+        self._epochs = epochs
         self._visits: list[Visit] = []
         # The last generation that was up, of the incarnation that had it.
         self._generations: dict[RankId, tuple[str, int]] = {}
@@ -167,7 +167,7 @@ class Doorman:
         if len(strangers) >= self._env.config.max_pending:
             self._turn_away(strangers[0], HandshakeError("too many unauthenticated connections"))
         self._visits.append(
-            Visit(self._env, link, self._membership, self._decide, lambda peer: self._stats.peer(str(peer)))
+            Visit(self._env, link, self._epochs, self._decide, lambda peer: self._stats.peer(str(peer)))
         )
 
     def step(self, now: float, readable: Collection[Link]) -> list[FfnPair | PeerDown]:
@@ -196,7 +196,7 @@ class Doorman:
     def _decide(self, hello: Hello) -> Refusal | None:
         incarnation, generation = self._generations.get(hello.id, ("", 0))
         last = generation if incarnation == hello.incarnation else 0
-        return admit(hello, self._env.config, self._membership.members(), last)
+        return admit(hello, self._env.config, self._epochs.members(), last)
 
     def _turn_away(self, visit: Visit, error: MeshError) -> None:
         self._visits.remove(visit)

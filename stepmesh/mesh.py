@@ -328,7 +328,7 @@ class Mesh:
     def _begin(self, peers: Sequence[RankId], meta: DispatchMeta) -> tuple[int, list[AttentionPair]]:
         """The dispatch's seq and its pairs, whose slots are free. Nothing has changed yet."""
         seq = self._next_seq(meta.stream)
-        if meta.epoch not in self._roster.membership.live_epochs:
+        if meta.epoch not in self._roster.epochs.live_epochs:
             raise ConfigError(f"epoch {meta.epoch} is not live here")
         pairs = [self._attention_pair(peer, meta.stream, seq) for peer in peers]
         if not pairs:

@@ -25,7 +25,7 @@ from stepmesh.handshake import (
 )
 from stepmesh.pair import AttentionPair, Environment, FfnPair, Identity
 from stepmesh.stats import PeerStats
-from stepmesh.topology import Choice, Membership, Refusal, choose_transport, geometry
+from stepmesh.topology import Choice, Epochs, Refusal, choose_transport, geometry
 from stepmesh.transports.base import Channel, ChannelSpec, Link, close_fds
 from stepmesh.types import Member, RankId
 from stepmesh.wire import NONCE_BYTES, ControlFrame
@@ -167,12 +167,12 @@ class Visit(_Attempt):
         self,
         env: Environment,
         link: Link,
-        membership: Membership,
+        epochs: Epochs,
         decide: Callable[[Hello], Refusal | None],
         stats_of: Callable[[RankId], PeerStats],
     ) -> None:
         super().__init__(env, link, Responder(env.config.secret, env.fabric.nonce(NONCE_BYTES)))
-        self._membership = membership
+        self._epochs = epochs
         self._decide = decide
         self._stats_of = stats_of
         self._attached = False
@@ -194,7 +194,7 @@ class Visit(_Attempt):
         hello = self.hello
         identity = Identity(hello.id, hello.incarnation, hello.generation, self._reason)
         stats = self._stats_of(hello.id)
-        epochs = self._membership.epochs_of(hello.id, hello.incarnation)
+        epochs = self._epochs.of(hello.id, hello.incarnation)
         return FfnPair(self._env, identity, self.link, self._channel, stats, epochs)
 
     def _carry_out(self, step: Step) -> None:

@@ -14,7 +14,7 @@ from stepmesh.pair import Environment, FfnPair, Pair
 from stepmesh.repeats import Repeats
 from stepmesh.session import Draining, Ended, Idle, Notice
 from stepmesh.stats import MeshStats
-from stepmesh.topology import Membership, MembershipChange
+from stepmesh.topology import EpochChange, Epochs
 from stepmesh.trace import Stage
 from stepmesh.transports.base import Channel, Link, Posted
 from stepmesh.types import (
@@ -39,7 +39,7 @@ class Roster:
     """The pairs of one rank. `on_change` is called with the channels that are up, whenever those change."""
 
     def __init__(self, env: Environment, stats: MeshStats, on_change: Callable[[Sequence[Channel]], None]) -> None:
-        self.membership = Membership(env.config)
+        self.epochs = Epochs(env.config)
         self.pairs: dict[RankId, Pair] = {}
         self.live: tuple[Pair, ...] = ()  # the same pairs, for loops and for the heartbeat thread
         self.events: list[Event] = []
@@ -53,20 +53,20 @@ class Roster:
         self._polls: tuple[tuple[Callable[[], Sequence[Posted]], Pair], ...] = ()
         self._of_link: dict[Link, Pair] = {}
         self._dialler = Dialler(env, stats)
-        self._doorman = Doorman(env, stats, self.membership)
+        self._doorman = Doorman(env, stats, self.epochs)
         self._draining = False
         self._repeats = Repeats()
 
     def set_members(self, epoch: int, members: Iterable[Member]) -> None:
         """Make an epoch live. Raises ConfigError."""
-        self._apply(self.membership.set_members(epoch, members))
+        self._apply(self.epochs.set_members(epoch, members))
         for pair in self.live:
             if isinstance(pair, FfnPair):
                 self._take(pair, pair.unpark())
 
     def retire_epoch(self, epoch: int) -> None:
         """This epoch and all before it are over."""
-        self._apply(self.membership.retire_epoch(epoch))
+        self._apply(self.epochs.retire_epoch(epoch))
 
     def poll(self) -> list[Event]:
         """Take what has arrived in the slots. The events so far, which stay here."""
@@ -110,7 +110,7 @@ class Roster:
         self._dialler.close()
         self._doorman.close()
 
-    def _apply(self, change: MembershipChange) -> None:
+    def _apply(self, change: EpochChange) -> None:
         for rank_id in change.dropped:
             pair = self.pairs.get(rank_id)
             self._dialler.forget(rank_id)
@@ -119,11 +119,11 @@ class Roster:
         if self._id.role is Role.ATTENTION:
             for member in change.added:
                 self._dialler.want(member)
-            for member in self.membership.members().values():
+            for member in self.epochs.members().values():
                 self._dialler.refresh(member)
         for pair in self.live:
             if isinstance(pair, FfnPair):
-                pair.epochs = self.membership.epochs_of(pair.peer, pair.identity.incarnation)
+                pair.epochs = self.epochs.of(pair.peer, pair.identity.incarnation)
         self.look_at = 0.0  # dial in the very next progress
 
     def _take(self, pair: Pair, posts: Sequence[Posted]) -> None:
@@ -196,7 +196,7 @@ class Roster:
 
     def _bring_up(self, pair: Pair, now: float) -> None:
         peer, generation = pair.peer, pair.generation
-        member = self.membership.members().get(peer)
+        member = self.epochs.members().get(peer)
         if member is None or member.incarnation != pair.identity.incarnation:
             pair.close(f"{peer} is no member of a live epoch any more", retryable=True)
             return

@@ -1,6 +1,6 @@
 """Who may talk to whom, and over what. Pure.
 
-`Membership` holds the epochs that are live and tells which peers to reach, which to drop, and in which epochs a peer's
+`Epochs` are the live ones: they tell which peers to reach, which to drop, and in which epochs a peer's
 dispatches may be (`PeerEpochs`). `admit` is an FFN rank's decision about an authenticated hello; `choose_transport`
 picks the transport of a pair by what both ends offer.
 """
@@ -17,7 +17,7 @@ from stepmesh.handshake import Hello
 from stepmesh.types import Member, RankId
 
 
-class MembershipChange(NamedTuple):
+class EpochChange(NamedTuple):
     """What a new member list asks for. A replaced rank (another incarnation) is in both lists."""
 
     dropped: tuple[RankId, ...]
@@ -45,7 +45,7 @@ class PeerEpochs(NamedTuple):
         return f"epoch {epoch} is not live (oldest {self.oldest}, newest {self.newest})"
 
 
-class Membership:
+class Epochs:
     """The other role's ranks, by live epoch."""
 
     def __init__(self, config: MeshConfig) -> None:
@@ -61,7 +61,7 @@ class Membership:
             merged.update(self._epochs[epoch])
         return merged
 
-    def set_members(self, epoch: int, members: Iterable[Member]) -> MembershipChange:
+    def set_members(self, epoch: int, members: Iterable[Member]) -> EpochChange:
         """Add an epoch. Idempotent. Raises ConfigError for a contradiction."""
         table = {member.id: member for member in members}
         for rank_id in table:
@@ -79,7 +79,7 @@ class Membership:
         self.live_epochs = frozenset(self._epochs)
         return _difference(before, self.members())
 
-    def retire_epoch(self, epoch: int) -> MembershipChange:
+    def retire_epoch(self, epoch: int) -> EpochChange:
         """Forget this epoch and all before it. Idempotent."""
         before = self.members()
         self._retired = max(self._retired, epoch)
@@ -88,7 +88,7 @@ class Membership:
         self.live_epochs = frozenset(self._epochs)
         return _difference(before, self.members())
 
-    def epochs_of(self, rank_id: RankId, incarnation: str) -> PeerEpochs:
+    def of(self, rank_id: RankId, incarnation: str) -> PeerEpochs:
         """Where dispatches of that process may be, until the members change again."""
         without = [
             epoch
@@ -99,7 +99,7 @@ class Membership:
         return PeerEpochs(oldest, newest, frozenset(without))
 
 
-def _difference(before: dict[RankId, Member], after: dict[RankId, Member]) -> MembershipChange:
+def _difference(before: dict[RankId, Member], after: dict[RankId, Member]) -> EpochChange:
     dropped = tuple(
         rank_id
         for rank_id, member in before.items()
@@ -110,7 +110,7 @@ def _difference(before: dict[RankId, Member], after: dict[RankId, Member]) -> Me
         for rank_id, member in after.items()
         if rank_id not in before or before[rank_id].incarnation != member.incarnation
     )
-    return MembershipChange(dropped, added)
+    return EpochChange(dropped, added)
 
 
 class Choice(NamedTuple):

@@ -21,7 +21,7 @@ from afd.config import ClusterConfig
 from afd.errors import CoordinatorError
 from afd.membership.client import CoordinatorClient
 from afd.membership.port import Announce, SyncFields
-from afd.membership.thread import Membership, MembershipTiming
+from afd.membership.thread import MembershipThread, MembershipTiming
 from afd.messages.keys import grpc_token
 from afd.messages.membership import ClusterView, WorkerInfo
 
@@ -44,13 +44,13 @@ class RoleContext:
     announce: Announce
     on_fatal: Callable[[CoordinatorError], None]
 
-    def join(self, info: WorkerInfo, fields: Callable[[], SyncFields]) -> Membership:
+    def join(self, info: WorkerInfo, fields: Callable[[], SyncFields]) -> MembershipThread:
         """Enter the cluster: returns at once, registration and heartbeats go on in a side thread."""
         if info.rank < 0:
             info = msgspec.structs.replace(info, rank=self.rank)
         section = self.config.coordinator
         client = CoordinatorClient(section.address, grpc_token(self.secret), ca_file=section.tls_ca_file)
-        membership = Membership(
+        membership = MembershipThread(
             client,
             info,
             fields,

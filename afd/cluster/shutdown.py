@@ -1,6 +1,6 @@
 """The order in which a cluster stops: who gets which signal when. Pure: time is an argument, signals are results.
 
-The gateway first (it lets running streams finish), then the workers, then the coordinator. Each stage has a deadline,
+The gateway first (it lets running streams finish), then the workers, then the coordinator. Each phase has a deadline,
 after which its processes are killed.
 """
 
@@ -16,28 +16,28 @@ COORDINATOR_STOP_S = 3.0
 
 
 @dataclass(frozen=True, slots=True)
-class Stage:
+class Phase:
     """Roles that stop together, and how long they may take."""
 
     roles: tuple[str, ...]
     limit_s: float
 
 
-def stages(drain_s: float) -> tuple[Stage, ...]:
+def phases(drain_s: float) -> tuple[Phase, ...]:
     """The stop order of a cluster."""
     return (
-        Stage(("gateway",), drain_s + GATEWAY_MARGIN_S),
-        Stage(("attention", "ffn"), WORKER_STOP_S),
-        Stage(("coordinator",), COORDINATOR_STOP_S),
+        Phase(("gateway",), drain_s + GATEWAY_MARGIN_S),
+        Phase(("attention", "ffn"), WORKER_STOP_S),
+        Phase(("coordinator",), COORDINATOR_STOP_S),
     )
 
 
 class StopSequence:
-    """Walks through the stages. `step` is called whenever a child ended or time passed."""
+    """Walks through the phases. `step` is called whenever a child ended or time passed."""
 
-    def __init__(self, order: tuple[Stage, ...]):
+    def __init__(self, order: tuple[Phase, ...]):
         self._order = order
-        self._stage_idx = -1
+        self._phase_idx = -1
         self._deadline = 0.0
         self._killing = False
 
@@ -52,17 +52,17 @@ class StopSequence:
         if self._killing:
             return []
         while True:
-            current = [name for name, role in alive if self._stage_idx >= 0 and role in self._stage.roles]
+            current = [name for name, role in alive if self._phase_idx >= 0 and role in self._phase.roles]
             if current:
                 if now < self._deadline:
                     return []
                 self._deadline = now + COORDINATOR_STOP_S
                 return [(name, signal.SIGKILL) for name in current]
-            if self._stage_idx + 1 == len(self._order):
+            if self._phase_idx + 1 == len(self._order):
                 return []
-            self._stage_idx += 1
-            self._deadline = now + self._stage.limit_s
-            begun = [(name, signal.SIGTERM) for name, role in alive if role in self._stage.roles]
+            self._phase_idx += 1
+            self._deadline = now + self._phase.limit_s
+            begun = [(name, signal.SIGTERM) for name, role in alive if role in self._phase.roles]
             if begun:
                 return begun
 
@@ -72,5 +72,5 @@ class StopSequence:
         return [(name, signal.SIGKILL) for name, _ in alive]
 
     @property
-    def _stage(self) -> Stage:
-        return self._order[self._stage_idx]
+    def _phase(self) -> Phase:
+        return self._order[self._phase_idx]

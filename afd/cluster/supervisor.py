@@ -35,7 +35,7 @@ from afd.cluster.progress import ChildProgress, progress_line, ready_text
 from afd.cluster.resolve import most_threads, with_cores, worker_cores
 from afd.cluster.restart import RestartPolicy, worth_restarting
 from afd.cluster.run_file import RunInfo, new_run_file, process_start_time, remove_run_file, write_run_file
-from afd.cluster.shutdown import StopSequence, stages
+from afd.cluster.shutdown import StopSequence, phases
 from afd.config import ClusterConfig
 
 POLL_S = 0.2
@@ -341,7 +341,7 @@ class Supervisor:
         if self._stopping is None:
             self._exit_code = exit_code
             self._console.close()
-            self._stopping = StopSequence(stages(self._config.gateway.drain_s))
+            self._stopping = StopSequence(phases(self._config.gateway.drain_s))
             self._due.clear()
             if self._fork_server is not None:
                 self._end_fork_server(self._fork_server)

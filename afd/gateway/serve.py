@@ -23,7 +23,7 @@ from afd.gateway.http_protocol import HttpEdge, StrictHttpProtocol
 from afd.gateway.served_model import ServedModel, load_served_model
 from afd.gateway.service import GatewayService
 from afd.host.open_files import OWN_FILES, open_files_limit
-from afd.membership.port import MembershipLike
+from afd.membership.port import Membership
 from afd.telemetry.rare_log import RareLog
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ SEND_BUFFER_BYTES = 256 << 10  # per connection, inherited: a client that does n
 
 def run_gateway(
     config: ClusterConfig,
-    membership: MembershipLike,
+    membership: Membership,
     secret: bytes,
     on_ready: Callable[[str], None],
     stop: threading.Event,
@@ -143,7 +143,7 @@ def _on_refused(service: GatewayService) -> Callable[[RequestError, str], None]:
     return on_refused
 
 
-def _shut_down(membership: MembershipLike) -> bool:
+def _shut_down(membership: Membership) -> bool:
     view = membership.view()
     return view is not None and view.shutdown
 

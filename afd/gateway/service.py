@@ -23,7 +23,7 @@ from afd.gateway.served_model import ServedModel
 from afd.gateway.sla import SlaWindow
 from afd.gateway.stop import StopMatcher
 from afd.gateway.worker_client import WorkerClient
-from afd.membership.port import MembershipLike
+from afd.membership.port import Membership
 from afd.messages.membership import ClusterView
 from afd.messages.serving import WorkerMessage, WorkerStats
 from afd.telemetry.exposition import process_registry
@@ -40,7 +40,7 @@ class GatewayService:
     `start` once, then `generate` per request, `drain` before `close`.
     """
 
-    def __init__(self, config: ClusterConfig, model: ServedModel, membership: MembershipLike, secret: bytes):
+    def __init__(self, config: ClusterConfig, model: ServedModel, membership: Membership, secret: bytes):
         self.config = config
         self._own_model = model
         self.model = model  # with the context that the workers have room for

@@ -31,7 +31,7 @@ class SyncFields:
 ViewCallback = Callable[[ClusterView], None]
 
 
-class MembershipLike(Protocol):
+class Membership(Protocol):
     """One process's place in the cluster. Every method may be called from any thread; none blocks but `close`.
 
     Rank first, addresses later is allowed: join with `mesh=None`, wait for the rank, bind, then `update_info`.
@@ -86,7 +86,7 @@ class MembershipLike(Protocol):
         ...
 
 
-Join = Callable[[WorkerInfo, Callable[[], SyncFields]], MembershipLike]
+Join = Callable[[WorkerInfo, Callable[[], SyncFields]], Membership]
 """How a worker joins: what it says of itself, and the heartbeat fields; returns at once (registration goes on)."""
 
 Announce = Callable[[dict[str, object]], None]

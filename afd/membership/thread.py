@@ -68,8 +68,8 @@ class MembershipTiming:
         return cls(config.heartbeat_s, config.lost_after_s, config.register_timeout_s, patience_s)
 
 
-class Membership:
-    """Implements `afd.membership.port.MembershipLike`; owns the client. Start with `start()`.
+class MembershipThread:
+    """Implements `afd.membership.port.Membership`; owns the client. Start with `start()`.
 
     fields: read at each heartbeat, in the side thread.
     on_fatal: called once, in the side thread: MembershipLostError, or CoordinatorError when refused for good.
@@ -113,7 +113,7 @@ class Membership:
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="membership", daemon=True)
 
-    def start(self) -> Membership:
+    def start(self) -> MembershipThread:
         """Begin to register; returns at once."""
         self._thread.start()
         return self

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import msgspec
 
 from afd.config import ClusterConfig
-from afd.membership.port import Join, MembershipLike, SyncFields
+from afd.membership.port import Join, Membership, SyncFields
 from afd.messages.keys import mesh_key
 from afd.messages.membership import ClusterView, WorkerInfo
 from afd.worker.data_plane import mesh_config, published_address
@@ -29,7 +29,7 @@ TURN_S = 10e-3
 class Seat:
     """Owned by the worker's main thread. mesh is None in topology mono."""
 
-    membership: MembershipLike
+    membership: Membership
     incarnation: str
     agreed: str
     rank: int = -1

@@ -17,7 +17,7 @@ def ffn_member(rank: int = 0) -> Member:
 
 
 class FakeMembership:
-    """Has the parts of `MembershipLike` that a gateway uses."""
+    """Has the parts of `Membership` that a gateway uses."""
 
     def __init__(self) -> None:
         """Inside a running loop, in which `wait_ready` will be called."""

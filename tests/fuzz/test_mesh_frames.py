@@ -18,7 +18,7 @@ from stepmesh.errors import FrameError, StaleArrivalError
 from stepmesh.layout import HEADER_BYTES, frame_bytes, slot_bytes
 from stepmesh.pair import AttentionPair, Environment, FfnPair, Identity
 from stepmesh.stats import PeerStats
-from stepmesh.topology import Membership
+from stepmesh.topology import Epochs
 from stepmesh.trace import Trace
 from stepmesh.transports.base import Channel, Failure, Link, Offer, Posted, Received
 from stepmesh.transports.inproc import InprocNetwork
@@ -104,9 +104,9 @@ class Victim:
         network = InprocNetwork()
         self.env = Environment(config, network.fabric(config), Trace(64))
         self.peer = peer
-        self.membership = Membership(config)
+        self.epochs = Epochs(config)
         for epoch in LIVE_EPOCHS:
-            self.membership.set_members(epoch, [Member(peer, "peer", Address("", "", 0))])
+            self.epochs.set_members(epoch, [Member(peer, "peer", Address("", "", 0))])
         self.channel = MemoryChannel()
         self.generation = 0
         self.seq = [0] * NUM_STREAMS
@@ -118,7 +118,7 @@ class Victim:
         identity = Identity(self.peer, "peer", self.generation, "")
         args = (self.env, identity, NoLink(), self.channel, PeerStats())
         self.pair: AttentionPair | FfnPair
-        self.pair = FfnPair(*args, self.membership) if self.peer is A0 else AttentionPair(*args)
+        self.pair = FfnPair(*args, self.epochs.of(self.peer, "peer")) if self.peer is A0 else AttentionPair(*args)
         self.last: Header | None = None
 
 

@@ -23,7 +23,7 @@ from afd.coordinator.service import NUM_THREADS, run_coordinator
 from afd.errors import ConfigError, CoordinatorError
 from afd.membership.client import SERVICE, CoordinatorClient, CoordinatorUnreachableError
 from afd.membership.port import SyncFields
-from afd.membership.thread import Membership, MembershipLostError, MembershipTiming
+from afd.membership.thread import MembershipLostError, MembershipThread, MembershipTiming
 from afd.messages.keys import grpc_token
 from afd.messages.membership import (
     MAX_SILENT_EXPERTS,
@@ -97,7 +97,7 @@ def info(role: str, *, rank: int = -1, config_hash: str = "same", bound: bool = 
 
 
 class Joined:
-    """A Membership with its news as queues."""
+    """A MembershipThread with its news as queues."""
 
     def __init__(
         self,
@@ -113,7 +113,7 @@ class Joined:
         self.fatal: queue.Queue[CoordinatorError] = queue.Queue()
         self.news: list[dict[str, object]] = []
         self._settled = threading.Event()  # registered, or refused
-        self.membership = Membership(
+        self.membership = MembershipThread(
             CoordinatorClient(address, token),
             worker,
             fields,

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from afd.cluster.launch import EXIT_CONFIG, EXIT_FAILURE, EXIT_LOST, EXIT_OK
 from afd.cluster.restart import MAX_RESTARTS, WINDOW_S, RestartPolicy, worth_restarting
-from afd.cluster.shutdown import Stage, StopSequence, stages
+from afd.cluster.shutdown import Phase, StopSequence, phases
 from afd.cluster.stop_policy import why_stop
 from afd.messages.membership import ClusterView, Member, Plan, WorkerInfo
 
@@ -57,7 +57,7 @@ def test_which_ends_are_worth_another_start(exit_code: int, worth: bool) -> None
 
 
 def test_a_stop_goes_gateway_workers_coordinator() -> None:
-    sequence = StopSequence(stages(drain_s=10.0))
+    sequence = StopSequence(phases(drain_s=10.0))
     assert sequence.step(ALIVE, 0.0) == [("gateway/0", signal.SIGTERM)]
     assert sequence.step(ALIVE, 5.0) == []
     assert sequence.step(ALIVE[:3], 6.0) == [("attention/0", signal.SIGTERM), ("ffn/0", signal.SIGTERM)]
@@ -67,7 +67,7 @@ def test_a_stop_goes_gateway_workers_coordinator() -> None:
 
 
 def test_a_stage_that_takes_too_long_is_killed() -> None:
-    sequence = StopSequence(stages(drain_s=10.0))
+    sequence = StopSequence(phases(drain_s=10.0))
     sequence.step(ALIVE, 0.0)
     assert sequence.step(ALIVE, 12.9) == []
     assert sequence.step(ALIVE, 13.0) == [("gateway/0", signal.SIGKILL)]
@@ -76,12 +76,12 @@ def test_a_stage_that_takes_too_long_is_killed() -> None:
 
 
 def test_stages_without_processes_are_skipped() -> None:
-    assert StopSequence(stages(1.0)).step(ALIVE[:1], 0.0) == [("coordinator", signal.SIGTERM)]
-    assert StopSequence((Stage(("gateway",), 1.0),)).step(ALIVE[:1], 0.0) == []
+    assert StopSequence(phases(1.0)).step(ALIVE[:1], 0.0) == [("coordinator", signal.SIGTERM)]
+    assert StopSequence((Phase(("gateway",), 1.0),)).step(ALIVE[:1], 0.0) == []
 
 
 def test_out_of_patience_everything_is_killed_at_once() -> None:
-    sequence = StopSequence(stages(1.0))
+    sequence = StopSequence(phases(1.0))
     sequence.step(ALIVE, 0.0)
     assert sequence.kill(ALIVE) == [(name, signal.SIGKILL) for name, _ in ALIVE]
     assert sequence.killing and sequence.step(ALIVE, 100.0) == []

@@ -12,7 +12,7 @@ from stepmesh.config import MeshConfig
 from stepmesh.errors import ConfigError
 from stepmesh.handshake import Hello
 from stepmesh.layout import PayloadLayout
-from stepmesh.topology import Choice, Membership, Refusal, admit, choose_transport, geometry
+from stepmesh.topology import Choice, Epochs, Refusal, admit, choose_transport, geometry
 from stepmesh.types import Address, Member, RankId, Role, WireDtype
 
 CONFIG = MeshConfig(
@@ -33,57 +33,55 @@ def ranks(members: tuple[Member, ...]) -> list[tuple[int, str]]:
 
 
 def test_a_new_epoch_adds_and_keeps() -> None:
-    membership = Membership(CONFIG)
-    change = membership.set_members(1, [member(0), member(1)])
+    epochs = Epochs(CONFIG)
+    change = epochs.set_members(1, [member(0), member(1)])
     assert (change.dropped, ranks(change.added)) == ((), [(0, "a"), (1, "a")])
-    change = membership.set_members(2, [member(1), member(2)])
+    change = epochs.set_members(2, [member(1), member(2)])
     assert (change.dropped, ranks(change.added)) == ((), [(2, "a")])
-    assert membership.live_epochs == {1, 2}
-    change = membership.retire_epoch(1)
+    assert epochs.live_epochs == {1, 2}
+    change = epochs.retire_epoch(1)
     assert change.dropped == (RankId(Role.ATTENTION, 0),)
-    assert membership.live_epochs == {2}
-    assert membership.retire_epoch(1) == ((), ())
+    assert epochs.live_epochs == {2}
+    assert epochs.retire_epoch(1) == ((), ())
 
 
 def test_a_peer_may_be_in_missed_epochs_and_not_where_others_are_known_to_be() -> None:
-    membership = Membership(CONFIG)
-    membership.retire_epoch(1)
-    assert membership.epochs_of(RankId(Role.ATTENTION, 0), "a") == (2, 1, set())
-    membership.set_members(2, [member(0)])
-    membership.set_members(5, [member(0), member(1)])
-    membership.set_members(6, [member(0, "b"), member(1)])
+    epochs = Epochs(CONFIG)
+    epochs.retire_epoch(1)
+    assert epochs.of(RankId(Role.ATTENTION, 0), "a") == (2, 1, set())
+    epochs.set_members(2, [member(0)])
+    epochs.set_members(5, [member(0), member(1)])
+    epochs.set_members(6, [member(0, "b"), member(1)])
     held = {
-        (rank, name): [
-            epoch for epoch in range(9) if membership.epochs_of(RankId(Role.ATTENTION, rank), name).hold(epoch)
-        ]
+        (rank, name): [epoch for epoch in range(9) if epochs.of(RankId(Role.ATTENTION, rank), name).hold(epoch)]
         for rank, name in ((0, "a"), (0, "b"), (1, "a"))
     }
     assert held == {(0, "a"): [2, 3, 4, 5], (0, "b"): [3, 4, 6], (1, "a"): [3, 4, 5, 6]}
 
 
 def test_another_incarnation_replaces() -> None:
-    membership = Membership(CONFIG)
-    membership.set_members(1, [member(0, "old")])
-    change = membership.set_members(2, [member(0, "new")])
+    epochs = Epochs(CONFIG)
+    epochs.set_members(1, [member(0, "old")])
+    change = epochs.set_members(2, [member(0, "new")])
     assert change.dropped == (RankId(Role.ATTENTION, 0),)
     assert ranks(change.added) == [(0, "new")]
     # An older epoch that comes late does not bring the old one back.
-    assert membership.retire_epoch(1) == ((), ())
+    assert epochs.retire_epoch(1) == ((), ())
 
 
 def test_contradictions_are_refused() -> None:
-    membership = Membership(CONFIG)
-    membership.set_members(3, [member(0)])
-    assert membership.set_members(3, [member(0)]) == ((), ())
+    epochs = Epochs(CONFIG)
+    epochs.set_members(3, [member(0)])
+    assert epochs.set_members(3, [member(0)]) == ((), ())
     with pytest.raises(ConfigError, match="already has other members"):
-        membership.set_members(3, [member(1)])
+        epochs.set_members(3, [member(1)])
     with pytest.raises(ConfigError, match="cannot be a peer"):
-        membership.set_members(4, [Member(RankId(Role.FFN, 1), "a", Address("", "h", 1))])
+        epochs.set_members(4, [Member(RankId(Role.FFN, 1), "a", Address("", "h", 1))])
     with pytest.raises(ConfigError, match="32 bits"):
-        membership.set_members(1 << 32, [])
-    membership.retire_epoch(3)
+        epochs.set_members(1 << 32, [])
+    epochs.retire_epoch(3)
     with pytest.raises(ConfigError, match="was retired"):
-        membership.set_members(2, [])
+        epochs.set_members(2, [])
 
 
 @given(
@@ -95,14 +93,14 @@ def test_contradictions_are_refused() -> None:
 @settings(max_examples=150, derandomize=True, deadline=None)
 def test_changes_add_up_to_the_members(actions: list[tuple[bool, int, dict[int, str]]]) -> None:
     """Whoever follows the changes has the same table as whoever reads it."""
-    membership = Membership(CONFIG)
+    epochs = Epochs(CONFIG)
     followed: dict[RankId, Member] = {}
     for retire, epoch, table in actions:
         try:
             change = (
-                membership.retire_epoch(epoch)
+                epochs.retire_epoch(epoch)
                 if retire
-                else membership.set_members(epoch, [member(rank, name) for rank, name in table.items()])
+                else epochs.set_members(epoch, [member(rank, name) for rank, name in table.items()])
             )
         except ConfigError:
             continue
@@ -111,7 +109,7 @@ def test_changes_add_up_to_the_members(actions: list[tuple[bool, int, dict[int, 
         for one in change.added:
             assert one.id not in followed
             followed[one.id] = one
-        assert followed == membership.members()
+        assert followed == epochs.members()
 
 
 MEMBERS = {RankId(Role.ATTENTION, 5): member(5, "theirs")}
