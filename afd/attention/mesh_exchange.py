@@ -2,8 +2,9 @@
 
 With a `RowSelection` each rank is sent its rows only, and its partial has as many; without, all rows go to all ranks.
 
-An FFN rank that drops out voids every exchange in flight: `poll` raises PeerLostError, the worker cancels and runs the
-interrupted steps again once `ready` is true (nothing of them was booked).
+An FFN rank that drops out of a step under way voids every exchange in flight: `poll` raises PeerLostError, the worker
+cancels and runs the interrupted steps again once `ready` is true (nothing of them was booked). A rank that no open step
+uses interrupts nothing.
 """
 
 from __future__ import annotations
@@ -69,28 +70,38 @@ class MeshExchange:
         self._epoch = 0
         self._retired = 0
         self._peers: tuple[RankId, ...] = ()
-        self._up: set[RankId] = set()
+        self._up: set[RankId] = set()  # of any live epoch
+        self._losses: dict[RankId, str] = {}  # why those are down that were up once
         self._streams: dict[int, _InFlight] = {}
         self._completed: deque[Combined] = deque()
-        self.down_reason = "the cluster is not formed yet"
+        self._suspended = "the cluster is not formed yet"
 
     def adopt(self, epoch: int, members: Sequence[Member]) -> None:
         """Use `members` (all FFN ranks, in rank order) from the next layer 0 of each stream on."""
         self._mesh.set_members(epoch, members)
-        peers = tuple(member.id for member in members)
-        if peers != self._peers:
-            self._up &= set(peers)
-        self._epoch, self._peers = epoch, peers
+        self._epoch, self._peers = epoch, tuple(member.id for member in members)
         self._retire()
 
     def suspend(self, reason: str) -> None:
         """The view has no complete FFN side: nothing may start until `adopt`."""
         self._peers = ()
-        self.down_reason = reason
+        self._suspended = reason
 
     @property
     def ready(self) -> bool:
         return bool(self._peers) and self._up.issuperset(self._peers)
+
+    @property
+    def unreachable(self) -> dict[RankId, str]:
+        """The FFN ranks of the newest epoch that are not connected, and why."""
+        return {peer: self._losses.get(peer, "is not connected yet") for peer in self._peers if peer not in self._up}
+
+    @property
+    def down_reason(self) -> str:
+        """Why it is not ready, in words for people."""
+        if not self._peers:
+            return self._suspended
+        return next((f"{peer} {why}" for peer, why in self.unreachable.items()), "")
 
     def send(self, stream: int, step: int, dispatch: Dispatch) -> None:
         flight = self._flight(stream, step, dispatch.layer, int(dispatch.rows.shape[0]))
@@ -115,7 +126,7 @@ class MeshExchange:
         flight.waiting = True
 
     def poll(self, timeout_s: float) -> list[Combined]:
-        lost: PeerDown | None = None
+        lost = ""
         for event in self._mesh.progress(0.0 if self._completed else timeout_s):
             if isinstance(event, CombineArrived):
                 self._arrived(event)
@@ -123,10 +134,11 @@ class MeshExchange:
                 self._up.add(event.peer)
             elif isinstance(event, PeerDown):
                 self._up.discard(event.peer)
-                self.down_reason = f"{event.peer} is lost: {event.reason}"
-                lost = event
-        if lost is not None:
-            raise PeerLostError(self.down_reason)
+                self._losses[event.peer] = f"is lost: {event.reason}"
+                if any(flight.open and event.peer in flight.peers for flight in self._streams.values()):
+                    lost = f"{event.peer} is lost: {event.reason}"
+        if lost:
+            raise PeerLostError(lost)
         completed = list(self._completed)
         self._completed.clear()
         return completed
