@@ -18,7 +18,12 @@ COMPUTE = (UP, ATTENTION, FFN)
 
 @dataclass(frozen=True, slots=True)
 class Flag:
-    """name: as typed.  keys: the configuration keys that it sets.  commands: which sub-commands take it."""
+    """One flag of the command line that sets keys of the configuration.
+
+    name: as typed.
+    keys: the configuration keys that it sets.
+    commands: which sub-commands take it.
+    """
 
     name: str
     keys: tuple[str, ...]

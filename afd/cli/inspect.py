@@ -56,7 +56,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _experts(folder: ModelFolder) -> Iterable[list[ExpertHealth]]:
-    """Of checkpoints only: a dummy's weights are random numbers, and making them all could take days."""
+    """Health of a checkpoint's experts. A dummy has none: its weights are random, and making them could take days."""
     return () if folder.path is None else expert_health(folder.checkpoint)
 
 

@@ -22,7 +22,7 @@ class Located:
     ca_file: str = ""
 
     def client(self) -> CoordinatorClient:
-        """To be closed by the caller."""
+        """A new client, which the caller closes."""
         from afd.membership.client import CoordinatorClient
         from afd.messages.keys import grpc_token
 

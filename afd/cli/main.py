@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _error_line(error: AfdError, args: argparse.Namespace) -> str:
-    """In the format of the log: the one that was resolved, or else asked for by flag."""
+    """An error in the log's format: the one that was resolved, else the one that a flag asks for."""
     if getattr(args, "log_format", vars(args).get("key:log.format")) == "json":
         return json_line("error", f"afd {args.command}", str(error))
     return f"afd: error: {error}"

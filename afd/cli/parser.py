@@ -18,7 +18,7 @@ E = TypeVar("E", bound=StrEnum)
 
 
 class Parser(argparse.ArgumentParser):
-    """Sub-parsers are of its class too."""
+    """An argparse parser whose errors are one line with a suggestion. Its sub-parsers are of this class too."""
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
         """Parse, a sub-command too: what it does not know is its own error, with its own flags as suggestions."""
@@ -98,7 +98,7 @@ def not_negative(text: str) -> float:
 
 
 def ratio(text: str) -> float:
-    """By which lengths vary both ways: at least 0, and below 1, so that none is empty."""
+    """A relative spread of lengths, both ways: at least 0, and below 1, so that no length is 0."""
     value = _number(text)
     if not 0.0 <= value < 1.0:
         raise argparse.ArgumentTypeError(f"{text} is not in [0, 1)")

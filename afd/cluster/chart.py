@@ -22,7 +22,11 @@ SECRET_KEY = "cluster-secret"
 
 @dataclass(frozen=True, slots=True)
 class Render:
-    """What to render. values: nested, over the chart's own.  files, settings: as helm's --values and --set."""
+    """What to render.
+
+    values: nested, over the chart's own.
+    files, settings: as helm's --values and --set.
+    """
 
     release: str = "afd"
     namespace: str = "default"

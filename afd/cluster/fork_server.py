@@ -42,7 +42,10 @@ class _Answer(msgspec.Struct):
 
 
 class ForkServer:
-    """The supervisor's end. fd: readable once the server is ready, or gone.  output: what it writes, line by line.
+    """The supervisor's end.
+
+    fd: readable once the server is ready, or gone.
+    output: what it writes, line by line.
 
     threads: that a worker computes with.
 
@@ -72,12 +75,12 @@ class ForkServer:
         self.fd = self._socket.fileno()
 
     def read_output(self) -> Iterator[str]:
-        """What was written since the last call: warnings of the libraries that are imported, a traceback."""
+        """Lines written since the last call: warnings of the libraries that are imported, a traceback."""
         for line in self.output.read():
             yield line.decode(errors="replace")
 
     def is_ready(self) -> bool:
-        """To be asked once `fd` is readable. False: it has died."""
+        """Whether the server is ready; False = it has died. Ask once `fd` is readable."""
         try:
             return bool(self._socket.recv(_MAX_BYTES))
         except OSError:

@@ -30,7 +30,9 @@ _LENGTH = struct.Struct("<I")
 class RoleLaunch(msgspec.Struct, frozen=True):
     """Everything a role's process needs.
 
-    secret: hex.  announce_fd: where news goes; -1 = nobody listens.  supervisor_pid: 0 = none.
+    secret: hex.
+    announce_fd: where news goes; -1 = nobody listens.
+    supervisor_pid: 0 = none.
     run_file: to remove when the supervisor is gone without having done it; "" = none.
     """
 
@@ -48,7 +50,7 @@ class RoleLaunch(msgspec.Struct, frozen=True):
 
     @property
     def orphaned(self) -> bool:
-        """In the process that it is for: the supervisor is gone."""
+        """Whether the supervisor is gone; asked in the process that was launched."""
         return self.supervisor_pid != 0 and os.getppid() != self.supervisor_pid
 
 

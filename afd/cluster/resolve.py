@@ -96,7 +96,7 @@ def with_cores(config: ClusterConfig, role: str, cores: str) -> ClusterConfig:
 
 
 def whole_host_threads(config: ClusterConfig, cores: int) -> ClusterConfig:
-    """For a worker that has its host to itself."""
+    """The configuration of a worker that has its host to itself: threads for all its cores."""
     return msgspec.structs.replace(
         config,
         attention=msgspec.structs.replace(config.attention, threads=config.attention.threads or cores),

@@ -13,7 +13,10 @@ BACKOFF_S = (0.2, 1.0, 3.0)
 
 
 class RestartPolicy:
-    """One child's history: at most MAX_RESTARTS in WINDOW_S seconds. backoff_s: delay of each, the last one repeats."""
+    """One child's history: at most MAX_RESTARTS in WINDOW_S seconds.
+
+    backoff_s: delay of each, the last one repeats.
+    """
 
     def __init__(self, backoff_s: Sequence[float] = BACKOFF_S) -> None:
         self._backoff_s = backoff_s

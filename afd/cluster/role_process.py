@@ -134,7 +134,7 @@ class _Process:
             threading.Thread(target=self._watch_supervisor, name="supervisor-watch", daemon=True).start()
 
     def clear_up(self) -> None:
-        """In the place of a supervisor that is gone; by whichever thread hears of it first."""
+        """Remove what a supervisor that is gone has left. Called by the thread that hears of it first."""
         if self._launch.run_file:
             remove_run_file(self._launch.run_file)
 

@@ -32,7 +32,8 @@ log = logging.getLogger(__name__)
 class RoleContext:
     """What a role's process works with.
 
-    rank: asked for; -1 = any.  stop: set when the process shall end gracefully.
+    rank: asked for; -1 = any.
+    stop: set when the process shall end gracefully.
     on_fatal: the cluster does not want this process any more.
     """
 

@@ -24,7 +24,11 @@ log = logging.getLogger(__name__)
 
 
 class RunInfo(msgspec.Struct, frozen=True):
-    """What the supervisor leaves for `afd status`. started: process start time in clock ticks. secret: hex."""
+    """What the supervisor leaves for `afd status`.
+
+    started: process start time in clock ticks.
+    secret: hex.
+    """
 
     pid: int
     started: int
@@ -41,7 +45,7 @@ _FRESH_PREFIX = f"afd-{os.getuid()}-"
 
 
 def run_directory() -> Path:
-    """Where this user's run files usually lie (it exists only while there are any)."""
+    """The directory of this user's run files; it exists only while there are any."""
     base = os.environ.get("XDG_RUNTIME_DIR", "")
     if base and os.path.isdir(base):
         return Path(base) / "afd"
@@ -49,7 +53,7 @@ def run_directory() -> Path:
 
 
 def new_run_file() -> Path:
-    """Where this process's run file, `<pid>.json`, is to be written: a directory that is private, made if need be.
+    """Path of this process's run file, `<pid>.json`, in a private directory, which is made if need be.
 
     ConfigError where there can be none.
     """

@@ -41,7 +41,7 @@ def read_secret(path: str) -> bytes:
 
 
 def require_secret(path: str) -> bytes:
-    """For a process that joins others: without a file there is nothing to share."""
+    """The secret of a process that joins others. ConfigError without a file: there is nothing to share."""
     if not path:
         raise ConfigError(
             "--secret-file is needed: the same file for every process of the cluster "

@@ -197,7 +197,7 @@ class Supervisor:
             self._selector.register(fd, selectors.EVENT_READ, self._fork_server)
 
     def _hear_fork_server(self, server: ForkServer) -> None:
-        """It is ready, or has died."""
+        """The fork server is ready, or has died."""
         self._selector.unregister(server.fd)
         if server.is_ready():
             self._end_wait_for_fork_server()

@@ -14,12 +14,12 @@ TRUSTED_STEPS = 64  # before a worker's curves and corrections are believed
 
 
 def busy(costs: Sequence[StepCosts]) -> list[StepCosts]:
-    """Of the workers that have work."""
+    """Costs of the workers that have work."""
     return [c for c in costs if c.tokens > 0]
 
 
 def usable(costs: Sequence[StepCosts]) -> list[StepCosts]:
-    """Of those that have measured enough besides."""
+    """Costs of the workers that have work and have measured enough steps to be believed."""
     return [c for c in busy(costs) if c.num_steps >= TRUSTED_STEPS]
 
 
@@ -27,6 +27,7 @@ def forecast(workers: Sequence[StepCosts], num_streams: int, *, extra_tokens: fl
     """The cycle when each worker splits its load over `num_streams`, or over as many as it has sequences.
 
     cycle = max(the busiest worker's sum of A, sum of F over gangs, the longest stream's A + F + C), corrected.
+
     workers: `usable` ones, at least one.
     extra_tokens: of prefill that each worker has in one of its streams on top of its load.
     """

@@ -54,10 +54,11 @@ class Entry:
     """One registered process. Times are the coordinator's clock.
 
     excused_s: of the time since `last_seen`, that in which the coordinator could hear nobody.
-    progress_at: when its main loop last moved, or had nothing to do.  moved_at: when it last moved.
+    progress_at: when its main loop last moved, or had nothing to do.
+    moved_at: when it last moved.
     ready_since: None while it is not ready.
-    resumed_until: set while this member is known only from the view of an earlier coordinator and has not been
-        heard of since; it is given until then.
+    resumed_until: set while this member is known only from the view of an earlier coordinator and has not been heard of
+        since; it is given until then.
     drain_asked: an operator asked for the drain (`draining` is what the member says of itself).
     """
 

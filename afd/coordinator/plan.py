@@ -5,7 +5,7 @@ Tokens of a step     under `sla.policy = enforce`: halved until a prefill at eve
 Gang window          a share of the predicted cycle, at most the configured one; 0 for one attention worker
 
 What the configuration fixes stays. A plan must not flap: measurements change it at most every INTERVAL_S, and each
-number has a dead band. Only the company (one attention worker or several) is followed at once.
+number has a dead band. Only a change between one and several attention workers takes effect at once.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ WINDOW_BAND = 1.25  # a window is replaced by one that is longer or shorter by t
 
 @dataclass(frozen=True, slots=True)
 class PlanRules:
-    """What a plan may be. base: where it begins; it never has more tokens or a longer window.
+    """What a plan may be.
 
+    base: where it begins; it never has more tokens or a longer window.
     least_streams, most_streams: bounds of its maximum; equal where the configuration fixes the number.
     min_chunk_tokens: prefill that a step must have room for beside its decodes.
     target_s: of the cycle, by which tokens are limited; 0 = they are not.
@@ -46,7 +47,7 @@ class PlanRules:
 
     @classmethod
     def of(cls, config: ClusterConfig) -> PlanRules:
-        """Of a configuration."""
+        """The rules that a configuration sets."""
         fixed = config.attention.streams
         return cls(
             Plan(
@@ -69,7 +70,10 @@ class Planner:
         self._decided_at: float | None = None
 
     def fit(self, plan: Plan, num_attention: int) -> Plan:
-        """`plan`, or its next version where it breaks the rules or the company changed: a lone worker has no window."""
+        """`plan`, or its next version where it breaks the rules, or where one worker became several or several one.
+
+        A lone worker has no window.
+        """
         rules = self._rules
         window_s = rules.base.gang_window_s
         return _version_of(
@@ -98,7 +102,7 @@ class Planner:
         )
 
     def forecasts(self, costs: Sequence[StepCosts]) -> list[Forecast]:
-        """Of 1, 2, ... streams, as far as the rules allow; [] while nothing was measured."""
+        """Forecasts for 1, 2, ... streams, as far as the rules allow; [] while nothing was measured."""
         workers = usable(costs)
         return [forecast(workers, m) for m in range(1, self._rules.most_streams + 1)] if workers else []
 

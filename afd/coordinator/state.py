@@ -53,7 +53,7 @@ MAX_EPOCH_SEEN = 1 << 31  # half of what a data frame can carry: nobody has live
 
 @dataclass(frozen=True, slots=True)
 class ClusterSpec:
-    """What the coordinator is told of the cluster it keeps together."""
+    """Facts about the cluster that the coordinator is started with."""
 
     topology: Topology
     model: str
@@ -92,7 +92,10 @@ Action = Union[Published, Log, Lost, Stop]
 
 
 class RefusedError(CoordinatorError):
-    """A registration that cannot be granted. retry: it may be later, without anyone changing anything."""
+    """A registration that cannot be granted.
+
+    retry: it may be later, without anyone changing anything.
+    """
 
     def __init__(self, message: str, *, retry: bool = False):
         super().__init__(message)

@@ -51,5 +51,5 @@ def pin_this_thread(cores: Set[int]) -> None:
 
 
 def cores_of_this_thread() -> Set[int]:
-    """Where the calling thread may run; none where the system does not tell."""
+    """Cores on which the calling thread may run; none where the system does not tell."""
     return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()

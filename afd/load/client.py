@@ -71,7 +71,7 @@ _decode_chunk = msgspec.json.Decoder(_Chunk).decode
 
 @dataclass(frozen=True, slots=True)
 class CompletionSettings:
-    """What all requests of a run have in common."""
+    """Settings that all requests of a run share."""
 
     model: str
     endpoint: Endpoint = "completions"

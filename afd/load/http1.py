@@ -40,7 +40,7 @@ class DisconnectError(TransferError):
 
 
 class ProtocolError(TransferError):
-    """What came is not what was asked for: not HTTP, too large, not the promised format."""
+    """The answer is not what was asked for: not HTTP, too large, not the promised format."""
 
 
 class Sink(Protocol):

@@ -21,7 +21,10 @@ PEAK_WINDOW_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Distribution:
-    """Statistics of some durations, in seconds; zeros when there were none. percentiles: (p, value), as asked for."""
+    """Statistics of some durations, in seconds; zeros when there were none.
+
+    percentiles: (p, value), as asked for.
+    """
 
     count: int
     mean: float
@@ -48,7 +51,10 @@ class Distribution:
 
 
 def percentile(ordered: Sequence[float], p: float) -> float:
-    """Linear interpolation between the two nearest ranks (numpy's default). ordered: sorted, not empty."""
+    """Linear interpolation between the two nearest ranks (numpy's default).
+
+    ordered: sorted, not empty.
+    """
     position = (len(ordered) - 1) * p / 100
     below = math.floor(position)
     above = min(below + 1, len(ordered) - 1)
@@ -92,7 +98,8 @@ def meets(record: RequestRecord, goal: str, limit_s: float) -> bool | None:
 class Attainment:
     """Shares of requests that kept their goals (1 where none could miss).
 
-    per_goal: over completed requests that have the metric.  joint: all goals, over completed requests.
+    per_goal: over completed requests that have the metric.
+    joint: all goals, over completed requests.
     joint_of_sent: the same over all requests but interrupted ones: a refusal or a failure is a miss.
     num_good: completed requests that kept all goals.
     """
@@ -114,7 +121,11 @@ class SteadyState:
 
 @dataclass(frozen=True, slots=True)
 class Refusals:
-    """503 and 429 answers. latency: sent to refused.  retry_after_s: the smallest and largest seen, None if absent."""
+    """503 and 429 answers.
+
+    latency: sent to refused.
+    retry_after_s: the smallest and largest seen, None if absent.
+    """
 
     count: int
     latency: Distribution

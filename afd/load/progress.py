@@ -12,7 +12,11 @@ PLAIN_INTERVAL_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """num_tokens: chunks so far, of running requests too. elapsed_s: since the first was due."""
+    """How far a run has come.
+
+    num_tokens: chunks so far, of running requests too.
+    elapsed_s: since the first was due.
+    """
 
     num_total: int
     num_done: int

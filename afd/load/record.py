@@ -32,7 +32,9 @@ def _times() -> array[float]:
 class RequestRecord:
     """One request. Written by the client while it runs, read by `metrics` afterwards.
 
-    due_s: when the schedule wanted it sent.  start_s: when it was sent.  end_s: when its answer ended.
+    due_s: when the schedule wanted it sent.
+    start_s: when it was sent.
+    end_s: when its answer ended.
     token_times: arrival of each chunk that bore tokens, increasing; a chunk may bear several tokens.
     num_output_tokens: from the server's usage where it reports it, else one per chunk.
     num_prompt_tokens: as sent, until the server's usage says otherwise.

@@ -41,8 +41,11 @@ def result_json(
     label: str,
     metadata: dict[str, str],
 ) -> dict[str, Any]:
-    """The result as plain values. num_workers: overrides what the server says; metadata: added where no
-    key of the result has the same name."""
+    """The result as plain values.
+
+    num_workers: overrides what the server says.
+    metadata: added where no key of the result has the same name.
+    """
     open_loop = settings.rate is not None
     num_workers = num_workers or run.server.num_workers
     result: dict[str, Any] = {
@@ -166,7 +169,10 @@ def describe_machine() -> str:
 
 
 def render_table(result: dict[str, Any], summary: Summary, errors: list[str]) -> str:
-    """The table of `vllm bench serve`, with the lines that it lacks. errors: some of the failures' reasons."""
+    """The table of `vllm bench serve`, with the lines that it lacks.
+
+    errors: some of the failures' reasons.
+    """
     lines = [_heading(" Serving Benchmark Result ", "=")]
     lines += [_row("Successful requests:", result["completed"]), _row("Failed requests:", result["failed"])]
     if result["refused"]:

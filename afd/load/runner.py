@@ -50,7 +50,8 @@ class BenchSettings:
 
     rate: None = closed loop of `concurrency` users; else requests/s of an open loop.
     concurrency: None (open loop only) = up to MAX_RUNNING requests at a time.
-    dataset: None = random prompts.  num_prompts: None = DEFAULT_NUM_PROMPTS random ones, or the dataset once.
+    dataset: None = random prompts.
+    num_prompts: None = DEFAULT_NUM_PROMPTS random ones, or the dataset once.
     model, vocab_size: None = ask the server.
     """
 
@@ -77,7 +78,11 @@ class BenchSettings:
 
 @dataclass(frozen=True, slots=True)
 class BenchRun:
-    """What a run left. records: in the order sent. client_cpu_s: of this whole process, while requests ran."""
+    """What a run left.
+
+    records: in the order sent.
+    client_cpu_s: of this whole process, while requests ran.
+    """
 
     server: ServerInfo
     records: list[RequestRecord]

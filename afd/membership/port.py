@@ -16,8 +16,10 @@ from afd.messages.membership import ClusterView, StepCosts, WorkerInfo
 class SyncFields:
     """What the main loop contributes to each heartbeat; read from the side thread, so it must be cheap.
 
-    progress: main-loop counter.  pending: work is waiting (pending with a still counter = stalled).
-    stats: flat counters and gauges for `afd status`.  silent_experts: (layer, expert) that give nothing.
+    progress: main-loop counter.
+    pending: work is waiting (pending with a still counter = stalled).
+    stats: flat counters and gauges for `afd status`.
+    silent_experts: (layer, expert) that give nothing.
     costs: of an attention worker that has measured its steps.
     """
 

@@ -54,7 +54,10 @@ class CoordinatorCalls(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class MembershipTiming:
-    """In seconds. conflict_patience_s: how long a rank that is still held by a predecessor is asked for again."""
+    """Times of a member's calls, in seconds.
+
+    conflict_patience_s: how long a rank that is still held by a predecessor is asked for again.
+    """
 
     heartbeat_s: float = 0.25
     alive_s: float = 1.5
@@ -223,7 +226,7 @@ class MembershipThread:
             return not self._closing
 
     def _register(self) -> None:
-        """Until accepted or closing. CoordinatorError: refused for good, or nobody answers for too long."""
+        """Register until accepted or closing. CoordinatorError: refused for good, or nobody answers for too long."""
         started = self._clock()
         conflict_since: float | None = None
         waiting_logged = ""

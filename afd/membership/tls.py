@@ -14,14 +14,14 @@ from afd.errors import ConfigError
 
 
 def server_credentials(config: CoordinatorConfig) -> grpc.ServerCredentials | None:
-    """What the coordinator shows; None = plain text. ConfigError when a file cannot be read."""
+    """Credentials that the coordinator shows; None = plain text. ConfigError when a file cannot be read."""
     if not config.tls_cert_file:
         return None
     return grpc.ssl_server_credentials([(_read(config.tls_key_file), _read(config.tls_cert_file))])
 
 
 def channel_credentials(ca_file: str) -> grpc.ChannelCredentials | None:
-    """What a client trusts; None = plain text. ConfigError when the file cannot be read."""
+    """Credentials that a client trusts; None = plain text. ConfigError when the file cannot be read."""
     return grpc.ssl_channel_credentials(_read(ca_file)) if ca_file else None
 
 

@@ -46,8 +46,8 @@ class Comparison:
 
     gain: AFD's tokens per USD (per chip and second without prices) over the colocated ones.
     batch_ratio, attention_share, step_ratio: its factors when both run on the same chip (FastAFD's identity); AFD pays
-    when batch_ratio exceeds break_even_batch_ratio.  break_even_context: smallest context of `curve` at which AFD is
-    ahead; None = none.
+        when batch_ratio exceeds break_even_batch_ratio.
+    break_even_context: smallest context of `curve` at which AFD is ahead; None = none.
     """
 
     colocated: Colocated
@@ -90,7 +90,7 @@ def advise(space: SearchSpace, estimator: Estimator, objective: Objective) -> Ad
 
 
 def _best_colocated(space: SearchSpace, estimator: Estimator, objective: Objective) -> Colocated | None:
-    """On whichever named chip is the cheapest per token, or the fastest per chip without prices."""
+    """The best deployment on the named chip that is cheapest per token, or fastest per chip without prices."""
     found = []
     for chip in {chip.name: chip for chip in (*space.attention_chips, *space.ffn_chips)}.values():
         template = space.deployment(chip, chip, Topology(1, 1), streams=1)

@@ -20,7 +20,8 @@ LIGHTNING_STATE_BYTES = 4
 class AttentionGroup(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="kind"):
     """`layers` equal attention layers. A kind overrides what it has; this base has no weights and no cache.
 
-    head_dim: of queries and keys (without MLA's rotary part).  window: keys a query sees, 0 = all.
+    head_dim: of queries and keys (without MLA's rotary part).
+    window: keys a query sees, 0 = all.
     kv_bytes: bytes of a cached element in the published deployment (1 = fp8 or int8).
     """
 
@@ -63,7 +64,10 @@ class AttentionGroup(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
         return min(context, self.window) if self.window else context
 
     def resident_bytes(self, context: int, kv_bytes: float | None = None) -> float:
-        """Bytes one request of `context` tokens holds, all layers of the group. kv_bytes: None = as published."""
+        """Bytes one request of `context` tokens holds, all layers of the group.
+
+        kv_bytes: None = as published.
+        """
         cached = self.kv_elements * self._keys(context) * (self.kv_bytes if kv_bytes is None else kv_bytes)
         return self.layers * (cached + self.state_elements * LIGHTNING_STATE_BYTES)
 

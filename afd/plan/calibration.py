@@ -118,7 +118,8 @@ def _features(point: Point) -> tuple[float, float, float]:
 class Curve:
     """A fit that goes through what was measured: times the ratio of the two, linear between sizes, constant beyond.
 
-    sizes: rising.  ratios: measured over fitted at each, the mean of its contexts.
+    sizes: rising.
+    ratios: measured over fitted at each, the mean of its contexts.
     """
 
     fit: Fit
@@ -165,7 +166,7 @@ class CalibratedStages:
 
     @classmethod
     def of(cls, calibration: Calibration, base: StageModel, deployment: Deployment) -> CalibratedStages:
-        """From a file, for plans of `deployment`'s model and chips; ConfigError when it measured another model."""
+        """Stage times of a file, for `deployment`'s model and chips; ConfigError when it measured another model."""
         if calibration.model != deployment.model.name:
             raise ConfigError(
                 f"--calibrate: the file measured {calibration.model!r}, the plan is for {deployment.model.name!r}"

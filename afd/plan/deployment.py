@@ -36,7 +36,9 @@ class Dispatch(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Deployment:
-    """weight_bytes: per weight of projections and experts (1 = fp8 or int8); embedding and LM head are 16-bit.
+    """A model on an xAyF topology of two chips, and how it runs.
+
+    weight_bytes: per weight of projections and experts (1 = fp8 or int8); embedding and LM head are 16-bit.
 
     ranks_per_instance: chips of one instance; both roles have the same number (rank i talks to rank i).
     streams: micro-batches in flight, the pipeline's depth.

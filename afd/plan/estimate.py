@@ -22,7 +22,9 @@ GRID_RATIO = 1.25
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """context: cached tokens per request.  sla_tpot_s: bound of the mean TPOT, seconds."""
+    """context: cached tokens per request.
+    sla_tpot_s: bound of the mean TPOT, seconds.
+    """
 
     context: int
     sla_tpot_s: float
@@ -33,8 +35,10 @@ class Objective:
 class Estimate:
     """What a deployment delivers with `num_tokens` tokens per attention chip and micro-batch.
 
-    micro_batch: tokens of one micro-batch over all attention chips.  batch: requests decoding at once.
-    tgs: output tokens per chip and second, FFN chips counted.  barrier_tpot_s: with a barrier after each step.
+    micro_batch: tokens of one micro-batch over all attention chips. batch: requests decoding at once. tgs: output
+    tokens per chip and second, FFN chips counted.
+
+    barrier_tpot_s: with a barrier after each step.
     """
 
     deployment: Deployment
@@ -52,7 +56,7 @@ class Estimate:
 
     @property
     def requests_per_chip(self) -> int:
-        """Resident on one attention chip."""
+        """Requests resident on one attention chip."""
         return self.num_tokens * self.deployment.streams
 
     @property

@@ -54,7 +54,7 @@ class Chip(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
 
     @property
     def interconnect_bytes_per_s(self) -> float:
-        """To its neighbours in the server, one direction."""
+        """Bandwidth to its neighbours in the server, one direction."""
         return self.interconnect_gb_per_s * 1e9
 
     @property

@@ -51,7 +51,7 @@ def _shared_width(keys: Keys, model_type: str, moe_width: int) -> int:
 
 
 def _moe_layers(keys: Keys, model_type: str, layers: int) -> list[bool]:
-    """For each layer whether it is a mixture, by the first rule that the config states."""
+    """Whether each layer is a mixture, by the first rule that the config states."""
     listed = keys.value("moe_layers_enum", "moe_layers")
     if listed is not None:
         chosen = _indices(listed, keys.where)

@@ -27,7 +27,9 @@ def min_sparsity(
     """Smallest active share of experts at which a compute-bound FFN batch still fits the network (report Table 7).
 
     The batch that makes 8-bit experts compute bound is FL / (2 BW S) tokens; its rows, 3 H bytes a token, must cross
-    the server's NICs within one stage of one layer. network_bytes_per_s: of one chip; None = the chip's NIC share.
+    the server's NICs within one stage of one layer.
+
+    network_bytes_per_s: of one chip; None = the chip's NIC share.
     """
     network = (chip.network_bytes_per_s if network_bytes_per_s is None else network_bytes_per_s) * chip.chips_per_server
     dense_batch = chip.ridge_flop_per_byte / 2

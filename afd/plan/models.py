@@ -17,8 +17,9 @@ from afd.plan.attention import AnyAttention, NonNegative, Positive
 class FfnGroup(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """`layers` equal feed-forward layers; dense when `experts` is 0.
 
-    intermediate: width of the dense FFN or of one routed expert.  shared_intermediate: total width of the shared
-    experts.  matrices: 3 for gated units (SwiGLU), 2 without a gate.
+    intermediate: width of the dense FFN or of one routed expert.
+    shared_intermediate: total width of the shared experts.
+    matrices: 3 for gated units (SwiGLU), 2 without a gate.
     """
 
     layers: Positive
@@ -66,7 +67,10 @@ class FfnGroup(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
 
 class ModelShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, dict=True):
-    """A decoder as counts, each summed once. activated_params: what the publisher quotes, in 1e9; 0 = not quoted."""
+    """A decoder as counts, each summed once.
+
+    activated_params: what the publisher quotes, in 1e9; 0 = not quoted.
+    """
 
     name: str
     title: str
@@ -92,7 +96,10 @@ class ModelShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     # One decoded token at `context` cached tokens.
 
     def kv_bytes(self, context: int, kv_bytes: float | None = None) -> float:
-        """KV (and state) bytes one token's step moves. kv_bytes: bytes per element; None = as published."""
+        """KV (and state) bytes one token's step moves.
+
+        kv_bytes: bytes per element; None = as published.
+        """
         return sum(group.moved_bytes(context, kv_bytes) for group in self.attention)
 
     def kv_resident_bytes(self, context: int, kv_bytes: float | None = None) -> float:
@@ -144,7 +151,7 @@ class ModelShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
 
     @property
     def sparsity(self) -> float:
-        """Of the MoE layers (the first MoE group stands for all); 1 for a dense model."""
+        """Sparsity of the MoE layers (the first MoE group stands for all); 1 for a dense model."""
         return next((group.sparsity for group in self.ffn if group.experts), 1.0)
 
     @cached_property

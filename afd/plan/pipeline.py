@@ -36,7 +36,10 @@ class Bound(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Cycle:
-    """seconds: per micro-batch and layer. kind: the model that held. min_streams: what OPTIMISTIC would need."""
+    """seconds: per micro-batch and layer.
+    kind: the model that held.
+    min_streams: what OPTIMISTIC would need.
+    """
 
     seconds: float
     kind: PipelineKind
@@ -86,6 +89,7 @@ def analytic_ratio(attention_s: float, transfer_s: float, ffn_base_s: float, ffn
     """Attention instances per FFN instance for the highest throughput per instance, no SLA (arXiv 2601.21351).
 
     r* = max((t_A - b_F) / (a_F B), (t_C - b_F) / (a_F B), sqrt(b_F / (a_F B))) with t_F = a_F r B + b_F.
+
     ffn_slope_s: a_F B, the FFN's seconds per attention instance's micro-batch; infinite ratio when it is 0.
     """
     if ffn_slope_s <= 0:
@@ -97,7 +101,8 @@ def analytic_ratio(attention_s: float, transfer_s: float, ffn_base_s: float, ffn
 def disaggregation_gain(batch_ratio: float, attention_share: float, step_ratio: float) -> float:
     """Throughput per chip over the colocated deployment's (FastAFD's identity).
 
-    batch_ratio: requests per attention chip over requests per colocated chip.  attention_share: attention chips over
-    all chips, M / (M + N).  step_ratio: colocated step time over AFD step time.
+    batch_ratio: requests per attention chip over requests per colocated chip.
+    attention_share: attention chips over all chips, M / (M + N).
+    step_ratio: colocated step time over AFD step time.
     """
     return batch_ratio * attention_share * step_ratio

@@ -38,7 +38,7 @@ class StageTimes:
 
 
 class StageModel(Protocol):
-    """Where stage times come from: rooflines, or a calibration on top of them."""
+    """The source of stage times: rooflines, or a calibration on top of them."""
 
     @property
     def jitter(self) -> float:
@@ -135,7 +135,7 @@ def dispatch_row_bytes(deployment: Deployment) -> float:
 
 
 def transfer_times(deployment: Deployment, efficiency: Efficiency, num_tokens: float) -> tuple[float, float]:
-    """To the FFN and back, whichever end of the pair has more to move; the directions of a link do not compete."""
+    """Seconds to the FFN and back, set by the end of a pair that moves more; a link's directions do not compete."""
     topology = deployment.topology
     share = deployment.sent_share()
     per_row = max(

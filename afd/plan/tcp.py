@@ -19,7 +19,10 @@ LINK_GBIT = (10.0, 25.0, 100.0, 400.0)
 
 @dataclass(frozen=True, slots=True)
 class TcpFallback:
-    """One link rate. holds: the plan's own batch keeps the SLA; micro_batch, tgs: the best that does (0 = none).
+    """One link rate.
+
+    holds: the plan's own batch keeps the SLA.
+    micro_batch, tgs: the best that does (0 = none).
 
     link_rows: rows of one micro-batch that a link of this rate carries in its stage, before any protocol cost.
     """

@@ -15,7 +15,9 @@ from afd.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """at_s: when it reaches the gateway.  num_output: tokens that its answer will have."""
+    """at_s: when it reaches the gateway.
+    num_output: tokens that its answer will have.
+    """
 
     idx: int
     at_s: float
@@ -86,13 +88,19 @@ class _Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass(frozen=True, slots=True)
 class TraceFile:
-    """JSON lines {"at_s": 0.25, "input_len": 310, "output_len": 128}, in order of time. num_requests: at most."""
+    """JSON lines {"at_s": 0.25, "input_len": 310, "output_len": 128}, in order of time.
+
+    num_requests: at most.
+    """
 
     path: str
     num_requests: int
 
     def check(self, max_context: int, max_tokens: int = 0) -> TraceSize:
-        """Reads the file once; ConfigError names the line at fault. max_tokens: what clients allow; 0 = the length."""
+        """Reads the file once; ConfigError names the line at fault.
+
+        max_tokens: what clients allow; 0 = the length.
+        """
         total, prompt, output, last_s = 0, 0, 0, 0.0
         for request in self:
             longest, where = request.num_prompt + (max_tokens or request.num_output), f"request {request.idx + 1}"
@@ -133,7 +141,11 @@ class TraceFile:
 
 @dataclass(frozen=True, slots=True)
 class TraceSize:
-    """What a trace file holds. mean_prompt, mean_output: tokens.  last_s: of the last arrival."""
+    """What a trace file holds.
+
+    mean_prompt, mean_output: tokens.
+    last_s: of the last arrival.
+    """
 
     num_requests: int
     mean_prompt: float

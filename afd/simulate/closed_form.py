@@ -26,9 +26,12 @@ DONE_S = 1e-12
 
 @dataclass(slots=True, eq=False)
 class _Gang:
-    """Steps that move together. left_s: what they would still take alone, up to the last layer or through it.
+    """Steps that move together.
 
-    stretch: how much longer it takes.  share: of the FFN's time while it is on its way.  loads: its workers'.
+    left_s: what they would still take alone, up to the last layer or through it.
+    stretch: how much longer it takes.
+    share: of the FFN's time while it is on its way.
+    loads: its workers'.
     """
 
     steps: list[Step]

@@ -47,7 +47,7 @@ class Simulation:
         self._ffn_down_since = 0.0
 
     def run(self) -> Report:
-        """Until every request has been answered or refused. StuckError."""
+        """Simulate until every request has been answered or refused. StuckError when nothing can happen any more."""
         for rank in range(self._settings.topology.num_attention):
             self._start(rank)
         self._publish()
@@ -72,7 +72,7 @@ class Simulation:
 
     @property
     def workers(self) -> list[AttentionWorker]:
-        """Those that live (tests look at their books)."""
+        """The workers that live (tests look at their books)."""
         return list(self._workers.values())
 
     # -- messages -----------------------------------------------------------------------------------------

@@ -53,7 +53,8 @@ class _Client:
 
 
 class Gateway:
-    """send: hands a message to a worker.  targets: output tokens of each live request, for who samples its stop token.
+    """send: hands a message to a worker.
+    targets: output tokens of each live request, for who samples its stop token.
 
     Closed loop: `concurrency` requests at first, then one for each that ended.
     """

@@ -14,7 +14,7 @@ from afd.types import Topology
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """Of a time, in milliseconds. Percentiles by nearest rank; 0 where nothing was measured."""
+    """Mean and percentiles of a time, in milliseconds, by nearest rank; 0 where nothing was measured."""
 
     mean_ms: float
     p50_ms: float
@@ -34,11 +34,16 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """duration_s: first arrival to last answer, simulated.  num_good: answered within both targets.
+    """The result of a simulation.
 
-    attention_busy, ffn_busy: share of the duration.  attention_bubble, ffn_bubble: idle share while a step was in
-    flight on that worker, or anywhere.  gang_size: attention workers a batch; gang_tokens: its rows.  lockstep_loss:
-    share by which a gang's slowest member exceeds its mean.  imbalance: busiest attention worker over the mean.
+    duration_s: first arrival to last answer, simulated.
+    num_good: answered within both targets.
+    attention_busy, ffn_busy: share of the duration.
+    attention_bubble, ffn_bubble: idle share while a step was in flight on that worker, or anywhere.
+    gang_size: attention workers a batch.
+    gang_tokens: its rows.
+    lockstep_loss: share by which a gang's slowest member exceeds its mean.
+    imbalance: busiest attention worker over the mean.
     """
 
     duration_s: float
@@ -68,7 +73,7 @@ class Report:
     preempted: int
 
     def payload(self) -> dict[str, Any]:
-        """For JSON, with the names of `afd bench --json` where it has them."""
+        """The values as JSON, under the names of `afd bench --json` where it has them."""
         values = asdict(self)
         for name in ("ttft", "tpot"):
             spread = values.pop(name)
@@ -153,7 +158,7 @@ class Results:
         self._since[rank] = now
 
     def landed(self, rank: int, now: float) -> None:
-        """It has none any more."""
+        """The worker has no step in flight any more."""
         self._flying_s += now - self._since.pop(rank)
         if not self._since:
             self._any_flying_s += now - self._any_since

@@ -30,7 +30,9 @@ WEIGHT_BYTES = {"fp8": 1.0, "int8": 1.0, "bf16": 2.0}
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """load: the arrivals in words.  rate: requests/s; 0 = a closed loop or a trace."""
+    """load: the arrivals in words.
+    rate: requests/s; 0 = a closed loop or a trace.
+    """
 
     deployment: Deployment
     settings: Settings
@@ -39,7 +41,7 @@ class Scenario:
     rate: float
 
     def payload(self) -> dict[str, Any]:
-        """For JSON: what was simulated."""
+        """What was simulated, as JSON."""
         settings = self.settings
         return {
             "topology": str(settings.topology),

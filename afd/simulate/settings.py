@@ -17,10 +17,11 @@ Transfers = Literal["link", "sender", "delay"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """A worker here is a whole instance; limits count its ranks together.
+    """Everything a simulation depends on. A worker is a whole instance; limits count its ranks together.
 
-    num_blocks: KV blocks of a worker.  auto_streams: most streams of a worker that chooses their number; 0 = fixed
-    (`scheduler.num_streams`).  max_waiting, max_queue: as `attention.max_waiting` and `gateway.max_queue`.
+    num_blocks: KV blocks of a worker.
+    auto_streams: most streams of a worker that chooses their number; 0 = fixed (`scheduler.num_streams`).
+    max_waiting, max_queue: as `attention.max_waiting` and `gateway.max_queue`.
     stops_early: answers end by a stop token, so that the service cannot know their length; else by max_tokens.
     transfers: what one keeps busy: the worker's link (bandwidth), its sender, or nothing (latency alone).
     detail: "layers" simulates every layer, "ends" the first and the last one.

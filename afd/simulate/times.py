@@ -115,7 +115,7 @@ class StepTimes:
 
 
 def rounded(value: float) -> int:
-    """To the nearest whole number of at most seven significant bits; at least 1 above 0."""
+    """The nearest whole number of at most seven significant bits; at least 1 for what is above 0."""
     number = max(1, int(value + 0.5)) if value > 0.0 else 0
     if number < 1 << _BITS:
         return number

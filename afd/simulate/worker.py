@@ -41,10 +41,14 @@ STEP_EMA = 0.2
 
 @dataclass(slots=True, eq=False)
 class Step:
-    """One micro-batch on its way. attention_s, to_ffn_s, to_attention_s: of one layer; head_s: of the step.
+    """One micro-batch on its way.
 
-    layer: the one whose answer is awaited; -1 = none yet.  missing: FFN ranks that have not answered it.
-    exchange_s, ffn_s: summed over layers so far.  head_rows: of the vocabulary, whose logits are there.
+    attention_s, to_ffn_s, to_attention_s: of one layer.
+    head_s: of the step.
+    layer: the one whose answer is awaited; -1 = none yet.
+    missing: FFN ranks that have not answered it.
+    exchange_s, ffn_s: summed over layers so far.
+    head_rows: of the vocabulary, whose logits are there.
     void: lost with a worker; nothing of it counts.
     """
 
@@ -95,7 +99,8 @@ class DataPath(Protocol):
 
 
 class AttentionWorker:
-    """say: sends a message to the gateway.  ready: every FFN rank is there.
+    """say: sends a message to the gateway.
+    ready: every FFN rank is there.
 
     targets: output tokens of each live request, by which its stop token is sampled.
     """

@@ -64,8 +64,11 @@ class MetricsServer:
     """Serves /metrics, /livez (200 while the process lives), /readyz (503 with the reason while it is not ready),
     /clock (the reading of `time.perf_counter()`, for whoever compares clocks) and further pages.
 
-    port: 0 = any.  ready: called from the server's thread; does not wait.  pages: by path, for holders of the bearer
-    token `token` only.  `close()` frees the port and ends the threads.
+    port: 0 = any.
+    ready: called from the server's thread; does not wait.
+    pages: by path, for holders of the bearer token `token` only.
+
+    `close()` frees the port and ends the threads.
     """
 
     def __init__(
@@ -127,7 +130,7 @@ class _Site:
         self._stopped = asyncio.Event()
 
     async def serve(self, sock: socket.socket) -> None:
-        """Until `stop`."""
+        """Serve until `stop`."""
         self._loop.set_exception_handler(_log_failure)
         server = await self._loop.create_server(lambda: _Client(self), sock=sock, backlog=ACCEPTED_AT_ONCE)
         sock.listen(MAX_PENDING)  # asyncio takes one number for both
@@ -238,7 +241,7 @@ class _Client(asyncio.Protocol):
         self._is_answered = False  # a complete request of its is being answered
 
     def cut(self) -> None:
-        """At once, whatever is under way."""
+        """Close the connection at once, whatever is under way."""
         self._site.forget(self)
         if self._transport.get_write_buffer_size():  # nor does the kernel keep what is not read
             self._transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)

@@ -49,7 +49,11 @@ class _JsonFormatter(logging.Formatter):
 def json_line(
     level: str, who: str, message: str, more: Mapping[str, object] | None = None, *, at: float | None = None
 ) -> str:
-    """One line of a JSON log. more: further keys.  at: Unix time, now by default."""
+    """One line of a JSON log.
+
+    more: further keys.
+    at: Unix time, now by default.
+    """
     when = round(time.time() if at is None else at, 3)
     entry = {"time": when, "level": level, "who": who, "message": message, **(more or {})}
     line = json.dumps(entry, ensure_ascii=False)

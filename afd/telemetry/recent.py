@@ -19,7 +19,7 @@ Sums = Mapping[str, float]
 
 @dataclass(frozen=True, slots=True)
 class Growth:
-    """What was added within `seconds`; both 0 before there are two readings."""
+    """The growth within `seconds`; both 0 before there are two readings."""
 
     seconds: float
     added: Sums

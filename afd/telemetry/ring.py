@@ -29,8 +29,9 @@ class Stage(msgspec.Struct, frozen=True, gc=False):
     name, FFN worker: "gang_wait" (first arrival until computed), "ffn", "combine" (answer every member), "wait" (a step
     is under way somewhere, nothing is complete).
     num_tokens: rows computed or moved; of a head those that are sampled.
-    layer, stream: -1 where a stage is not tied to one.  gang_id: 0 where it is not known.  gang_size: attention workers
-    whose rows were computed together.  epoch: 0 where it is not known.
+    layer, stream: -1 where a stage is not tied to one.
+    gang_id, epoch: 0 where they are not known.
+    gang_size: attention workers whose rows were computed together.
 
     An instance costs 0.15 us to make and is invisible to the garbage collector.
     """
@@ -48,9 +49,11 @@ class Stage(msgspec.Struct, frozen=True, gc=False):
 
 
 class TraceHeader(msgspec.Struct, frozen=True):
-    """First line of a dump. now_s: the process's clock when the stages were taken.
+    """First line of a dump.
 
-    kept_since_s: stages that ended before it are gone (0 while the ring has room).  machine: `machine_id`.
+    now_s: the process's clock when the stages were taken.
+    kept_since_s: stages that ended before it are gone (0 while the ring has room).
+    machine: `machine_id`.
     """
 
     role: str

@@ -28,7 +28,9 @@ Sample = tuple[int, float]  # tokens, seconds
 
 
 def calibration(timeline: Timeline, *, model: str, topology: str, context: int = 0) -> dict[str, Any]:
-    """What `--calibrate` takes. context: mean cached tokens of a decoding request; 0 = not known, and not separated.
+    """What `--calibrate` takes.
+
+    context: mean cached tokens of a decoding request; 0 = not known, and not separated.
 
     TraceError when the trace lacks a kind of stage.
     """
@@ -116,9 +118,11 @@ def _own_times(worker: Worker) -> Iterator[tuple[Stage, float]]:
 
 @dataclass(frozen=True, slots=True)
 class _Batch:
-    """What an FFN worker computed at once. sent_s: when the last of its rows had left their worker; inf = not known.
+    """What an FFN worker computed at once.
 
-    free_s: when the worker had answered the batch before.  rows: of the member that was the last.
+    sent_s: when the last of its rows had left their worker; inf = not known.
+    free_s: when the worker had answered the batch before.
+    rows: of the member that was the last.
     """
 
     ffn: Stage

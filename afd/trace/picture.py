@@ -39,7 +39,11 @@ LABEL_IN = 0.15  # a bar this wide holds a layer's number
 
 @dataclass(frozen=True, slots=True)
 class Lanes:
-    """Where a worker's lanes lie. main: bottom of the tall one; thin: bottom of each stream's."""
+    """Heights at which a worker's lanes are drawn.
+
+    main: bottom of the tall one.
+    thin: bottom of each stream's.
+    """
 
     worker: Worker
     main: float

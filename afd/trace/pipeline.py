@@ -38,7 +38,7 @@ def exposed_spans(timeline: Timeline, worker: Worker) -> list[Span]:
 
 
 def without(spans: Iterable[Span], covered: Iterable[Span]) -> list[Span]:
-    """Those parts of `spans` (disjoint, in any order) that no span of `covered` covers."""
+    """The parts of `spans` (disjoint, in any order) that no span of `covered` covers."""
     holes = sorted(covered)
     left: list[Span] = []
     at = 0
@@ -65,9 +65,15 @@ def total(spans: Iterable[Span], seconds: float) -> float:
 class Pipeline:
     """Means over attention workers of one step of one stream, seconds summed over its layers; shares of the time.
 
-    cycle_s: in which every stream makes one step.  own_s: combine, attention, dispatch; head_s: head and sampling;
-    ahead_s: looking ahead, in place of waiting; other_s: neither a stage nor waiting.  ffn_s, answer_s, ffn_other_s: of
-    the FFN worker, for one gang's step.  transfer_s: both ways.  idle: neither half computes.  ffn_rows: rows a batch.
+    cycle_s: in which every stream makes one step.
+    own_s: combine, attention, dispatch.
+    head_s: head and sampling.
+    ahead_s: looking ahead, in place of waiting.
+    other_s: neither a stage nor waiting.
+    ffn_s, answer_s, ffn_other_s: of the FFN worker, for one gang's step.
+    transfer_s: both ways.
+    idle: neither half computes.
+    ffn_rows: rows a batch.
     """
 
     num_streams: int
@@ -127,7 +133,7 @@ class Pipeline:
 
 
 def pipeline_of(timeline: Timeline) -> Pipeline | None:
-    """Of a stretch of steady decoding; None when it holds no whole step, or only one of the two sides."""
+    """The pipeline of a stretch of steady decoding; None when it holds no whole step, or only one of the two sides."""
     attention, ffn, seconds = timeline.of_role(ATTENTION), timeline.of_role(FFN), timeline.seconds
     num_layers = 1 + max((s.layer for w in attention for s in w.stages if s.name == "dispatch"), default=-1)
     num_steps = sum(_count(w, "dispatch") for w in attention) / max(1, num_layers)

@@ -20,7 +20,10 @@ COMPUTING = ("embed", "attention", "dispatch", "combine", "look_ahead", "head_sl
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """One process. stages: in order of their start.  complete_from_s: before it, some stages may be missing.
+    """One process.
+
+    stages: in order of their start.
+    complete_from_s: before it, some stages may be missing.
 
     clock_error_s: its stages may be off by this much either way, against the other workers.
     """
@@ -44,7 +47,9 @@ class Worker:
 
 @dataclass(frozen=True, slots=True)
 class Timeline:
-    """workers: attention first, in rank order.  missing: workers that gave nothing, with the reason."""
+    """workers: attention first, in rank order.
+    missing: workers that gave nothing, with the reason.
+    """
 
     workers: tuple[Worker, ...]
     seconds: float
@@ -61,7 +66,11 @@ class Timeline:
 
 @dataclass(frozen=True, slots=True)
 class Dump:
-    """What one worker answered, in its own clock. now_s: its reading then; kept_since_s: older stages are gone."""
+    """The answer of one worker, in its own clock.
+
+    now_s: its reading then.
+    kept_since_s: older stages are gone.
+    """
 
     role: str
     rank: int
@@ -126,8 +135,9 @@ def gang_of_name(name: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Hop:
-    """One attention worker's part in one batch. dispatch, combine: of the attention worker; None = outside the trace.
+    """One attention worker's part in one batch.
 
+    dispatch, combine: of the attention worker; None = outside the trace.
     exchange: from its dispatch until it noticed the last FFN worker's answer.
     ffn, answer: the FFN worker's computing and sending.
     """

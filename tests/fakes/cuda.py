@@ -152,7 +152,11 @@ class FakeEvent:
 
 
 class FakeCuda:
-    """One thread's view of the GPU, as a process has it.  looks: how many an event takes.  may_wait: see `_WAITS`."""
+    """One thread's view of the GPU, as a process has it.
+
+    looks: how many an event takes.
+    may_wait: see `_WAITS`.
+    """
 
     _threads = threading.local()
 

@@ -45,7 +45,9 @@ STEP_TOKENS, BLOCK_SIZE, NUM_BLOCKS = 16, 8, 128
 class Pod:
     """x attention engines and y FFN engines in this process, each driven by its own thread.
 
-    relays: roles whose native code makes exchanges by itself.  device: of the halves.  graphs: `DecodeGraphs`.
+    relays: roles whose native code makes exchanges by itself.
+    device: of the halves.
+    graphs: `DecodeGraphs`.
     new_context: called for each engine; its result is entered where that is made or driven.
     """
 
@@ -155,7 +157,7 @@ class Pod:
         self.ffns[rank:] = [(engine, stop, thread)]
 
     def replace_last_ffn(self):
-        """It vanishes with whatever is under way; a successor of the same rank joins in the next epoch."""
+        """The last FFN engine vanishes with what is under way; a successor of its rank joins in the next epoch."""
         rank = self.num_ffn - 1
         _, stop, thread = self.ffns[rank]
         stop.set()

@@ -45,7 +45,7 @@ class Rig:
         self.membership.publish(members, num_attention=len(self.workers))
 
     async def wait_until(self, condition: Callable[[], bool]) -> None:
-        """For what comes with messages of the workers."""
+        """Wait for a condition that messages of the workers bring about."""
         async with asyncio.timeout(10):
             while not condition():
                 await asyncio.sleep(0.005)

@@ -130,7 +130,7 @@ class HttpConnection:
         assert not self._state.tasks
 
     async def _settle(self) -> None:
-        """Until whatever the server can do now is done: it answers in a few turns of the loop."""
+        """Let the server do whatever it can do now: it answers in a few turns of the loop."""
         quiet, before = 0, -1
         for _ in range(MAX_TURNS):
             await asyncio.sleep(0)

@@ -69,7 +69,7 @@ _VERSIONS = {"nginx": ["-v"], "haproxy": ["-v"], "caddy": ["version"]}
 
 
 def path_of(name: str) -> str | None:
-    """Of the program; Debian keeps some outside the PATH of users."""
+    """Path of the program; Debian keeps some outside the PATH of users."""
     return shutil.which(name, path=os.environ.get("PATH", "") + ":/usr/sbin")
 
 

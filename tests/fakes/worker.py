@@ -55,12 +55,17 @@ class _Run:
 
 
 class FakeWorker:
-    """Fields may be changed at any time.
+    """A worker that answers by a script, over a real socket. Fields may be changed at any time.
 
-    script: (prompt ids, output index) -> token id.  delay_s: between steps.  tokens_per_chunk: of one message.
+    script: (prompt ids, output index) -> token id.
+    delay_s: between steps.
+    tokens_per_chunk: of one message.
     refuse: gives a refusal for a Submit, or None to take it.
-    drop: chunks for which it is true are lost on the way.  fail_at: output index at which the request fails with
-    (error text, retryable).  mute: nothing is sent at all.  forget_submits: Submits are lost on the way.
+    drop: chunks for which it is true are lost on the way.
+    fail_at: output index at which the request fails with (error text, retryable).
+    mute: nothing is sent at all.
+    forget_submits: Submits are lost on the way.
+
     `hold`, `allow` and `run_freely` let the test decide when each chunk is sent.
     """
 
@@ -95,7 +100,7 @@ class FakeWorker:
         ]
 
     def member(self, *, ready: bool = True, draining: bool = False) -> Member:
-        """As the coordinator would publish it."""
+        """The member as the coordinator would publish it."""
         info = WorkerInfo(
             role="attention",
             incarnation=self.incarnation,
@@ -114,7 +119,7 @@ class FakeWorker:
         return [message for message in self.received if isinstance(message, Submit)]
 
     def hold(self) -> None:
-        """From now on each chunk needs a permit."""
+        """Send each chunk only with a permit from now on."""
         self._gate = asyncio.Semaphore(0)
 
     def allow(self, num_chunks: int = 1) -> None:

@@ -37,7 +37,10 @@ class Target(Protocol):
 
 
 class Controller:
-    """One round per call of `step`. target: scales the attention workers; None = recommend only."""
+    """One round per call of `step`.
+
+    target: scales the attention workers; None = recommend only.
+    """
 
     def __init__(
         self,
@@ -57,7 +60,7 @@ class Controller:
         self._reachable = False
 
     def ready(self) -> tuple[bool, str]:
-        """For /readyz, from any thread."""
+        """Answer of /readyz; any thread may ask."""
         return self._reachable, "the coordinator has not answered"
 
     def step(self) -> Recommendation | None:
@@ -84,7 +87,7 @@ class Controller:
         return advice
 
     def run(self, stop: threading.Event, interval_s: float) -> None:
-        """Until `stop`."""
+        """Run a step every `interval_s` until `stop` is set."""
         self.step()
         while not stop.wait(interval_s):
             self.step()

@@ -21,9 +21,10 @@ ROUNDING = 1e-9  # a busy share of exactly the target must not need one more wor
 class Observation:
     """The cluster over the last interval.
 
-    *_busy: share of the time that a worker of the kind computed, 0..1, mean over its workers.  kv_used: share of the
-    fullest KV cache.  queued: sequences without a place, at gateways and workers.  num_finished: sequences behind the
-    p99 figures (0: they say nothing), in seconds.
+    *_busy: share of the time that a worker of the kind computed, 0..1, mean over its workers.
+    kv_used: share of the fullest KV cache.
+    queued: sequences without a place, at gateways and workers.
+    num_finished: sequences behind the p99 figures (0: they say nothing), in seconds.
     """
 
     num_attention: int
@@ -61,12 +62,16 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """target_busy: the share at which a kind of worker is sized right; tolerance: relative, around it.
+    """When a cluster should grow or shrink.
 
-    kv_high: a KV cache this full is a lack of attention workers.  shrink_below: share of the TPOT target under which a
-    worker may go.  min_finished: sequences that a p99 needs to count.  Growth waits until it was wished for during
-    grow_s, shrinking for shrink_s; after a change of the cluster nothing is decided for settle_s (a new worker loads
-    its model, windows of measurement fill).
+    Growth waits until it was wished for during grow_s, shrinking for shrink_s. After a change of the cluster nothing is
+    decided for settle_s: a new worker loads its model, windows of measurement fill.
+
+    target_busy: the share at which a kind of worker is sized right.
+    tolerance: relative, around it.
+    kv_high: a KV cache this full is a lack of attention workers.
+    shrink_below: share of the TPOT target under which a worker may go.
+    min_finished: sequences that a p99 needs to count.
     """
 
     tpot_s: float = 0.05
@@ -83,7 +88,7 @@ class Policy:
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """What one observation asks for, and why in one line."""
+    """Numbers of workers that one observation asks for, and why in one line."""
 
     num_attention: int
     num_ffn: int
@@ -145,7 +150,9 @@ def _may_shrink(seen: Observation, policy: Policy, x: int, want_x: int) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Recommendation:
-    """reason: one line.  changed: another change is advised than before, or none any more."""
+    """reason: one line.
+    changed: another change is advised than before, or none any more.
+    """
 
     num_attention: int
     num_ffn: int

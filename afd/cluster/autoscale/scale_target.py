@@ -30,7 +30,11 @@ class ScaleError(AfdError):
 
 @dataclass(frozen=True, slots=True)
 class ScaleTarget:
-    """One scalable object. url: of the API server.  account_dir: token, namespace and ca.crt."""
+    """One scalable object.
+
+    url: of the API server.
+    account_dir: token, namespace and ca.crt.
+    """
 
     resource: str
     name: str
