@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from afd.gateway.sequence import Sequence
+from afd.gateway.sequence import ClientSequence
 from afd.messages.serving import WorkerStats
 
 # Whoever is let in shall not wait in vain: the prediction may take this share of the time there is, less what reports
@@ -69,7 +69,7 @@ class AdmissionQueue:
 
     def __init__(self, max_sequences: int):
         self.max_sequences = max_sequences
-        self._waiting: dict[str, Sequence] = {}
+        self._waiting: dict[str, ClientSequence] = {}
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -77,11 +77,11 @@ class AdmissionQueue:
     def room_for(self, num_sequences: int) -> bool:
         return len(self._waiting) + num_sequences <= self.max_sequences
 
-    def push(self, sequence: Sequence) -> None:
+    def push(self, sequence: ClientSequence) -> None:
         """Add one. Sequences that come back (refused, migrating) keep their age and may exceed the bound."""
         self._waiting[sequence.req_id] = sequence
 
-    def in_order(self) -> list[Sequence]:
+    def in_order(self) -> list[ClientSequence]:
         """All, first in line first."""
         return sorted(self._waiting.values(), key=lambda sequence: (sequence.priority, sequence.order))
 
@@ -92,18 +92,18 @@ class AdmissionQueue:
             for other in self._waiting.values()
         )
 
-    def discard(self, sequence: Sequence) -> None:
+    def discard(self, sequence: ClientSequence) -> None:
         """Take one out of line, if it is there."""
         self._waiting.pop(sequence.req_id, None)
 
-    def take_expired(self, now: float) -> list[Sequence]:
+    def take_expired(self, now: float) -> list[ClientSequence]:
         """Take out all whose deadline has passed."""
         late = [sequence for sequence in self._waiting.values() if sequence.deadline <= now]
         for sequence in late:
             self.discard(sequence)
         return late
 
-    def take_all(self) -> list[Sequence]:
+    def take_all(self) -> list[ClientSequence]:
         """Take out all, first in line first."""
         sequences = self.in_order()
         self._waiting.clear()

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from afd.gateway.sequence import Delta, Sequence
+from afd.gateway.sequence import ClientSequence, Delta
 from afd.types import FinishReason
 
 MIN_LOGPROB = -9999.0  # JSON has no -inf
@@ -60,7 +60,7 @@ class ResponseFormat(Protocol):
     def body(self, choices: list[Choice], usage: dict[str, Any]) -> bytes: ...
 
 
-def usage_of(sequences: list[Sequence], num_choices: int) -> dict[str, Any]:
+def usage_of(sequences: list[ClientSequence], num_choices: int) -> dict[str, Any]:
     """OpenAI's usage: each prompt counts once, whatever its number of choices."""
     first_choices = sequences[::num_choices]
     prompt_tokens = sum(len(sequence.prompt_ids) for sequence in first_choices)

@@ -13,7 +13,7 @@ from typing import Protocol
 from afd.errors import AfdError, PeerLostError, RequestError, UnavailableError
 from afd.gateway.admission import AdmissionQueue, Correction, is_too_long, predicted_wait_s, prefill_s
 from afd.gateway.router import Worker, choose_worker
-from afd.gateway.sequence import Delta, Sequence, Verdict
+from afd.gateway.sequence import ClientSequence, Delta, Verdict
 from afd.messages.membership import ClusterView
 from afd.messages.serving import (
     NEVER_S,
@@ -109,7 +109,7 @@ class Dispatcher:
         """Sequences placed at a worker."""
         return sum(len(worker.active) for worker in self.workers.values())
 
-    def submit(self, sequences: list[Sequence], now: float, *, ttft_s: float | None = None) -> None:
+    def submit(self, sequences: list[ClientSequence], now: float, *, ttft_s: float | None = None) -> None:
         """Take one request's sequences: all or none. UnavailableError when there is no place for them in time."""
         serving = [worker for worker in self.workers.values() if worker.serving]
         if not serving:
@@ -144,7 +144,7 @@ class Dispatcher:
             self._line_up(sequence, now, predicted_s)
         self._pump(now)
 
-    def abort(self, sequences: Iterable[Sequence], now: float) -> None:
+    def abort(self, sequences: Iterable[ClientSequence], now: float) -> None:
         """The client has gone, or its request failed: free whatever of it still runs."""
         by_worker: dict[str, list[str]] = {}
         for sequence in sequences:
@@ -267,7 +267,7 @@ class Dispatcher:
         else:
             self.counters.stale_chunks += 1
 
-    def _on_failed(self, worker: Worker, sequence: Sequence, chunk: TokenChunk, now: float) -> None:
+    def _on_failed(self, worker: Worker, sequence: ClientSequence, chunk: TokenChunk, now: float) -> None:
         worker.remove(sequence)
         detail = chunk.error or "the worker gave no reason"
         why = f"attention worker {worker.rank} gave up the request: {detail}"
@@ -307,13 +307,13 @@ class Dispatcher:
             else:
                 self._line_up(sequence, now, predicted_s)
 
-    def _line_up(self, sequence: Sequence, now: float, predicted_s: float | None = None) -> None:
+    def _line_up(self, sequence: ClientSequence, now: float, predicted_s: float | None = None) -> None:
         """Put it into the queue. predicted_s: until it gets its place; None = it is offered to a worker first."""
         self.queue.push(sequence)
         if predicted_s is not None and sequence.lined_up_at == 0.0:
             sequence.lined_up_at, sequence.predicted_s = now, predicted_s
 
-    def _started(self, sequence: Sequence, now: float) -> None:
+    def _started(self, sequence: ClientSequence, now: float) -> None:
         """Its first token is here: learn from what it took."""
         if sequence.lined_up_at:
             self._waits.took(sequence.placed_at - sequence.lined_up_at, sequence.predicted_s)
@@ -343,7 +343,7 @@ class Dispatcher:
             if choice is not None:
                 self._place(sequence, choice, now)
 
-    def _place(self, sequence: Sequence, worker: Worker, now: float) -> None:
+    def _place(self, sequence: ClientSequence, worker: Worker, now: float) -> None:
         self.queue.discard(sequence)
         worker.add(sequence)
         sequence.worker_key = worker.key
@@ -359,7 +359,7 @@ class Dispatcher:
             worker.remove(sequence)
             self._lose(sequence, f"attention worker {worker.rank} was lost ({why})", now, worker.key)
 
-    def _lose(self, sequence: Sequence, why: str, now: float, avoid_key: str) -> None:
+    def _lose(self, sequence: ClientSequence, why: str, now: float, avoid_key: str) -> None:
         """The worker that ran a sequence is gone or has failed it."""
         sequence.num_losses += 1
         sequence.why_lost = why
@@ -369,7 +369,7 @@ class Dispatcher:
         sequence.avoid_key = avoid_key
         self._relocate(sequence, now)
 
-    def _relocate(self, sequence: Sequence, now: float) -> None:
+    def _relocate(self, sequence: ClientSequence, now: float) -> None:
         """Run the rest of a sequence somewhere: same seed, prompt and output so far, next attempt."""
         sequence.worker_key = ""
         num_done = len(sequence.output_ids)
@@ -404,7 +404,7 @@ class Dispatcher:
                     sequence.heard_at = now
                     self._ask_again(worker, sequence, now)
 
-    def _ask_again(self, worker: Worker, sequence: Sequence, now: float) -> None:
+    def _ask_again(self, worker: Worker, sequence: ClientSequence, now: float) -> None:
         sequence.resend_at = now
         self._port.send(worker.key, Resend(sequence.req_id, sequence.attempt, len(sequence.output_ids)))
 
@@ -414,7 +414,7 @@ class Dispatcher:
         worker.lease_at = now + LEASE_INTERVAL_S
         self._port.send(worker.key, Lease(self._gateway_id, self.limits.lease_s, live))
 
-    def _expire(self, sequence: Sequence, now: float) -> None:
+    def _expire(self, sequence: ClientSequence, now: float) -> None:
         if sequence.attempt > 0:
             why = sequence.why_lost or "its worker forgot the request"
             self._fail(sequence, PeerLostError(f"{why}, and no worker could take it over in time"))
@@ -428,7 +428,7 @@ class Dispatcher:
     def _serving_reports(self) -> list[WorkerStats]:
         return _reports(worker for worker in self.workers.values() if worker.serving)
 
-    def _nobody(self, sequence: Sequence) -> AfdError:
+    def _nobody(self, sequence: ClientSequence) -> AfdError:
         if sequence.attempt > 0:
             return PeerLostError("the request's worker was lost and no other can take over")
         return UnavailableError("no attention worker is serving", code="not_ready")
@@ -442,7 +442,7 @@ class Dispatcher:
         )
 
     @staticmethod
-    def _fail(sequence: Sequence, error: AfdError) -> None:
+    def _fail(sequence: ClientSequence, error: AfdError) -> None:
         sequence.done = True
         sequence.sink.fail(error)
 

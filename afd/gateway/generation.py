@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from afd.errors import AfdError
 from afd.gateway.metrics import GatewayMetrics
-from afd.gateway.sequence import Delta, Sequence
+from afd.gateway.sequence import ClientSequence, Delta
 from afd.types import FinishReason, SamplingParams
 
 
@@ -49,7 +49,7 @@ class Generation:
         The service's clock looks at `expires_at` (then it calls `fail`) and `read_at` (then `nudge`), so that no timer
         is needed per token.
         """
-        self.sequences: list[Sequence] = []
+        self.sequences: list[ClientSequence] = []
         self.expires_at = math.inf
         self.read_at = time.monotonic()
         self._metrics = metrics
@@ -61,14 +61,14 @@ class Generation:
         self._nudged = False
         self._waiter: asyncio.Future[None] | None = None
 
-    def add(self, sequence: Sequence) -> None:
+    def add(self, sequence: ClientSequence) -> None:
         """Before submission only."""
         self.sequences.append(sequence)
         self._num_open += 1
 
     # --- sink -------------------------------------------------------------------------------------------
 
-    def push(self, sequence: Sequence, delta: Delta, now: float) -> None:
+    def push(self, sequence: ClientSequence, delta: Delta, now: float) -> None:
         if delta.ids:
             self._metrics.tokens(sequence, delta, now)
             sequence.last_token_at = now

@@ -15,7 +15,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from afd.gateway.dispatcher import Dispatcher
-from afd.gateway.sequence import Delta, Sequence
+from afd.gateway.sequence import ClientSequence, Delta
 from afd.gateway.sla import SlaWindow
 from afd.gateway.worker_client import LinkCounters
 from afd.types import FinishReason
@@ -81,11 +81,11 @@ class GatewayMetrics:
     def disconnect(self) -> None:
         self._disconnects.inc()
 
-    def submitted(self, sequence: Sequence) -> None:
+    def submitted(self, sequence: ClientSequence) -> None:
         self._prompt_length.observe(len(sequence.prompt_ids))
         self._max_tokens.observe(sequence.sampling.max_tokens)
 
-    def tokens(self, sequence: Sequence, delta: Delta, now: float) -> None:
+    def tokens(self, sequence: ClientSequence, delta: Delta, now: float) -> None:
         """Call before the sequence's token times are brought up to date."""
         self._output_tokens.inc(len(delta.ids))
         if sequence.first_token_at:
@@ -95,7 +95,7 @@ class GatewayMetrics:
             self._ttft.observe(now - sequence.created_at)
             self._queue_time.observe(sequence.placed_at - sequence.created_at)
 
-    def finished(self, sequence: Sequence, reason: FinishReason, now: float) -> None:
+    def finished(self, sequence: ClientSequence, reason: FinishReason, now: float) -> None:
         num_tokens = len(sequence.output_ids)
         self._success[reason].inc()
         self._output_length.observe(num_tokens)

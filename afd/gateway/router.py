@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from afd.gateway.sequence import Sequence
+from afd.gateway.sequence import ClientSequence
 from afd.messages.serving import WorkerStats
 
 PROBE_CREDITS = (
@@ -31,7 +31,7 @@ class Worker:
     lost: bool = False
     heard_at: float | None = None
     stats: WorkerStats | None = None
-    active: dict[str, Sequence] = field(default_factory=dict)
+    active: dict[str, ClientSequence] = field(default_factory=dict)
     outstanding_tokens: int = 0
     cooling_until: float = 0.0
     credits: int | None = None
@@ -54,13 +54,13 @@ class Worker:
         """Serving and not cooling down after a refusal."""
         return self.serving and now >= self.cooling_until and self.credits != 0
 
-    def add(self, sequence: Sequence) -> None:
+    def add(self, sequence: ClientSequence) -> None:
         self.active[sequence.req_id] = sequence
         self.outstanding_tokens += sequence.outstanding_tokens
         if self.credits is not None:
             self.credits -= 1
 
-    def remove(self, sequence: Sequence) -> None:
+    def remove(self, sequence: ClientSequence) -> None:
         """Forget a sequence (ended, refused or moved away). Unknown ones are ignored."""
         if self.active.pop(sequence.req_id, None) is not None:
             self.outstanding_tokens -= sequence.outstanding_tokens

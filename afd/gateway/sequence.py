@@ -6,7 +6,7 @@ it alone decides which token messages count: right attempt, right index.
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from typing import Protocol
@@ -53,13 +53,13 @@ class Verdict(Enum):
 class Sink(Protocol):
     """Where a sequence's output goes: one HTTP request."""
 
-    def push(self, sequence: Sequence, delta: Delta, now: float) -> None: ...
+    def push(self, sequence: ClientSequence, delta: Delta, now: float) -> None: ...
 
     def fail(self, error: AfdError) -> None: ...
 
 
-class Sequence:
-    """State of one choice. The dispatcher moves it between workers; only `accept` changes its output."""
+class ClientSequence:
+    """One choice as its client sees it. The dispatcher moves it between workers; only `accept` changes its output."""
 
     def __init__(
         self,
@@ -71,7 +71,7 @@ class Sequence:
         *,
         detokenizer: Detokenizer | None = None,
         stop: StopMatcher | None = None,
-        own_stop_ids: Seq[int] = (),
+        own_stop_ids: Sequence[int] = (),
         priority: int = 0,
         tpot_s: float = 0.0,
     ):

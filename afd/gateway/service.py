@@ -18,7 +18,7 @@ from afd.gateway.generation import Generation, GenerationJob
 from afd.gateway.intake.intake import Intake
 from afd.gateway.lease_keeper import LeaseKeeper
 from afd.gateway.metrics import DispatchCollector, GatewayMetrics
-from afd.gateway.sequence import Sequence
+from afd.gateway.sequence import ClientSequence
 from afd.gateway.served_model import ServedModel
 from afd.gateway.sla import SlaWindow
 from afd.gateway.stop import StopMatcher
@@ -167,13 +167,13 @@ class GatewayService:
 
     def _sequence(
         self, generation: Generation, job: GenerationJob, prompt_ids: list[int], sampling: SamplingParams
-    ) -> Sequence:
+    ) -> ClientSequence:
         detokenizer = None
         if self.model.tokenizer is not None:
             skip_special = job.skip_special_tokens
             detokenizer = self.model.tokenizer.detokenizer(prompt_ids, skip_special_tokens=skip_special)
         choice_idx = len(generation.sequences)
-        return Sequence(
+        return ClientSequence(
             f"{self.gateway_id}-{self._num_requests}-{choice_idx}",
             choice_idx,
             prompt_ids,

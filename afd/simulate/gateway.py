@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 from afd.errors import AfdError, UnavailableError
 from afd.gateway.dispatcher import Dispatcher, DispatchLimits
-from afd.gateway.sequence import Delta, Sequence
+from afd.gateway.sequence import ClientSequence, Delta
 from afd.messages.membership import ClusterView, Member, Plan, WorkerInfo
 from afd.messages.serving import GatewayMessage, WorkerMessage
 from afd.simulate.arrivals import Arrivals, ClosedLoop, Request
@@ -33,7 +33,7 @@ class _Client:
         self._last_s = 0.0
         self._done = False
 
-    def push(self, sequence: Sequence, delta: Delta, now: float) -> None:
+    def push(self, sequence: ClientSequence, delta: Delta, now: float) -> None:
         if delta.ids:
             if not self._num_tokens:
                 self._first_s = now
@@ -163,7 +163,7 @@ class Gateway:
         now, client = self._events.now, _Client(self, request, self._events.now)
         self._results.arrived()
         self.targets[_id(request)] = request.num_output
-        sequence = Sequence(_id(request), 0, [WORD_TOKEN] * request.num_prompt, self._sampling(request), client)
+        sequence = ClientSequence(_id(request), 0, [WORD_TOKEN] * request.num_prompt, self._sampling(request), client)
         try:
             self.dispatcher.submit([sequence], now)
         except UnavailableError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from afd.gateway.dispatcher import Dispatcher, DispatchLimits
-from afd.gateway.sequence import Sequence
+from afd.gateway.sequence import ClientSequence
 from afd.messages.membership import ClusterView, Member, Plan, WorkerInfo
 from afd.messages.serving import Refused, Submit, TokenChunk, Tokens, WorkerStats
 from afd.types import SamplingParams
@@ -93,7 +93,7 @@ class Scene:
             self.num_requests += 1
             sampling = SamplingParams(max_tokens=max_tokens, seed=7, choice=choice)
             sequences.append(
-                Sequence(f"r{self.num_requests}", choice, [1] * num_prompt, sampling, sink, priority=priority)
+                ClientSequence(f"r{self.num_requests}", choice, [1] * num_prompt, sampling, sink, priority=priority)
             )
         self.dispatcher.submit(sequences, now, ttft_s=ttft_s)
         return sequences[0] if count == 1 else sequences

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from afd.gateway.sequence import Delta, Sequence, Verdict
+from afd.gateway.sequence import ClientSequence, Delta, Verdict
 from afd.gateway.stop import StopMatcher
 from afd.messages.serving import TokenChunk, TokenLogprobs
 from afd.types import FinishReason, SamplingParams
@@ -22,7 +22,7 @@ def make(stops=(), *, stop_token_ids=(END,), own=(), max_tokens=100, min_tokens=
     sampling = SamplingParams(
         max_tokens=max_tokens, seed=1, stop_token_ids=tuple(stop_token_ids), min_tokens=min_tokens
     )
-    return Sequence(
+    return ClientSequence(
         "r",
         0,
         [1, 2, 3],
