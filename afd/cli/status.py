@@ -132,7 +132,7 @@ def load_text(stats: Mapping[str, float]) -> str:
 
 
 def _pipeline(members: Sequence[MemberStatus]) -> list[str]:
-    """A row for each worker that says how its side of the pipeline has run of late."""
+    """A row for each worker that says how its side of the pipeline has run recently."""
     rows: list[tuple[str, ...]] = [("PIPELINE (last 10 s)", *(title for title, _ in _PIPELINE.values()))]
     for status in members:
         if "bubble" in status.stats:

@@ -33,7 +33,7 @@ class RoleContext:
     """What a role's process works with.
 
     rank: asked for; -1 = any.
-    stop: set when the process shall end gracefully.
+    stop: set when the process is to end gracefully.
     on_fatal: the cluster does not want this process any more.
     """
 

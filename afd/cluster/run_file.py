@@ -125,7 +125,7 @@ def process_start_time(pid: int) -> int:
 def _temporary_directory() -> str:
     try:
         return tempfile.gettempdir()
-    except OSError:  # nothing can be written anywhere, which whoever writes will hear
+    except OSError:  # nothing can be written anywhere: the write will fail, and say so
         return "/tmp"
 
 

@@ -109,7 +109,7 @@ class Results:
         self._max_queue = 0
         self._max_live = 0
         self.num_arrived = 0
-        self.num_news = 0  # arrivals and ends: whoever runs the simulation looks at it after every event
+        self.num_news = 0  # arrivals and ends; `Simulation.run` looks at it after every event
 
     @property
     def num_ended(self) -> int:

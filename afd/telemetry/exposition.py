@@ -62,7 +62,7 @@ def process_registry(role: str) -> CollectorRegistry:
 
 class MetricsServer:
     """Serves /metrics, /livez (200 while the process lives), /readyz (503 with the reason while it is not ready),
-    /clock (the reading of `time.perf_counter()`, for whoever compares clocks) and further pages.
+    /clock (the reading of `time.perf_counter()`, to compare clocks with) and further pages.
 
     port: 0 = any.
     ready: called from the server's thread; does not wait.

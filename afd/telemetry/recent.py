@@ -1,4 +1,4 @@
-"""How sums that only grow have grown of late: ratios over a recent window, not since start. No clock of its own.
+"""Growth of sums that only grow: ratios over a recent window, not since start. No clock of its own.
 
 Side threads look (heartbeat, /metrics); the hot loop only adds to its sums and knows nothing of it.
 """

@@ -60,7 +60,7 @@ def calibration(timeline: Timeline, *, model: str, topology: str, context: int =
 
 
 def _complete(timeline: Timeline) -> Timeline:
-    """The part that every worker has all stages of: a machine's moods shall count alike for all of them."""
+    """The part that every worker has all stages of: so that a machine's moods count alike for all of them."""
     from_s = max((worker.complete_from_s for worker in timeline.workers), default=0.0)
     workers = [
         replace(worker, stages=tuple(stage for stage in worker.stages if stage.start_s >= from_s))
