@@ -4,6 +4,9 @@ Tensors of "cuda" are CPU tensors of another class, which says so: reading one f
 with a host tensor, copying from or to memory that is not pinned, and using it on a stream that does not know that it
 has been made. A copy to the host brings garbage until its event has completed, which takes some looks. What a graph
 captures is not computed: it changes nothing, its results are garbage until the graph is replayed.
+
+It does not model time, memory and its limits, more than one device, the rounding of CUDA's own kernels, or a GPU that
+fails: what depends on those is seen on a real one only (`make test-gpu`).
 """
 
 from __future__ import annotations

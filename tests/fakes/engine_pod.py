@@ -1,4 +1,8 @@
-"""Attention and FFN engines joined by real meshes inside one process: one thread each, no cluster around them."""
+"""Attention and FFN engines joined by real meshes inside one process: one thread each, no cluster around them.
+
+There is no gateway, coordinator or admission: tests add sequences to the schedulers and make epochs by hand. All
+threads share one interpreter, so times say nothing.
+"""
 
 from __future__ import annotations
 

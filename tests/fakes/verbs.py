@@ -6,6 +6,9 @@
 - Completions ring the event descriptor once, and only after `arm`.
 
 Every transfer happens at once, unless the network is paused: then posts wait in their send queues until `resume`.
+
+It does not model time, loss and retransmission, MTUs, the order of writes within a frame, or what a NIC's firmware
+refuses: tests/rdma runs the same code over Soft-RoCE.
 """
 
 from __future__ import annotations
