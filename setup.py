@@ -1,6 +1,6 @@
 """The native parts of the build; everything else about the package is in pyproject.toml.
 
-`afd/kernels/_native.so` is a plain shared library, loaded with ctypes: no Python symbols in it. Each instruction set
+`afd/ops/cpu/_native.so` is a plain shared library, loaded with ctypes: no Python symbols in it. Each instruction set
 has source files with its own flags; which of them runs is decided at run time. `stepmesh/_native.so` is an extension
 module of Python's limited API. Without a working compiler the package installs without them, and says so.
 """
@@ -13,9 +13,9 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-SOURCE_DIR = Path("afd/kernels/src")
+SOURCE_DIR = Path("afd/ops/cpu/src")
 MESH_HEADERS = sorted(Path("stepmesh").glob("*.h"))
-SOURCES = ["api.cpp", "attention_plan.cpp", "fused.cpp", "relay.cpp", "run.cpp", "thread_pool.cpp", "isa_portable.cpp"]
+SOURCES = ["api.cpp", "attention_plan.cpp", "layer.cpp", "relay.cpp", "run.cpp", "thread_pool.cpp", "isa_portable.cpp"]
 SOURCES += ["sample.cpp", "sample_cut.cpp", "sample_portable.cpp"]
 X86_SOURCES = ["isa_avx2.cpp", "isa_avx512.cpp", "sample_avx2.cpp", "sample_avx512.cpp"]
 FLAGS = ["-std=c++17", "-O3", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi", "-g0"]
@@ -70,7 +70,7 @@ class BuildKernels(build_ext):
 setup(
     ext_modules=[
         Extension(
-            "afd.kernels._native",
+            "afd.ops.cpu._native",
             sources=[str(SOURCE_DIR / name) for name in SOURCES + (X86_SOURCES if IS_X86 else [])],
             include_dirs=["stepmesh"],
             depends=[str(path) for path in sorted([*SOURCE_DIR.glob("*.h"), *MESH_HEADERS])],

@@ -31,11 +31,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from afd.config import AttentionConfig
-from afd.kernels import Packed, PackedInt8, PackedMatrix, select_kernels
-from afd.kernels.base import Kernels
-from afd.kernels.native import NativeKernels
-from afd.kernels.reference import ReferenceKernels
 from afd.model.int8 import int8_copy
+from afd.ops import Packed, PackedInt8, PackedMatrix, select_kernels
+from afd.ops.cpu.binding import NativeKernels
+from afd.ops.ops import Kernels
+from afd.ops.reference import ReferenceKernels
 
 BLOCK_SIZE = AttentionConfig().block_size
 TABLES = ("attention", "gemm", "rowwise")

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from afd.kernels import SampleRow, select_kernels
-from afd.kernels.native import NativeKernels
-from afd.kernels.reference import ReferenceKernels
-from afd.kernels.sample_rows import filtered, weights_of
+from afd.ops import SampleRow, select_kernels
+from afd.ops.cpu.binding import NativeKernels
+from afd.ops.reference import ReferenceKernels
+from afd.ops.sample_rows import filtered, weights_of
 from afd.types import SamplingParams
 from bench.kernels import machine
 

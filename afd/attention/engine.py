@@ -21,11 +21,11 @@ from afd.attention.head import Head, keeps_logits
 from afd.attention.look_ahead import LookAhead
 from afd.attention.path import Fetch, LayerPath, Leg, Step
 from afd.attention.stages import StageClock
-from afd.kernels import RowMax
 from afd.messages.serving import TokenLogprobs
 from afd.model.device import to_device
 from afd.model.halves import AttentionBatch, AttentionHalf
 from afd.model.sampling import Sampler
+from afd.ops import RowMax
 from afd.sched.head_slices import NextStage, next_of, slice_end
 from afd.sched.scheduler import Scheduler
 from afd.sched.sequence import BatchItem, MicroBatch, Progress

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from afd.kernels import RowMax
 from afd.model.halves import AttentionHalf
 from afd.model.sampling import SampledBatch, Sampler, takes_largest
+from afd.ops import RowMax
 from afd.sched.sequence import Sequence
 
 

@@ -1,7 +1,7 @@
 """Consecutive dense layers of one micro-batch whose exchanges native code makes by itself (src/relay.h).
 
 Over a lane of stepmesh, with whoever relays the other half of the same layers at its other end; or answers as ever.
-bfloat16 rows on the wire; everything else as in `afd.kernels.fused`.
+bfloat16 rows on the wire; everything else as in `afd.ops.cpu.layer`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from afd.kernels.fused import AttentionLayerCall, LayerBatch, SwiGluCall
-from afd.kernels.native import NativeKernels, error_of
+from afd.ops.cpu.binding import NativeKernels, error_of
+from afd.ops.cpu.layer import AttentionLayerCall, LayerBatch, SwiGluCall
 from stepmesh.lane import Lane
 
 NS = 1e-9

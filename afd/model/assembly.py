@@ -11,7 +11,6 @@ from torch import Tensor
 
 from afd.errors import ModelError
 from afd.host.memory import HostMemory
-from afd.kernels import PackedMatrix
 from afd.model.attention_kinds import Attention, AttentionWeights, GqaAttention, MfaAttention, projection_parts
 from afd.model.ffn import DenseFfn, Ffn, MoeFfn, SharedExpert, SwiGlu
 from afd.model.halves import AttentionHalf, AttentionLayer, FFNHalf
@@ -24,6 +23,7 @@ from afd.model.sharding import ShardSpec
 from afd.model.spec import WEIGHT_TYPES, AttentionKind, AttentionSpec, FfnKind, FfnSpec
 from afd.model.weights.checkpoint import Checkpoint
 from afd.model.weights.source import Progress, RawTensor, Slices
+from afd.ops import PackedMatrix
 
 PIECE_ELEMENTS = 1 << 20
 """Elements read at once: bounds what loading holds beyond the half itself."""

@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from afd import kernels
+from afd import ops as kernels
 from afd.model.batch import AttentionBatch
 from afd.model.rope import rotate
 
 GATHER_TOKENS = 1 << 17
 """Cached tokens that `torch_decode_attention` copies at once: bounds its memory to that of so many."""
 
-_NATIVE_MULTIPLE = 8  # of block size and head dimensions, as afd.kernels asks
+_NATIVE_MULTIPLE = 8  # of block size and head dimensions, as afd.ops asks
 _NATIVE_MAX_HEAD_DIM = 512
 
 

@@ -13,15 +13,15 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from afd import kernels
-from afd.kernels import Packed
-from afd.kernels.fused import AttentionLayerCall, LayerBatch, LayerShape, LayerWeights
+from afd import ops as kernels
 from afd.kv.cache import KVCache
 from afd.model.attention_core import paged_attention, rope_write_kv, runs_natively
 from afd.model.batch import AttentionBatch
 from afd.model.primitives import Weight, device_of, linear, rms_norm
 from afd.model.rope import RopeTable, rope_table
 from afd.model.spec import AttentionKind, AttentionSpec
+from afd.ops import Packed
+from afd.ops.cpu.layer import AttentionLayerCall, LayerBatch, LayerShape, LayerWeights
 
 
 class Attention(Protocol):

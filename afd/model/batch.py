@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from afd.kernels.fused import LayerBatch
 from afd.model.device import to_device
 from afd.model.rope import RopeTable
+from afd.ops.cpu.layer import LayerBatch
 
 _CPU = torch.device("cpu")
 
@@ -151,7 +151,7 @@ class AttentionBatch:
         return self._rope[rope]
 
     def native(self, rope: RopeTable) -> LayerBatch:
-        """This batch for `afd.kernels.fused`, made once for all layers that share `rope` and blocks."""
+        """This batch for `afd.ops.cpu.layer`, made once for all layers that share `rope` and blocks."""
         if rope not in self._native:
             tables = (self.slot_mapping, self.block_table, self.seq_lens, self.query_start)
             self._native[rope] = LayerBatch(*self.rope_tables(rope), *tables)

@@ -9,12 +9,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from afd import kernels
-from afd.kernels import Packed
-from afd.kernels.fused import ExpertsCall, SwiGluCall
+from afd import ops as kernels
 from afd.model.device import to_device
 from afd.model.expert_load import ExpertLoad
 from afd.model.primitives import Weight, linear, silu_mul
+from afd.ops import Packed
+from afd.ops.cpu.layer import ExpertsCall, SwiGluCall
 
 
 @dataclass(slots=True)

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from afd.kernels import Packed, PackedMatrix, RowMax, native_kernels
 from afd.kv.cache import KVCache
 from afd.model.attention_kinds import Attention, FusedAttention
 from afd.model.batch import AttentionBatch
@@ -22,6 +21,7 @@ from afd.model.primitives import Weight, embedding, linear_into, linear_row_max,
 from afd.model.relay import AttentionRelay, FfnRelay
 from afd.model.router import Router
 from afd.model.spec import ModelSpec
+from afd.ops import Packed, PackedMatrix, RowMax, native_kernels
 
 __all__ = ["AttentionBatch", "AttentionHalf", "AttentionLayer", "Dispatch", "FFNHalf"]
 

@@ -1,6 +1,6 @@
 """Weights rounded to 8 bits, with one scale for each output channel: half the memory of bfloat16.
 
-The native kernels have a GEMM for them, once packed (`afd.kernels.PackedInt8`). Where those do not run, torch's GEMM
+The native kernels have a GEMM for them, once packed (`afd.ops.PackedInt8`). Where those do not run, torch's GEMM
 does, in the activations' type, and the scales are applied to its output. With tensor-parallel slices a channel's scale
 is that of the slice that a rank holds.
 """

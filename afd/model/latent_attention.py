@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from afd.kernels import PackedMatrix
 from afd.kv.cache import KVCache
 from afd.model.attention_core import paged_attention, write_cache
 from afd.model.batch import AttentionBatch
 from afd.model.primitives import linear, rms_norm
 from afd.model.rope import rope_table, rotate
 from afd.model.spec import AttentionSpec
+from afd.ops import PackedMatrix
 
 LATENT_NORM_EPS = 1e-6
 """Of q_norm and kv_norm: fixed by the architecture, whatever rms_norm_eps says of the other norms."""

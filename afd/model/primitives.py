@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from afd import kernels
-from afd.kernels import Packed, PackedMatrix, RowMax
+from afd import ops as kernels
 from afd.model.int8 import Int8Weight, int8_linear
+from afd.ops import Packed, PackedMatrix, RowMax
 
 Weight = Tensor | Packed | Int8Weight
 """A matrix [out, in], or a stack of them."""

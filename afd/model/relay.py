@@ -10,12 +10,12 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from afd.kernels.fused import LayerBatch, SwiGluCall
-from afd.kernels.native import NativeKernels
 from afd.kernels.relay import AttentionRelayCall, Bounds, FfnRelayCall, Relayed, RelayLayer
 from afd.kv.cache import KVCache
 from afd.model.attention_kinds import FusedAttention
 from afd.model.batch import AttentionBatch
+from afd.ops.cpu.binding import NativeKernels
+from afd.ops.cpu.layer import LayerBatch, SwiGluCall
 from stepmesh.lane import Lane
 
 PATIENCE_S = 5e-3

@@ -1,6 +1,6 @@
 """The sampler of an attention worker: the next token of every row of a batch.
 
-The rule, docs/sampling.md, is carried out by `afd.kernels.sample`: a token is a pure function of (seed, choice, output
+The rule, docs/sampling.md, is carried out by `afd.ops.sample`: a token is a pure function of (seed, choice, output
 position, logits, parameters), whatever rows are beside it, and on whatever processor.
 """
 
@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from afd import kernels
-from afd.kernels import RowLogprobs, RowMax, SampleRow
+from afd import ops as kernels
+from afd.ops import RowLogprobs, RowMax, SampleRow
 from afd.types import SamplingParams
 
 History = tuple[Sequence[int], Sequence[int]]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from afd import kernels
+from afd import ops as kernels
 from afd.config import parse_cores
 from afd.host.cores import cores_of_this_thread, pin_this_thread, thread_cores
 

@@ -27,9 +27,9 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from afd.kernels import select_kernels
 from afd.load.report import describe_machine
 from afd.model.loading import DEFAULT_MODEL
+from afd.ops import select_kernels
 from bench.compare.contestant import Contestant, idle_shares
 from bench.compare.model_files import gguf_file, huggingface_folder
 from bench.compare.ours import Ours

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from afd.kernels.native import KernelsUnavailableError, NativeKernels, available_isas, load_library
+from afd.ops.cpu.binding import KernelsUnavailableError, NativeKernels, available_isas, load_library
 from tests.fuzz.campaign import generator, volume
-from tests.unit.kernels.sample_batches import check_batches
+from tests.unit.ops.sample_batches import check_batches
 
 
 def test_every_instruction_set_draws_the_references_tokens() -> None:

@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from afd import kernels
+from afd import ops as kernels
 from afd.kernels.relay import Outcome
 from afd.model import presets
 from afd.model import relay as model_relay

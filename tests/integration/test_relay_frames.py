@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from afd import kernels
+from afd import ops as kernels
 from afd.kernels.relay import Outcome
 from afd.kv.cache import KVCache
 from afd.model import relay as model_relay

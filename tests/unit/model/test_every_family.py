@@ -5,8 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from afd.kernels import native_kernels
-from afd.kernels.packed import QUADS
 from afd.kv.cache import KVCache
 from afd.model.batch import AttentionBatch, NewTokens
 from afd.model.halves import AttentionHalf, FFNHalf
@@ -14,6 +12,8 @@ from afd.model.loading import load_attention_half, load_ffn_half, resolve_model
 from afd.model.presets import PRESETS
 from afd.model.reference import forward
 from afd.model.sharding import ShardSpec
+from afd.ops import native_kernels
+from afd.ops.cpu.packed import QUADS
 from afd.types import FfnParallel
 
 TINY = [preset for preset in PRESETS if preset.endswith("-tiny")]

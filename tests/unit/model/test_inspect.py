@@ -13,7 +13,6 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
 from afd.cli.main import main
-from afd.kernels import PackedInt8, PackedMatrix
 from afd.model.expert_health import expert_health
 from afd.model.ffn import DenseFfn, MoeFfn, SwiGlu
 from afd.model.halves import AttentionHalf
@@ -23,6 +22,7 @@ from afd.model.loading import load_attention_half, load_ffn_half, resolve_model
 from afd.model.primitives import Weight
 from afd.model.sharding import ShardSpec
 from afd.model.spec import WEIGHT_TYPES
+from afd.ops import PackedInt8, PackedMatrix
 from afd.types import FfnParallel
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from afd.kernels import PackedMatrix
 from afd.model.primitives import embedding, linear, linear_into, prepared, rms_norm, rows_of, silu_mul
+from afd.ops import PackedMatrix
 
 ROWS = [0, 1, 5, 40]
 DTYPES = [torch.float32, torch.bfloat16]

@@ -14,8 +14,6 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from afd.errors import ModelError
-from afd.kernels import Packed, PackedInt8, native_kernels
-from afd.kernels.reference import int8_product
 from afd.model.attention_kinds import AttentionWeights
 from afd.model.ffn import Dispatch
 from afd.model.halves import AttentionHalf
@@ -27,6 +25,8 @@ from afd.model.sharding import ShardSpec
 from afd.model.weights.block_fp8 import E4M3_VALUES
 from afd.model.weights.checkpoint import as_float32
 from afd.model.wire_format import decode_rows, encode_rows
+from afd.ops import Packed, PackedInt8, native_kernels
+from afd.ops.reference import int8_product
 from afd.types import FfnParallel
 from stepmesh.types import WireDtype
 

@@ -11,8 +11,8 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from afd.kernels.philox import exponentials
 from afd.model.sampling import Sampler, takes_largest
+from afd.ops.philox import exponentials
 from afd.types import SamplingParams
 
 GREEDY = SamplingParams(max_tokens=8, seed=0, temperature=0.0)

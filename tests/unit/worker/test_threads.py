@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from afd import kernels
+from afd import ops as kernels
 from afd.worker.threads import ThreadShare
 
 

@@ -8,8 +8,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from afd.kernels.base import Kernels
-from afd.kernels.reference import ReferenceKernels
+from afd.ops.ops import Kernels
+from afd.ops.reference import ReferenceKernels
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from afd.kernels.fused import AttentionLayerCall, ExpertsCall, LayerBatch, LayerShape, LayerWeights, SwiGluCall
-from afd.kernels.native import NativeKernels
-from afd.kernels.packed import QUADS, Packed, PackedInt8, PackedMatrix
-from afd.kernels.reference import ReferenceKernels
+from afd.ops.cpu.binding import NativeKernels
+from afd.ops.cpu.layer import AttentionLayerCall, ExpertsCall, LayerBatch, LayerShape, LayerWeights, SwiGluCall
+from afd.ops.cpu.packed import QUADS, Packed, PackedInt8, PackedMatrix
+from afd.ops.reference import ReferenceKernels
 
 REFERENCE = ReferenceKernels()
 FAST = settings(

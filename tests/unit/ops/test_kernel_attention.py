@@ -9,9 +9,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
-from afd.kernels.base import Kernels
-from afd.kernels.reference import ReferenceKernels
-from tests.unit.kernels.paged_batches import BatchShape, PagedBatch, assert_accurate, batch_shapes, make_batch
+from afd.ops.ops import Kernels
+from afd.ops.reference import ReferenceKernels
+from tests.unit.ops.paged_batches import BatchShape, PagedBatch, assert_accurate, batch_shapes, make_batch
 
 DTYPES = [torch.float32, torch.bfloat16]
 

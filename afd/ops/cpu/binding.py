@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from afd.kernels import native_sampling
-from afd.kernels.base import RowMax
-from afd.kernels.packed import PAIRS, QUADS, Packed, PackedInt8, PackedMatrix
-from afd.kernels.sample_rows import SampledRows, SampleRow
+from afd.ops.cpu import sampling as native_sampling
+from afd.ops.cpu.packed import PAIRS, QUADS, Packed, PackedInt8, PackedMatrix
+from afd.ops.ops import RowMax
+from afd.ops.sample_rows import SampledRows, SampleRow
 
 _ABI_VERSION = 9
 _POST_FAILED = 1000  # + errno

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from afd.kernels.base import RowMax
-from afd.kernels.packed import PAIRS, QUADS, Int8Order, Packed, PackedInt8
-from afd.kernels.sample_rows import SampledRows, SampleRow, sample_row
+from afd.ops.cpu.packed import PAIRS, QUADS, Int8Order, Packed, PackedInt8
+from afd.ops.ops import RowMax
+from afd.ops.sample_rows import SampledRows, SampleRow, sample_row
 
 
 class ReferenceKernels:

@@ -1,4 +1,4 @@
-#include "fused.h"
+#include "layer.h"
 
 #include <atomic>
 #include <cstring>

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "fused.h"
+#include "layer.h"
 #include "run.h"
 
 namespace afd {

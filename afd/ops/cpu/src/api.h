@@ -1,7 +1,7 @@
 // The C interface of the library. Plain pointers and integers; every function may be called from any thread.
 //
 // `isa` is one of the Isa values and must be available (afd_isa_available). Return value: 0, or an error number that
-// afd/kernels/native.py turns into a sentence. Nothing is kept after the call but the worker threads.
+// afd/ops/cpu/binding.py turns into a sentence. Nothing is kept after the call but the worker threads.
 #pragma once
 
 #include <cstdint>

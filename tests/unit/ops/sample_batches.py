@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from afd.kernels import SampleRow
-from afd.kernels.base import Kernels
-from afd.kernels.reference import ReferenceKernels
+from afd.ops import SampleRow
+from afd.ops.ops import Kernels
+from afd.ops.reference import ReferenceKernels
 from afd.types import SamplingParams
 
 REFERENCE = ReferenceKernels()

@@ -2,7 +2,7 @@
 
 bfloat16 activations, packed weights of either kind, a bfloat16 KV cache; float32 residual. Each class is built once
 per layer, keeps its weights alive, and is called from one thread at a time. Without the native kernels there is nothing
-here to call (`afd.kernels.native_kernels`); the same composed from single kernels is what it is tested against.
+here to call (`afd.ops.native_kernels`); the same composed from single kernels is what it is tested against.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from afd.kernels.base import MAX_PARTIALS
-from afd.kernels.native import DTYPE_CODES, Matrix, NativeKernels, error_of
-from afd.kernels.packed import Packed
+from afd.ops.cpu.binding import DTYPE_CODES, Matrix, NativeKernels, error_of
+from afd.ops.cpu.packed import Packed
+from afd.ops.ops import MAX_PARTIALS
 
 
 class _SwiGlu(ctypes.Structure):
@@ -196,7 +196,7 @@ class LayerShape:
 
 
 class LayerBatch:
-    """A micro-batch's tokens as native calls take them: tables as in `afd.kernels.paged_attention`, `rope_write_kv`."""
+    """A micro-batch's tokens as native calls take them: tables as in `afd.ops.paged_attention`, `rope_write_kv`."""
 
     def __init__(
         self, cos: Tensor, sin: Tensor, slots: Tensor, block_table: Tensor, seq_lens: Tensor, query_start: Tensor

@@ -13,8 +13,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from afd.kernels.packed import Packed
-from afd.kernels.sample_rows import SampledRows, SampleRow
+from afd.ops.cpu.packed import Packed
+from afd.ops.sample_rows import SampledRows, SampleRow
 
 KEY_GROUP = 8
 """Block sizes and head dimensions are multiples of this."""
@@ -46,7 +46,7 @@ class RowMax(NamedTuple):
 
 
 class Kernels(Protocol):
-    """See the functions of the same names in `afd.kernels` for shapes and meaning."""
+    """See the functions of the same names in `afd.ops` for shapes and meaning."""
 
     @property
     def name(self) -> str: ...

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from afd.kernels import sample
-from afd.kernels.base import Kernels
-from afd.kernels.native_sampling import NativeRow, layout_fault
-from tests.unit.kernels.sample_batches import REFERENCE, check_batches, row_of
+from afd.ops import sample
+from afd.ops.cpu.sampling import NativeRow, layout_fault
+from afd.ops.ops import Kernels
+from tests.unit.ops.sample_batches import REFERENCE, check_batches, row_of
 
 
 def test_random_rows(kernels: Kernels) -> None:

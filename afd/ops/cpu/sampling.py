@@ -10,7 +10,7 @@ from ctypes import c_double, c_float, c_int32, c_uint32, c_uint64, c_void_p
 import numpy as np
 from torch import Tensor
 
-from afd.kernels.sample_rows import RowLogprobs, SampledRows, SampleRow
+from afd.ops.sample_rows import RowLogprobs, SampledRows, SampleRow
 
 _LOW, _WORD, _MOST = 0xFFFFFFFFFFFFFFFF, 0xFFFFFFFF, 0x7FFFFFFF
 
@@ -58,7 +58,7 @@ def layout_fault(library: ctypes.CDLL) -> str | None:
 
 
 def sample(library: ctypes.CDLL, isa: int, logits: Tensor, rows: Sequence[SampleRow], num_threads: int) -> SampledRows:
-    """See `afd.kernels.sample`. IndexError for a token that is not in the vocabulary."""
+    """See `afd.ops.sample`. IndexError for a token that is not in the vocabulary."""
     lists: list[array[int] | array[float]] = []  # kept alive until the call is over
     native = (NativeRow * len(rows))(*[_row(row, lists) for row in rows])
     num_top = max([row.params.logprobs for row in rows], default=0)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from afd.kernels.philox import GROUP, exponentials, logarithm, philox4x32
+from afd.ops.philox import GROUP, exponentials, logarithm, philox4x32
 
 
 def words(*values: int) -> np.ndarray:

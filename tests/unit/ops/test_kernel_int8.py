@@ -8,10 +8,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from afd import kernels as face
-from afd.kernels.native import NativeKernels
-from afd.kernels.packed import PAIRS, PANEL_ROWS, QUADS, Int8Order, PackedInt8
-from afd.kernels.reference import ReferenceKernels, round_rows
+from afd import ops as face
+from afd.ops.cpu.binding import NativeKernels
+from afd.ops.cpu.packed import PAIRS, PANEL_ROWS, QUADS, Int8Order, PackedInt8
+from afd.ops.reference import ReferenceKernels, round_rows
 
 ORDERS = st.sampled_from([PAIRS, QUADS])
 FAST = settings(

@@ -5,7 +5,7 @@
 #include <new>
 #include <vector>
 
-#include "fused.h"
+#include "layer.h"
 #include "relay.h"
 #include "run.h"
 #include "sample.h"

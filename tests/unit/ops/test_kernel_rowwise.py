@@ -10,11 +10,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from afd.kernels import gemm_row_max
-from afd.kernels.base import Kernels, RowMax
-from afd.kernels.native import NativeKernels
-from afd.kernels.packed import PANEL_ROWS, PackedInt8, PackedMatrix
-from afd.kernels.reference import ReferenceKernels
+from afd.ops import gemm_row_max
+from afd.ops.cpu.binding import NativeKernels
+from afd.ops.cpu.packed import PANEL_ROWS, PackedInt8, PackedMatrix
+from afd.ops.ops import Kernels, RowMax
+from afd.ops.reference import ReferenceKernels
 
 DTYPES = [torch.float32, torch.bfloat16]
 REFERENCE = ReferenceKernels()

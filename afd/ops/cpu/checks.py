@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from afd.kernels.base import KEY_GROUP, MAX_HEAD_DIM, MAX_PARTIALS, RowMax
-from afd.kernels.packed import Packed, PackedMatrix, check_panels
+from afd.ops.cpu.packed import Packed, PackedMatrix, check_panels
+from afd.ops.ops import KEY_GROUP, MAX_HEAD_DIM, MAX_PARTIALS, RowMax
 
 _STORAGE = (torch.float32, torch.bfloat16)
 

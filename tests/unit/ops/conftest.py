@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from afd.kernels.base import Kernels
-from afd.kernels.native import ISAS, KernelsUnavailableError, NativeKernels, available_isas, load_library
+from afd.ops.cpu.binding import ISAS, KernelsUnavailableError, NativeKernels, available_isas, load_library
+from afd.ops.ops import Kernels
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -1,4 +1,4 @@
-"""The functions of `afd.kernels`: choice of implementation, checks, threads."""
+"""The functions of `afd.ops`: choice of implementation, checks, threads."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import afd.kernels as face
-from afd.kernels import PackedMatrix
-from afd.kernels.native import ISAS, KernelsUnavailableError, NativeKernels, available_isas, load_library
-from tests.unit.kernels.paged_batches import BatchShape, make_batch
+import afd.ops as face
+from afd.ops import PackedMatrix
+from afd.ops.cpu.binding import ISAS, KernelsUnavailableError, NativeKernels, available_isas, load_library
+from tests.unit.ops.paged_batches import BatchShape, make_batch
 
 ROOT = Path(face.__file__).parents[2]
 
@@ -108,7 +108,7 @@ def test_little_work_wakes_nobody(library: ctypes.CDLL) -> None:
 def test_fork_and_exit_with_workers_up(library: ctypes.CDLL) -> None:
     """A forked child has workers of its own, and neither process hangs on its way out."""
     code = (
-        "import os, sys, torch, afd.kernels as k\n"
+        "import os, sys, torch, afd.ops as k\n"
         "x = torch.ones(4, 512, dtype=torch.bfloat16); w = k.PackedMatrix(torch.ones(4096, 512).bfloat16())\n"
         "k.gemm(x, w, num_threads=3)\n"
         "pid = os.fork()\n"

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from afd.kernels.philox import exponentials, logarithm
+from afd.ops.philox import exponentials, logarithm
 from afd.types import SamplingParams
 
 Row = npt.NDArray[np.float32]
