@@ -15,7 +15,16 @@ from setuptools.command.build_ext import build_ext
 
 SOURCE_DIR = Path("afd/ops/cpu/src")
 MESH_HEADERS = sorted(Path("stepmesh").glob("*.h"))
-SOURCES = ["api.cpp", "attention_plan.cpp", "layer.cpp", "relay.cpp", "run.cpp", "thread_pool.cpp", "isa_portable.cpp"]
+SOURCES = [
+    "abi.cpp",
+    "api.cpp",
+    "attention_plan.cpp",
+    "layer.cpp",
+    "relay.cpp",
+    "run.cpp",
+    "thread_pool.cpp",
+    "isa_portable.cpp",
+]
 SOURCES += ["sample.cpp", "sample_cut.cpp", "sample_portable.cpp"]
 X86_SOURCES = ["isa_avx2.cpp", "isa_avx512.cpp", "sample_avx2.cpp", "sample_avx512.cpp"]
 FLAGS = ["-std=c++17", "-O3", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi", "-g0"]

@@ -24,8 +24,8 @@ import torch
 
 from afd.model.inventory import Half, inventory
 from afd.model.loading import resolve_model
-from afd.model.primitives import linear, prepared
 from afd.model.spec import ModelSpec
+from afd.ops.select import select
 from bench.drawing import Drawing, add_flags
 from bench.local import BenchCluster, check_equal_tokens, flags_of, run_round
 from bench.stage_table import HEADER, StageSums, stage_row
@@ -77,16 +77,16 @@ def bound(model: str, dtype: str, batch: int, context: int, bandwidth: float) ->
     max(A, F), nor, on two cores, than (A + F) / 2.
     """
     spec = resolve_model(model).spec
-    torch_dtype = getattr(torch, dtype)
+    torch_dtype, ops = getattr(torch, dtype), select("cpu", dtype)
     seconds = {}
     torch.set_num_threads(1)
     for name, found in gemms(spec, batch).items():
-        pairs = [(torch.randn(rows, shape[1]).to(torch_dtype), prepared(torch.randn(shape).to(torch_dtype)))
+        pairs = [(torch.randn(rows, shape[1]).to(torch_dtype), ops.prepare(torch.randn(shape).to(torch_dtype)))
                  for rows, shape in found]  # fmt: skip
 
         def run(pairs=pairs):
             for x, w in pairs:
-                linear(x, w)
+                ops.linear(x, w)
 
         with torch.inference_mode():
             seconds[name] = time_of(run)

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from afd.model.ffn import Dispatch, MoeFfn
 from afd.model.loading import load_ffn_half, resolve_model
-from afd.model.primitives import linear
 from afd.model.sharding import ShardSpec
 from afd.model.spec import WEIGHT_TYPES, FfnKind
+from afd.ops.ops import Ops
+from afd.ops.select import select
 
 TOKENS = (1, 4, 16, 64, 128, 256)
 
@@ -47,7 +48,7 @@ def one_at_a_time(layer: MoeFfn, dispatch: Dispatch) -> Tensor:
     return out
 
 
-def floor(layer: MoeFfn, dispatch: Dispatch) -> Callable[[], None]:
+def floor(ops: Ops, layer: MoeFfn, dispatch: Dispatch) -> Callable[[], None]:
     """The bare GEMMs of this routing."""
     assert dispatch.expert_ids is not None
     counts = torch.bincount(dispatch.expert_ids.flatten().long(), minlength=len(layer._experts)).tolist()
@@ -59,8 +60,8 @@ def floor(layer: MoeFfn, dispatch: Dispatch) -> Callable[[], None]:
         for expert, count in zip(layer._experts, counts, strict=True):
             if count:
                 rows, gated = inputs[count]
-                linear(rows, expert.gate_up)
-                linear(gated, expert.down)
+                ops.linear(rows, expert.gate_up)
+                ops.linear(gated, expert.down)
 
     return run
 
@@ -91,7 +92,8 @@ def main() -> None:
     spec = folder.spec
     idx = next(i for i, layer in enumerate(spec.layers) if layer.ffn.kind is FfnKind.MOE)
     ffn = spec.layers[idx].ffn
-    half = load_ffn_half(folder, ShardSpec(), args.dtype, weights=args.weights)
+    ops = select("cpu", args.dtype)
+    half = load_ffn_half(folder, ShardSpec(), ops, weights=args.weights)
     layer = half._layers[idx]
     assert isinstance(layer, MoeFfn)
     layer._shared = None  # routed experts only
@@ -110,7 +112,7 @@ def main() -> None:
         dispatch = dispatch_of(num_tokens)
         assert dispatch.expert_ids is not None
         active = dispatch.expert_ids.unique().numel()
-        layer_s, floor_s = medians([lambda d=dispatch: layer(d), floor(layer, dispatch)], args.rounds)
+        layer_s, floor_s = medians([lambda d=dispatch: layer(d), floor(ops, layer, dispatch)], args.rounds)
         read = active * 3 * spec.hidden * ffn.intermediate * (dtype.itemsize if args.weights == "auto" else 1)
         results.append({"tokens": num_tokens, "experts": active, "layer_s": layer_s, "floor_s": floor_s})
         print(

@@ -31,13 +31,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from afd.config import AttentionConfig
-from afd.model.int8 import int8_copy
-from afd.ops import Packed, PackedInt8, PackedMatrix, select_kernels
 from afd.ops.cpu.binding import NativeKernels
-from afd.ops.ops import Kernels
-from afd.ops.reference import ReferenceKernels
+from afd.ops.cpu.packed import Packed, PackedInt8, PackedMatrix
+from afd.ops.cpu.packed_reference import product
+from afd.ops.int8 import int8_copy
+from afd.ops.ops import AttentionArgs, KvWrite, Rotation
+from afd.ops.reference import ReferenceOps, add_rms_norm
+from afd.ops.select import native_kernels
 
 BLOCK_SIZE = AttentionConfig().block_size
+REFERENCE = ReferenceOps(torch.bfloat16)
 TABLES = ("attention", "gemm", "rowwise")
 POOL_BYTES = 256 << 20
 """K and V of one run come from a pool of at least this size, so that no run finds its KV in a cache."""
@@ -115,23 +118,25 @@ class DecodePool:
         self.q = torch.randn(batch, shape.num_heads, shape.head_dim, generator=generator).bfloat16()
         self.scale = shape.head_dim**-0.5
 
-    def attend(self, kernels: Kernels, table: Tensor, num_threads: int) -> Tensor:
+    def attend(self, kernels: NativeKernels, table: Tensor, num_threads: int) -> Tensor:
         out = torch.empty_like(self.q)
-        k_cache, v_cache = self.caches
-        kernels.paged_attention(
-            self.q, k_cache, v_cache, table, self.seq_lens, self.query_start, self.scale, 0, out, num_threads
-        )
+        kernels.paged_attention(self.args(table), out, num_threads)
         return out
+
+    def args(self, table: Tensor) -> AttentionArgs:
+        lengths = self.seq_lens.numpy(), self.query_start.numpy()
+        return AttentionArgs(self.q, *self.caches, table, self.seq_lens, self.query_start, self.scale, 0, *lengths)
 
     def put_in_order(self) -> None:
         self.tables.copy_(torch.arange(self.tables.numel()).view_as(self.tables))
 
-    def check(self, kernels: Kernels, num_threads: int) -> None:
+    def check(self, kernels: NativeKernels, num_threads: int) -> None:
         """Raises AssertionError if the first batch comes out wrong."""
         got = self.attend(kernels, self.tables[0], num_threads)
-        torch.testing.assert_close(got, self.attend(ReferenceKernels(), self.tables[0], 1), rtol=2**-6, atol=2**-6)
+        want = REFERENCE.paged_attention(self.args(self.tables[0]))
+        torch.testing.assert_close(got, want, rtol=2**-6, atol=2**-6)
 
-    def time(self, kernels: Kernels, num_threads: int, budget_s: float) -> float:
+    def time(self, kernels: NativeKernels, num_threads: int, budget_s: float) -> float:
         return median_s(lambda: self.attend(kernels, next(self.turn), num_threads), budget_s)
 
 
@@ -233,12 +238,11 @@ def _check_gemm(
 ) -> None:
     """Raises AssertionError if a product comes out wrong."""
     x = x[:8]
-    out, want = torch.empty(2, x.shape[0], weights.shape[0], dtype=torch.bfloat16)
+    out = torch.empty(x.shape[0], weights.shape[0], dtype=torch.bfloat16)
     kernels.gemm(x, packed, out, num_threads)
     torch.testing.assert_close(out, F.linear(x, weights), rtol=2**-6, atol=2**-4)
     kernels.gemm(x, narrow, out, num_threads)
-    ReferenceKernels().gemm(x, narrow, want, 1)
-    assert torch.equal(out, want), "the int8 GEMM is exact"
+    assert torch.equal(out, product(x, narrow).bfloat16()), "the int8 GEMM is exact"
 
 
 def _gemm_figures(seconds: float, m: int, n: int, k: int, weight_bytes: int, bandwidth: float) -> dict[str, float]:
@@ -251,7 +255,7 @@ def _gemm_figures(seconds: float, m: int, n: int, k: int, weight_bytes: int, ban
     }
 
 
-def _gemm_once(kernels: Kernels, weights: Iterator[Packed], x: Tensor, out: Tensor, num_threads: int) -> None:
+def _gemm_once(kernels: NativeKernels, weights: Iterator[Packed], x: Tensor, out: Tensor, num_threads: int) -> None:
     kernels.gemm(x, next(weights), out, num_threads)
 
 
@@ -269,14 +273,16 @@ def bench_rowwise(kernels: NativeKernels, quick: bool, budget_s: float) -> list[
         q, k = torch.randn(num_rows, 9, 64).bfloat16(), torch.randn(num_rows, 3, 64).bfloat16()
         caches = [torch.zeros(64, 3, BLOCK_SIZE, 64, dtype=torch.bfloat16) for _ in range(2)]
         cos, slots = torch.ones(num_rows, 32), torch.randperm(64 * BLOCK_SIZE)[:num_rows]
-        calls: dict[str, tuple[Any, ...]] = {
-            "add_rms_norm": (x, partials, torch.ones(576), 1e-5, torch.empty_like(x)),
-            "silu_mul": (gate_up, 0.0, gate_up[:, :1536].contiguous()),
-            "rope_write_kv": (q, k, k, cos, cos, False, *caches, slots),
+        norm = (x, partials, torch.ones(576), 1e-5, torch.empty_like(x))
+        rope = (q, KvWrite(k, k, *caches, slots), Rotation(cos, cos))
+        out = gate_up[:, :1536].contiguous()
+        calls: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
+            "add_rms_norm": (partial(kernels.add_rms_norm, *norm), partial(add_rms_norm, *norm)),
+            "silu_mul": (partial(kernels.silu_mul, gate_up, 0.0, out), partial(REFERENCE.silu_mul, gate_up, 0.0)),
+            "rope_write_kv": (partial(kernels.rope_write_kv, *rope), partial(REFERENCE.rope_write_kv, *rope)),
         }
-        for name, arguments in calls.items():
-            ours_s = median_s(partial(getattr(kernels, name), *arguments), budget_s)
-            theirs_s = median_s(partial(getattr(ReferenceKernels(), name), *arguments), budget_s)
+        for name, (ours, theirs) in calls.items():
+            ours_s, theirs_s = median_s(ours, budget_s), median_s(theirs, budget_s)
             row = {
                 "kernel": name,
                 "rows": num_rows,
@@ -315,9 +321,7 @@ def main() -> None:
     parser.add_argument("--isa", help="portable, avx2 or avx512; default: the best there is")
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=TABLES)
     options = parser.parse_args()
-    kernels = select_kernels(options.isa)
-    if not isinstance(kernels, NativeKernels):
-        parser.error("the torch reference has nothing to be measured against")
+    kernels = native_kernels(options.isa)
     budget_s = 0.05 if options.quick else 0.3
     torch.manual_seed(0)
     report: dict[str, Any] = {**machine(), "isa": kernels.name, "bandwidth_gb_per_s": {}, "attention": [], "gemm": []}

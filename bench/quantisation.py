@@ -28,6 +28,7 @@ from afd.model.tokenizer_files import load_tokenizer
 from afd.model.weights.checkpoint import Checkpoint, as_float32
 from afd.model.weights.source import RawTensor, Slices
 from afd.model.wire_format import decode_rows, encode_rows
+from afd.ops.select import select
 from stepmesh.types import WireDtype
 
 TEXTS = (
@@ -112,8 +113,8 @@ def run(folder: ModelFolder, variant: Variant, texts: list[Tensor]) -> Tensor:
     if variant.fp8_checkpoint:
         old = folder.checkpoint
         folder = replace(folder, checkpoint=Fp8Checkpoint(old.spec, old.source, old.naming, old.where))
-    attention = load_attention_half(folder, variant.dtype, weights=variant.weights)
-    ffn = load_ffn_half(folder, ShardSpec(), variant.dtype, weights=variant.weights)
+    attention = load_attention_half(folder, select("cpu", variant.dtype), weights=variant.weights)
+    ffn = load_ffn_half(folder, ShardSpec(), select("cpu", variant.dtype), weights=variant.weights)
     return torch.cat([logits_of(attention, ffn, ids, variant.wire) for ids in texts])
 
 

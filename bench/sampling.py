@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from afd.ops import SampleRow, select_kernels
 from afd.ops.cpu.binding import NativeKernels
-from afd.ops.reference import ReferenceKernels
-from afd.ops.sample_rows import filtered, weights_of
+from afd.ops.reference import ReferenceOps
+from afd.ops.sample_rows import SampleRow, filtered, weights_of
+from afd.ops.select import native_kernels
 from afd.types import SamplingParams
 from bench.kernels import machine
 
@@ -70,7 +70,7 @@ def measure(kernels: NativeKernels, num_rows: int, vocab: int, spread: float, th
     for name, way in WAYS.items():
         rows = rows_of(way, num_rows, vocab)
         checked = slice(0, 4)
-        expected = ReferenceKernels().sample(logits[checked], rows[checked], 1)
+        expected = ReferenceOps(torch.float32).sample(logits[checked], rows[checked])
         assert kernels.sample(logits[checked], rows[checked], threads) == expected, "not the reference's tokens"
         read, sampled = times_of(
             [
@@ -106,9 +106,7 @@ def main() -> None:
     parser.add_argument("--isa", help="portable, avx2 or avx512; default: the best there is")
     parser.add_argument("--budget-s", type=float, default=0.5, help="time for each figure")
     options = parser.parse_args()
-    kernels = select_kernels(options.isa)
-    if not isinstance(kernels, NativeKernels):
-        parser.error("the reference has nothing to be measured against")
+    kernels = native_kernels(options.isa)
     report: dict[str, Any] = {"bench": "sampling", **machine(), "isa": kernels.name, "results": []}
     print(f"{report['cpu']}, {kernels.name}, commit {report['commit']}")
     print("rows   vocab threads spread way             left       ms    least  x read")

@@ -22,10 +22,10 @@ from afd.attention.look_ahead import LookAhead
 from afd.attention.path import Fetch, LayerPath, Leg, Step
 from afd.attention.stages import StageClock
 from afd.messages.serving import TokenLogprobs
-from afd.model.device import to_device
 from afd.model.halves import AttentionBatch, AttentionHalf
 from afd.model.sampling import Sampler
-from afd.ops import RowMax
+from afd.ops.device import to_device
+from afd.ops.ops import RowMax
 from afd.sched.head_slices import NextStage, next_of, slice_end
 from afd.sched.scheduler import Scheduler
 from afd.sched.sequence import BatchItem, MicroBatch, Progress
@@ -77,7 +77,7 @@ class AttentionEngine:
         self.scheduler = scheduler
         self._path = path
         self._threads = threads
-        self._sampler = Sampler()
+        self._sampler = Sampler(half.ops)
         self._num_layers = half.spec.num_layers
         self._steps: dict[int, Step] = {}  # by stream
         self._heads: dict[int, Head] = {}  # by stream: of steps whose layers are done

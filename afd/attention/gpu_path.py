@@ -18,10 +18,10 @@ from afd.attention.path import Leg, Step
 from afd.attention.python_path import combined_or_left, embedded, leg_of_one
 from afd.kv.cache import KVCache
 from afd.model.cuda import LOOK_S, CudaDevice, Download
-from afd.model.device import to_device
 from afd.model.graphs import DecodeGraphs
 from afd.model.halves import AttentionHalf, Dispatch
 from afd.model.wire_format import encode_rows
+from afd.ops.device import to_device
 from stepmesh.types import WireDtype
 
 PATIENCE_S = 2e-3

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from afd.model.halves import AttentionHalf
 from afd.model.sampling import SampledBatch, Sampler, takes_largest
-from afd.ops import RowMax
+from afd.ops.ops import RowMax
 from afd.sched.sequence import Sequence
 
 

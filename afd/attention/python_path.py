@@ -13,8 +13,8 @@ from torch import Tensor
 from afd.attention.exchange import Combined, Exchange
 from afd.attention.path import Fetch, Lap, Leg, Spans, Step
 from afd.kv.cache import KVCache
-from afd.model.device import to_device
 from afd.model.halves import AttentionHalf
+from afd.ops.device import to_device
 
 _HERE = nullcontext()
 

@@ -35,12 +35,13 @@ from afd.messages.membership import ClusterView, StepCosts, WorkerInfo
 from afd.messages.serving import WorkerStats, to_worker_bytes
 from afd.messages.serving_sockets import server_socket
 from afd.model.cuda import CudaDevice
-from afd.model.device import check_device
 from afd.model.graphs import DecodeGraphs
 from afd.model.halves import AttentionHalf
 from afd.model.loading import ModelFolder, load_attention_half, load_ffn_half, resolve_model
 from afd.model.row_selection import RowSelection
 from afd.model.sharding import ShardSpec
+from afd.ops.ops import Ops
+from afd.ops.select import check_device, select
 from afd.sched.latency import LatencyModel
 from afd.sched.policy import Admission
 from afd.sched.prefill import PrefillBudget
@@ -94,6 +95,7 @@ class _Worker:
         self._engine: Engine | None = None
         self._recent: RecentAttention | None = None
         self._device: CudaDevice | None = None
+        self._ops: Ops | None = None
         section = config.attention
         on_cpu = section.device == "cpu"
         self._threads = ThreadShare(section.threads or 1, section.threads_alone if on_cpu else 0)
@@ -189,7 +191,8 @@ class _Worker:
             announce({"loading": done / total})
 
         weights = config.model.weights
-        half = load_attention_half(self._folder, config.model.dtype, section.device, loaded, weights)
+        ops = self._ops = select(section.device, config.model.dtype)
+        half = load_attention_half(self._folder, ops, loaded, weights)
         scheduler = self._make_scheduler(half.dtype, seat.rank)
         windowed = None if scheduler.windowed is None else scheduler.windowed.pool.num_blocks
         cache = KVCache(
@@ -204,7 +207,7 @@ class _Worker:
         layout, ffns = payload_layout(config, spec.hidden, spec.max_top_k), []
         if seat.mesh is None:
             shard = ShardSpec(0, 1, config.cluster.ffn_parallel)
-            ffns = [load_ffn_half(self._folder, shard, config.model.dtype, section.device, weights=weights)]
+            ffns = [load_ffn_half(self._folder, shard, ops, weights=weights)]
         device = self._device = CudaDevice() if section.device == "cuda" else None
         if seat.mesh is None:
             self._exchange = (
@@ -280,7 +283,7 @@ class _Worker:
         """
         gc.collect()
         gc.freeze()  # what is loaded stays: no collection need look at it again
-        self._threads.start(self._config.attention.cores)
+        self._threads.start(self._config.attention.cores, None if self._ops is None else self._ops.start_threads)
         assert self._engine is not None and self._seat is not None
         drain_until_s: float | None = None
         while drain_until_s is None or (time.monotonic() < drain_until_s and not self._engine.scheduler.idle):

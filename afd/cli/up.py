@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     want_open_files(files_needed("up", config), "afd up")
     check_ports(config)
     if "cuda" in (config.attention.device, config.ffn.device):
-        from afd.model.device import check_device  # imports torch: only where it must look for a GPU
+        from afd.ops.select import check_device  # imports torch: only where it must look for a GPU
 
         check_device(config.attention.device, "attention.device")
         check_device(config.ffn.device, "ffn.device")

@@ -15,8 +15,8 @@ from afd.ffn.gang import GangBatch
 from afd.ffn.path import Leg
 from afd.ffn.python_path import BatchRows, answer, leg_of_one
 from afd.model.cuda import CudaDevice, Download
-from afd.model.device import to_device
 from afd.model.halves import FFNHalf
+from afd.ops.device import to_device
 from stepmesh.layout import PayloadLayout
 from stepmesh.mesh import Mesh
 from stepmesh.tensor import to_numpy

@@ -24,9 +24,10 @@ from afd.membership.port import Announce, Join, SyncFields
 from afd.messages.keys import trace_token
 from afd.messages.membership import ClusterView, WorkerInfo
 from afd.model.cuda import CudaDevice
-from afd.model.device import check_device
 from afd.model.loading import ModelFolder, load_ffn_half, resolve_model
 from afd.model.sharding import ShardSpec
+from afd.ops.ops import Ops
+from afd.ops.select import check_device, select
 from afd.telemetry.exposition import MetricsServer, process_registry
 from afd.telemetry.ring import TracePage
 from afd.worker.data_plane import config_hash, mesh_members, payload_layout, relays_natively
@@ -66,6 +67,7 @@ class _Worker:
         self._server: MetricsServer | None = None
         self._engine: FFNEngine | None = None
         self._device: CudaDevice | None = None
+        self._ops: Ops | None = None
         self._recent: RecentFFN | None = None
         self._epoch = 0
         self._watch = ExpertWatch()
@@ -103,9 +105,8 @@ class _Worker:
             seat.membership.set_loading(done / total)
             announce({"loading": done / total})
 
-        half = load_ffn_half(
-            self._folder, shard, config.model.dtype, config.ffn.device, loaded, weights=config.model.weights
-        )
+        ops = self._ops = select(config.ffn.device, config.model.dtype)
+        half = load_ffn_half(self._folder, shard, ops, loaded, weights=config.model.weights)
         assert seat.mesh is not None, "an FFN worker has no place in topology mono"
         gangs = GangTable(
             seat.rank,
@@ -139,8 +140,9 @@ class _Worker:
         """The loop: new views, dispatches, answers."""
         gc.collect()
         gc.freeze()  # what is loaded stays: no collection need look at it again
-        self._threads.start(self._config.ffn.cores)
         assert self._seat is not None and self._seat.mesh is not None and self._engine is not None
+        assert self._ops is not None
+        self._threads.start(self._config.ffn.cores, self._ops.start_threads)
         mesh = self._seat.mesh
         while not self._stop.is_set():
             view = self._seat.new_view()

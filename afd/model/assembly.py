@@ -10,60 +10,47 @@ import torch
 from torch import Tensor
 
 from afd.errors import ModelError
-from afd.host.memory import HostMemory
 from afd.model.attention_kinds import Attention, AttentionWeights, GqaAttention, MfaAttention, projection_parts
-from afd.model.ffn import DenseFfn, Ffn, MoeFfn, SharedExpert, SwiGlu
+from afd.model.ffn import DenseFfn, Ffn, MoeFfn, SharedExpert
 from afd.model.halves import AttentionHalf, AttentionLayer, FFNHalf
-from afd.model.int8 import Int8Weight, int8_copy, int8_in
 from afd.model.inventory import Half, TensorSpec, inventory
 from afd.model.latent_attention import LatentWeights, MlaAttention
-from afd.model.primitives import Weight, prepared, prepared_for
+from afd.model.rope import Rotaries
 from afd.model.router import Router
 from afd.model.sharding import ShardSpec
 from afd.model.spec import WEIGHT_TYPES, AttentionKind, AttentionSpec, FfnKind, FfnSpec
 from afd.model.weights.checkpoint import Checkpoint
 from afd.model.weights.source import Progress, RawTensor, Slices
-from afd.ops import PackedMatrix
+from afd.ops.int8 import Int8Weight, int8_copy, int8_in
+from afd.ops.ops import Ops, Rotary, SwiGlu, Weight
 
 PIECE_ELEMENTS = 1 << 20
 """Elements read at once: bounds what loading holds beyond the half itself."""
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
 
 def assemble_attention_half(
-    checkpoint: Checkpoint,
-    dtype: str | torch.dtype,
-    device: str,
-    progress: Progress | None,
-    weights: str = "auto",
+    checkpoint: Checkpoint, ops: Ops, progress: Progress | None, weights: str = "auto"
 ) -> AttentionHalf:
     spec = checkpoint.spec
-    int8 = _known(weights) == "int8-all"
-    reader = _Reader(checkpoint, Half.ATTENTION, _compute_dtype(dtype), device, progress, int8)
+    reader = _Reader(checkpoint, Half.ATTENTION, ops, progress, _known(weights) == "int8-all")
+    rotaries = Rotaries(ops)
     embedding, head = _embedding_and_head(reader, tied=spec.tie_embeddings)
     layers = []
     for idx, layer in enumerate(spec.layers):
         attn_norm = reader.norm("attn_norm", idx)
-        attention = _attention(reader, layer.attention, idx)
+        attention = _attention(reader, layer.attention, idx, rotaries.of(layer.attention.rope))
         ffn_norm = reader.norm("ffn_norm", idx)
         fused = attention.fused(attn_norm, ffn_norm)
         layers.append(AttentionLayer(attn_norm, attention, ffn_norm, _router(reader, layer.ffn, idx), fused))
-    return AttentionHalf(spec, embedding, layers, reader.norm("final_norm"), head)
+    return AttentionHalf(ops, spec, embedding, layers, reader.norm("final_norm"), head)
 
 
 def assemble_ffn_half(
-    checkpoint: Checkpoint,
-    shard: ShardSpec,
-    dtype: str | torch.dtype,
-    device: str,
-    progress: Progress | None,
-    weights: str = "auto",
+    checkpoint: Checkpoint, shard: ShardSpec, ops: Ops, progress: Progress | None, weights: str = "auto"
 ) -> FFNHalf:
-    compute_dtype = _compute_dtype(dtype)
-    reader = _Reader(checkpoint, Half.FFN, compute_dtype, device, progress, _known(weights) != "auto")
+    reader = _Reader(checkpoint, Half.FFN, ops, progress, _known(weights) != "auto")
     layers = [_ffn(reader, layer.ffn, shard, idx) for idx, layer in enumerate(checkpoint.spec.layers)]
-    return FFNHalf(checkpoint.spec, layers, compute_dtype)
+    return FFNHalf(ops, checkpoint.spec, layers)
 
 
 def _known(weights: str) -> str:
@@ -72,7 +59,7 @@ def _known(weights: str) -> str:
     return weights
 
 
-def _embedding_and_head(reader: _Reader, tied: bool) -> tuple[Tensor | PackedMatrix, Weight]:
+def _embedding_and_head(reader: _Reader, tied: bool) -> tuple[Weight, Weight]:
     """One matrix for both if tied, unless the head is to be int8: rows of the embedding are never rounded."""
     if not tied:
         return reader.matrix(("embed",), -1), reader.projection(("head",), -1)
@@ -81,12 +68,12 @@ def _embedding_and_head(reader: _Reader, tied: bool) -> tuple[Tensor | PackedMat
         return embedding, embedding
     table = reader.stack(("embed",), -1)
     rounded = int8_copy(table, reader.room(table.shape, torch.int8), PIECE_ELEMENTS)
-    return table, prepared_for(table.dtype, rounded)
+    return table, reader.ops.prepare(rounded)
 
 
-def _attention(reader: _Reader, spec: AttentionSpec, idx: int) -> Attention:
+def _attention(reader: _Reader, spec: AttentionSpec, idx: int, rope: Rotary) -> Attention:
     if spec.kind is AttentionKind.MLA:
-        return _latent_attention(reader, spec, idx)
+        return _latent_attention(reader, spec, idx, rope)
     weights = AttentionWeights(reader.projection(projection_parts(spec), idx), reader.projection(("o",), idx))
     if spec.qkv_bias:
         weights.qkv_bias = reader.stack(("q_bias", "k_bias", "v_bias"), idx)
@@ -95,12 +82,12 @@ def _attention(reader: _Reader, spec: AttentionSpec, idx: int) -> Attention:
     if spec.qk_norm:
         weights.q_head_norm, weights.k_head_norm = (reader.norm(f"{part}_head_norm", idx) for part in ("q", "k"))
     if spec.kind is AttentionKind.GQA:
-        return GqaAttention(spec, weights, reader.rms_eps)
+        return GqaAttention(reader.ops, spec, weights, reader.rms_eps, rope)
     weights.q_norm, weights.q_up = reader.norm("q_norm", idx), reader.projection(("q_up",), idx)
-    return MfaAttention(spec, weights, reader.rms_eps)
+    return MfaAttention(reader.ops, spec, weights, reader.rms_eps, rope)
 
 
-def _latent_attention(reader: _Reader, spec: AttentionSpec, idx: int) -> Attention:
+def _latent_attention(reader: _Reader, spec: AttentionSpec, idx: int, rope: Rotary) -> Attention:
     weights = LatentWeights(
         q_up=reader.matrix(("q_up" if spec.q_rank else "q",), idx),
         kv_down=reader.matrix(("kv_down",), idx),
@@ -110,7 +97,7 @@ def _latent_attention(reader: _Reader, spec: AttentionSpec, idx: int) -> Attenti
     )
     if spec.q_rank:
         weights.q_down, weights.q_norm = reader.matrix(("q_down",), idx), reader.norm("q_norm", idx)
-    return MlaAttention(spec, weights)
+    return MlaAttention(reader.ops, spec, weights, rope)
 
 
 def _router(reader: _Reader, ffn: FfnSpec, idx: int) -> Router | None:
@@ -118,7 +105,7 @@ def _router(reader: _Reader, ffn: FfnSpec, idx: int) -> Router | None:
         return None
     dtype = torch.float32 if ffn.router.dtype == "float32" else None
     bias = reader.load("router_bias", idx, dtype=torch.float32) if ffn.router.selection_bias else None
-    return Router(ffn.router, ffn.top_k, reader.load("router", idx, dtype=dtype), bias)
+    return Router(reader.ops, ffn.router, ffn.top_k, reader.load("router", idx, dtype=dtype), bias)
 
 
 def _ffn(reader: _Reader, ffn: FfnSpec, shard: ShardSpec, idx: int) -> Ffn:
@@ -129,33 +116,24 @@ def _ffn(reader: _Reader, ffn: FfnSpec, shard: ShardSpec, idx: int) -> Ffn:
     which, inner = _slice(experts), _slice(width)
     gate_up = reader.weight(("expert_gate", "expert_up"), idx, (which, inner), dim=1)
     down = reader.weight(("expert_down",), idx, (which, slice(None), inner))
-    swiglus = [
-        SwiGlu(prepared_for(reader.dtype, gate_up[e]), prepared_for(reader.dtype, down[e]), ffn.limit)
-        for e in range(len(experts))
-    ]
+    ops = reader.ops
+    swiglus = [ops.swiglu(ops.prepare(gate_up[e]), ops.prepare(down[e]), ffn.limit) for e in range(len(experts))]
     shared = None
     if ffn.shared_intermediate:
         columns = shard.shared_slice(ffn.shared_intermediate)
         swiglu = _swiglu(reader, "shared_", columns, idx, ffn.shared_limit)
         shared = SharedExpert(swiglu, *shard.shared_expert_rows())
-    return MoeFfn(swiglus, experts.start, shared)
+    return MoeFfn(ops, swiglus, experts.start, shared)
 
 
 def _swiglu(reader: _Reader, prefix: str, columns: range, idx: int, limit: float) -> SwiGlu:
     gate_up = reader.projection((f"{prefix}gate", f"{prefix}up"), idx, (_slice(columns),))
     down = reader.projection((f"{prefix}down",), idx, (slice(None), _slice(columns)))
-    return SwiGlu(gate_up, down, limit)
+    return reader.ops.swiglu(gate_up, down, limit)
 
 
 def _slice(part: range) -> slice:
     return slice(part.start, part.stop)
-
-
-def _compute_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    resolved = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if resolved is None or resolved not in _DTYPES.values():
-        raise ModelError(f"compute dtype {dtype} is not supported (known: {', '.join(_DTYPES)})")
-    return resolved
 
 
 class _Reader:
@@ -168,18 +146,16 @@ class _Reader:
         self,
         checkpoint: Checkpoint,
         half: Half,
-        dtype: torch.dtype,
-        device: str,
+        ops: Ops,
         progress: Progress | None,
         int8: bool = False,
     ):
         self._checkpoint = checkpoint
         self._tensors = {(t.part, t.layer): t for t in inventory(checkpoint.spec) if t.half is half}
-        self.dtype = dtype
-        self._device = device
+        self.ops = ops
         self._progress = progress
         self.int8 = int8
-        self._memory = HostMemory()
+        self._memory = ops.weight_memory()
         self._num_done = 0
         self.rms_eps = checkpoint.spec.rms_eps
 
@@ -201,17 +177,17 @@ class _Reader:
         dtype: torch.dtype | None = None,
     ) -> Tensor:
         """The same slice of several parts, concatenated along `dim`, each read straight into its place."""
-        out = self.room(self._shape(parts, layer, slices, dim), dtype or self.dtype)
+        out = self.room(self._shape(parts, layer, slices, dim), dtype or self.ops.dtype)
         self._fill(out, parts, layer, slices, dim)
         return out
 
-    def matrix(self, parts: tuple[str, ...], layer: int) -> Tensor | PackedMatrix:
-        """As `stack`, for a matrix that only `linear` and `embedding` use."""
-        return prepared(self.stack(parts, layer))
+    def matrix(self, parts: tuple[str, ...], layer: int) -> Weight:
+        """As `stack`, for a matrix that only `Ops.linear` and `Ops.embed` use."""
+        return self.ops.prepare(self.stack(parts, layer))
 
     def projection(self, parts: tuple[str, ...], layer: int, slices: Slices = ()) -> Weight:
-        """As `weight`, for one matrix that only `linear` uses."""
-        return prepared_for(self.dtype, self.weight(parts, layer, slices))
+        """As `weight`, for one matrix that only `Ops.linear` uses."""
+        return self.ops.prepare(self.weight(parts, layer, slices))
 
     def weight(self, parts: tuple[str, ...], layer: int, slices: Slices, dim: int = 0) -> Tensor | Int8Weight:
         """As `stack`, for matrices that may be rounded to 8 bits."""
@@ -223,9 +199,7 @@ class _Reader:
 
     def room(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A tensor to be filled."""
-        if self._device == "cpu":
-            return self._memory.empty(shape, dtype)
-        return torch.empty(*shape, dtype=dtype, device=self._device)
+        return self._memory.empty(shape, dtype)
 
     def _shape(self, parts: tuple[str, ...], layer: int, slices: Slices, dim: int) -> list[int]:
         shapes = [_sliced_shape(self._tensors[part, layer].shape, slices) for part in parts]

@@ -13,15 +13,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from afd import ops as kernels
 from afd.kv.cache import KVCache
-from afd.model.attention_core import paged_attention, rope_write_kv, runs_natively
 from afd.model.batch import AttentionBatch
-from afd.model.primitives import Weight, device_of, linear, rms_norm
-from afd.model.rope import RopeTable, rope_table
 from afd.model.spec import AttentionKind, AttentionSpec
-from afd.ops import Packed
-from afd.ops.cpu.layer import AttentionLayerCall, LayerBatch, LayerShape, LayerWeights
+from afd.ops.ops import KvWrite, LayerBatch, LayerCall, LayerShape, LayerWeights, Ops, Rotary, Rotation, Weight
 
 
 class Attention(Protocol):
@@ -49,24 +44,18 @@ class AttentionWeights:
     qkv_bias: Tensor | None = None
     o_bias: Tensor | None = None
 
-    @property
-    def device(self) -> torch.device:
-        return device_of(self.o)
-
 
 class FusedAttention:
-    """A layer's attention with its residual and the norms on both sides, in one native call."""
+    """A layer's attention with its residual and the norms on both sides, in one call."""
 
-    def __init__(self, call: AttentionLayerCall, spec: AttentionSpec, rope: RopeTable):
+    def __init__(self, call: LayerCall, spec: AttentionSpec, rope: Rotary):
         self.call = call
         self._spec = spec
         self._rope = rope
 
     def takes(self, partials: Sequence[Tensor], cache: KVCache, layer_idx: int) -> bool:
-        """Whether this cache can be read and written natively, and so many partials added."""
-        k_cache = cache.k[layer_idx]
-        native = k_cache.dtype is torch.bfloat16 and runs_natively(k_cache, cache.v[layer_idx])
-        return native and len(partials) <= kernels.MAX_PARTIALS
+        """Whether this cache can be read and written in such a call, and so many partials added."""
+        return self.call.takes(len(partials), cache.k[layer_idx], cache.v[layer_idx])
 
     def __call__(
         self, x: Tensor, partials: Sequence[Tensor], batch: AttentionBatch, cache: KVCache, layer_idx: int
@@ -76,7 +65,7 @@ class FusedAttention:
 
     def tokens(self, batch: AttentionBatch) -> LayerBatch:
         """The batch as this layer reads it."""
-        return batch.of_layer(self._spec.window).native(self._rope)
+        return batch.of_layer(self._spec.window).for_call(self._rope, self.call.batch)
 
     def reads_like(self, other: FusedAttention) -> bool:
         """Whether `tokens` are the same for both."""
@@ -86,11 +75,12 @@ class FusedAttention:
 class _RotaryAttention:
     """What GQA and MFA share: head norms, rotation, cache write, paged attention, head gate, output projection."""
 
-    def __init__(self, spec: AttentionSpec, weights: AttentionWeights, eps: float):
+    def __init__(self, ops: Ops, spec: AttentionSpec, weights: AttentionWeights, eps: float, rope: Rotary):
+        self._ops = ops
         self._spec = spec
         self._w = weights
         self._eps = eps
-        self._rope = rope_table(spec.rope, weights.device)
+        self._rope = rope
         first = spec.q_rank or spec.num_heads * spec.head_dim
         self._widths = [first, spec.num_kv_heads * spec.head_dim, spec.num_kv_heads * spec.v_head_dim]
         if spec.head_gate:
@@ -98,7 +88,7 @@ class _RotaryAttention:
 
     def _project(self, h: Tensor) -> list[Tensor]:
         """q (or its low-rank form), k, v, and the head gate's logits where there is one: [n, width] each."""
-        projected = linear(h, self._w.qkv)
+        projected = self._ops.linear(h, self._w.qkv)
         if self._w.qkv_bias is not None:
             projected[:, : self._w.qkv_bias.shape[0]] += self._w.qkv_bias
         return list(torch.split(projected, self._widths, dim=1))
@@ -113,22 +103,18 @@ class _RotaryAttention:
             q = self._normed_heads(q, self._w.q_head_norm)
             k = self._normed_heads(k, self._w.k_head_norm)
         k_cache, v_cache = cache.k[layer_idx], cache.v[layer_idx]
-        tables = batch.rope_tables(self._rope)
+        rotation = Rotation(*batch.rope_tables(self._rope), spec.rope.interleaved)
         batch = batch.of_layer(spec.window)
-        q = rope_write_kv(q, k, v, tables, spec.rope.interleaved, k_cache, v_cache, batch)
-        out = paged_attention(q, k_cache, v_cache, batch, spec.scale, spec.window)
+        q = self._ops.rope_write_kv(q, KvWrite(k, v, k_cache, v_cache, batch.slot_mapping), rotation)
+        out = self._ops.paged_attention(batch.attention(q, k_cache, v_cache, spec.scale, spec.window))
         if spec.head_gate:
             out = out * torch.sigmoid(parts[2])[:, :, None]
-        projected = linear(out.flatten(1), self._w.o)
+        projected = self._ops.linear(out.flatten(1), self._w.o)
         return projected if self._w.o_bias is None else projected + self._w.o_bias
 
     def fused(self, attn_norm: Tensor, ffn_norm: Tensor) -> FusedAttention | None:
-        """The whole layer as one native call, where weights, shape and processor are made for it."""
-        native, w, spec = kernels.native_kernels(), self._w, self._spec
-        if native is None or not isinstance(w.qkv, Packed) or not isinstance(w.o, Packed):
-            return None
-        if w.q_up is not None and not isinstance(w.q_up, Packed):
-            return None
+        """The whole layer in one call, where the ops can do that for its weights and shape."""
+        w, spec = self._w, self._spec
         weights = LayerWeights(
             attn_norm,
             ffn_norm,
@@ -154,11 +140,12 @@ class _RotaryAttention:
             scale=spec.scale,
             eps=self._eps,
         )
-        return FusedAttention(AttentionLayerCall(native, weights, shape), spec, self._rope)
+        call = self._ops.attention_layer(weights, shape)
+        return None if call is None else FusedAttention(call, spec, self._rope)
 
     def _normed_heads(self, heads: Tensor, weight: Tensor) -> Tensor:
         """RMSNorm of each head of [n, num_heads, head_dim]."""
-        return rms_norm(heads.reshape(-1, heads.shape[2]).contiguous(), weight, self._eps).view(heads.shape)
+        return self._ops.norm(heads.reshape(-1, heads.shape[2]).contiguous(), weight, self._eps).view(heads.shape)
 
 
 class GqaAttention(_RotaryAttention):
@@ -175,7 +162,7 @@ class MfaAttention(_RotaryAttention):
     def __call__(self, h: Tensor, batch: AttentionBatch, cache: KVCache, layer_idx: int) -> Tensor:
         assert self._w.q_norm is not None and self._w.q_up is not None, "MFA has a low-rank query"
         c, *parts = self._project(h)
-        q = linear(rms_norm(c.contiguous(), self._w.q_norm, self._eps), self._w.q_up)
+        q = self._ops.linear(self._ops.norm(c.contiguous(), self._w.q_norm, self._eps), self._w.q_up)
         return self._attend(q, parts, batch, cache, layer_idx)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -11,9 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from afd.model.device import to_device
-from afd.model.rope import RopeTable
-from afd.ops.cpu.layer import LayerBatch
+from afd.ops.device import to_device
+from afd.ops.ops import AttentionArgs, LayerBatch, LayerTables, Rotary
 
 _CPU = torch.device("cpu")
 
@@ -41,8 +40,8 @@ class AttentionBatch:
     host_query_start: npt.NDArray[np.int32]
     host_seq_lens: npt.NDArray[np.int32]
     windowed: AttentionBatch | None = None
-    _rope: dict[RopeTable, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
-    _native: dict[RopeTable, LayerBatch] = field(default_factory=dict, repr=False)
+    _rope: dict[Rotary, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    _for_calls: dict[Rotary, LayerBatch] = field(default_factory=dict, repr=False)
 
     @classmethod
     def build(
@@ -83,7 +82,7 @@ class AttentionBatch:
                 batch,
                 slot_mapping=to_device(_slots(table, rows, positions, block_size), device),
                 block_table=to_device(torch.from_numpy(table), device),
-                _native={},
+                _for_calls={},
             )
         return batch
 
@@ -104,7 +103,7 @@ class AttentionBatch:
                 slot_mapping=more_rows(batch.slot_mapping),
                 block_table=table,
                 windowed=windowed,
-                _native={},
+                _for_calls={},
             )
 
         roomy = replace(
@@ -144,18 +143,33 @@ class AttentionBatch:
     def num_seqs(self) -> int:
         return self.seq_lens.shape[0]
 
-    def rope_tables(self, rope: RopeTable) -> tuple[Tensor, Tensor]:
+    def rope_tables(self, rope: Rotary) -> tuple[Tensor, Tensor]:
         """(cos, sin) of this batch's positions, looked up once for all layers that share `rope`."""
         if rope not in self._rope:
             self._rope[rope] = rope.of(self.positions, self.max_seq_len)
         return self._rope[rope]
 
-    def native(self, rope: RopeTable) -> LayerBatch:
-        """This batch for `afd.ops.cpu.layer`, made once for all layers that share `rope` and blocks."""
-        if rope not in self._native:
+    def for_call(self, rope: Rotary, make: Callable[[LayerTables], LayerBatch]) -> LayerBatch:
+        """What `make` (`LayerCall.batch`) makes of this batch, once for all layers that share `rope` and blocks."""
+        if rope not in self._for_calls:
             tables = (self.slot_mapping, self.block_table, self.seq_lens, self.query_start)
-            self._native[rope] = LayerBatch(*self.rope_tables(rope), *tables)
-        return self._native[rope]
+            self._for_calls[rope] = make(LayerTables(*self.rope_tables(rope), *tables))
+        return self._for_calls[rope]
+
+    def attention(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, window: int) -> AttentionArgs:
+        """The attention of this batch's queries q [n, num_heads, head_dim] over one layer's cache."""
+        return AttentionArgs(
+            q,
+            k_cache,
+            v_cache,
+            self.block_table,
+            self.seq_lens,
+            self.query_start,
+            scale,
+            window,
+            self.host_seq_lens,
+            self.host_query_start,
+        )
 
 
 def _block_table(

@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 from math import isfinite
 from statistics import median
 
-from torch import Tensor
-
 SAMPLE_EVERY = 64
 """Batches between two measurements of output sizes: a measurement costs each active expert some microseconds."""
 
@@ -41,11 +39,6 @@ class ExpertLoad:
         """Count a batch; true when its outputs shall be measured."""
         self.num_batches += 1
         return self.num_batches % SAMPLE_EVERY == 1
-
-    def measure(self, expert: int, output: Tensor) -> None:
-        """output [rows, hidden] of a local expert."""
-        self.squares[expert] += float(output.float().square().mean(dim=1).sum())
-        self.num_sampled[expert] += output.shape[0]
 
     def add(self, counts: Sequence[int], squares: Sequence[float] | None) -> None:
         """A batch's rows of each expert and, if it was measured, the sums of their outputs' mean squares."""

@@ -9,12 +9,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from afd import ops as kernels
-from afd.model.device import to_device
 from afd.model.expert_load import ExpertLoad
-from afd.model.primitives import Weight, linear, silu_mul
-from afd.ops import Packed
-from afd.ops.cpu.layer import ExpertsCall, SwiGluCall
+from afd.ops.device import to_device
+from afd.ops.ops import Ops, Routing, SwiGlu
 
 
 @dataclass(slots=True)
@@ -41,28 +38,6 @@ class Ffn(Protocol):
     """One layer's FFN: float32 or activation-dtype partial rows [n, hidden]."""
 
     def __call__(self, dispatch: Dispatch) -> Tensor: ...
-
-
-class SwiGlu:
-    """down(silu(gate(h)) * up(h)) over a slice of the intermediate dimension, which may be empty.
-
-    gate_up [2 * slice, hidden], gate first; down [hidden, slice].  limit: of the clamped form, 0 = none.
-    """
-
-    def __init__(self, gate_up: Weight, down: Weight, limit: float = 0.0):
-        self.gate_up = gate_up
-        self.down = down
-        self.limit = limit
-        self.call: SwiGluCall | None = None  # where the kernels are native and the weights packed for them
-        native = kernels.native_kernels()
-        if native is not None and isinstance(gate_up, Packed) and isinstance(down, Packed):
-            self.call = SwiGluCall(native, gate_up, down, limit)
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        """rows [n, hidden] -> [n, hidden], in the same dtype."""
-        if self.call is not None:
-            return self.call(rows)
-        return linear(silu_mul(linear(rows, self.gate_up), self.limit), self.down)
 
 
 @dataclass(slots=True)
@@ -99,11 +74,10 @@ class MoeFfn:
     first_expert: global id of experts[0]. All experts have one shape.
     """
 
-    def __init__(self, experts: Sequence[SwiGlu], first_expert: int, shared: SharedExpert | None):
+    def __init__(self, ops: Ops, experts: Sequence[SwiGlu], first_expert: int, shared: SharedExpert | None):
         self._experts = experts
-        self._first_expert = first_expert
         self._shared = shared
-        self._call = _experts_call(experts, first_expert)
+        self._routed = ops.experts(experts, first_expert)
         self.load = ExpertLoad(first_expert, [0] * len(experts))
 
     def __call__(self, dispatch: Dispatch) -> Tensor:
@@ -115,44 +89,6 @@ class MoeFfn:
             return out
         if self._shared is not None:
             self._shared.add_to(out, dispatch)
-        if self._call is None:
-            self._add_routed(out, rows, dispatch.expert_ids, dispatch.expert_weights)
-        else:
-            measured = self.load.begin_batch()
-            routed = self._call.add_to(out, rows, dispatch.expert_ids, dispatch.expert_weights, measured)
-            self.load.add(*routed)
+        routing = Routing(dispatch.expert_ids, dispatch.expert_weights)
+        self.load.add(*self._routed.add_to(out, rows, routing, self.load.begin_batch()))
         return out
-
-    def _add_routed(self, out: Tensor, rows: Tensor, expert_ids: Tensor, expert_weights: Tensor) -> None:
-        """Sort the (token, expert) pairs by expert, then one GEMM pair per expert that has tokens, in id order."""
-        num_local = len(self._experts)
-        local = (expert_ids - self._first_expert).flatten().long()
-        pairs = ((local >= 0) & (local < num_local)).nonzero()[:, 0]
-        if pairs.shape[0] == 0:
-            return
-        order = pairs[torch.argsort(local[pairs], stable=True)]
-        counts = torch.bincount(local[order], minlength=num_local).tolist()
-        tokens = to_device(order // expert_ids.shape[1], rows.device)
-        weights = to_device(expert_weights.flatten()[order][:, None], rows.device)
-        measured = self.load.begin_batch()
-        stop = 0
-        for e, count in enumerate(counts):
-            if not count:
-                continue
-            start, stop = stop, stop + count
-            mine = tokens[start:stop]
-            answers = self._experts[e](rows[mine])
-            self.load.num_tokens[e] += count
-            if measured:
-                self.load.measure(e, answers)
-            out.index_add_(0, mine, answers.float() * weights[start:stop])
-
-
-def _experts_call(experts: Sequence[SwiGlu], first_expert: int) -> ExpertsCall | None:
-    """All experts in one native call, where their weights are packed for it."""
-    native = kernels.native_kernels()
-    gate_up = [e.gate_up for e in experts if isinstance(e.gate_up, Packed)]
-    down = [e.down for e in experts if isinstance(e.down, Packed)]
-    if native is None or not experts or len(gate_up) < len(experts) or len(down) < len(experts):
-        return None
-    return ExpertsCall(native, gate_up, down, first_expert, experts[0].limit)

@@ -17,16 +17,14 @@ from afd.model.attention_kinds import Attention, FusedAttention
 from afd.model.batch import AttentionBatch
 from afd.model.expert_load import ExpertLoad
 from afd.model.ffn import DenseFfn, Dispatch, Ffn, MoeFfn
-from afd.model.primitives import Weight, embedding, linear_into, linear_row_max, rms_norm, rows_of
 from afd.model.relay import AttentionRelay, FfnRelay
 from afd.model.router import Router
 from afd.model.spec import ModelSpec
-from afd.ops import Packed, PackedMatrix, RowMax, native_kernels
+from afd.ops.cpu.layer import SwiGluCall
+from afd.ops.cpu.ops import CpuOps
+from afd.ops.ops import Ops, RowMax, Weight
 
 __all__ = ["AttentionBatch", "AttentionHalf", "AttentionLayer", "Dispatch", "FFNHalf"]
-
-HEAD_PIECE_ROWS = 16384
-"""Vocabulary rows per head GEMM of torch's: bounds the activation-dtype temporary that precedes the float32 logits."""
 
 
 @dataclass(slots=True)
@@ -45,16 +43,17 @@ class AttentionHalf:
 
     def __init__(
         self,
+        ops: Ops,
         spec: ModelSpec,
-        embedding: Tensor | PackedMatrix,
+        embedding: Weight,
         layers: Sequence[AttentionLayer],
         final_norm: Tensor,
         head: Weight,
     ):
+        self.ops = ops
         self.spec = spec
-        table = embedding.data if isinstance(embedding, PackedMatrix) else embedding
-        self.dtype = table.dtype  # activations: inputs of GEMMs and rows that cross; the residual is float32
-        self.device = table.device
+        self.dtype = ops.dtype  # activations: inputs of GEMMs and rows that cross; the residual is float32
+        self.device = ops.device
         self._embedding = embedding
         self._layers = layers
         self._final_norm = final_norm
@@ -66,7 +65,7 @@ class AttentionHalf:
         The residual is float32 whatever the activation dtype: it is small beside weights and KV, and with it bfloat16
         logits come out 40 % closer to float32's (measured on SmolLM2).
         """
-        return embedding(token_ids, self._embedding)
+        return self.ops.embed(token_ids, self._embedding)
 
     def prepare(self, batch: AttentionBatch) -> None:
         """Make what the layers read of a batch, so that the first one finds it."""
@@ -116,7 +115,7 @@ class AttentionHalf:
 
     def relay(self, cache: KVCache) -> AttentionRelay | None:
         """For native code that makes the exchanges of this half's dense layers by itself; None without such kernels."""
-        native = native_kernels()
+        native = self.ops.kernels if isinstance(self.ops, CpuOps) else None
         if native is None or self.dtype is not torch.bfloat16:
             return None
         return AttentionRelay(native, [None if layer.router else layer.fused for layer in self._layers], cache)
@@ -127,22 +126,16 @@ class AttentionHalf:
 
     def head_slice(self, head_rows: Tensor, out: Tensor, start: int, stop: int) -> None:
         """Write logits start..stop of the vocabulary into out [m, vocab] float32; start is a multiple of 64."""
-        for at, end in self._head_pieces(start, stop):
-            linear_into(out[:, at:end], head_rows, rows_of(self._head, at, end))
+        self.ops.head_logits(head_rows, self._head, out, start, stop)
 
     def head_slice_max(self, head_rows: Tensor, best: RowMax, start: int, stop: int) -> None:
         """Go on in `best`, the largest logits before start and the entries they are of, with what `head_slice` would
         write.
         """
-        for at, end in self._head_pieces(start, stop):
-            linear_row_max(head_rows, self._head, best, at, end)
-
-    def _head_pieces(self, start: int, stop: int) -> list[tuple[int, int]]:
-        width = stop - start if isinstance(self._head, Packed) else HEAD_PIECE_ROWS
-        return [(at, min(at + width, stop)) for at in range(start, stop, width)]
+        self.ops.head_max(head_rows, self._head, best, start, stop)
 
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
-        return rms_norm(x, weight, self.spec.rms_eps, self.dtype)
+        return self.ops.norm(x, weight, self.spec.rms_eps, self.dtype)
 
     def logits(self, x_rows: Tensor) -> Tensor:
         """Residual rows after the last layer [m, hidden] -> logits [m, vocab] float32."""
@@ -155,9 +148,10 @@ class AttentionHalf:
 class FFNHalf:
     """One FFN rank's share of every layer."""
 
-    def __init__(self, spec: ModelSpec, layers: Sequence[Ffn], dtype: torch.dtype):
+    def __init__(self, ops: Ops, spec: ModelSpec, layers: Sequence[Ffn]):
+        self.ops = ops
         self.spec = spec
-        self.dtype = dtype
+        self.dtype = ops.dtype
         self._layers = layers
 
     def expert_loads(self) -> dict[int, ExpertLoad]:
@@ -166,10 +160,11 @@ class FFNHalf:
 
     def relay(self) -> FfnRelay | None:
         """The other side of `AttentionHalf.relay`."""
-        native = native_kernels()
+        native = self.ops.kernels if isinstance(self.ops, CpuOps) else None
         if native is None or self.dtype is not torch.bfloat16:
             return None
-        return FfnRelay(native, [ffn.swiglu.call if isinstance(ffn, DenseFfn) else None for ffn in self._layers])
+        swiglus = [ffn.swiglu if isinstance(ffn, DenseFfn) else None for ffn in self._layers]
+        return FfnRelay(native, [swiglu if isinstance(swiglu, SwiGluCall) else None for swiglu in swiglus])
 
     def layer(self, dispatch: Dispatch) -> Tensor:
         """Partial rows [n, hidden] in the activation dtype, routing weights applied; the ranks' sum is the FFN."""

@@ -13,12 +13,10 @@ import torch
 from torch import Tensor
 
 from afd.kv.cache import KVCache
-from afd.model.attention_core import paged_attention, write_cache
 from afd.model.batch import AttentionBatch
-from afd.model.primitives import linear, rms_norm
-from afd.model.rope import rope_table, rotate
 from afd.model.spec import AttentionSpec
-from afd.ops import PackedMatrix
+from afd.ops.ops import Ops, Rotary, Weight
+from afd.ops.rope import rotate
 
 LATENT_NORM_EPS = 1e-6
 """Of q_norm and kv_norm: fixed by the architecture, whatever rms_norm_eps says of the other norms."""
@@ -31,23 +29,24 @@ class LatentWeights:
     kv_down [kv_rank + rotary_dim, hidden]; kv_norm [kv_rank]; kv_up [heads * (nope_dim + v_head_dim), kv_rank].
     """
 
-    q_up: Tensor | PackedMatrix
-    kv_down: Tensor | PackedMatrix
+    q_up: Weight
+    kv_down: Weight
     kv_norm: Tensor
     kv_up: Tensor
-    o: Tensor | PackedMatrix
-    q_down: Tensor | PackedMatrix | None = None
+    o: Weight
+    q_down: Weight | None = None
     q_norm: Tensor | None = None
 
 
 class MlaAttention:
     """kv_up is kept as its two halves: key_up [heads, nope_dim, kv_rank], value_up [heads, kv_rank, v_head_dim]."""
 
-    def __init__(self, spec: AttentionSpec, weights: LatentWeights):
+    def __init__(self, ops: Ops, spec: AttentionSpec, weights: LatentWeights, rope: Rotary):
+        self._ops = ops
         self._spec = spec
         self._w = weights
         self._nope_dim = spec.head_dim - spec.rope.rotary_dim
-        self._rope = rope_table(spec.rope, weights.kv_up.device)
+        self._rope = rope
         per_head = weights.kv_up.view(spec.num_heads, self._nope_dim + spec.v_head_dim, spec.kv_rank)
         self._key_up = per_head[:, : self._nope_dim]
         self._value_up = per_head[:, self._nope_dim :].transpose(1, 2)
@@ -56,25 +55,27 @@ class MlaAttention:
         spec, rope = self._spec, self._spec.rope
         batch = batch.of_layer(spec.window)
         tables = batch.rope_tables(self._rope)
-        latent, k_rotary = torch.split(linear(h, self._w.kv_down), [spec.kv_rank, rope.rotary_dim], dim=1)
-        latent = rms_norm(latent.contiguous(), self._w.kv_norm, LATENT_NORM_EPS)
+        latent, k_rotary = torch.split(self._ops.linear(h, self._w.kv_down), [spec.kv_rank, rope.rotary_dim], dim=1)
+        latent = self._ops.norm(latent.contiguous(), self._w.kv_norm, LATENT_NORM_EPS)
         k_rotary = rotate(k_rotary[:, None], *tables, rope.interleaved)[:, 0]
         k_cache = cache.k[layer_idx]
-        write_cache(torch.cat((latent, k_rotary), dim=1)[:, None], k_cache, batch.slot_mapping)
+        self._ops.write_rows(torch.cat((latent, k_rotary), dim=1)[:, None], k_cache, batch.slot_mapping)
 
         q = self._query(h).view(-1, spec.num_heads, spec.head_dim)
         q_rotary = rotate(q[:, :, self._nope_dim :], *tables, rope.interleaved)
         q_latent = torch.bmm(q[:, :, : self._nope_dim].transpose(0, 1), self._key_up).transpose(0, 1)
         q = torch.cat((q_latent, q_rotary), dim=2)
-        attended = paged_attention(q, k_cache, k_cache[..., : spec.kv_rank], batch, spec.scale, spec.window)
+        attention = batch.attention(q, k_cache, k_cache[..., : spec.kv_rank], spec.scale, spec.window)
+        attended = self._ops.paged_attention(attention)
         out = torch.bmm(attended.transpose(0, 1), self._value_up).transpose(0, 1)
-        return linear(out.flatten(1), self._w.o)
+        return self._ops.linear(out.flatten(1), self._w.o)
 
     def fused(self, attn_norm: Tensor, ffn_norm: Tensor) -> None:
-        """There is no native form of it."""
+        """No `Ops` has such a layer in one call."""
 
     def _query(self, h: Tensor) -> Tensor:
         """[n, heads * head_dim]."""
         if self._w.q_down is None or self._w.q_norm is None:
-            return linear(h, self._w.q_up)
-        return linear(rms_norm(linear(h, self._w.q_down), self._w.q_norm, LATENT_NORM_EPS), self._w.q_up)
+            return self._ops.linear(h, self._w.q_up)
+        rank = self._ops.norm(self._ops.linear(h, self._w.q_down), self._w.q_norm, LATENT_NORM_EPS)
+        return self._ops.linear(rank, self._w.q_up)

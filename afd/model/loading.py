@@ -30,9 +30,8 @@ from afd.model.weights.safetensors import SafetensorsSource
 from afd.model.weights.source import Progress, TensorSource
 
 if TYPE_CHECKING:
-    import torch
-
     from afd.model.halves import AttentionHalf, FFNHalf
+    from afd.ops.ops import Ops
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 DUMMY_PREFIX = "dummy:"
@@ -86,36 +85,31 @@ def _resolve(name_or_path: str) -> ModelFolder:
 
 
 def load_attention_half(
-    folder: ModelFolder,
-    dtype: str | torch.dtype,
-    device: str = "cpu",
-    progress: Progress | None = None,
-    weights: str = "auto",
+    folder: ModelFolder, ops: Ops, progress: Progress | None = None, weights: str = "auto"
 ) -> AttentionHalf:
-    """Load embedding, attention, norms, routers and head; reads no FFN weight.  dtype: "float32" or "bfloat16".
+    """Load embedding, attention, norms, routers and head; reads no FFN weight.  ops: of `afd.ops.select.select`.
 
-    weights: "auto" and "int8" = in dtype, "int8-all" = projections (but MLA's) and head rounded to 8 bits.
+    weights: "auto" and "int8" = in the dtype of `ops`, "int8-all" = projections (but MLA's) and head rounded to 8 bits.
     """
     from afd.model.assembly import assemble_attention_half
 
-    return assemble_attention_half(folder.checkpoint, dtype, device, progress, weights)
+    return assemble_attention_half(folder.checkpoint, ops, progress, weights)
 
 
 def load_ffn_half(
     folder: ModelFolder,
     shard: ShardSpec,
-    dtype: str | torch.dtype,
-    device: str = "cpu",
+    ops: Ops,
     progress: Progress | None = None,
     weights: str = "auto",
 ) -> FFNHalf:
     """Load one FFN rank's shard; reads only the bytes of the shard where the format allows it.
 
-    weights: "auto" = in dtype, "int8" and "int8-all" = rounded to 8 bits as they are read (see `afd.model.int8`).
+    weights: "auto" = in the dtype of `ops`, "int8", "int8-all" = rounded to 8 bits as they are read (`afd.ops.int8`).
     """
     from afd.model.assembly import assemble_ffn_half
 
-    return assemble_ffn_half(folder.checkpoint, shard, dtype, device, progress, weights)
+    return assemble_ffn_half(folder.checkpoint, shard, ops, progress, weights)
 
 
 def _resolve_dummy(name: str) -> ModelFolder:

@@ -79,7 +79,7 @@ def reference_generate(
     cache = KVCache(spec, num_blocks, BLOCK_SIZE, attention.dtype, str(attention.device))
     blocks = range(num_blocks)
     output = ReferenceOutput([], [], [])
-    sampler = Sampler()
+    sampler = Sampler(attention.ops)
     pending, start = list(prompt_ids), 0
     while True:
         step = pending[:chunk]

@@ -15,7 +15,7 @@ from afd.kv.cache import KVCache
 from afd.model.attention_kinds import FusedAttention
 from afd.model.batch import AttentionBatch
 from afd.ops.cpu.binding import NativeKernels
-from afd.ops.cpu.layer import LayerBatch, SwiGluCall
+from afd.ops.cpu.layer import AttentionLayerCall, LayerBatch, SwiGluCall
 from stepmesh.lane import Lane
 
 PATIENCE_S = 5e-3
@@ -69,6 +69,7 @@ class AttentionRelay:
         ]
 
     def _layer(self, layer: FusedAttention, cache: KVCache, idx: int) -> RelayLayer:
+        assert isinstance(layer.call, AttentionLayerCall)
         return RelayLayer(layer.call, cache.k[idx], cache.v[idx], self._kind(layer))
 
     def _kind(self, layer: FusedAttention) -> int:

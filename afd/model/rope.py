@@ -1,18 +1,14 @@
-"""Rotary position embedding: tables of angles, rotation per layer."""
+"""Rotary position embedding: the frequencies of a spec, and angles that layers share."""
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
 from torch import Tensor
 
 from afd.model.spec import RopeScaling, RopeSpec
-
-FIRST_POSITIONS = 2048
-MOST_POSITIONS = 1 << 16
-"""Of a table: 32 MiB with 128 rotary dimensions."""
+from afd.ops.ops import Ops, Rotary
 
 
 def inverse_frequencies(spec: RopeSpec) -> Tensor:
@@ -55,56 +51,16 @@ def _yarn(frequencies: Tensor, spec: RopeSpec, scaling: RopeScaling) -> Tensor:
     return stretched * frequencies / scaling.factor + (1 - stretched) * frequencies
 
 
-def cos_sin(inv_freq: Tensor, positions: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Two [num_tokens, rotary_dim / 2] float32 tables for integer `positions` [num_tokens], times `factor`."""
-    angles = positions.float()[:, None] * inv_freq
-    return angles.cos() * factor, angles.sin() * factor
+class Rotaries:
+    """The angles of one half's layers: layers that rotate alike share one."""
 
+    def __init__(self, ops: Ops):
+        self._ops = ops
+        self._of: dict[RopeSpec, Rotary] = {}
 
-class RopeTable:
-    """cos and sin of positions 0, 1, ...: on the CPU looked up, as many as were asked for so far. One thread at a time.
-
-    Positions from MOST_POSITIONS on, and those on a GPU, are computed: there a table that grows would have to wait for
-    every stream that reads the old one.
-    """
-
-    def __init__(self, spec: RopeSpec, device: torch.device):
-        self._inv_freq = inverse_frequencies(spec).to(device)
-        self._factor = spec.scaling.attention_factor if spec.scaling is not None else 1.0
-        self.half = self._inv_freq.shape[0]
-        self._tables = (torch.empty(0, self.half), torch.empty(0, self.half))
-
-    def of(self, positions: Tensor, end: int) -> tuple[Tensor, Tensor]:
-        """Two [num_tokens, rotary_dim / 2] float32 for `positions` [num_tokens] int64, all below `end`."""
-        if not positions.is_cpu or end > MOST_POSITIONS:
-            return cos_sin(self._inv_freq, positions, self._factor)
-        if end > self._tables[0].shape[0]:
-            self._grow(max(FIRST_POSITIONS, 1 << (end - 1).bit_length()))
-        cos, sin = self._tables
-        return cos.index_select(0, positions), sin.index_select(0, positions)
-
-    def _grow(self, num_positions: int) -> None:
-        cos, sin = self._tables
-        more_cos, more_sin = cos_sin(self._inv_freq, torch.arange(cos.shape[0], num_positions), self._factor)
-        self._tables = torch.cat((cos, more_cos)), torch.cat((sin, more_sin))
-
-
-@functools.cache
-def rope_table(spec: RopeSpec, device: torch.device) -> RopeTable:
-    """The process's table for all layers that rotate alike."""
-    return RopeTable(spec, device)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """Rotate the first rotary_dim dimensions of x [num_tokens, num_heads, head_dim]; float32 inside."""
-    half = cos.shape[-1]
-    cos, sin = cos[:, None], sin[:, None]
-    rotary, rest = x[..., : 2 * half].float(), x[..., 2 * half :]
-    if interleaved:
-        first, second = rotary[..., 0::2], rotary[..., 1::2]
-    else:
-        first, second = rotary[..., :half], rotary[..., half:]
-    rotated = (first * cos - second * sin, second * cos + first * sin)
-    out = torch.stack(rotated, dim=-1).flatten(-2) if interleaved else torch.cat(rotated, dim=-1)
-    out = out.to(x.dtype)
-    return torch.cat((out, rest), dim=-1) if rest.shape[-1] else out
+    def of(self, spec: RopeSpec) -> Rotary:
+        """The same object for equal specs."""
+        if spec not in self._of:
+            factor = spec.scaling.attention_factor if spec.scaling is not None else 1.0
+            self._of[spec] = self._ops.rotary(inverse_frequencies(spec), factor)
+        return self._of[spec]

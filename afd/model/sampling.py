@@ -1,6 +1,6 @@
 """The sampler of an attention worker: the next token of every row of a batch.
 
-The rule, docs/sampling.md, is carried out by `afd.ops.sample`: a token is a pure function of (seed, choice, output
+The rule, docs/sampling.md, is carried out by `Ops.sample`: a token is a pure function of (seed, choice, output
 position, logits, parameters), whatever rows are beside it, and on whatever processor.
 """
 
@@ -10,11 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from afd import ops as kernels
-from afd.ops import RowLogprobs, RowMax, SampleRow
+from afd.ops.ops import Ops, RowMax
+from afd.ops.sample_rows import RowLogprobs, SampleRow
 from afd.types import SamplingParams
 
 History = tuple[Sequence[int], Sequence[int]]
@@ -45,6 +44,9 @@ def takes_largest(params: SamplingParams, position: int) -> bool:
 class Sampler:
     """Stateless; one instance per worker."""
 
+    def __init__(self, ops: Ops):
+        self._ops = ops
+
     def largest(self, best: RowMax) -> SampledBatch:
         """The tokens of rows that all take their largest logit."""
         ids, valid = best.idx.numpy(), np.isfinite(best.largest.numpy())
@@ -63,13 +65,12 @@ class Sampler:
 
         histories: needed where any row has `needs_history`; may be None otherwise.
         """
-        logits = logits.detach().cpu()
         if histories is None:
             assert not any(p.needs_history for p in params), "penalties need the request's tokens"
             rows = [SampleRow(p, position) for p, position in zip(params, positions, strict=True)]
         else:
             rows = [SampleRow(p, at, *ids) for p, at, ids in zip(params, positions, histories, strict=True)]
-        ids, logprobs = kernels.sample(logits, rows, torch.get_num_threads())
+        ids, logprobs = self._ops.sample(logits, rows)
         gaps = [_top2_gap(row) for row in logits] if with_gaps else None
         return SampledBatch(ids, logprobs, tuple(i for i, token in enumerate(ids) if token < 0), gaps)
 

@@ -7,9 +7,10 @@ threads.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
-from afd import ops as kernels
 from afd.config import parse_cores
 from afd.host.cores import cores_of_this_thread, pin_this_thread, thread_cores
 
@@ -37,18 +38,19 @@ class ThreadShare:
         """See the function of that name."""
         return alone_ratio(*self._counts)
 
-    def start(self, own_cores: str = "") -> None:
+    def start(self, own_cores: str = "", start_threads: Callable[[int], None] | None = None) -> None:
         """Start the threads and give each its place: the caller, a worker's main thread, stays on a core of its own.
 
         own_cores: the worker's, as `afd.config.parse_cores` reads them.
+        start_threads: `Ops.start_threads`; None = torch alone computes here.
         """
         shared, alone = self._counts
         main, near, far = thread_cores(parse_cores(own_cores), cores_of_this_thread())
         if alone > 1:
-            pin_this_thread(near)
-            kernels.start_threads(shared)
-            pin_this_thread(far)
-            kernels.start_threads(alone)
+            for cores, count in ((near, shared), (far, alone)):
+                pin_this_thread(cores)
+                if start_threads is not None:
+                    start_threads(count)
             pin_this_thread((near | far) - main or main)
             torch.set_num_threads(alone)
             torch.zeros(alone * _TORCH_GRAIN).add_(1.0)  # torch starts its own with its first large operation

@@ -29,7 +29,7 @@ from pathlib import Path
 
 from afd.load.report import describe_machine
 from afd.model.loading import DEFAULT_MODEL
-from afd.ops import select_kernels
+from afd.ops.select import select
 from bench.compare.contestant import Contestant, idle_shares
 from bench.compare.model_files import gguf_file, huggingface_folder
 from bench.compare.ours import Ours
@@ -132,7 +132,7 @@ def main() -> None:
             for batch in args.sequences
         ]
         versions = {peer.name: peer.version for peer in peers}
-    machine = f"{describe_machine()}, kernels {select_kernels().name}"
+    machine = f"{describe_machine()}, kernels {select('cpu', args.dtype).name}"
     print(
         f"\n{DEFAULT_MODEL} {args.dtype}, {args.input_len} in, {args.output_len} out, {args.rounds} rounds, "
         f"{args.drawing}\n{machine}"

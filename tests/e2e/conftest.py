@@ -13,6 +13,7 @@ from afd.model.batch import AttentionBatch
 from afd.model.loading import load_attention_half, load_ffn_half, resolve_model
 from afd.model.reference import BLOCK_SIZE, ReferenceOutput, compare, forward
 from afd.model.sharding import ShardSpec
+from afd.ops.select import select
 from afd.types import FfnParallel
 
 STEP3_TINY = str(Path(__file__).parent.parent / "fixtures" / "step3-tiny")
@@ -31,7 +32,9 @@ class Reference:
     def halves(self, model: str):
         folder = resolve_model(model)
         whole = ShardSpec(0, 1, FfnParallel.HYBRID)
-        return load_attention_half(folder, "float32"), load_ffn_half(folder, whole, "float32")
+        return load_attention_half(folder, select("cpu", "float32")), load_ffn_half(
+            folder, whole, select("cpu", "float32")
+        )
 
     @cache  # noqa: B019 - one instance a session
     def along(self, model: str, prompt: tuple[int, ...], output: tuple[int, ...]) -> ReferenceOutput:

@@ -32,6 +32,7 @@ from afd.model.graphs import DecodeGraphs
 from afd.model.loading import load_attention_half, load_ffn_half
 from afd.model.row_selection import RowSelection
 from afd.model.sharding import ShardSpec
+from afd.ops.select import select
 from afd.sched.scheduler import Scheduler, SchedulerConfig
 from afd.sched.sequence import Sequence
 from afd.types import DispatchMode, FfnParallel, SamplingParams
@@ -121,7 +122,7 @@ class Pod:
         )
         context = self.new_context()
         with context(), torch.inference_mode():
-            half = load_attention_half(self.folder, self.dtype, self.device)
+            half = load_attention_half(self.folder, select(self.device, self.dtype))
             cache = KVCache(self.folder.spec, NUM_BLOCKS, BLOCK_SIZE, half.dtype, self.device, spare_block=self.graphs)
             if self.device == "cpu":
                 path = PythonPath(half, cache, exchange)
@@ -141,7 +142,11 @@ class Pod:
         mesh, gangs = self.ffn_meshes[rank], GangTable(rank, self.num_ffn, straggler_s=PATIENCE_S)
         context = self.new_context()
         with context(), torch.inference_mode():
-            half = load_ffn_half(self.folder, ShardSpec(rank, self.num_ffn, self.parallel), self.dtype, self.device)
+            half = load_ffn_half(
+                self.folder,
+                ShardSpec(rank, self.num_ffn, self.parallel),
+                select(self.device, self.dtype),
+            )
             if self.device == "cpu":
                 path = ffn_python_path.PythonPath(half, mesh, self.layout)
                 if Role.FFN in self.relays:

@@ -7,7 +7,7 @@ import warnings
 import pytest
 
 from afd.errors import ConfigError
-from afd.model.device import check_device
+from afd.ops.select import check_device
 
 
 def skip_without_gpu() -> None:

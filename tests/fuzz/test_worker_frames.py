@@ -21,6 +21,7 @@ from afd.kv.block_pool import BlockPool
 from afd.messages.codec import encode
 from afd.messages.serving import Lease, Refused, Resend, Submit, TokenLogprobs, Tokens, worker_message_decoder
 from afd.model.sampling import Sampler
+from afd.ops.select import select
 from afd.sched.latency import LatencyModel
 from afd.sched.policy import Admission
 from afd.sched.scheduler import Scheduler, SchedulerConfig
@@ -69,7 +70,7 @@ class Worker:
         self.now = 100.0
         self.in_flight: dict[int, MicroBatch] = {}
         self.num_tokens = 0
-        self._sampler = Sampler()
+        self._sampler = Sampler(select("cpu", "float32"))
         self._torch = torch.Generator().manual_seed(0)
 
     def turn(self, *, steps: bool = True) -> None:

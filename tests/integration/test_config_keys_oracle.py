@@ -23,6 +23,7 @@ from afd.model.batch import AttentionBatch
 from afd.model.loading import load_attention_half, load_ffn_half, resolve_model
 from afd.model.reference import forward
 from afd.model.sharding import ShardSpec
+from afd.ops.select import select
 from tests.oracles.families import MODELS, STEP3P5_CONFIG, VOCAB, randomise, save_step3p5
 
 FAMILIES = ("llama", "qwen2", "qwen3", "qwen3-moe", "deepseek-v3", "ernie-4.5-moe", "step3p5")
@@ -150,7 +151,10 @@ class Oracle:
     def served(self) -> torch.Tensor:
         """What AFD computes of the folder."""
         found = resolve_model(str(self._folder))
-        attention, ffn = load_attention_half(found, "float32"), load_ffn_half(found, ShardSpec(), "float32")
+        attention, ffn = (
+            load_attention_half(found, select("cpu", "float32")),
+            load_ffn_half(found, ShardSpec(), select("cpu", "float32")),
+        )
         batch = AttentionBatch.build([(0, PROMPT_TOKENS, BLOCKS)], 8)
         cache = KVCache(attention.spec, 8, 8, torch.float32)
         return attention.logits(forward(attention, [ffn], self.ids, batch, cache))

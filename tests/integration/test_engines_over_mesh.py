@@ -11,6 +11,7 @@ import torch
 from afd.model.loading import load_attention_half, load_ffn_half, resolve_model
 from afd.model.reference import compare, reference_generate
 from afd.model.sharding import ShardSpec
+from afd.ops.select import select
 from afd.types import DispatchMode, FfnParallel
 from stepmesh.types import DispatchMeta, DispatchParts, PeerDown
 from tests.fakes.engine_pod import Pod, requests
@@ -37,8 +38,8 @@ def make_pod(folder):
 
 @pytest.fixture(scope="module")
 def check(folder):
-    attention = load_attention_half(folder, "float32")
-    ffn = load_ffn_half(folder, ShardSpec(0, 1, FfnParallel.HYBRID), "float32")
+    attention = load_attention_half(folder, select("cpu", "float32"))
+    ffn = load_ffn_half(folder, ShardSpec(0, 1, FfnParallel.HYBRID), select("cpu", "float32"))
 
     def verdict(seq, ids):
         return compare(reference_generate(attention, [ffn], seq.prompt_ids(), seq.sampling), ids).ok

@@ -14,6 +14,7 @@ from afd.model.halves import AttentionHalf, FFNHalf
 from afd.model.loading import load_attention_half, load_ffn_half, resolve_model
 from afd.model.reference import forward, reference_generate
 from afd.model.sharding import ShardSpec
+from afd.ops.select import select
 from afd.types import FfnParallel, SamplingParams
 from tests.oracles.families import MODELS, VOCAB, Logits, save_model
 
@@ -43,12 +44,15 @@ def _relative_l2(got: torch.Tensor, want: torch.Tensor) -> float:
 def test_logits_equal_the_oracle(model: tuple[Path, Logits]) -> None:
     folder, oracle = model
     found = resolve_model(str(folder))
-    attention, ffn = load_attention_half(found, "float32"), load_ffn_half(found, ShardSpec(), "float32")
+    attention, ffn = (
+        load_attention_half(found, select("cpu", "float32")),
+        load_ffn_half(found, ShardSpec(), select("cpu", "float32")),
+    )
     ids = torch.randint(VOCAB, (PROMPT_TOKENS,), generator=torch.Generator().manual_seed(5))
     want = oracle(ids[None])[0]
     assert _relative_l2(_logits(attention, [ffn], ids), want) < 1e-5
     for parallel in FfnParallel:
-        ffns = [load_ffn_half(found, ShardSpec(rank, 3, parallel), "float32") for rank in range(3)]
+        ffns = [load_ffn_half(found, ShardSpec(rank, 3, parallel), select("cpu", "float32")) for rank in range(3)]
         assert _relative_l2(_logits(attention, ffns, ids), want) < 1e-5, parallel
 
 
@@ -57,7 +61,10 @@ def test_greedy_tokens_equal_the_oracle(model: tuple[Path, Logits]) -> None:
     """Through prefill in chunks and one-token decode, across a sliding window and several blocks."""
     folder, oracle = model
     found = resolve_model(str(folder))
-    attention, ffn = load_attention_half(found, "float32"), load_ffn_half(found, ShardSpec(), "float32")
+    attention, ffn = (
+        load_attention_half(found, select("cpu", "float32")),
+        load_ffn_half(found, ShardSpec(), select("cpu", "float32")),
+    )
     ids = torch.randint(VOCAB, (19,), generator=torch.Generator().manual_seed(6)).tolist()
     params = SamplingParams(max_tokens=NUM_GREEDY, seed=0, temperature=0.0)
     got = reference_generate(attention, [ffn], ids, params, chunk=7)

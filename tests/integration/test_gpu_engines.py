@@ -16,6 +16,7 @@ from afd.model.expert_load import ExpertLoad
 from afd.model.loading import load_attention_half, load_ffn_half, resolve_model
 from afd.model.reference import compare, reference_generate
 from afd.model.sharding import ShardSpec
+from afd.ops.select import select
 from afd.types import DispatchMode, FfnParallel
 from stepmesh.types import WireDtype
 from tests.fakes import cuda
@@ -59,8 +60,8 @@ def make_pod(gpu_context):
 
 
 def reference_of(folder):
-    attention = load_attention_half(folder, "float32")
-    ffn = load_ffn_half(folder, ShardSpec(0, 1, FfnParallel.HYBRID), "float32")
+    attention = load_attention_half(folder, select("cpu", "float32"))
+    ffn = load_ffn_half(folder, ShardSpec(0, 1, FfnParallel.HYBRID), select("cpu", "float32"))
     return lambda seq, ids: compare(reference_generate(attention, [ffn], seq.prompt_ids(), seq.sampling), ids)
 
 

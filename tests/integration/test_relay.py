@@ -7,7 +7,6 @@ from collections import Counter
 
 import pytest
 
-from afd import ops as kernels
 from afd.kernels.relay import Outcome
 from afd.model import presets
 from afd.model import relay as model_relay
@@ -19,11 +18,12 @@ from stepmesh.types import (
     WireDtype,
 )
 from tests.fakes.engine_pod import Pod, requests
+from tests.fakes.native_ops import native_ops
 
 pytestmark = [
     pytest.mark.usefixtures("patient_relays"),
     pytest.mark.skipif(
-        native is None or kernels.native_kernels() is None,
+        native is None or native_ops() is None,
         reason="native code was not built: setup.py build_ext --inplace",
     ),
 ]

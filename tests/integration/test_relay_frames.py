@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from afd import ops as kernels
 from afd.kernels.relay import Outcome
 from afd.kv.cache import KVCache
 from afd.model import relay as model_relay
 from afd.model.halves import AttentionBatch, Dispatch
 from afd.model.loading import load_attention_half, load_ffn_half, resolve_model
 from afd.model.sharding import ShardSpec
+from afd.ops.select import select
 from afd.types import FfnParallel
 from stepmesh.lane import BEFORE_FIRST, Trips
 from stepmesh.layout import PayloadLayout
@@ -34,11 +34,12 @@ from stepmesh.types import (
 )
 from stepmesh.wire import HEADER, write_trailer
 from tests.contract.world import World, attention, ffn
+from tests.fakes.native_ops import native_ops
 
 pytestmark = [
     pytest.mark.usefixtures("patient_relays"),
     pytest.mark.skipif(
-        native is None or kernels.native_kernels() is None,
+        native is None or native_ops() is None,
         reason="native code was not built: setup.py build_ext --inplace",
     ),
 ]
@@ -59,7 +60,9 @@ def world(request):
 
 @pytest.fixture(scope="module")
 def ffn_half():
-    return load_ffn_half(resolve_model("dummy:llama-tiny"), ShardSpec(0, 1, FfnParallel.HYBRID), "bfloat16")
+    return load_ffn_half(
+        resolve_model("dummy:llama-tiny"), ShardSpec(0, 1, FfnParallel.HYBRID), select("cpu", "bfloat16")
+    )
 
 
 def rows_of(seed, num_tokens=3):
@@ -352,7 +355,7 @@ def test_a_step_begins_on_a_lane_only_while_all_is_settled(world):
 def test_the_attention_sides_first_layer_is_sent_and_not_waited_for(world):
     """With the row of the embedding alone, behind no answer; from there on the mesh, or the relay, goes on."""
     folder = resolve_model("dummy:llama-tiny")
-    half = load_attention_half(folder, "bfloat16")
+    half = load_attention_half(folder, select("cpu", "bfloat16"))
     cache = KVCache(half.spec, 4, 16, half.dtype)
     batch = AttentionBatch.build([(0, 3, [0])], 16, half.device)
     half.prepare(batch)

@@ -1,1 +1,1 @@
-"""The native operations of the CPU: a C++ library (`src/`) and how Python calls it."""
+"""The native operations of the CPU: a C++ library (`src/`: AVX-512, AVX2 or portable code) and how Python calls it."""

@@ -5,30 +5,20 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Sequence
-from ctypes import c_float, c_int32, c_int64, c_void_p
+from ctypes import c_int32, c_void_p
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from afd.ops.cpu import sampling as native_sampling
+from afd.ops.cpu import abi, sampling
+from afd.ops.cpu.abi import CONSTANTS, ISAS, OUT_OF_MEMORY, POST_FAILED, AfdMatrix
 from afd.ops.cpu.packed import PAIRS, QUADS, Packed, PackedInt8, PackedMatrix
-from afd.ops.ops import RowMax
+from afd.ops.ops import AttentionArgs, KvWrite, Rotation, RowMax
 from afd.ops.sample_rows import SampledRows, SampleRow
 
-_ABI_VERSION = 9
-_POST_FAILED = 1000  # + errno
-ISAS = ("portable", "avx2", "avx512")
-"""Instruction sets, slowest first; the position is the number the library knows them by."""
-
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
-
-
-class Matrix(ctypes.Structure):
-    """AfdMatrix of src/api.h. It does not keep the matrix alive."""
-
-    _fields_ = (("data", c_void_p), ("scales", c_void_p))
+DTYPE_CODES = {torch.float32: CONSTANTS["kFloat32"], torch.bfloat16: CONSTANTS["kBfloat16"]}
+_BUILD = "`python setup.py build_ext --inplace`"
 
 
 class KernelsUnavailableError(RuntimeError):
@@ -36,35 +26,29 @@ class KernelsUnavailableError(RuntimeError):
 
 
 class NativeKernels:
-    """Implements `base.Kernels` for one instruction set. Stateless but for the library's worker threads."""
+    """The library's kernels for one instruction set. Stateless but for the library's worker threads.
+
+    Arguments are trusted: they were checked (`checks`), or lead outside of memory.
+    """
 
     def __init__(self, library: ctypes.CDLL, isa: str) -> None:
         self.name = isa
         self.library = library
         self.isa = ISAS.index(isa)
+        self.vectorised = isa != "portable"  # packed matrices pay, and whole layers in one call
         self.int8_order = QUADS if isa == "avx512" else PAIRS
 
-    def matrix(self, packed: Packed | None) -> Matrix:
+    def matrix(self, packed: Packed | None) -> AfdMatrix:
         """Null pointers for None. ValueError for one that was packed for another instruction set."""
         if packed is None:
-            return Matrix(None, None)
+            return AfdMatrix(None, None)
         if isinstance(packed, PackedInt8) and packed.order != self.int8_order:
             raise ValueError(f"{self.name} multiplies int8 weights as {self.int8_order}, not as {packed.order}")
-        return Matrix(packed.data.data_ptr(), packed.scales.data_ptr() if isinstance(packed, PackedInt8) else None)
+        return AfdMatrix(packed.data.data_ptr(), packed.scales.data_ptr() if isinstance(packed, PackedInt8) else None)
 
-    def paged_attention(
-        self,
-        q: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        block_table: Tensor,
-        seq_lens: Tensor,
-        query_start: Tensor,
-        scale: float,
-        window: int,
-        out: Tensor,
-        num_threads: int,
-    ) -> None:
+    def paged_attention(self, args: AttentionArgs, out: Tensor, num_threads: int) -> None:
+        """out [num_tokens, num_heads, v_head_dim], whose tokens may be apart. Rows of padding are not written."""
+        q, k_cache, v_cache, block_table, seq_lens, query_start, scale, window, *_ = args
         num_blocks, num_kv_heads, block_size, head_dim = k_cache.shape
         detail = (c_int32 * 2)()
         status = self.library.afd_paged_attention(
@@ -96,42 +80,10 @@ class NativeKernels:
         if status:
             raise error_of(status, detail[0], detail[1])
 
-    def write_kv(self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
-        num_blocks, num_kv_heads, block_size, head_dim = k_cache.shape
-        detail = (c_int32 * 2)()
-        status = self.library.afd_write_kv(
-            self.isa,
-            DTYPE_CODES[k.dtype],
-            k.data_ptr(),
-            v.data_ptr(),
-            k_cache.data_ptr(),
-            v_cache.data_ptr(),
-            slot_mapping.data_ptr(),
-            k.stride(0),
-            v.stride(0),
-            k.shape[0],
-            num_kv_heads,
-            head_dim,
-            v_cache.shape[3],
-            num_blocks,
-            block_size,
-            detail,
-        )
-        if status:
-            raise error_of(status, detail[0], detail[1])
-
-    def rope_write_kv(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        interleaved: bool,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        slot_mapping: Tensor,
-    ) -> None:
+    def rope_write_kv(self, q: Tensor, write: KvWrite, rotation: Rotation) -> None:
+        """Rotate q in place, and store the rotated k, and v; k itself stays as it is. A negative slot skips."""
+        k, v, k_cache, v_cache, slot_mapping = write
+        cos, sin, interleaved = rotation
         num_blocks, num_kv_heads, block_size, head_dim = k_cache.shape
         detail = (c_int32 * 2)()
         status = self.library.afd_rope_write_kv(
@@ -199,7 +151,7 @@ class NativeKernels:
         self.library.afd_row_max(self.isa, num_threads, x.data_ptr(), x.stride(0), rows, width, largest, idx)
 
     def sample(self, logits: Tensor, rows: Sequence[SampleRow], num_threads: int) -> SampledRows:
-        return native_sampling.sample(self.library, self.isa, logits, rows, num_threads)
+        return sampling.sample(self.library, self.isa, logits, rows, num_threads)
 
     def pack(self, w: Tensor, *, unpack: bool = False) -> None:
         """Reorder w [n, k] in its place."""
@@ -269,25 +221,22 @@ class NativeKernels:
 
 
 def load_library(path: Path | None = None) -> ctypes.CDLL:
-    """The shared library built beside this file. Raises KernelsUnavailableError with what to do."""
+    """The shared library built beside this file, its interface checked. KernelsUnavailableError says what to do."""
     path = path or Path(__file__).with_name("_native.so")
     if not path.exists():
-        raise KernelsUnavailableError(
-            f"{path} was not built (no C++ compiler at install time?): `python setup.py build_ext --inplace` builds it"
-        )
+        raise KernelsUnavailableError(f"{path} was not built (no C++ compiler at install time?): {_BUILD} builds it")
     try:
         library = ctypes.CDLL(str(path))
-        version = library.afd_abi_version()
+        told = abi.told_by(library)
     except (OSError, AttributeError) as error:
-        raise KernelsUnavailableError(f"{path} cannot be loaded: {error}") from error
-    if version != _ABI_VERSION:
+        raise KernelsUnavailableError(f"{path} cannot be loaded: {error}; {_BUILD} builds it again") from error
+    try:
+        abi.check(told)
+    except abi.AbiMismatchError as error:
         raise KernelsUnavailableError(
-            f"{path} has interface {version}, this code wants {_ABI_VERSION}: build it again "
-            "(`python setup.py build_ext --inplace`)"
-        )
-    _declare(library)
-    if fault := native_sampling.layout_fault(library):
-        raise KernelsUnavailableError(f"{path}: {fault}: build it again (`python setup.py build_ext --inplace`)")
+            f"{path} was built from other sources ({error}): build it again ({_BUILD})"
+        ) from error
+    abi.declare(library)
     return library
 
 
@@ -296,49 +245,18 @@ def available_isas(library: ctypes.CDLL) -> list[str]:
     return [name for number, name in enumerate(ISAS) if library.afd_isa_available(number)]
 
 
-def _declare(library: ctypes.CDLL) -> None:
-    pointer, i32, i64, f32 = c_void_p, c_int32, c_int64, c_float
-    signatures: dict[str, tuple[Any, list[Any]]] = {
-        "afd_isa_available": (i32, [i32]),
-        "afd_paged_attention": (i32, [i32] * 3 + [pointer] * 7 + [i64] * 3 + [i32] * 9 + [f32, pointer]),
-        "afd_write_kv": (i32, [i32] * 2 + [pointer] * 5 + [i64] * 2 + [i32] * 6 + [pointer]),
-        "afd_rope_write_kv": (i32, [i32] * 2 + [pointer] * 8 + [i64] * 3 + [i32] * 9 + [pointer]),
-        "afd_add_rms_norm": (i32, [i32] * 4 + [pointer] * 2 + [i32] + [pointer] * 2 + [i32] * 2 + [f32]),
-        "afd_silu_mul": (i32, [i32] * 2 + [pointer] * 2 + [i64] * 2 + [i32] * 2 + [f32]),
-        "afd_row_max": (None, [i32] * 2 + [pointer, i64] + [i32] * 2 + [pointer] * 2),
-        "afd_sample_row_layout": (i32, [pointer, i32]),
-        "afd_sample": (i32, [i32] * 2 + [pointer, i64, i32, pointer, i32] + [pointer] * 2),
-        "afd_unpack_rows": (None, [i32, pointer, i32, i32, pointer, i32, pointer]),
-        "afd_pack": (None, [pointer] + [i32] * 3),
-        "afd_gemm": (i32, [i32] * 2 + [pointer] * 3 + [i32] + [i64] * 2 + [i32] * 3),
-        "afd_gemm_row_max": (i32, [i32] * 2 + [pointer] * 4 + [i64] + [i32] * 4),
-        "afd_swiglu": (i32, [i32] * 2 + [pointer] * 2 + [i64, i32, pointer]),
-        "afd_experts": (i32, [i32] * 2 + [pointer] * 4 + [i32] * 2 + [pointer] * 3),
-        "afd_attention_layer": (i32, [i32] * 2 + [pointer] * 4 + [i32] * 2 + [pointer] * 2 + [i32] * 2 + [pointer] * 2),
-        "afd_relay_attention": (i32, [i32] * 2 + [pointer] * 4),
-        "afd_relay_ffn": (i32, [i32] * 2 + [pointer] * 4),
-        "afd_read_memory": (f32, [i32] * 2 + [pointer, i64]),
-        "afd_start_workers": (None, [i32]),
-        "afd_stop_workers": (None, []),
-        "afd_num_workers": (i32, []),
-    }
-    for name, (result, arguments) in signatures.items():
-        function = getattr(library, name)
-        function.restype = result
-        function.argtypes = arguments
-
-
 def error_of(status: int, where: int, value: int) -> Exception:
     """What a status other than 0 says, with the call's error_detail."""
-    if status == 20:
+    if status == OUT_OF_MEMORY:
         return MemoryError("no memory for the scratch of a native kernel")
-    if status >= _POST_FAILED:
-        return OSError(status - _POST_FAILED, os.strerror(status - _POST_FAILED), "a lane's bell")
+    if status >= POST_FAILED:
+        return OSError(status - POST_FAILED, os.strerror(status - POST_FAILED), "a lane's bell")
     reasons = {
-        1: f"query_start must begin at 0, not fall, and end within q: sequence {where} has {value}",
-        2: f"sequence {where} has seq_len {value}, less than its number of query tokens",
-        3: f"sequence {where} has seq_len {value}: its row of block_table is too short for it",
-        4: f"sequence {where} needs block {value}, which is not in the cache",
-        10: f"slot_mapping[{where}] is behind the last slot of the cache",
+        "BatchError::kQueryStart": f"query_start must begin at 0, not fall, end within q: sequence {where} has {value}",
+        "BatchError::kSeqLen": f"sequence {where} has seq_len {value}, less than its number of query tokens",
+        "BatchError::kTableTooShort": f"sequence {where} has seq_len {value}: its row of block_table is too short",
+        "BatchError::kBlockIndex": f"sequence {where} needs block {value}, which is not in the cache",
+        "kSlotOutOfRange": f"slot_mapping[{where}] is behind the last slot of the cache",
     }
-    return ValueError(reasons.get(status, f"native kernel failed with status {status}"))
+    known = {CONSTANTS[name]: reason for name, reason in reasons.items()}
+    return ValueError(known.get(status, f"native kernel failed with status {status}"))

@@ -5,40 +5,29 @@ What needs the contents of a tensor (block indices, slots, lengths) is checked b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
+from afd.ops.cpu.abi import KEY_GROUP
 from afd.ops.cpu.packed import Packed, PackedMatrix, check_panels
-from afd.ops.ops import KEY_GROUP, MAX_HEAD_DIM, MAX_PARTIALS, RowMax
+from afd.ops.ops import AttentionArgs, KvWrite, Rotation, RowMax
+
+MAX_HEAD_DIM = 512
 
 _STORAGE = (torch.float32, torch.bfloat16)
 
 
-def check_attention(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_table: Tensor,
-    seq_lens: Tensor,
-    query_start: Tensor,
-    window: int,
-    out: Tensor,
-    num_threads: int,
-) -> None:
-    _check_cache(k_cache, v_cache)
-    num_tokens, num_heads, head_dim = _rows_of_heads("q", q)
+def check_attention(args: AttentionArgs) -> None:
+    q, k_cache, v_cache, block_table, seq_lens, query_start, _, window, *_ = args
+    check_cache(k_cache, v_cache)
+    _, num_heads, head_dim = _rows_of_heads("q", q)
     _, num_kv_heads, _, cache_dim = k_cache.shape
-    v_dim, dtype = v_cache.shape[3], k_cache.dtype
-    if q.dtype != dtype or out.dtype != dtype:
-        raise ValueError(f"q is {q.dtype} and out {out.dtype}, the cache {dtype}: they must agree")
+    if q.dtype != k_cache.dtype:
+        raise ValueError(f"q is {q.dtype}, the cache {k_cache.dtype}: they must agree")
     if head_dim != cache_dim:
         raise ValueError(f"q has head_dim {head_dim}, k_cache {cache_dim}")
     if num_heads % num_kv_heads:
         raise ValueError(f"{num_heads} query heads cannot share {num_kv_heads} KV heads evenly")
-    if _rows_of_heads("out", out) != (num_tokens, num_heads, v_dim):
-        raise ValueError(f"out is {tuple(out.shape)}, expected {(num_tokens, num_heads, v_dim)}")
     num_seqs = len(seq_lens)
     if block_table.dim() != 2:
         raise ValueError(f"block_table must be [num_seqs, max_blocks]; it is {_describe(block_table)}")
@@ -47,11 +36,11 @@ def check_attention(
     _check_index("query_start", query_start, torch.int32, (num_seqs + 1,))
     if window < 0:
         raise ValueError(f"window is {window}: 0 means none, a positive number counts keys, the query's own included")
-    check_threads(num_threads)
 
 
-def check_kv_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
-    _check_cache(k_cache, v_cache)
+def check_rope_write_kv(q: Tensor, write: KvWrite, rotation: Rotation) -> None:
+    k, v, k_cache, v_cache, slot_mapping = write
+    check_cache(k_cache, v_cache)
     num_tokens = k.shape[0]
     if k.dtype != k_cache.dtype or v.dtype != k_cache.dtype:
         raise ValueError(f"k is {k.dtype}, v {v.dtype}, the cache {k_cache.dtype}: they must agree")
@@ -59,9 +48,10 @@ def check_kv_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_
         if _rows_of_heads(name, rows) != (num_tokens, cache.shape[1], cache.shape[3]):
             raise ValueError(f"{name} is {tuple(rows.shape)}, expected {(num_tokens, cache.shape[1], cache.shape[3])}")
     _check_index("slot_mapping", slot_mapping, torch.int64, (num_tokens,))
+    _check_rope(q, k, rotation.cos, rotation.sin)
 
 
-def check_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
+def _check_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
     num_tokens, _, head_dim = _rows_of_heads("q", q)
     if q.dtype != k.dtype or num_tokens != k.shape[0] or head_dim != k.shape[2]:
         raise ValueError(f"q {_describe(q)} and k {_describe(k)} differ in tokens, head_dim or dtype")
@@ -81,46 +71,25 @@ def check_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
         )
 
 
-def check_norm(x: Tensor, partials: Sequence[Tensor], weight: Tensor, out: Tensor) -> None:
+def check_norm(x: Tensor, weight: Tensor) -> None:
     _check_matrix("x", x)
     if weight.shape != x.shape[1:] or weight.dtype != torch.float32 or not weight.is_contiguous():
         raise ValueError(f"weight must be contiguous float32 {tuple(x.shape[1:])}; it is {_describe(weight)}")
-    if len(partials) > MAX_PARTIALS:
-        raise ValueError(f"{len(partials)} partials: at most {MAX_PARTIALS}")
-    for partial in partials:
-        _check_matrix("a partial", partial)
-        if partial.shape != x.shape or partial.dtype != partials[0].dtype:
-            raise ValueError(f"partials must be {tuple(x.shape)} of one dtype; one is {_describe(partial)}")
-    _check_matrix("out", out)
-    if out.shape != x.shape or out.dtype not in (x.dtype, torch.bfloat16):
-        raise ValueError(f"out must be like x, {_describe(x)}, or bfloat16; it is {_describe(out)}")
 
 
-def check_row_max(x: Tensor, num_threads: int) -> None:
-    if x.dim() != 2 or x.dtype != torch.float32 or not x.is_cpu or not x.shape[1] or not _unit_stride(x):
-        raise ValueError(f"x must be a float32 matrix with columns, its rows of unit stride; it is {_describe(x)}")
-    check_threads(num_threads)
-
-
-def check_sample(logits: Tensor, num_rows: int, num_threads: int) -> None:
-    check_row_max(logits, num_threads)
+def check_sample(logits: Tensor, num_rows: int) -> None:
+    if logits.dim() != 2 or logits.dtype != torch.float32 or not logits.is_cpu or not logits.shape[1]:
+        raise ValueError(f"logits must be a float32 matrix with columns; it is {_describe(logits)}")
+    if not _unit_stride(logits):
+        raise ValueError(f"logits must have rows of unit stride; it is {_describe(logits)}")
     if logits.shape[0] != num_rows:
         raise ValueError(f"{logits.shape[0]} rows of logits, parameters for {num_rows}")
 
 
-def check_silu_mul(gate_up: Tensor, out: Tensor) -> None:
+def check_silu_mul(gate_up: Tensor) -> None:
     _check_storage("gate_up", gate_up)
     if gate_up.dim() != 2 or gate_up.shape[1] % 2 or not _unit_stride(gate_up):
         raise ValueError(f"gate_up must be [num_tokens, 2 * width] with unit stride; it is {_describe(gate_up)}")
-    _check_matrix("out", out)
-    if out.shape != (gate_up.shape[0], gate_up.shape[1] // 2) or out.dtype != gate_up.dtype:
-        raise ValueError(f"out must be [num_tokens, width] {gate_up.dtype}; it is {_describe(out)}")
-
-
-def check_pack(w: Tensor) -> None:
-    _check_storage("w", w)
-    if w.dim() != 2 or w.dtype != torch.bfloat16 or not w.is_contiguous() or w.shape[1] % 2:
-        raise ValueError(f"w must be a contiguous bfloat16 matrix with an even number of columns; it is {_describe(w)}")
 
 
 def check_pack_int8(values: Tensor, scales: Tensor) -> None:
@@ -129,43 +98,35 @@ def check_pack_int8(values: Tensor, scales: Tensor) -> None:
     _check_index("scales", scales, torch.float32, (values.shape[0],))
 
 
-def check_unpack_rows(w: PackedMatrix, idx: Tensor, num_threads: int) -> None:
-    check_threads(num_threads)
+def check_unpack_rows(w: PackedMatrix, idx: Tensor) -> None:
     _check_index("idx", idx, torch.int64, (idx.shape[0],))
     if idx.shape[0] and not (int(idx.min()) >= 0 and int(idx.max()) < w.shape[0]):
         raise IndexError(f"rows {int(idx.min())} to {int(idx.max())} of a matrix with {w.shape[0]} rows")
 
 
-def check_gemm(x: Tensor, w: Packed, out: Tensor, num_threads: int) -> None:
-    _check_factors(x, w)
+def check_gemm(x: Tensor, w: Packed, out: Tensor) -> None:
+    check_factors(x, w)
     _check_storage("out", out)
     if out.shape != (x.shape[0], w.shape[0]) or not _unit_stride(out):
         raise ValueError(f"out must be {(x.shape[0], w.shape[0])} with unit stride in its rows; it is {_describe(out)}")
-    check_threads(num_threads)
 
 
-def check_gemm_row_max(x: Tensor, w: Packed, best: RowMax, start: int, stop: int, num_threads: int) -> None:
-    _check_factors(x, w)
+def check_gemm_row_max(x: Tensor, w: Packed, best: RowMax, start: int, stop: int) -> None:
+    check_factors(x, w)
     if not 0 <= start < stop <= w.shape[0]:
         raise ValueError(f"{start} to {stop} are no columns of a product with {w.shape[0]}")
     check_panels(w, start, stop)
     for found, dtype in zip(best, (torch.float32, torch.int64), strict=True):
         if found.shape != x.shape[:1] or found.dtype != dtype or not found.is_cpu or not found.is_contiguous():
             raise ValueError(f"best must be contiguous {dtype} for {x.shape[0]} rows; it is {_describe(found)}")
-    check_threads(num_threads)
 
 
-def _check_factors(x: Tensor, w: Packed) -> None:
+def check_factors(x: Tensor, w: Packed) -> None:
     _check_storage("x", x)
     if x.dim() != 2 or x.dtype != torch.bfloat16 or not _unit_stride(x):
         raise ValueError(f"x must be a bfloat16 matrix with unit stride in its rows; it is {_describe(x)}")
     if x.shape[1] != w.shape[1]:
         raise ValueError(f"x is {tuple(x.shape)}, w {tuple(w.shape)}: the inner dimensions differ")
-
-
-def check_threads(num_threads: int) -> None:
-    if num_threads < 1:
-        raise ValueError(f"num_threads is {num_threads}: at least 1")
 
 
 def _describe(tensor: Tensor) -> str:
@@ -198,7 +159,16 @@ def _rows_of_heads(name: str, tensor: Tensor) -> tuple[int, int, int]:
     raise ValueError(f"{name} must be [num_tokens, heads, dim] with its heads side by side; it is {_describe(tensor)}")
 
 
-def _check_cache(k_cache: Tensor, v_cache: Tensor) -> None:
+def takes_cache(k_cache: Tensor, v_cache: Tensor) -> bool:
+    """Whether the kernels take these blocks.
+
+    Not those of MLA: its values are columns of K (a strided view), and its full-size keys are 576 wide.
+    """
+    sizes = (k_cache.shape[2], k_cache.shape[3], v_cache.shape[3])
+    return all(size % KEY_GROUP == 0 for size in sizes) and max(sizes[1:]) <= MAX_HEAD_DIM and v_cache.is_contiguous()
+
+
+def check_cache(k_cache: Tensor, v_cache: Tensor) -> None:
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         _check_storage(name, cache)
         if cache.dim() != 4 or not cache.is_contiguous():

@@ -2,101 +2,47 @@
 
 bfloat16 activations, packed weights of either kind, a bfloat16 KV cache; float32 residual. Each class is built once
 per layer, keeps its weights alive, and is called from one thread at a time. Without the native kernels there is nothing
-here to call (`afd.ops.native_kernels`); the same composed from single kernels is what it is tested against.
+here to call; the same composed from single kernels is what it is tested against.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from ctypes import POINTER, byref, c_double, c_float, c_int32, c_int64, c_void_p
-from dataclasses import dataclass
+from ctypes import byref, c_double, c_int32, c_void_p
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from afd.ops.cpu.binding import DTYPE_CODES, Matrix, NativeKernels, error_of
+from afd.ops.cpu.abi import MAX_PARTIALS, AfdAttentionLayer, AfdBatch, AfdExperts, AfdMatrix, AfdSwiGlu
+from afd.ops.cpu.binding import DTYPE_CODES, NativeKernels, error_of
+from afd.ops.cpu.checks import takes_cache
 from afd.ops.cpu.packed import Packed
-from afd.ops.ops import MAX_PARTIALS
-
-
-class _SwiGlu(ctypes.Structure):
-    """AfdSwiGlu of src/api.h."""
-
-    _fields_ = (
-        ("gate_up", Matrix),
-        ("down", Matrix),
-        ("hidden", c_int32),
-        ("width", c_int32),
-        ("limit", c_float),
-    )
-
-
-class _Experts(ctypes.Structure):
-    """AfdExperts of src/api.h."""
-
-    _fields_ = (
-        ("gate_up", POINTER(Matrix)),
-        ("down", POINTER(Matrix)),
-        ("first", c_int32),
-        ("num_local", c_int32),
-        ("hidden", c_int32),
-        ("width", c_int32),
-        ("limit", c_float),
-    )
-
-
-class _Layer(ctypes.Structure):
-    """AfdAttentionLayer of src/api.h."""
-
-    _fields_ = (
-        ("attn_norm", c_void_p),
-        ("ffn_norm", c_void_p),
-        ("qkv", Matrix),
-        ("qkv_bias", c_void_p),
-        ("q_norm", c_void_p),
-        ("q_up", Matrix),
-        ("q_head_norm", c_void_p),
-        ("k_head_norm", c_void_p),
-        ("o", Matrix),
-        ("o_bias", c_void_p),
-        *((name, c_int32) for name in ("hidden", "q_rank", "num_heads", "num_kv_heads", "head_dim", "v_dim")),
-        *((name, c_int32) for name in ("head_gate", "half", "interleaved", "window")),
-        ("scale", c_float),
-        ("eps", c_float),
-    )
-
-
-class _Batch(ctypes.Structure):
-    """AfdBatch of src/api.h."""
-
-    _fields_ = (
-        *((name, c_void_p) for name in ("cos", "sin", "slots", "block_table", "seq_lens", "query_start")),
-        ("table_stride", c_int64),
-        ("num_tokens", c_int32),
-        ("num_seqs", c_int32),
-    )
+from afd.ops.ops import LayerShape, LayerTables, Routing
 
 
 class SwiGluCall:
-    """down(silu(gate(x)) * up(x)); gate_up [2 * width, hidden], down [hidden, width]; limit: of the clamped form."""
+    """Implements `ops.SwiGlu`: down(silu(gate(x)) * up(x)); gate_up [2 * width, hidden], down [hidden, width]."""
 
     def __init__(self, kernels: NativeKernels, gate_up: Packed, down: Packed, limit: float):
         hidden, width = down.shape
         if gate_up.shape != (2 * width, hidden):
             raise ValueError(f"gate_up is {tuple(gate_up.shape)}, expected {(2 * width, hidden)}")
-        self._kernels = kernels
+        self.kernels = kernels
+        self.gate_up = gate_up
+        self.down = down
+        self.limit = limit
         self._hidden = hidden
-        self._weights = (gate_up, down)
-        self._args = _SwiGlu(kernels.matrix(gate_up), kernels.matrix(down), hidden, width, limit)
+        self._args = AfdSwiGlu(kernels.matrix(gate_up), kernels.matrix(down), hidden, width, limit)
         self.args_address = ctypes.addressof(self._args)
 
     def __call__(self, rows: Tensor) -> Tensor:
         """rows bfloat16 [n, hidden], which may be apart in memory -> bfloat16 [n, hidden]."""
         assert rows.dtype is torch.bfloat16 and rows.shape[1] == self._hidden and rows.stride(1) == 1
         out = torch.empty(rows.shape, dtype=torch.bfloat16)
-        status = self._kernels.library.afd_swiglu(
-            self._kernels.isa,
+        status = self.kernels.library.afd_swiglu(
+            self.kernels.isa,
             torch.get_num_threads(),
             byref(self._args),
             rows.data_ptr(),
@@ -110,7 +56,7 @@ class SwiGluCall:
 
 
 class ExpertsCall:
-    """The experts first_expert, first_expert + 1, ... of an MoE layer, all of one shape."""
+    """Implements `ops.Experts`: first_expert, first_expert + 1, ... of an MoE layer, all of one shape."""
 
     def __init__(
         self,
@@ -128,17 +74,14 @@ class ExpertsCall:
         self._hidden = hidden
         self._num_local = len(down)
         self._weights = (list(gate_up), list(down))
-        tables = [(Matrix * len(down))(*[kernels.matrix(m) for m in matrices]) for matrices in self._weights]
-        self._args = _Experts(*tables, first_expert, len(down), hidden, width, limit)
+        tables = [(AfdMatrix * len(down))(*[kernels.matrix(m) for m in matrices]) for matrices in self._weights]
+        self._args = AfdExperts(*tables, first_expert, len(down), hidden, width, limit)
 
     def add_to(
-        self, out: Tensor, rows: Tensor, expert_ids: Tensor, expert_weights: Tensor, measured: bool
+        self, out: Tensor, rows: Tensor, routing: Routing, measured: bool
     ) -> tuple[list[int], list[float] | None]:
-        """out [n, hidden] float32 += the sum over local experts e of weight_e * e(row), in the experts' order.
-
-        Returns the rows of each expert and, if measured, the sum of its outputs' mean squares before weighting.
-        """
-        ids, weights, rows = expert_ids.contiguous(), expert_weights.contiguous(), rows.contiguous()
+        """See `ops.Experts`."""
+        ids, weights, rows = routing.ids.contiguous(), routing.weights.contiguous(), rows.contiguous()
         assert ids.dtype is torch.int32 and weights.dtype is torch.float32 and ids.shape == weights.shape
         assert rows.dtype is torch.bfloat16 and rows.shape == (ids.shape[0], self._hidden)
         assert out.dtype is torch.float32 and out.shape == rows.shape and out.is_contiguous()
@@ -162,9 +105,8 @@ class ExpertsCall:
         return list(counts), None if squares is None else list(squares)
 
 
-@dataclass(frozen=True, slots=True)
-class LayerWeights:
-    """One layer as AfdAttentionLayer of src/api.h describes it; None = it has none."""
+class NativeWeights(NamedTuple):
+    """`ops.LayerWeights` whose matrices are packed."""
 
     attn_norm: Tensor
     ffn_norm: Tensor
@@ -178,50 +120,34 @@ class LayerWeights:
     o_bias: Tensor | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class LayerShape:
-    """rotary_half: half of the rotated dimensions.  q_rank: 0 unless MFA.  window: 0 = none."""
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    v_head_dim: int
-    q_rank: int
-    head_gate: bool
-    rotary_half: int
-    interleaved: bool
-    window: int
-    scale: float
-    eps: float
-
-
 class LayerBatch:
-    """A micro-batch's tokens as native calls take them: tables as in `afd.ops.paged_attention`, `rope_write_kv`."""
+    """A micro-batch's tokens as native calls take them."""
 
-    def __init__(
-        self, cos: Tensor, sin: Tensor, slots: Tensor, block_table: Tensor, seq_lens: Tensor, query_start: Tensor
-    ):
-        tensors = (cos, sin, slots, block_table, seq_lens, query_start)
+    def __init__(self, tables: LayerTables):
         dtypes = (torch.float32, torch.float32, torch.int64, torch.int32, torch.int32, torch.int32)
-        for tensor, dtype in zip(tensors, dtypes, strict=True):
+        for tensor, dtype in zip(tables, dtypes, strict=True):
             if tensor.dtype is not dtype or not tensor.is_contiguous() or not tensor.is_cpu:
                 raise ValueError(f"a table is {tensor.dtype} {tuple(tensor.shape)}, expected contiguous {dtype}")
+        cos, sin, slots, block_table, seq_lens, query_start = tables
         num_tokens, num_seqs = slots.shape[0], seq_lens.shape[0]
         if cos.shape[0] != num_tokens or sin.shape != cos.shape or query_start.shape[0] != num_seqs + 1:
             raise ValueError(f"a batch's tables differ in tokens ({num_tokens}) or sequences ({num_seqs})")
-        self._tensors = tensors
+        self._tables = tables
         self.num_tokens = num_tokens
         self.rotary_half = cos.shape[1]
-        pointers = [tensor.data_ptr() for tensor in tensors]
-        self._args = _Batch(*pointers, block_table.shape[1], num_tokens, num_seqs)
+        pointers = [tensor.data_ptr() for tensor in tables]
+        self._args = AfdBatch(*pointers, block_table.shape[1], num_tokens, num_seqs)
         self.args_pointer = byref(self._args)
         self.args_address = ctypes.addressof(self._args)
 
 
 class AttentionLayerCall:
-    """Norm, projections, rotation, cache write, attention, output projection, residual and the next norm."""
+    """Implements `ops.LayerCall`.
 
-    def __init__(self, kernels: NativeKernels, weights: LayerWeights, shape: LayerShape):
+    It is norm, projections, rotation, cache write, attention, output projection, residual and the next norm.
+    """
+
+    def __init__(self, kernels: NativeKernels, weights: NativeWeights, shape: LayerShape):
         hidden = weights.o.shape[0]
         q_width = shape.num_heads * shape.head_dim
         widths = [shape.q_rank or q_width, shape.num_kv_heads * shape.head_dim, shape.num_kv_heads * shape.v_head_dim]
@@ -235,14 +161,14 @@ class AttentionLayerCall:
         _expect("o_bias", weights.o_bias, (hidden,), torch.bfloat16, needed=False)
         for name, norm in (("q_head_norm", weights.q_head_norm), ("k_head_norm", weights.k_head_norm)):
             _expect(name, norm, (shape.head_dim,), torch.float32, needed=False)
-        self._kernels = kernels
+        self.kernels = kernels
         self._weights = weights
         self._hidden = hidden
         self._shape = shape
         self._cache_shape = (shape.num_kv_heads, shape.head_dim, shape.v_head_dim)
         self._partials = (c_void_p * MAX_PARTIALS)()
         self._detail = (c_int32 * 2)()
-        self._args = _Layer(
+        self._args = AfdAttentionLayer(
             _pointer(weights.attn_norm),
             _pointer(weights.ffn_norm),
             kernels.matrix(weights.qkv),
@@ -269,6 +195,15 @@ class AttentionLayerCall:
         self._args_pointer = byref(self._args)
         self.args_address = ctypes.addressof(self._args)
 
+    def takes(self, num_partials: int, k_cache: Tensor, v_cache: Tensor) -> bool:
+        """Whether these caches can be read and written, and so many partials added."""
+        native = k_cache.dtype is torch.bfloat16 and k_cache.is_cpu and takes_cache(k_cache, v_cache)
+        return native and num_partials <= MAX_PARTIALS
+
+    def batch(self, tables: LayerTables) -> LayerBatch:
+        """A micro-batch as calls take it; ValueError for tables of other types, or that do not belong together."""
+        return LayerBatch(tables)
+
     def __call__(
         self, x: Tensor, partials: Sequence[Tensor], batch: LayerBatch, k_cache: Tensor, v_cache: Tensor
     ) -> Tensor:
@@ -288,8 +223,8 @@ class AttentionLayerCall:
         for i, partial in enumerate(partials):
             assert partial.shape == x.shape and partial.dtype is partial_dtype and partial.is_contiguous()
             pointers[i] = partial.data_ptr()
-        status = self._kernels.library.afd_attention_layer(
-            self._kernels.isa,
+        status = self.kernels.library.afd_attention_layer(
+            self.kernels.isa,
             torch.get_num_threads(),
             self._args_pointer,
             batch.args_pointer,

@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-PANEL_ROWS = 64
-"""Rows of a bfloat16 matrix that are packed together (`kPanel` of src/kernels.h)."""
+from afd.ops.cpu.abi import INT8_PANEL_ROWS, PANEL_ROWS
 
 INT8_DEPTH = 4
 """Columns of an int8 matrix are filled up to a multiple of it."""
@@ -23,9 +22,9 @@ class Int8Order(NamedTuple):
     columns: int
 
 
-PAIRS = Int8Order(32, 2)
+PAIRS = Int8Order(INT8_PANEL_ROWS, 2)
 """For src/gemm_int8.h."""
-QUADS = Int8Order(32, 4)
+QUADS = Int8Order(INT8_PANEL_ROWS, 4)
 """For src/gemm_vnni.h: values are stored as unsigned bytes, 128 more than they mean."""
 
 

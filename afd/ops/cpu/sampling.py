@@ -5,67 +5,26 @@ from __future__ import annotations
 import ctypes
 from array import array
 from collections.abc import Sequence
-from ctypes import c_double, c_float, c_int32, c_uint32, c_uint64, c_void_p
+from ctypes import c_int32
 
 import numpy as np
 from torch import Tensor
 
+from afd.ops.cpu.abi import OUT_OF_MEMORY, AfdSampled, AfdSampleRow
 from afd.ops.sample_rows import RowLogprobs, SampledRows, SampleRow
 
 _LOW, _WORD, _MOST = 0xFFFFFFFFFFFFFFFF, 0xFFFFFFFF, 0x7FFFFFFF
 
 
-class NativeRow(ctypes.Structure):
-    """AfdSampleRow of src/api.h. It does not keep its lists alive."""
-
-    _fields_ = (
-        ("prompt", c_void_p),
-        ("output", c_void_p),
-        ("bias_ids", c_void_p),
-        ("biases", c_void_p),
-        ("masked", c_void_p),
-        ("num_prompt", c_int32),
-        ("num_output", c_int32),
-        ("num_biases", c_int32),
-        ("num_masked", c_int32),
-        ("seed", c_uint64),
-        ("position", c_uint32),
-        ("choice", c_uint32),
-        ("top_p", c_double),
-        ("frequency", c_double),
-        ("presence", c_double),
-        ("repetition", c_float),
-        ("scale", c_float),
-        ("top_k", c_int32),
-        ("least", c_int32),
-        ("num_logprobs", c_int32),
-    )
-
-
-class _Results(ctypes.Structure):
-    """AfdSampled of src/api.h."""
-
-    _fields_ = (("tokens", c_void_p), ("logprobs", c_void_p), ("top_ids", c_void_p), ("num_top", c_int32))
-
-
-def layout_fault(library: ctypes.CDLL) -> str | None:
-    """How the library's AfdSampleRow differs from `NativeRow`; None if it does not."""
-    ours = [getattr(NativeRow, name).offset for name, *_ in NativeRow._fields_] + [ctypes.sizeof(NativeRow)]
-    found = (c_int32 * (len(ours) + 1))()
-    num = library.afd_sample_row_layout(found, len(found))
-    theirs = list(found)[:num]
-    return None if theirs == ours else f"AfdSampleRow is laid out as {theirs}, not as {ours}"
-
-
 def sample(library: ctypes.CDLL, isa: int, logits: Tensor, rows: Sequence[SampleRow], num_threads: int) -> SampledRows:
-    """See `afd.ops.sample`. IndexError for a token that is not in the vocabulary."""
+    """See `Ops.sample`. IndexError for a token that is not in the vocabulary."""
     lists: list[array[int] | array[float]] = []  # kept alive until the call is over
-    native = (NativeRow * len(rows))(*[_row(row, lists) for row in rows])
+    native = (AfdSampleRow * len(rows))(*[_row(row, lists) for row in rows])
     num_top = max([row.params.logprobs for row in rows], default=0)
     tokens = np.empty(len(rows), np.int64)
     logprobs = np.empty((len(rows), 1 + max(num_top, 0)))
     top_ids = np.empty((len(rows), max(num_top, 0)), np.int32)
-    results = _Results(tokens.ctypes.data, logprobs.ctypes.data, top_ids.ctypes.data, max(num_top, 0))
+    results = AfdSampled(tokens.ctypes.data, logprobs.ctypes.data, top_ids.ctypes.data, max(num_top, 0))
     detail = (c_int32 * 2)()
     status = library.afd_sample(
         isa,
@@ -78,7 +37,7 @@ def sample(library: ctypes.CDLL, isa: int, logits: Tensor, rows: Sequence[Sample
         ctypes.byref(results),
         detail,
     )
-    if status == 20:
+    if status == OUT_OF_MEMORY:
         raise MemoryError("no memory to sample in")
     if status:
         raise IndexError(f"row {detail[0]} names token {detail[1]} of a vocabulary of {logits.shape[1]}")
@@ -92,7 +51,7 @@ def sample(library: ctypes.CDLL, isa: int, logits: Tensor, rows: Sequence[Sample
     return SampledRows(ids, found)
 
 
-def _row(row: SampleRow, lists: list[array[int] | array[float]]) -> NativeRow:
+def _row(row: SampleRow, lists: list[array[int] | array[float]]) -> AfdSampleRow:
     def pointer(values: array[int] | array[float]) -> int | None:
         if not values:
             return None
@@ -102,7 +61,7 @@ def _row(row: SampleRow, lists: list[array[int] | array[float]]) -> NativeRow:
     params = row.params
     prompt: Sequence[int] = row.prompt_ids if params.repetition_penalty != 1.0 else ()
     output: Sequence[int] = row.output_ids if params.needs_history else ()
-    return NativeRow(
+    return AfdSampleRow(
         pointer(array("i", prompt)) if prompt else None,
         pointer(array("i", output)) if output else None,
         pointer(array("i", [token for token, _ in params.logit_bias])) if params.logit_bias else None,

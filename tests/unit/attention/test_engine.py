@@ -16,6 +16,7 @@ from afd.kv.windowed_blocks import WindowedBlocks
 from afd.model.loading import load_attention_half, load_ffn_half, resolve_model
 from afd.model.reference import compare, reference_generate
 from afd.model.sharding import ShardSpec
+from afd.ops.select import select
 from afd.sched import head_slices
 from afd.sched.scheduler import Scheduler, SchedulerConfig
 from afd.sched.sequence import Sequence
@@ -26,9 +27,11 @@ from afd.types import FfnParallel, SamplingParams
 def halves():
     torch.set_num_threads(1)
     folder = resolve_model("dummy:step3-tiny")
-    attention = load_attention_half(folder, "float32")
-    whole = load_ffn_half(folder, ShardSpec(0, 1, FfnParallel.HYBRID), "float32")
-    pair = [load_ffn_half(folder, ShardSpec(rank, 2, FfnParallel.HYBRID), "float32") for rank in range(2)]
+    attention = load_attention_half(folder, select("cpu", "float32"))
+    whole = load_ffn_half(folder, ShardSpec(0, 1, FfnParallel.HYBRID), select("cpu", "float32"))
+    pair = [
+        load_ffn_half(folder, ShardSpec(rank, 2, FfnParallel.HYBRID), select("cpu", "float32")) for rank in range(2)
+    ]
     return attention, whole, pair
 
 
@@ -279,8 +282,8 @@ def test_logits_that_are_not_finite_end_only_their_own_request(halves, logprobs)
 def test_windowed_layers_with_blocks_of_their_own_equal_the_reference(num_blocks, num_windowed):
     """The reference keeps everything. Contexts beyond the window, shared prefixes, preemption."""
     folder = resolve_model("dummy:step3.5-flash-tiny")  # window 24
-    attention = load_attention_half(folder, "float32")
-    whole = load_ffn_half(folder, ShardSpec(), "float32")
+    attention = load_attention_half(folder, select("cpu", "float32"))
+    whole = load_ffn_half(folder, ShardSpec(), select("cpu", "float32"))
     config = SchedulerConfig(max_step_tokens=16, min_chunk_tokens=4, max_num_seqs=4, max_context=256, num_streams=2)
     windowed = WindowedBlocks(BlockPool(num_windowed, 8), folder.spec.max_window, 16)
     scheduler = Scheduler(config, BlockPool(num_blocks, 8), windowed=windowed)

@@ -17,12 +17,13 @@ from afd.attention.worker import _Worker
 from afd.config import resolve_config
 from afd.errors import PeerLostError
 from afd.model.cuda import CudaDevice
-from afd.model.device import to_device
 from afd.model.graphs import DecodeGraphs
 from afd.model.halves import Dispatch
 from afd.model.loading import load_attention_half, load_ffn_half, resolve_model
 from afd.model.reference import compare, reference_generate
 from afd.model.sharding import ShardSpec
+from afd.ops.device import to_device
+from afd.ops.select import select
 from afd.sched.sequence import Sequence
 from afd.types import FfnParallel, SamplingParams
 from afd.worker.seat import Seat
@@ -81,8 +82,8 @@ def serve(engine, seqs, on_turn=lambda turn: None):
 
 def check(seqs, outputs):
     folder = resolve_model("dummy:step3-tiny")
-    attention = load_attention_half(folder, "float32")
-    ffn = load_ffn_half(folder, ShardSpec(0, 1, FfnParallel.HYBRID), "float32")
+    attention = load_attention_half(folder, select("cpu", "float32"))
+    ffn = load_ffn_half(folder, ShardSpec(0, 1, FfnParallel.HYBRID), select("cpu", "float32"))
     for seq in seqs:
         verdict = compare(reference_generate(attention, [ffn], seq.prompt_ids(), seq.sampling), outputs[seq.req_id])
         assert verdict.ok, (seq.req_id, verdict)

@@ -12,6 +12,7 @@ from afd.ffn.dispatch_check import DispatchCheck
 from afd.model.halves import Dispatch, FFNHalf
 from afd.model.loading import load_ffn_half, resolve_model
 from afd.model.sharding import ShardSpec
+from afd.ops.select import select
 from afd.types import FfnParallel
 
 
@@ -19,7 +20,9 @@ from afd.types import FfnParallel
 def half() -> FFNHalf:
     """5 layers, 1 to 3 with 8 experts, top 3; rank 1 of 3 holds experts 2 to 4."""
     torch.set_num_threads(1)
-    return load_ffn_half(resolve_model("dummy:step3-tiny"), ShardSpec(1, 3, FfnParallel.EP), torch.float32)
+    return load_ffn_half(
+        resolve_model("dummy:step3-tiny"), ShardSpec(1, 3, FfnParallel.EP), select("cpu", torch.float32)
+    )
 
 
 @pytest.fixture(scope="module")

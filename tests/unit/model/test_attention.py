@@ -12,11 +12,15 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from afd.kv.cache import BlockCounts, KVCache, count_blocks
-from afd.model.attention_core import paged_attention, rope_write_kv, write_kv
 from afd.model.batch import AttentionBatch
 from afd.model.loading import resolve_model
-from afd.model.rope import MOST_POSITIONS, RopeTable, cos_sin, inverse_frequencies, rotate
+from afd.model.rope import inverse_frequencies
 from afd.model.spec import RopeScaling, RopeSpec
+from afd.ops.ops import KvWrite, Rotation
+from afd.ops.rope import MOST_POSITIONS, AngleTable, cos_sin, rotate
+from afd.ops.select import select
+
+OPS = select("cpu", "float32")
 
 
 def test_batch_of_a_decode_and_a_chunk() -> None:
@@ -101,9 +105,10 @@ def test_paged_attention_against_the_twin(
             tuple(t[:start] if part == 0 else t[start:] for t in kv)
             for (start, _), kv in zip(seqs, context, strict=True)
         ]
-        write_kv(torch.cat([r[0] for r in rows]), torch.cat([r[1] for r in rows]), k_cache, v_cache, batch.slot_mapping)
+        for cache, parts in ((k_cache, [k for k, _ in rows]), (v_cache, [v for _, v in rows])):
+            OPS.write_rows(torch.cat(parts), cache, batch.slot_mapping)
     q = torch.randn(batch.num_tokens, num_heads, 16)
-    out = paged_attention(q, k_cache, v_cache, batch, 0.25, window)
+    out = OPS.paged_attention(batch.attention(q, k_cache, v_cache, 0.25, window))
     row = 0
     for (start, new), (k, v) in zip(seqs, context, strict=True):
         for position in range(start, start + new):
@@ -143,7 +148,7 @@ def test_interleaved_rope_is_half_split_rope_on_reordered_dimensions() -> None:
 
 def test_a_table_has_the_angles_of_any_position() -> None:
     spec = RopeSpec(100.0, 16, scaling=RopeScaling("linear", 2.0, attention_factor=1.5))
-    table = RopeTable(spec, torch.device("cpu"))
+    table = AngleTable(inverse_frequencies(spec), 1.5)
     for positions in ([0], [5, 2047, 3], [2048], [7000, 1, 1], [MOST_POSITIONS - 1], [MOST_POSITIONS, 0]):
         got = table.of(torch.tensor(positions), max(positions) + 1)
         torch.testing.assert_close(got, cos_sin(inverse_frequencies(spec), torch.tensor(positions), 1.5))
@@ -166,8 +171,9 @@ def test_the_native_rope_and_write_equal_torch(interleaved: bool) -> None:
     q, k, v = (torch.randn(5, heads, 16, generator=generator) for heads in (4, 2, 2))
     caches = [torch.zeros(2, 2, 8, 16) for _ in range(4)]
     expected = rotate(q, *tables, interleaved)
-    write_kv(rotate(k, *tables, interleaved), v, *caches[:2], batch.slot_mapping)
-    got = rope_write_kv(q, k, v, tables, interleaved, *caches[2:], batch)
+    for rows, cache in zip((rotate(k, *tables, interleaved), v), caches, strict=False):
+        OPS.write_rows(rows, cache, batch.slot_mapping)
+    got = OPS.rope_write_kv(q, KvWrite(k, v, *caches[2:], batch.slot_mapping), Rotation(*tables, interleaved))
     torch.testing.assert_close(got, expected)
     for native, twin in zip(caches[2:], caches[:2], strict=True):
         torch.testing.assert_close(native, twin)

@@ -22,6 +22,7 @@ from afd.model.reference import forward
 from afd.model.rope import inverse_frequencies
 from afd.model.sharding import ShardSpec
 from afd.model.spec import RopeScaling, RopeSpec
+from afd.ops.select import select
 from afd.types import FfnParallel
 
 MakeFolder = Callable[..., Path]
@@ -31,8 +32,8 @@ Tensors = dict[str, np.ndarray]
 @torch.inference_mode()
 def _logits(model: Path, parallel: FfnParallel = FfnParallel.HYBRID, ranks: int = 1) -> torch.Tensor:
     found = resolve_model(str(model))
-    attention = load_attention_half(found, "float32")
-    ffns = [load_ffn_half(found, ShardSpec(rank, ranks, parallel), "float32") for rank in range(ranks)]
+    attention = load_attention_half(found, select("cpu", "float32"))
+    ffns = [load_ffn_half(found, ShardSpec(rank, ranks, parallel), select("cpu", "float32")) for rank in range(ranks)]
     cache = KVCache(found.spec, 1, 8, torch.float32)
     batch = AttentionBatch.build([(0, 5, [0])], 8)
     return attention.logits(forward(attention, ffns, torch.arange(5) + 9, batch, cache))

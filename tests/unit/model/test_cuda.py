@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from afd.errors import ConfigError, DeviceError
-from afd.model import attention_core
 from afd.model import cuda as cuda_module
-from afd.model.attention_core import torch_decode_attention, torch_paged_attention
 from afd.model.batch import AttentionBatch
 from afd.model.cuda import CudaDevice
-from afd.model.device import check_device, to_device
+from afd.ops.device import to_device
+from afd.ops.select import check_device, select
+from afd.ops.torch_ops import attend_decodes, attend_in_turn
 from tests.fakes import cuda
 
 
@@ -64,6 +64,12 @@ def test_a_gpu_that_never_ends_is_an_error_after_the_deadline(device, gpu, monke
         download.done()
 
 
+def test_the_ops_of_a_gpu_name_it_as_its_tensors_do(device):
+    ops = select("cuda", "bfloat16")
+    assert ops.name == "torch" and ops.device == device.torch_device
+    assert ops.weight_memory().empty((2, 3), torch.bfloat16).device == ops.device
+
+
 def test_host_tensors_on_the_host_stay_where_they_are():
     tensor = torch.ones(2)
     assert to_device(tensor, torch.device("cpu")) is tensor
@@ -110,14 +116,12 @@ def test_the_twin_raises_where_cuda_would_wait_or_be_wrong(device):
 @pytest.mark.parametrize("gather_tokens", [1, 40, 1 << 17])
 @pytest.mark.parametrize("window", [0, 5])
 @pytest.mark.parametrize("value_width", [16, 8])
-def test_decoding_in_large_kernels_equals_one_sequence_at_a_time(monkeypatch, gather_tokens, window, value_width):
-    monkeypatch.setattr(attention_core, "GATHER_TOKENS", gather_tokens)
+def test_decoding_in_large_kernels_equals_one_sequence_at_a_time(gather_tokens, window, value_width):
     generator = torch.Generator().manual_seed(window)
     seqs = [(start, 1, blocks) for start, blocks in ((0, [9]), (7, [3]), (8, [1, 4]), (30, [0, 2, 5, 6]))]
     batch = AttentionBatch.build(seqs, 8)
     q = torch.randn(4, 6, 16, generator=generator)
     k_cache = torch.randn(10, 2, 8, 16, generator=generator)
     v_cache = k_cache[..., :value_width]
-    expected = torch_paged_attention(q, k_cache, v_cache, batch, 0.25, window)
-    got = torch_decode_attention(q, k_cache, v_cache, batch, 0.25, window)
-    torch.testing.assert_close(got, expected)
+    args = batch.attention(q, k_cache, v_cache, 0.25, window)
+    torch.testing.assert_close(attend_decodes(args, gather_tokens), attend_in_turn(args))

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from afd.model.expert_load import SAMPLE_EVERY, ExpertLoad
-from afd.model.ffn import Dispatch, MoeFfn, SwiGlu
+from afd.model.ffn import Dispatch, MoeFfn
+from afd.ops.select import select
 
 HIDDEN, WIDTH = 16, 12
 
@@ -15,7 +16,8 @@ def test_a_layer_counts_what_its_experts_do() -> None:
     torch.manual_seed(2)
     gate_up, down = torch.randn(3, 2 * WIDTH, HIDDEN), torch.randn(3, HIDDEN, WIDTH)
     down[1] *= 1e-6
-    layer = MoeFfn([SwiGlu(*pair) for pair in zip(gate_up, down, strict=True)], first_expert=4, shared=None)
+    ops = select("cpu", "float32")
+    layer = MoeFfn(ops, [ops.swiglu(*pair) for pair in zip(gate_up, down, strict=True)], first_expert=4, shared=None)
     ids = torch.tensor([[4, 5], [4, 9], [5, 0]], dtype=torch.int32)  # 9 and 0 live elsewhere
     rows = torch.randn(3, HIDDEN)
     dispatch = Dispatch(0, rows, ids, torch.full((3, 2), 0.25))
@@ -34,14 +36,13 @@ def test_a_layer_counts_what_its_experts_do() -> None:
 def test_nothing_is_claimed_without_a_comparison() -> None:
     load = ExpertLoad(0, [0, 0])
     assert load.imbalance() == 0.0 and load.silent() == []
-    load.measure(0, torch.zeros(2, 4))
+    load.add([2, 0], [0.0, 0.0])
     assert load.silent() == [], "one expert alone has no layer to compare with"
-    load.measure(1, torch.ones(2, 4))
+    load.add([0, 2], [0.0, 2.0])
     assert load.silent() == [0]
 
 
 def test_damaged_outputs_count_as_silent() -> None:
     load = ExpertLoad(0, [0, 0, 0])
-    for expert, value in enumerate((1.0, float("nan"), 1.0)):
-        load.measure(expert, torch.full((1, 4), value))
+    load.add([1, 1, 1], [1.0, float("nan"), 1.0])
     assert load.silent() == [1]

@@ -9,6 +9,7 @@ from afd.model.batch import AttentionBatch
 from afd.model.cuda import CudaDevice
 from afd.model.graphs import MAX_ROWS, DecodeGraphs, rounded
 from afd.model.loading import load_attention_half, resolve_model
+from afd.ops.select import select
 from tests.fakes import cuda
 
 BLOCK, BLOCKS = 8, 32
@@ -34,7 +35,7 @@ class Layers:
         self.windowed = num_window_blocks is not None
         folder = resolve_model(f"dummy:{model}")
         self.spec = folder.spec
-        self.half = load_attention_half(folder, "float32", "cuda")
+        self.half = load_attention_half(folder, select("cuda", "float32"))
         self.caches = [
             KVCache(self.spec, BLOCKS, BLOCK, self.half.dtype, "cuda", num_window_blocks, spare_block=True)
             for _ in range(2)

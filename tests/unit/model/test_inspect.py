@@ -14,15 +14,16 @@ from tokenizers.models import BPE
 
 from afd.cli.main import main
 from afd.model.expert_health import expert_health
-from afd.model.ffn import DenseFfn, MoeFfn, SwiGlu
+from afd.model.ffn import DenseFfn, MoeFfn
 from afd.model.halves import AttentionHalf
 from afd.model.inspect import attention_bytes, ffn_bytes
-from afd.model.int8 import Int8Weight
 from afd.model.loading import load_attention_half, load_ffn_half, resolve_model
-from afd.model.primitives import Weight
 from afd.model.sharding import ShardSpec
 from afd.model.spec import WEIGHT_TYPES
-from afd.ops import PackedInt8, PackedMatrix
+from afd.ops.cpu.packed import PackedInt8, PackedMatrix
+from afd.ops.int8 import Int8Weight
+from afd.ops.ops import SwiGlu, Weight
+from afd.ops.select import select
 from afd.types import FfnParallel
 
 
@@ -67,7 +68,7 @@ def test_the_memory_told_is_the_memory_taken(model: str, parallel: FfnParallel, 
     folder = resolve_model(model)
     for rank in range(3):
         shard = ShardSpec(rank, 3, parallel)
-        half = load_ffn_half(folder, shard, "bfloat16", weights=weights)
+        half = load_ffn_half(folder, shard, select("cpu", "bfloat16"), weights=weights)
         held = sum(_bytes_of(layer) for layer in half._layers)
         assert ffn_bytes(folder.spec, shard, "bfloat16", weights) == held
 
@@ -76,7 +77,7 @@ def test_the_memory_told_is_the_memory_taken(model: str, parallel: FfnParallel, 
 @pytest.mark.parametrize("model", ["dummy:step3-tiny", "dummy:llama-tiny", "dummy:deepseek-v3-tiny"])
 def test_the_memory_told_of_attention_is_the_memory_taken(model: str, weights: str) -> None:
     folder = resolve_model(model)
-    half = load_attention_half(folder, "bfloat16", weights=weights)
+    half = load_attention_half(folder, select("cpu", "bfloat16"), weights=weights)
     assert attention_bytes(folder.spec, "bfloat16", weights) == _attention_bytes(half)
 
 
@@ -136,7 +137,7 @@ def test_the_probe_is_the_experts_own_arithmetic(make_folder: Callable[..., Path
     folder = make_folder("deepseek-v3-tiny")
     checkpoint = resolve_model(str(folder)).checkpoint
     [health] = [e for layer in expert_health(checkpoint) for e in layer if (e.layer, e.expert) == (2, 3)]
-    half = load_ffn_half(resolve_model(str(folder)), ShardSpec(), "float32")
+    half = load_ffn_half(resolve_model(str(folder)), ShardSpec(), select("cpu", "float32"))
     layer = half._layers[2]
     assert isinstance(layer, MoeFfn)
     probe = np.random.default_rng(0).standard_normal((16, 64), np.float32)

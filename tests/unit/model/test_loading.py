@@ -28,6 +28,7 @@ from afd.model.sharding import ShardSpec
 from afd.model.spec import ModelSpec
 from afd.model.weights.checkpoint import Checkpoint
 from afd.model.weights.source import Slices
+from afd.ops.select import select
 from afd.types import FfnParallel
 from tests.unit.model.model_files import STEP3_TINY
 
@@ -195,7 +196,7 @@ def _recorded(name: str) -> tuple[Any, _RecordingSource]:
 def test_the_attention_loader_reads_no_ffn_weight() -> None:
     folder, recorder = _recorded(str(STEP3_TINY))
     steps: list[tuple[int, int]] = []
-    load_attention_half(folder, "float32", progress=lambda done, total: steps.append((done, total)))
+    load_attention_half(folder, select("cpu", "float32"), progress=lambda done, total: steps.append((done, total)))
     wanted = [t for t in inventory(folder.spec) if t.half is Half.ATTENTION]
     expected = {folder.checkpoint.naming.stored_name(t): t.num_elements for t in wanted}
     assert recorder.reads == expected
@@ -212,7 +213,10 @@ def test_ffn_shards_together_read_each_weight_once(parallel: FfnParallel, num_ra
         folder, recorder = _recorded(str(STEP3_TINY))
         steps: list[tuple[int, int]] = []
         load_ffn_half(
-            folder, ShardSpec(rank, num_ranks, parallel), "float32", progress=lambda d, t, s=steps: s.append((d, t))
+            folder,
+            ShardSpec(rank, num_ranks, parallel),
+            select("cpu", "float32"),
+            progress=lambda d, t, s=steps: s.append((d, t)),
         )
         assert steps[-1][0] == steps[-1][1] == len(steps)
         for name, count in recorder.reads.items():
@@ -228,11 +232,11 @@ def test_ffn_shards_together_read_each_weight_once(parallel: FfnParallel, num_ra
 
 def test_dtypes_by_name_or_as_torch_dtypes_and_nothing_else() -> None:
     folder = resolve_model("dummy:llama-tiny")
-    assert load_attention_half(folder, "bfloat16").dtype is torch.bfloat16
-    assert load_ffn_half(folder, ShardSpec(), torch.float32).dtype is torch.float32
+    assert load_attention_half(folder, select("cpu", "bfloat16")).dtype is torch.bfloat16
+    assert load_ffn_half(folder, ShardSpec(), select("cpu", torch.float32)).dtype is torch.float32
     for wrong in ("float16", torch.float64):
         with pytest.raises(ModelError, match=r"compute dtype .* is not supported"):
-            load_attention_half(folder, wrong)
+            load_attention_half(folder, select("cpu", wrong))
 
 
 def test_a_rank_outside_its_world_is_refused() -> None:
@@ -243,7 +247,10 @@ def test_a_rank_outside_its_world_is_refused() -> None:
 def _every_half(folder: Path) -> list[torch.Tensor]:
     """Outputs of one rank's FFN, and what the attention half embeds and computes, as a fingerprint of all weights."""
     found = resolve_model(str(folder))
-    attention, ffn = load_attention_half(found, "float32"), load_ffn_half(found, ShardSpec(), "float32")
+    attention, ffn = (
+        load_attention_half(found, select("cpu", "float32")),
+        load_ffn_half(found, ShardSpec(), select("cpu", "float32")),
+    )
     cache = KVCache(found.spec, 1, 8, torch.float32)
     batch = AttentionBatch.build([(0, 5, [0])], 8)
     with torch.inference_mode():
@@ -262,7 +269,7 @@ def test_experts_packed_or_one_by_one(make_folder: MakeFolder, tmp_path: Path) -
     assert torch.equal(_every_half(packed)[0], _every_half(single)[0])
     for num_ranks in (2, 5):
         for rank in range(num_ranks):
-            load_ffn_half(resolve_model(str(single)), ShardSpec(rank, num_ranks), "float32")
+            load_ffn_half(resolve_model(str(single)), ShardSpec(rank, num_ranks), select("cpu", "float32"))
 
 
 def _nest(config: dict[str, Any]) -> None:
@@ -342,6 +349,7 @@ import sys
 import torch
 from afd.model.loading import load_ffn_half, resolve_model
 from afd.model.sharding import ShardSpec
+from afd.ops.select import select
 
 def status_bytes(key):
     with open("/proc/self/status") as file:
@@ -349,11 +357,12 @@ def status_bytes(key):
 
 torch.set_num_threads(1)
 folder = resolve_model(sys.argv[1])
-load_ffn_half(resolve_model("dummy:llama-tiny"), ShardSpec(), "bfloat16")
+ops = select("cpu", "bfloat16")
+load_ffn_half(resolve_model("dummy:llama-tiny"), ShardSpec(), ops)
 with open("/proc/self/clear_refs", "w") as file:
     file.write("5")
 idle = status_bytes("VmRSS")
-half = load_ffn_half(folder, ShardSpec(0, 2), "bfloat16")
+half = load_ffn_half(folder, ShardSpec(0, 2), ops)
 print(status_bytes("VmHWM") - idle)
 """
     done = subprocess.run([sys.executable, "-c", code, model], check=True, timeout=60, capture_output=True)

@@ -17,18 +17,19 @@ from afd.errors import ModelError
 from afd.model.attention_kinds import AttentionWeights
 from afd.model.ffn import Dispatch
 from afd.model.halves import AttentionHalf
-from afd.model.int8 import Int8Weight, int8_copy, int8_in, int8_linear
 from afd.model.inventory import inventory
 from afd.model.loading import DEFAULT_MODEL, load_attention_half, load_ffn_half, resolve_model
-from afd.model.primitives import linear, prepared_for
 from afd.model.sharding import ShardSpec
 from afd.model.weights.block_fp8 import E4M3_VALUES
 from afd.model.weights.checkpoint import as_float32
 from afd.model.wire_format import decode_rows, encode_rows
-from afd.ops import Packed, PackedInt8, native_kernels
-from afd.ops.reference import int8_product
+from afd.ops.cpu.packed import Packed, PackedInt8
+from afd.ops.cpu.packed_reference import int8_product
+from afd.ops.int8 import Int8Weight, int8_copy, int8_in, int8_linear
+from afd.ops.select import select
 from afd.types import FfnParallel
 from stepmesh.types import WireDtype
+from tests.fakes.native_ops import native_ops
 
 Tensors = dict[str, torch.Tensor]
 BLOCK = (48, 40)  # divides no dimension of the tests' models: short blocks at both ends
@@ -100,9 +101,11 @@ def test_float8_shards_add_up_to_the_whole(fp8_folder: Callable[[str], tuple[Pat
     folder, _ = fp8_folder("step3-tiny")
     found = resolve_model(str(folder))
     dispatch = Dispatch(2, torch.randn(5, 128), torch.tensor([[0, 3, 7]] * 5, dtype=torch.int32), torch.rand(5, 3))
-    whole = load_ffn_half(found, ShardSpec(), "float32").layer(dispatch)
+    whole = load_ffn_half(found, ShardSpec(), select("cpu", "float32")).layer(dispatch)
     for parallel in FfnParallel:
-        parts = [load_ffn_half(found, ShardSpec(r, 3, parallel), "float32").layer(dispatch) for r in range(3)]
+        parts = [
+            load_ffn_half(found, ShardSpec(r, 3, parallel), select("cpu", "float32")).layer(dispatch) for r in range(3)
+        ]
         torch.testing.assert_close(sum(parts), whole, rtol=1e-4, atol=1e-5)
 
 
@@ -165,15 +168,16 @@ def test_a_native_int8_product_is_near_torchs() -> None:
     torch.manual_seed(2)
     weight = int8_copy(torch.randn(100, 77), torch.empty(100, 77, dtype=torch.int8), 1000)
     x = torch.randn(9, 77).bfloat16()
-    matrix = prepared_for(torch.bfloat16, Int8Weight(weight.values.clone(), weight.scales.clone()))
-    assert isinstance(matrix, PackedInt8) == (native_kernels() is not None)
-    exact, got, native = int8_linear(x.float(), weight), linear(x, matrix), native_kernels()
+    ops, native = select("cpu", "bfloat16"), native_ops()
+    matrix = ops.prepare(Int8Weight(weight.values.clone(), weight.scales.clone()))
+    assert isinstance(matrix, PackedInt8) == (native is not None)
+    exact, got = int8_linear(x.float(), weight), ops.linear(x, matrix)
     if native is not None:
         torch.testing.assert_close(
-            got, int8_product(x, weight.values, weight.scales, native.int8_order).bfloat16(), rtol=0, atol=0
+            got, int8_product(x, weight.values, weight.scales, native.kernels.int8_order).bfloat16(), rtol=0, atol=0
         )
     assert (got.float() - exact).norm() / exact.norm() < 0.02
-    assert isinstance(prepared_for(torch.float32, weight), Int8Weight)
+    assert isinstance(select("cpu", "float32").prepare(weight), Int8Weight)
 
 
 def _attention_weights(half: AttentionHalf, layer: int) -> AttentionWeights:
@@ -187,7 +191,9 @@ def test_int8_all_rounds_projections_and_head_alone(model: str) -> None:
     """A mirror of the float32 half; the default model's file has rows in llama.cpp's order and one matrix for both
     embedding and head."""
     folder = resolve_model(model)
-    plain, rounded = (load_attention_half(folder, "float32", weights=weights) for weights in ("int8", "int8-all"))
+    plain, rounded = (
+        load_attention_half(folder, select("cpu", "float32"), weights=weights) for weights in ("int8", "int8-all")
+    )
     pairs = [(plain._head, rounded._head)]
     for name in ("qkv", "o", "q_up"):
         pairs.append(tuple(getattr(_attention_weights(half, 1), name) for half in (plain, rounded)))
@@ -203,7 +209,7 @@ def test_int8_all_rounds_projections_and_head_alone(model: str) -> None:
 
 
 def test_int8_all_leaves_mla_as_it_is() -> None:
-    half = load_attention_half(resolve_model("dummy:deepseek-v3-tiny"), "bfloat16", weights="int8-all")
+    half = load_attention_half(resolve_model("dummy:deepseek-v3-tiny"), select("cpu", "bfloat16"), weights="int8-all")
     weights = half._layers[0].attention._w  # type: ignore[attr-defined]
     assert not any(isinstance(w, Int8Weight | PackedInt8) for w in (weights.q_up, weights.kv_down, weights.o))
     assert isinstance(half._head, Int8Weight | PackedInt8)
@@ -211,9 +217,11 @@ def test_int8_all_leaves_mla_as_it_is() -> None:
 
 def test_layers_with_int8_weights_are_fused_where_bfloat16_ones_are() -> None:
     folder = resolve_model("dummy:step3-tiny")
-    halves = [load_attention_half(folder, "bfloat16", weights=weights) for weights in ("auto", "int8-all")]
+    halves = [
+        load_attention_half(folder, select("cpu", "bfloat16"), weights=weights) for weights in ("auto", "int8-all")
+    ]
     fused = [[layer.fused is not None for layer in half._layers] for half in halves]
-    assert fused[0] == fused[1] == [native_kernels() is not None] * folder.spec.num_layers
+    assert fused[0] == fused[1] == [native_ops() is not None] * folder.spec.num_layers
     assert isinstance(halves[1]._head, Packed) == fused[0][0]
 
 
@@ -227,9 +235,10 @@ def test_int8_halves_stay_close(model: str, parallel: FfnParallel) -> None:
         routed = found.spec.layers[layer].ffn.router is not None
         ids = torch.randint(8, (7, top_k), dtype=torch.int32) if routed else None
         dispatch = Dispatch(layer, rows, ids, torch.rand(7, top_k) if routed else None)
-        whole = load_ffn_half(found, ShardSpec(), "float32").layer(dispatch)
+        whole = load_ffn_half(found, ShardSpec(), select("cpu", "float32")).layer(dispatch)
         parts = [
-            load_ffn_half(found, ShardSpec(r, 2, parallel), "float32", weights="int8").layer(dispatch) for r in range(2)
+            load_ffn_half(found, ShardSpec(r, 2, parallel), select("cpu", "float32"), weights="int8").layer(dispatch)
+            for r in range(2)
         ]
         error = (sum(parts) - whole).norm() / whole.norm()
         assert 1e-5 < error < 0.02, layer
@@ -237,17 +246,17 @@ def test_int8_halves_stay_close(model: str, parallel: FfnParallel) -> None:
 
 def test_unknown_weights_are_refused() -> None:
     with pytest.raises(ModelError, match="weights 'int4' are not supported"):
-        load_ffn_half(resolve_model("dummy:llama-tiny"), ShardSpec(), "float32", weights="int4")
+        load_ffn_half(resolve_model("dummy:llama-tiny"), ShardSpec(), select("cpu", "float32"), weights="int4")
     with pytest.raises(ModelError, match="weights 'int4' are not supported"):
-        load_attention_half(resolve_model("dummy:llama-tiny"), "float32", weights="int4")
+        load_attention_half(resolve_model("dummy:llama-tiny"), select("cpu", "float32"), weights="int4")
 
 
 def test_a_shard_without_columns_gives_zeros() -> None:
     """Whatever lay in the memory of its scales."""
     weight = int8_in(torch.empty(6, 0, dtype=torch.int8))
     x = torch.empty(3, 0)
-    for matrix, rows in ((weight, x), (prepared_for(torch.bfloat16, weight), x.bfloat16())):
-        assert torch.equal(linear(rows, matrix).float(), torch.zeros(3, 6))
+    for ops in (select("cpu", "float32"), select("cpu", "bfloat16")):
+        assert torch.equal(ops.linear(x.to(ops.dtype), ops.prepare(weight)).float(), torch.zeros(3, 6))
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)

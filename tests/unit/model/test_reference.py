@@ -13,6 +13,7 @@ from afd.model.halves import AttentionHalf, FFNHalf
 from afd.model.loading import load_attention_half, load_ffn_half, resolve_model
 from afd.model.reference import Comparison, ReferenceOutput, compare, reference_generate
 from afd.model.sharding import ShardSpec
+from afd.ops.select import select
 from afd.types import FfnParallel, SamplingParams
 from tests.unit.model.model_files import STEP3_TINY
 
@@ -21,12 +22,14 @@ GREEDY = SamplingParams(max_tokens=24, seed=0, temperature=0.0, logprobs=8)
 
 @pytest.fixture(scope="module")
 def attention() -> AttentionHalf:
-    return load_attention_half(resolve_model(str(STEP3_TINY)), "float32")
+    return load_attention_half(resolve_model(str(STEP3_TINY)), select("cpu", "float32"))
 
 
 def ffns(num_ranks: int = 1, parallel: FfnParallel = FfnParallel.HYBRID, dtype: str = "float32") -> list[FFNHalf]:
     folder = resolve_model(str(STEP3_TINY))
-    return [load_ffn_half(folder, ShardSpec(rank, num_ranks, parallel), dtype) for rank in range(num_ranks)]
+    return [
+        load_ffn_half(folder, ShardSpec(rank, num_ranks, parallel), select("cpu", dtype)) for rank in range(num_ranks)
+    ]
 
 
 @pytest.mark.parametrize("parallel", FfnParallel)
@@ -57,7 +60,7 @@ def test_prefill_in_chunks_changes_nothing(
 
 def test_bfloat16_stays_near_float32(golden_cases: list[dict[str, Any]]) -> None:
     """Log-probabilities of the first token: a mean over all cases, for a router's choice may flip in bfloat16."""
-    low = load_attention_half(resolve_model(str(STEP3_TINY)), "bfloat16")
+    low = load_attention_half(resolve_model(str(STEP3_TINY)), select("cpu", "bfloat16"))
     shards = ffns(2, dtype="bfloat16")
     errors = []
     for case in golden_cases:

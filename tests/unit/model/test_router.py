@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 
 from afd.model.router import Router
 from afd.model.spec import RouterRule, RouterSpec
+from afd.ops.select import select
 
 HIDDEN, EXPERTS = 8, 12
+OPS = select("cpu", "float32")
 
 
 def _twin(spec: RouterSpec, top_k: int, logits: list[float], bias: list[float]) -> dict[int, float]:
@@ -52,7 +54,7 @@ def test_against_one_token_at_a_time(
     bias = torch.randn(EXPERTS, generator=generator) * 0.3
     spec = RouterSpec(rule, "float32", selection_bias, *groups, renormalise=renormalise, scaling=scaling)
     rows = torch.randn(num_tokens, HIDDEN, generator=generator)
-    ids, weights = Router(spec, top_k, weight, bias if selection_bias else None)(rows)
+    ids, weights = Router(OPS, spec, top_k, weight, bias if selection_bias else None)(rows)
     assert ids.shape == weights.shape == (num_tokens, top_k)
     assert ids.dtype is torch.int32 and weights.dtype is torch.float32
     for row, own_ids, own_weights in zip(rows, ids.tolist(), weights.tolist(), strict=True):
@@ -65,14 +67,14 @@ def test_against_one_token_at_a_time(
 def test_the_bias_chooses_and_does_not_weigh() -> None:
     weight = torch.zeros(3, 2)
     bias = torch.tensor([0.0, 5.0, -5.0])
-    ids, weights = Router(RouterSpec(RouterRule.SIGMOID, selection_bias=True), 1, weight, bias)(torch.ones(1, 2))
+    ids, weights = Router(OPS, RouterSpec(RouterRule.SIGMOID, selection_bias=True), 1, weight, bias)(torch.ones(1, 2))
     assert ids.tolist() == [[1]] and weights.tolist() == [[0.5]]
 
 
 def test_bfloat16_rows_meet_a_float32_router_in_float32() -> None:
     weight = torch.randn(EXPERTS, HIDDEN)
     rows = torch.randn(4, HIDDEN).bfloat16()
-    ids, weights = Router(RouterSpec(dtype="float32"), 2, weight)(rows)
+    ids, weights = Router(OPS, RouterSpec(dtype="float32"), 2, weight)(rows)
     expected = torch.softmax(rows.float() @ weight.T, 1).topk(2, 1)
     assert torch.equal(ids.long(), expected.indices)
     torch.testing.assert_close(weights, expected.values)

@@ -15,6 +15,7 @@ from afd.model.halves import Dispatch, FFNHalf
 from afd.model.loading import load_attention_half, load_ffn_half, resolve_model
 from afd.model.row_selection import RowSelection
 from afd.model.sharding import ShardSpec, check_sparse
+from afd.ops.select import select
 from afd.types import FfnParallel
 
 EP, HYBRID, TP = FfnParallel.EP, FfnParallel.HYBRID, FfnParallel.TP
@@ -29,13 +30,14 @@ def folder_of(preset: str):
 @cache
 def shards_of(preset: str, num_ranks: int, parallel: FfnParallel) -> list[FFNHalf]:
     return [
-        load_ffn_half(folder_of(preset), ShardSpec(r, num_ranks, parallel), torch.float32) for r in range(num_ranks)
+        load_ffn_half(folder_of(preset), ShardSpec(r, num_ranks, parallel), select("cpu", torch.float32))
+        for r in range(num_ranks)
     ]
 
 
 @cache
 def attention_of(preset: str):
-    return load_attention_half(folder_of(preset), "float32")
+    return load_attention_half(folder_of(preset), select("cpu", "float32"))
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)

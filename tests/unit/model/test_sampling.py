@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 
 from afd.model.sampling import Sampler, takes_largest
 from afd.ops.philox import exponentials
+from afd.ops.select import select
 from afd.types import SamplingParams
 
+OPS = select("cpu", "float32")
 GREEDY = SamplingParams(max_tokens=8, seed=0, temperature=0.0)
 
 
@@ -88,7 +90,7 @@ def test_against_the_twin(
 ) -> None:  # fmt: skip
     """Of the tokens that the twin leaves, the one whose exponential variate over its probability is the least."""
     row = _logits(logits_seed, vocab, ties)
-    got = Sampler().sample(row[None], [params], [position], [(prompt, output)]).ids[0]
+    got = Sampler(OPS).sample(row[None], [params], [position], [(prompt, output)]).ids[0]
     ids, probabilities = _twin_probabilities(row, params, position, prompt, output)
     if params.greedy:
         assert got == ids[0]
@@ -120,16 +122,16 @@ def test_a_row_does_not_depend_on_its_batch(rows: list[tuple[SamplingParams, int
     positions = [position for _, position in rows]
     logits = torch.stack([_logits(seed + i, 700, ties=i % 2 == 0) for i in range(len(rows))])
     histories = [([1, 2], [3] * i) for i in range(len(rows))]
-    together = Sampler().sample(logits, params, positions, histories)
+    together = Sampler(OPS).sample(logits, params, positions, histories)
     for i in range(len(rows)):
-        alone = Sampler().sample(logits[i : i + 1], params[i : i + 1], positions[i : i + 1], histories[i : i + 1])
+        alone = Sampler(OPS).sample(logits[i : i + 1], params[i : i + 1], positions[i : i + 1], histories[i : i + 1])
         assert alone.ids == [together.ids[i]] and alone.logprobs == [together.logprobs[i]]
 
 
 def _draws(row: torch.Tensor, count: int, **changes: float) -> np.ndarray:
     """As many tokens of one distribution, each with a seed of its own."""
     params = [SamplingParams(max_tokens=1, seed=seed, **changes) for seed in range(count)]  # type: ignore[arg-type]
-    return np.array(Sampler().sample(row.expand(count, len(row)), params, [0] * count).ids)
+    return np.array(Sampler(OPS).sample(row.expand(count, len(row)), params, [0] * count).ids)
 
 
 @pytest.mark.parametrize(
@@ -182,7 +184,7 @@ def test_greedy_ties_go_to_the_lower_id_and_logits_stay_untouched() -> None:
     logits = torch.tensor([[1.0, 3.0, 3.0, 0.0]])
     before = logits.clone()
     biased = replace(GREEDY, logit_bias=((3, 9.0),))
-    got = Sampler().sample(logits.expand(2, 4).contiguous(), [GREEDY, biased], [0, 0])
+    got = Sampler(OPS).sample(logits.expand(2, 4).contiguous(), [GREEDY, biased], [0, 0])
     assert got.ids == [1, 3]
     assert torch.equal(logits, before)
 
@@ -190,19 +192,19 @@ def test_greedy_ties_go_to_the_lower_id_and_logits_stay_untouched() -> None:
 def test_min_tokens_masks_stop_ids_until_reached() -> None:
     params = replace(GREEDY, stop_token_ids=(2,), min_tokens=3)
     logits = torch.tensor([[0.0, 1.0, 5.0]]).expand(2, 3)
-    assert Sampler().sample(logits, [params, params], [2, 3]).ids == [1, 2]
+    assert Sampler(OPS).sample(logits, [params, params], [2, 3]).ids == [1, 2]
     assert not takes_largest(params, 2) and takes_largest(params, 3)
 
 
 def test_where_everything_is_masked_the_first_token_is_taken() -> None:
     params = SamplingParams(max_tokens=8, seed=3, stop_token_ids=(0, 1, 2), min_tokens=3)
-    assert Sampler().sample(torch.tensor([[0.0, 1.0, 5.0]]), [params], [0]).ids == [0]
+    assert Sampler(OPS).sample(torch.tensor([[0.0, 1.0, 5.0]]), [params], [0]).ids == [0]
 
 
 def test_logprobs_are_of_the_models_own_logits() -> None:
     logits = torch.randn(1, 300, generator=torch.Generator().manual_seed(1))
     params = replace(GREEDY, temperature=0.2, logprobs=3, logit_bias=((17, 50.0),))
-    got = Sampler().sample(logits, [params], [0])
+    got = Sampler(OPS).sample(logits, [params], [0])
     assert got.ids == [17]
     expected = torch.log_softmax(logits[0].double(), 0)
     sampled, top = got.logprobs[0] or (0.0, [])
@@ -210,21 +212,21 @@ def test_logprobs_are_of_the_models_own_logits() -> None:
     best = expected.topk(3)
     assert [token for token, _ in top] == best.indices.tolist()
     assert [value for _, value in top] == pytest.approx(best.values.tolist(), abs=1e-6)
-    none, zero = Sampler().sample(logits.expand(2, 300), [GREEDY, replace(GREEDY, logprobs=0)], [0, 0]).logprobs
+    none, zero = Sampler(OPS).sample(logits.expand(2, 300), [GREEDY, replace(GREEDY, logprobs=0)], [0, 0]).logprobs
     assert none is None and zero is not None and zero[1] == []
 
 
 def test_gaps_on_request() -> None:
     logits = torch.tensor([[1.0, 4.0, 3.5], [2.0, 2.0, 0.0]])
-    assert Sampler().sample(logits, [GREEDY] * 2, [0, 0], with_gaps=True).top2_gaps == [0.5, 0.0]
-    assert Sampler().sample(logits, [GREEDY] * 2, [0, 0]).top2_gaps is None
+    assert Sampler(OPS).sample(logits, [GREEDY] * 2, [0, 0], with_gaps=True).top2_gaps == [0.5, 0.0]
+    assert Sampler(OPS).sample(logits, [GREEDY] * 2, [0, 0]).top2_gaps is None
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_rows_that_are_not_finite_are_reported_and_the_others_served(bad: float) -> None:
     logits = torch.tensor([[0.0, bad, 1.0], [0.0, 2.0, 1.0], [-math.inf] * 3])
     for params in (replace(GREEDY, logprobs=1), replace(GREEDY, temperature=0.01, top_p=0.9, logprobs=1)):
-        got = Sampler().sample(logits, [params] * 3, [0] * 3)
+        got = Sampler(OPS).sample(logits, [params] * 3, [0] * 3)
         assert got.ids == [-1, 1, -1] and got.invalid == (0, 2)
         assert got.logprobs[0] is None and got.logprobs[1] is not None
 
@@ -233,11 +235,11 @@ def test_rows_that_are_not_finite_are_reported_and_the_others_served(bad: float)
 def test_a_temperature_that_float32_cannot_divide_by_is_greedy(temperature: float) -> None:
     logits = torch.tensor([[0.0, 3.0, 2.999, -1.0]])
     params = SamplingParams(max_tokens=1, seed=5, temperature=temperature)
-    assert Sampler().sample(logits, [params], [0]).ids == [1]
+    assert Sampler(OPS).sample(logits, [params], [0]).ids == [1]
 
 
 def test_a_tiny_temperature_is_greedy_and_an_empty_batch_ordinary() -> None:
     logits = torch.randn(1, 5000, generator=torch.Generator().manual_seed(2))
     params = SamplingParams(max_tokens=1, seed=4, temperature=1e-40, top_p=0.9)
-    assert Sampler().sample(logits, [params], [0]).ids == [int(logits.argmax())]
-    assert Sampler().sample(torch.empty(0, 10), [], []).ids == []
+    assert Sampler(OPS).sample(logits, [params], [0]).ids == [int(logits.argmax())]
+    assert Sampler(OPS).sample(torch.empty(0, 10), [], []).ids == []

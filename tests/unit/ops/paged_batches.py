@@ -8,8 +8,9 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from afd.ops.ops import Kernels
-from afd.ops.reference import ReferenceKernels
+from afd.ops.cpu.binding import NativeKernels
+from afd.ops.ops import AttentionArgs
+from afd.ops.reference import ReferenceOps
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,8 @@ class PagedBatch:
     query_start: Tensor
     scale: float
 
-    def run(self, kernels: Kernels, num_threads: int = 1) -> Tensor:
-        """Rows of `out` are a slice of something wider, and NaN until they are written."""
-        num_tokens, num_heads, _ = self.q.shape
-        wide = torch.full((num_tokens, num_heads * self.shape.v_dim + 8), float("nan"), dtype=self.q.dtype)
-        out = wide[:, : num_heads * self.shape.v_dim].view(num_tokens, num_heads, self.shape.v_dim)
-        kernels.paged_attention(
+    def args(self) -> AttentionArgs:
+        return AttentionArgs(
             self.q,
             self.k_cache,
             self.v_cache,
@@ -52,9 +49,16 @@ class PagedBatch:
             self.query_start,
             self.scale,
             self.shape.window,
-            out,
-            num_threads,
+            self.seq_lens.numpy(),
+            self.query_start.numpy(),
         )
+
+    def run(self, kernels: NativeKernels, num_threads: int = 1) -> Tensor:
+        """Rows of `out` are a slice of something wider, and NaN until they are written."""
+        num_tokens, num_heads, _ = self.q.shape
+        wide = torch.full((num_tokens, num_heads * self.shape.v_dim + 8), float("nan"), dtype=self.q.dtype)
+        out = wide[:, : num_heads * self.shape.v_dim].view(num_tokens, num_heads, self.shape.v_dim)
+        kernels.paged_attention(self.args(), out, num_threads)
         assert wide[:, num_heads * self.shape.v_dim :].isnan().all(), "wrote between the rows of out"
         return out
 
@@ -70,9 +74,10 @@ class PagedBatch:
             self.query_start,
             self.scale,
         )
-        result = exact.run(ReferenceKernels())
+        reference = ReferenceOps(torch.float32)
+        result = reference.paged_attention(exact.args())
         exact.v_cache = exact.v_cache.abs()
-        return result, exact.run(ReferenceKernels())
+        return result, reference.paged_attention(exact.args())
 
 
 def make_batch(shape: BatchShape) -> PagedBatch:

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from afd.ops import SampleRow
-from afd.ops.ops import Kernels
-from afd.ops.reference import ReferenceKernels
+from afd.ops.cpu.binding import NativeKernels
+from afd.ops.reference import ReferenceOps
+from afd.ops.sample_rows import SampleRow
 from afd.types import SamplingParams
 
-REFERENCE = ReferenceKernels()
+REFERENCE = ReferenceOps(torch.float32)
 VOCABULARIES = (1, 2, 7, 63, 64, 65, 130, 200, 777, 1000, 1500, 5000)
 
 
@@ -80,9 +80,9 @@ def random_batches(seed: int, num_rows: int) -> Iterator[tuple[torch.Tensor, lis
         num_rows -= count
 
 
-def check_batches(kernels: Kernels, seed: int, num_rows: int) -> None:
+def check_batches(kernels: NativeKernels, seed: int, num_rows: int) -> None:
     """The reference's tokens and log-probabilities, to the last bit; the logits stay as they are."""
     for logits, rows in random_batches(seed, num_rows):
         before = logits.clone()
-        assert kernels.sample(logits, rows, 2) == REFERENCE.sample(logits, rows, 1), rows
+        assert kernels.sample(logits, rows, 2) == REFERENCE.sample(logits, rows), rows
         assert torch.equal(logits.view(torch.int32), before.view(torch.int32))

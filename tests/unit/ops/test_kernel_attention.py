@@ -9,8 +9,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
-from afd.ops.ops import Kernels
-from afd.ops.reference import ReferenceKernels
+from afd.ops.cpu.binding import NativeKernels
+from afd.ops.reference import ReferenceOps
 from tests.unit.ops.paged_batches import BatchShape, PagedBatch, assert_accurate, batch_shapes, make_batch
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -18,39 +18,41 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 @settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(shape=batch_shapes())
-def test_random_batches(kernels: Kernels, shape: BatchShape) -> None:
+def test_random_batches(kernels: NativeKernels, shape: BatchShape) -> None:
     batch = make_batch(shape)
     assert_accurate(kernels.name, batch, batch.run(kernels))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("length", [1, 2, 7, 8, 15, 16, 17, 63, 64, 65, 127, 128, 129, 511, 512, 513, 1024, 1025])
-def test_lengths_around_the_edges_of_blocks_tiles_and_chunks(kernels: Kernels, length: int, dtype: torch.dtype) -> None:
+def test_lengths_around_the_edges_of_blocks_tiles_and_chunks(
+    kernels: NativeKernels, length: int, dtype: torch.dtype
+) -> None:
     batch = make_batch(BatchShape(((length, 1), (length, min(length, 2))), dtype=dtype))
     assert_accurate(kernels.name, batch, batch.run(kernels))
 
 
 @pytest.mark.parametrize("num_query", [1, 2, 20, 21, 22, 33, 64])
-def test_chunks_of_a_prompt(kernels: Kernels, num_query: int) -> None:
+def test_chunks_of_a_prompt(kernels: NativeKernels, num_query: int) -> None:
     batch = make_batch(BatchShape(((num_query, num_query), (100 + num_query, num_query)), dtype=torch.bfloat16))
     assert_accurate(kernels.name, batch, batch.run(kernels))
 
 
 @pytest.mark.parametrize("window", [1, 2, 8, 63, 64, 65, 512, 5000])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_windows(kernels: Kernels, window: int, dtype: torch.dtype) -> None:
+def test_windows(kernels: NativeKernels, window: int, dtype: torch.dtype) -> None:
     batch = make_batch(BatchShape(((700, 1), (600, 40), (30, 30)), window=window, dtype=dtype))
     assert_accurate(kernels.name, batch, batch.run(kernels))
 
 
-def test_sixty_four_heads_to_one(kernels: Kernels) -> None:
+def test_sixty_four_heads_to_one(kernels: NativeKernels) -> None:
     """The shape of Step-3's MFA."""
     shape = BatchShape(((300, 1), (40, 5)), num_kv_heads=1, group=64, head_dim=256, v_dim=256, dtype=torch.bfloat16)
     batch = make_batch(shape)
     assert_accurate(kernels.name, batch, batch.run(kernels))
 
 
-def test_scores_far_apart(kernels: Kernels) -> None:
+def test_scores_far_apart(kernels: NativeKernels) -> None:
     """Maxima that jump from tile to tile by more than a float's exponent holds.
 
     A score of 4000 has an error of 4000 * 2^-24 by itself, which is then the relative error of a weight.
@@ -60,12 +62,12 @@ def test_scores_far_apart(kernels: Kernels) -> None:
     assert_accurate(kernels.name, batch, batch.run(kernels), weight_error=1e-3)
 
 
-def test_nothing_to_do(kernels: Kernels) -> None:
+def test_nothing_to_do(kernels: NativeKernels) -> None:
     assert make_batch(BatchShape(())).run(kernels).shape == (0, 6, 64)
     assert make_batch(BatchShape(((40, 0), (0, 0)))).run(kernels).shape == (0, 6, 64)
 
 
-def test_padding_tokens_are_left_alone(kernels: Kernels) -> None:
+def test_padding_tokens_are_left_alone(kernels: NativeKernels) -> None:
     batch = make_batch(BatchShape(((40, 3), (9, 2))))
     batch.query_start = torch.tensor([0, 3, 3], dtype=torch.int32)
     out = batch.run(kernels)
@@ -74,7 +76,9 @@ def test_padding_tokens_are_left_alone(kernels: Kernels) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("window", [0, 100])
-def test_a_row_does_not_depend_on_its_batch_nor_on_threads(kernels: Kernels, dtype: torch.dtype, window: int) -> None:
+def test_a_row_does_not_depend_on_its_batch_nor_on_threads(
+    kernels: NativeKernels, dtype: torch.dtype, window: int
+) -> None:
     shape = BatchShape(((1500, 1), (530, 70), (3, 1), (1029, 5)), window=window, dtype=dtype)
     batch = make_batch(shape)
     together = batch.run(kernels)
@@ -96,7 +100,7 @@ def test_a_row_does_not_depend_on_its_batch_nor_on_threads(kernels: Kernels, dty
             assert torch.equal(together[first:last], alone.run(kernels))
 
 
-def test_callers_on_several_threads_at_once(kernels: Kernels) -> None:
+def test_callers_on_several_threads_at_once(kernels: NativeKernels) -> None:
     batches = [make_batch(BatchShape(((900, 1), (300, 40)), seed=seed)) for seed in range(4)]
     expected = [batch.run(kernels) for batch in batches]
     equal = [False] * len(batches)
@@ -126,7 +130,7 @@ def test_callers_on_several_threads_at_once(kernels: Kernels) -> None:
     ],
 )
 def test_wrong_indices_are_refused_before_anything_is_written(
-    kernels: Kernels, which: str, change: dict[str, list[int]], message: str
+    kernels: NativeKernels, which: str, change: dict[str, list[int]], message: str
 ) -> None:
     batch = make_batch(BatchShape(((40, 3), (20, 2))))
     if "block" in change:
@@ -135,18 +139,9 @@ def test_wrong_indices_are_refused_before_anything_is_written(
         if name in change:
             setattr(batch, name, torch.tensor(change[name], dtype=torch.int32))
     out = torch.zeros(5, 6, 64)
-    chosen = kernels if which == "native" else ReferenceKernels()
     with pytest.raises(ValueError, match=message):
-        chosen.paged_attention(
-            batch.q,
-            batch.k_cache,
-            batch.v_cache,
-            batch.block_table,
-            batch.seq_lens,
-            batch.query_start,
-            1.0,
-            0,
-            out,
-            2,
-        )
+        if which == "native":
+            kernels.paged_attention(batch.args(), out, 2)
+        else:
+            ReferenceOps(torch.float32).paged_attention(batch.args())
     assert not out.any()

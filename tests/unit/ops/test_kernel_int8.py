@@ -8,10 +8,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from afd import ops as face
 from afd.ops.cpu.binding import NativeKernels
+from afd.ops.cpu.ops import CpuOps
 from afd.ops.cpu.packed import PAIRS, PANEL_ROWS, QUADS, Int8Order, PackedInt8
-from afd.ops.reference import ReferenceKernels, round_rows
+from afd.ops.cpu.packed_reference import product, round_rows
+from afd.ops.int8 import Int8Weight
 
 ORDERS = st.sampled_from([PAIRS, QUADS])
 FAST = settings(
@@ -82,8 +83,7 @@ def test_gemm_is_exact(
 )
 def test_the_reference_is_exact(m: int, n: int, k: int, order: Int8Order) -> None:
     x, (values, scales) = rows(m, k), matrix(n, k)
-    out = torch.empty(m, n)
-    ReferenceKernels().gemm(x, PackedInt8.pack(values.clone(), scales.clone(), order), out, 1)
+    out = product(x, PackedInt8.pack(values.clone(), scales.clone(), order))
     assert torch.equal(out, oracle(x, values, scales, order))
 
 
@@ -128,9 +128,8 @@ def test_a_row_that_is_not_finite_spoils_itself_alone(kernels: NativeKernels, wr
     x, (values, scales) = rows(9, 250), matrix(40, 250)
     x[4, 249] = wrong
     w = PackedInt8.pack(values.clone(), scales, kernels.int8_order)
-    out, want = torch.empty(9, 40), torch.empty(9, 40)
+    out, want = torch.empty(9, 40), product(x, w)
     kernels.gemm(x, w, out, 1)
-    ReferenceKernels().gemm(x, w, want, 1)
     assert out[4].isnan().all() and want[4].isnan().all()
     others = [0, 1, 2, 3, 5, 6, 7, 8]
     assert torch.equal(out[others], want[others]) and out[others].isfinite().all()
@@ -178,13 +177,21 @@ def test_a_matrix_packed_for_another_instruction_set_is_refused(kernels: NativeK
         kernels.gemm(x, w, torch.empty(3, 40), 1)
 
 
-def test_what_cannot_be_packed_is_refused() -> None:
+def test_what_cannot_be_packed_is_refused(kernels: NativeKernels) -> None:
+    ops = CpuOps(kernels, torch.bfloat16)
+    if not kernels.vectorised:
+        pytest.skip("it packs nothing")
     values, scales = matrix(40, 8)
-    assert not face.can_pack_int8(values[0])
     for wrong in ((values.float(), scales), (values.T, scales), (values, scales[:-1]), (values, scales.double())):
         with pytest.raises(ValueError):
-            face.pack_int8(*wrong)
-    w = face.pack_int8(values, scales)
-    for x, out in ((torch.zeros(3, 8), None), (torch.zeros(3, 7).bfloat16(), None), (rows(3, 8), torch.zeros(3, 41))):
+            ops.prepare(Int8Weight(*wrong))
+    stack = Int8Weight(values[None], scales[None])
+    assert ops.prepare(stack) is stack
+    w = ops.prepare(Int8Weight(values, scales))
+    assert isinstance(w, PackedInt8)
+    for x in (torch.zeros(3, 8), torch.zeros(3, 7).bfloat16()):
         with pytest.raises(ValueError):
-            face.gemm(x, w, out)
+            ops.linear(x, w)
+    for out in (torch.zeros(3, 39), torch.zeros(2, 40), torch.zeros(40, 3).T):
+        with pytest.raises(ValueError):
+            ops.head_logits(rows(3, 8), w, out, 0, 40)

@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from afd.ops.cpu.binding import NativeKernels
-from afd.ops.cpu.layer import AttentionLayerCall, ExpertsCall, LayerBatch, LayerShape, LayerWeights, SwiGluCall
+from afd.ops.cpu.layer import AttentionLayerCall, ExpertsCall, LayerBatch, NativeWeights, SwiGluCall
 from afd.ops.cpu.packed import QUADS, Packed, PackedInt8, PackedMatrix
-from afd.ops.reference import ReferenceKernels
+from afd.ops.ops import AttentionArgs, KvWrite, LayerShape, LayerTables, Rotation, Routing
+from afd.ops.reference import ReferenceOps, add_rms_norm
 
-REFERENCE = ReferenceKernels()
+REFERENCE = ReferenceOps(torch.bfloat16)
 FAST = settings(
     max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -49,8 +50,7 @@ def allowed(error: float, kind: str, kernels: NativeKernels) -> float:
 
 def swiglu(x: Tensor, gate_up: Tensor, down: Tensor, limit: float) -> Tensor:
     """Float32, from a bfloat16 intermediate result where the kernels round."""
-    active = torch.empty(x.shape[0], gate_up.shape[0] // 2)
-    REFERENCE.silu_mul(x.float() @ gate_up.float().T, limit, active)
+    active = REFERENCE.silu_mul(x.float() @ gate_up.float().T, limit)
     return active.bfloat16().float() @ down.float().T
 
 
@@ -112,7 +112,7 @@ def test_experts(
     call = ExpertsCall(kernels, ups, downs, first, 0.0)
     out = random(num_rows, HIDDEN, seed=5).float()
     want = out.clone()
-    counts, squares = call.add_to(out, x, ids, weights, measured)
+    counts, squares = call.add_to(out, x, Routing(ids, weights), measured)
     expected_squares = []
     for local in range(num_local):
         tokens, choice = (ids == first + local).nonzero(as_tuple=True)
@@ -171,13 +171,11 @@ def layer_weights(kind: str, shape: LayerShape) -> dict[str, Tensor]:
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     out = torch.empty(x.shape, dtype=torch.bfloat16)
-    REFERENCE.add_rms_norm(x.clone(), (), weight, eps, out)
+    add_rms_norm(x, (), weight, eps, out)
     return out
 
 
-def composed(
-    x: Tensor, w: dict[str, Tensor], s: LayerShape, tables: tuple[Tensor, ...], k: Tensor, v: Tensor
-) -> Tensor:
+def composed(x: Tensor, w: dict[str, Tensor], s: LayerShape, tables: LayerTables, k: Tensor, v: Tensor) -> Tensor:
     """The layer from reference kernels; x, k and v are written to."""
     cos, sin, slots, block_table, seq_lens, query_start = tables
     n, q_width = x.shape[0], s.num_heads * s.head_dim
@@ -194,10 +192,10 @@ def composed(
         q = norm(q.reshape(-1, s.head_dim), w["q_head_norm"], s.eps).view_as(q)
         new_k = norm(new_k.reshape(-1, s.head_dim), w["k_head_norm"], s.eps).view_as(new_k)
     new_v = new_v.reshape(n, s.num_kv_heads, s.v_head_dim)
-    q = q.clone()
-    REFERENCE.rope_write_kv(q, new_k, new_v, cos, sin, s.interleaved, k, v, slots)
-    out = torch.empty(n, s.num_heads, s.v_head_dim, dtype=torch.bfloat16)
-    REFERENCE.paged_attention(q, k, v, block_table, seq_lens, query_start, s.scale, s.window, out, 1)
+    q = REFERENCE.rope_write_kv(q, KvWrite(new_k, new_v, k, v, slots), Rotation(cos, sin, s.interleaved))
+    lengths = seq_lens.numpy(), query_start.numpy()
+    args = AttentionArgs(q, k, v, block_table, seq_lens, query_start, s.scale, s.window, *lengths)
+    out = REFERENCE.paged_attention(args)
     if s.head_gate:
         out = (out.float() * torch.sigmoid(gate.float())[:, :, None]).bfloat16()
     x += out.flatten(1).float() @ w["o"].float().T
@@ -206,7 +204,7 @@ def composed(
     return norm(x, w["ffn_norm"], s.eps)
 
 
-def batch_tables(lengths: list[tuple[int, int]], shape: LayerShape, num_blocks: int) -> tuple[Tensor, ...]:
+def batch_tables(lengths: list[tuple[int, int]], shape: LayerShape, num_blocks: int) -> LayerTables:
     """lengths: (context, new tokens) of each sequence."""
     num_tokens = sum(new for _, new in lengths)
     most = max((-(-context // BLOCK) for context, _ in lengths), default=0)
@@ -221,7 +219,7 @@ def batch_tables(lengths: list[tuple[int, int]], shape: LayerShape, num_blocks: 
         starts.append(starts[-1] + new)
     angles = torch.rand(num_tokens, shape.rotary_half, generator=torch.Generator().manual_seed(4)) * 6
     contexts = torch.tensor([context for context, _ in lengths], dtype=torch.int32)
-    return (
+    return LayerTables(
         angles.cos(),
         angles.sin(),
         torch.tensor(slots, dtype=torch.int64),
@@ -237,7 +235,7 @@ def test_attention_layer(kernels: NativeKernels, kind: str, num_threads: int, we
     shape = SHAPES[kind]
     plain = layer_weights(kind, shape)
     matrices = {k: packed_as(weight_kind, kernels, plain[k]) for k in ("qkv", "o", "q_up") if k in plain}
-    weights = LayerWeights(**(plain | {k: matrix for k, (matrix, _) in matrices.items()}))
+    weights = NativeWeights(**(plain | {k: matrix for k, (matrix, _) in matrices.items()}))
     plain |= {k: meant for k, (_, meant) in matrices.items()}
     call = AttentionLayerCall(kernels, weights, shape)
     torch.set_num_threads(num_threads)
@@ -248,7 +246,7 @@ def test_attention_layer(kernels: NativeKernels, kind: str, num_threads: int, we
             caches = [random(16, shape.num_kv_heads, BLOCK, d, seed=12) for d in (shape.head_dim, shape.v_head_dim)]
             own_x, own_caches = x.clone(), [c.clone() for c in caches]
             partials = [random(*x.shape, seed=13 + i) for i in range(len(lengths))]
-            rows = call(own_x, partials, LayerBatch(*tables), *own_caches)
+            rows = call(own_x, partials, LayerBatch(tables), *own_caches)
             for partial in partials:
                 x += partial
             if lengths:
@@ -263,19 +261,19 @@ def test_attention_layer(kernels: NativeKernels, kind: str, num_threads: int, we
 
 def test_a_block_that_is_not_there_is_refused_before_anything_is_written(kernels: NativeKernels) -> None:
     plain = layer_weights("gqa", GQA)
-    weights = LayerWeights(**{k: packed(kernels, w) if k in ("qkv", "o") else w for k, w in plain.items()})
+    weights = NativeWeights(**{k: packed(kernels, w) if k in ("qkv", "o") else w for k, w in plain.items()})
     call = AttentionLayerCall(kernels, weights, GQA)
     good = batch_tables([(20, 2)], GQA, 4)
     x = random(2, HIDDEN, seed=1).float()
     caches = [torch.zeros(4, 2, BLOCK, 16, dtype=torch.bfloat16) for _ in range(2)]
     before = x.clone()
     for place, wrong in ((3, torch.full_like(good[3], 4)), (2, torch.full_like(good[2], 4 * BLOCK))):
-        tables = (*good[:place], wrong, *good[place + 1 :])
+        tables = LayerTables(*good[:place], wrong, *good[place + 1 :])
         with pytest.raises(ValueError, match=r"not in the cache|behind the last slot"):
-            call(x, (), LayerBatch(*tables), *caches)
+            call(x, (), LayerBatch(tables), *caches)
         assert torch.equal(x, before) and not any(cache.any() for cache in caches)
     with pytest.raises(ValueError, match="tokens"):
-        LayerBatch(*good[:2], good[2][:1], *good[3:])
+        LayerBatch(LayerTables(*good[:2], good[2][:1], *good[3:]))
 
 
 def test_weights_that_do_not_fit_are_refused(kernels: NativeKernels) -> None:
@@ -288,10 +286,10 @@ def test_weights_that_do_not_fit_are_refused(kernels: NativeKernels) -> None:
         ("qkv_bias", torch.ones(160)),
     ):
         with pytest.raises(ValueError, match=name):
-            AttentionLayerCall(kernels, LayerWeights(**(good | {name: wrong})), GQA)
+            AttentionLayerCall(kernels, NativeWeights(**(good | {name: wrong})), GQA)
     with pytest.raises(ValueError, match="q_up"):
         AttentionLayerCall(
-            kernels, LayerWeights(**(good | {"qkv": packed(kernels, plain["qkv"][:88])})), replace(GQA, q_rank=24)
+            kernels, NativeWeights(**(good | {"qkv": packed(kernels, plain["qkv"][:88])})), replace(GQA, q_rank=24)
         )
     with pytest.raises(ValueError, match="gate_up"):
         SwiGluCall(kernels, good["qkv"], good["o"], 0.0)

@@ -10,14 +10,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from afd.ops import gemm_row_max
 from afd.ops.cpu.binding import NativeKernels
+from afd.ops.cpu.ops import CpuOps
 from afd.ops.cpu.packed import PANEL_ROWS, PackedInt8, PackedMatrix
-from afd.ops.ops import Kernels, RowMax
-from afd.ops.reference import ReferenceKernels
+from afd.ops.ops import KvWrite, Rotation, RowMax
+from afd.ops.reference import ReferenceOps, add_rms_norm, row_max
 
 DTYPES = [torch.float32, torch.bfloat16]
-REFERENCE = ReferenceKernels()
+REFERENCE = ReferenceOps(torch.float32)
 FAST = settings(
     max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -49,14 +49,19 @@ def random_slots(num_tokens: int, num_slots: int) -> Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("head_dim", "v_dim", "block_size"), [(64, 64, 16), (80, 128, 8), (32, 8, 24)])
-def test_write_kv(kernels: Kernels, dtype: torch.dtype, head_dim: int, v_dim: int, block_size: int) -> None:
+def test_k_and_v_of_a_projection(
+    kernels: NativeKernels, dtype: torch.dtype, head_dim: int, v_dim: int, block_size: int
+) -> None:
+    """Slices of wider rows, of different widths, without a rotation: stored as they are."""
     qkv = random(33, 2 * (head_dim + v_dim) + 8, dtype=dtype)
     k = qkv[:, 8 : 8 + 2 * head_dim].view(33, 2, head_dim)
     v = qkv[:, 8 + 2 * head_dim :].view(33, 2, v_dim)
     slots = random_slots(33, 7 * block_size)
     caches = [[torch.zeros(7, 2, block_size, dim, dtype=dtype) for dim in (head_dim, v_dim)] for _ in range(2)]
-    kernels.write_kv(k, v, *caches[0], slots)
-    REFERENCE.write_kv(k, v, *caches[1], slots)
+    none = torch.empty(33, 0)
+    kernels.rope_write_kv(k.clone(), KvWrite(k, v, *caches[0], slots), Rotation(none, none))
+    for rows, cache in zip((k, v), caches[1], strict=True):
+        REFERENCE.write_rows(rows, cache, slots)
     assert torch.equal(caches[0][0], caches[1][0]) and torch.equal(caches[0][1], caches[1][1])
     assert caches[0][0].any()
 
@@ -64,24 +69,27 @@ def test_write_kv(kernels: Kernels, dtype: torch.dtype, head_dim: int, v_dim: in
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize(("head_dim", "rotary_dim"), [(64, 64), (128, 64), (32, 32), (80, 36), (256, 256), (16, 0)])
-def test_rope_write_kv(kernels: Kernels, dtype: torch.dtype, interleaved: bool, head_dim: int, rotary_dim: int) -> None:
+def test_rope_write_kv(
+    kernels: NativeKernels, dtype: torch.dtype, interleaved: bool, head_dim: int, rotary_dim: int
+) -> None:
     q, k, v = (random(9, heads, head_dim, dtype=dtype, seed=heads) for heads in (6, 2, 2))
     k_before = k.clone()
     cos, sin = random(9, rotary_dim // 2, seed=7).cos(), random(9, rotary_dim // 2, seed=7).sin()
     slots = random_slots(9, 48)
     results = []
     for implementation in (kernels, REFERENCE):
-        rotated, k_cache, v_cache = q.clone(), torch.zeros(3, 2, 16, head_dim, dtype=dtype), torch.zeros_like(v)
+        rotated, k_cache = q.clone(), torch.zeros(3, 2, 16, head_dim, dtype=dtype)
         v_cache = torch.zeros_like(k_cache)
-        implementation.rope_write_kv(rotated, k, v, cos, sin, interleaved, k_cache, v_cache, slots)
-        results.append((rotated, k_cache, v_cache))
+        write = KvWrite(k, v, k_cache, v_cache, slots)
+        returned = implementation.rope_write_kv(rotated, write, Rotation(cos, sin, interleaved))
+        results.append((rotated if returned is None else returned, k_cache, v_cache))
     for got, want in zip(*results, strict=True):
         assert_close(got, want)
     assert torch.equal(k, k_before)
     assert torch.equal(results[0][0][..., rotary_dim:], q[..., rotary_dim:])
 
 
-def test_a_slot_behind_the_cache_is_refused_before_anything_is_written(kernels: Kernels) -> None:
+def test_a_slot_behind_the_cache_is_refused_before_anything_is_written(kernels: NativeKernels) -> None:
     k = random(3, 2, 32)
     cos = torch.ones(3, 16)
     for implementation in (kernels, REFERENCE):
@@ -89,9 +97,7 @@ def test_a_slot_behind_the_cache_is_refused_before_anything_is_written(kernels: 
         q_before = q.clone()
         slots = torch.tensor([0, 1, 16])
         with pytest.raises(ValueError, match="slot"):
-            implementation.write_kv(k, k, cache, cache, slots)
-        with pytest.raises(ValueError, match="slot"):
-            implementation.rope_write_kv(q, k, k, cos, cos, False, cache, cache, slots)
+            implementation.rope_write_kv(q, KvWrite(k, k, cache, cache, slots), Rotation(cos, cos))
         assert not cache.any() and torch.equal(q, q_before)
 
 
@@ -104,7 +110,7 @@ def test_a_slot_behind_the_cache_is_refused_before_anything_is_written(kernels: 
     partial_dtype=st.sampled_from(DTYPES),
 )
 def test_add_rms_norm(
-    kernels: Kernels,
+    kernels: NativeKernels,
     num_rows: int,
     width: int,
     num_partials: int,
@@ -115,9 +121,9 @@ def test_add_rms_norm(
     partials = [random(num_rows, width, dtype=partial_dtype, seed=1 + i) for i in range(num_partials)]
     weight = random(width, seed=9)
     results = []
-    for implementation in (kernels, REFERENCE):
+    for norm in (kernels.add_rms_norm, add_rms_norm):
         residual, out = x.clone(), torch.full_like(x, float("nan"))
-        implementation.add_rms_norm(residual, partials, weight, 1e-5, out)
+        norm(residual, partials, weight, 1e-5, out)
         results.append((residual, out))
     assert torch.equal(results[0][0], results[1][0]), "the residual is a sum in a given order: no rounding may differ"
     assert_close(results[0][1], results[1][1])
@@ -130,28 +136,27 @@ def test_add_rms_norm(
     limit=st.sampled_from([0.0, 0.0, 0.5, 7.0]),
     dtype=st.sampled_from(DTYPES),
 )
-def test_silu_mul(kernels: Kernels, num_rows: int, width: int, limit: float, dtype: torch.dtype) -> None:
+def test_silu_mul(kernels: NativeKernels, num_rows: int, width: int, limit: float, dtype: torch.dtype) -> None:
     gate_up = (random(num_rows, 2 * width + 3) * 20)[:, : 2 * width].to(dtype)
-    got, want = (torch.full((num_rows, width), float("nan"), dtype=dtype) for _ in range(2))
+    got = torch.full((num_rows, width), float("nan"), dtype=dtype)
     kernels.silu_mul(gate_up, limit, got)
-    REFERENCE.silu_mul(gate_up, limit, want)
-    assert_close(got, want)
+    assert_close(got, REFERENCE.silu_mul(gate_up, limit))
 
 
 @pytest.mark.parametrize("width", [1, 36, 576])
-def test_a_norm_of_the_residual_in_the_activation_dtype(kernels: Kernels, width: int) -> None:
+def test_a_norm_of_the_residual_in_the_activation_dtype(kernels: NativeKernels, width: int) -> None:
     x, weight = random(5, width), random(width, seed=9)
     partials = [random(5, width, dtype=torch.bfloat16, seed=3)]
     results = []
-    for implementation in (kernels, REFERENCE):
+    for norm in (kernels.add_rms_norm, add_rms_norm):
         residual, out = x.clone(), torch.empty(5, width, dtype=torch.bfloat16)
-        implementation.add_rms_norm(residual, partials, weight, 1e-5, out)
+        norm(residual, partials, weight, 1e-5, out)
         results.append((residual, out))
     assert torch.equal(results[0][0], results[1][0])
     assert_close(results[0][1], results[1][1])
 
 
-def test_silu_mul_at_the_ends_of_the_range(kernels: Kernels) -> None:
+def test_silu_mul_at_the_ends_of_the_range(kernels: NativeKernels) -> None:
     gate = torch.tensor([[-3e38, -1000.0, -88.0, -87.0, 0.0, 88.0, 1000.0, 3e38]])
     out = torch.empty_like(gate)
     kernels.silu_mul(torch.cat([gate, torch.ones_like(gate)], dim=1), 0.0, out)
@@ -217,7 +222,7 @@ def test_a_gemm_row_does_not_depend_on_its_batch_nor_on_threads(kernels: NativeK
     st.integers(1, 3),
 )
 @FAST
-def test_row_max(kernels: Kernels, rows: int, width: int, marks: list, num_threads: int) -> None:
+def test_row_max(kernels: NativeKernels, rows: int, width: int, marks: list, num_threads: int) -> None:
     """numpy's answer: the first of equal elements (bfloat16 has many), the first NaN where there is one."""
     x = random(rows, width + 3).bfloat16().float()[:, :width]
     for row, column, value in marks:
@@ -229,7 +234,7 @@ def test_row_max(kernels: Kernels, rows: int, width: int, marks: list, num_threa
 
 
 @pytest.mark.parametrize("value", [0.0, -float("inf"), float("inf"), float("nan")])
-def test_row_max_of_equal_elements(kernels: Kernels, value: float) -> None:
+def test_row_max_of_equal_elements(kernels: NativeKernels, value: float) -> None:
     got = RowMax.of_nothing(2)
     kernels.row_max(torch.full((2, 3000), value), got, 1)
     assert got.idx.tolist() == [0, 0]
@@ -273,10 +278,10 @@ def test_gemm_row_max(kernels: NativeKernels, m: int, n: int, k: int, weights: s
         (0, 130, 3, "best must be"),
     ],
 )
-def test_gemm_row_max_refuses(start: int, stop: int, rows: int, message: str) -> None:
+def test_gemm_row_max_refuses(kernels: NativeKernels, start: int, stop: int, rows: int, message: str) -> None:
     w, x = PackedMatrix(torch.zeros(130, 8, dtype=torch.bfloat16)), torch.zeros(2, 8, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=message):
-        gemm_row_max(x, w, RowMax.of_nothing(rows), start, stop)
+        CpuOps(kernels, torch.bfloat16).head_max(x, w, RowMax.of_nothing(rows), start, stop)
 
 
 @given(st.lists(st.sampled_from([float("nan"), -float("inf"), 0.0, 1.0, 2.0]), min_size=1, max_size=6), st.data())
@@ -287,8 +292,7 @@ def test_row_maxima_of_two_parts_are_those_of_the_whole(values: list[float], dat
     best = RowMax.of_nothing(1)
     for begin, end in ((0, at), (at, len(values))):
         if begin < end:
-            part = RowMax.of_nothing(1)
-            REFERENCE.row_max(row[:, begin:end], part, 1)
+            part = row_max(row[:, begin:end])
             best.join(RowMax(part.largest, part.idx + begin))
     assert best.idx.item() == row.numpy().argmax()
 

@@ -15,6 +15,7 @@ from afd.kv.block_pool import BlockPool
 from afd.kv.cache import KVCache
 from afd.model.loading import load_attention_half, load_ffn_half, resolve_model
 from afd.model.sharding import ShardSpec
+from afd.ops.select import select
 from afd.sched.scheduler import Scheduler, SchedulerConfig
 from afd.sched.sequence import Sequence
 from afd.types import FfnParallel, SamplingParams
@@ -24,8 +25,8 @@ from afd.types import FfnParallel, SamplingParams
 def test_mono_computes_where_it_would_wait(num_streams):
     torch.set_num_threads(1)
     folder = resolve_model("dummy:step3-tiny")
-    half = load_attention_half(folder, "float32")
-    whole = load_ffn_half(folder, ShardSpec(0, 1, FfnParallel.HYBRID), "float32")
+    half = load_attention_half(folder, select("cpu", "float32"))
+    whole = load_ffn_half(folder, ShardSpec(0, 1, FfnParallel.HYBRID), select("cpu", "float32"))
     scheduler = Scheduler(
         SchedulerConfig(
             max_step_tokens=16, min_chunk_tokens=4, max_num_seqs=4, max_context=64, num_streams=num_streams

@@ -23,8 +23,6 @@ extern const SampleTable sample_avx512;
 
 namespace {
 
-constexpr int32_t kAbiVersion = 9;
-
 const KernelTable& table_of(int32_t isa) {
 #if defined(AFD_HAVE_X86)
     if (isa == kIsaAvx512) return kernels_avx512;
@@ -58,8 +56,6 @@ int32_t guarded(Function function) {
 
 using namespace afd;
 
-int32_t afd_abi_version() { return kAbiVersion; }
-
 int32_t afd_isa_available(int32_t isa) {
 #if defined(AFD_HAVE_X86)
     // GCC's and Clang's test includes the operating system's support (XGETBV).
@@ -85,16 +81,6 @@ int32_t afd_paged_attention(int32_t isa, int32_t num_threads, int32_t dtype, con
                              num_seqs,    num_heads, num_kv_heads, head_dim,     v_dim,       num_blocks,
                              block_size,  window,    scale};
     return guarded([&] { return attend(table_of(isa), args, num_threads, error_detail); });
-}
-
-int32_t afd_write_kv(int32_t isa, int32_t dtype, const void* k, const void* v, void* k_cache, void* v_cache,
-                     const int64_t* slots, int64_t k_stride, int64_t v_stride, int32_t num_tokens, int32_t num_kv_heads,
-                     int32_t head_dim, int32_t v_dim, int32_t num_blocks, int32_t block_size, int32_t* error_detail) {
-    const int32_t status = check_slots(slots, num_tokens, static_cast<int64_t>(num_blocks) * block_size, error_detail);
-    if (status != kOk) return status;
-    table_of(isa).write_kv({k, v, k_cache, v_cache, slots, k_stride, v_stride, dtype, num_tokens, num_kv_heads,
-                            head_dim, v_dim, block_size});
-    return kOk;
 }
 
 int32_t afd_rope_write_kv(int32_t isa, int32_t dtype, void* q, const void* k, const void* v, const float* cos,
@@ -152,21 +138,6 @@ void afd_row_max(int32_t isa, int32_t num_threads, const float* x, int64_t strid
     RowMaxima{largest, idx}.clear(num_rows);
     const RowMaxArgs args{x, largest, idx, stride, 0, num_rows, width};
     run_ranges(num_rows, 1, num_threads, [&](int begin, int end) { table_of(isa).row_max(args, begin, end); });
-}
-
-int32_t afd_sample_row_layout(int32_t* offsets, int32_t room) {
-#define AFD_OFFSET(field) static_cast<int32_t>(offsetof(AfdSampleRow, field))
-    const int32_t layout[] = {
-        AFD_OFFSET(prompt),      AFD_OFFSET(output),     AFD_OFFSET(bias_ids),   AFD_OFFSET(biases),
-        AFD_OFFSET(masked),      AFD_OFFSET(num_prompt), AFD_OFFSET(num_output), AFD_OFFSET(num_biases),
-        AFD_OFFSET(num_masked),  AFD_OFFSET(seed),       AFD_OFFSET(position),   AFD_OFFSET(choice),
-        AFD_OFFSET(top_p),       AFD_OFFSET(frequency),  AFD_OFFSET(presence),   AFD_OFFSET(repetition),
-        AFD_OFFSET(scale),       AFD_OFFSET(top_k),      AFD_OFFSET(least),      AFD_OFFSET(num_logprobs),
-        static_cast<int32_t>(sizeof(AfdSampleRow))};
-#undef AFD_OFFSET
-    const int32_t count = static_cast<int32_t>(std::size(layout));
-    std::copy_n(layout, std::min(room, count), offsets);
-    return count;
 }
 
 int32_t afd_sample(int32_t isa, int32_t num_threads, const float* logits, int64_t stride, int32_t width,

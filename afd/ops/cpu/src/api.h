@@ -14,8 +14,9 @@ extern "C" {
 
 enum AfdIsa : int32_t { kIsaPortable = 0, kIsaAvx2 = 1, kIsaAvx512 = 2 };
 
-// Changes whenever a signature here does: the loader refuses a library built from other sources.
-AFD_API int32_t afd_abi_version();
+// All that is declared here, as it was compiled: lines of name=value (abi.cpp). The loader refuses a library whose
+// functions, structures or constants differ from its own. Lives as long as the library.
+AFD_API const char* afd_abi();
 AFD_API int32_t afd_isa_available(int32_t isa);
 
 AFD_API int32_t afd_paged_attention(int32_t isa, int32_t num_threads, int32_t dtype, const void* q, const void* k_cache,
@@ -25,11 +26,6 @@ AFD_API int32_t afd_paged_attention(int32_t isa, int32_t num_threads, int32_t dt
                                     int32_t num_kv_heads, int32_t head_dim, int32_t v_dim, int32_t num_blocks,
                                     int32_t block_size, int32_t window, float scale,
                                     int32_t* error_detail /* [2]: sequence, value */);
-
-AFD_API int32_t afd_write_kv(int32_t isa, int32_t dtype, const void* k, const void* v, void* k_cache, void* v_cache,
-                             const int64_t* slots, int64_t k_stride, int64_t v_stride, int32_t num_tokens,
-                             int32_t num_kv_heads, int32_t head_dim, int32_t v_dim, int32_t num_blocks,
-                             int32_t block_size, int32_t* error_detail /* [2]: token, 0 */);
 
 AFD_API int32_t afd_rope_write_kv(int32_t isa, int32_t dtype, void* q, const void* k, const void* v, const float* cos,
                                   const float* sin, void* k_cache, void* v_cache, const int64_t* slots,
@@ -70,8 +66,6 @@ struct AfdSampled {
     int32_t* top_ids;  // [num_rows, num_top]
     int32_t num_top;   // at least every num_logprobs
 };
-// Offsets of the fields of AfdSampleRow in their order, then its size: at most `room` of them are written -> how many.
-AFD_API int32_t afd_sample_row_layout(int32_t* offsets, int32_t room);
 AFD_API int32_t afd_sample(int32_t isa, int32_t num_threads, const float* logits, int64_t stride, int32_t width,
                            const AfdSampleRow* rows, int32_t num_rows, const AfdSampled* out,
                            int32_t* error_detail /* [2]: row, token */);
@@ -148,7 +142,7 @@ AFD_API int32_t afd_attention_layer(int32_t isa, int32_t num_threads, const AfdA
                                     const AfdBatch* batch, void* k_cache, void* v_cache, int32_t num_blocks,
                                     int32_t block_size, float* x, const void* const* partials, int32_t num_partials,
                                     int32_t partial_dtype, void* rows,
-                                    int32_t* error_detail /* [2], as of afd_paged_attention or afd_write_kv */);
+                                    int32_t* error_detail /* [2], as of afd_paged_attention or afd_rope_write_kv */);
 
 // Layers whose exchanges native code makes by itself (relay.h). Times are CLOCK_MONOTONIC's, in ns.
 enum RelayOutcome : int32_t {

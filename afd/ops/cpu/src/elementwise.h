@@ -20,20 +20,6 @@ AFD_INLINE T* slot_of(void* cache, const afd::KvWriteArgs& a, int64_t slot, int 
     return static_cast<T*>(cache) + ((block * a.num_kv_heads + head) * a.block_size + offset) * dim;
 }
 
-template <class T>
-void write_kv(const afd::KvWriteArgs& a) {
-    for (int t = 0; t < a.num_tokens; ++t) {
-        const int64_t slot = a.slots[t];
-        if (slot < 0) continue;
-        const T* k = static_cast<const T*>(a.k) + t * a.k_stride;
-        const T* v = static_cast<const T*>(a.v) + t * a.v_stride;
-        for (int h = 0; h < a.num_kv_heads; ++h) {
-            std::memcpy(slot_of<T>(a.k_cache, a, slot, h, a.head_dim), k + h * a.head_dim, sizeof(T) * a.head_dim);
-            std::memcpy(slot_of<T>(a.v_cache, a, slot, h, a.v_dim), v + h * a.v_dim, sizeof(T) * a.v_dim);
-        }
-    }
-}
-
 AFD_INLINE Chunk operator+(Chunk x, Chunk y) { return {x.a + y.a, x.b + y.b}; }
 AFD_INLINE Chunk operator-(Chunk x, Chunk y) { return {x.a - y.a, x.b - y.b}; }
 AFD_INLINE Chunk operator*(Chunk x, Chunk y) { return {x.a * y.a, x.b * y.b}; }

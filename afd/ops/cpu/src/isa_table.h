@@ -38,13 +38,6 @@ void finish(const AttentionArgs& a, const AttentionTile& t, SoftmaxState state) 
         write_rows<float>(a, t, state);
 }
 
-void write_kv_any(const afd::KvWriteArgs& a) {
-    if (a.dtype == kBfloat16)
-        write_kv<bf16>(a);
-    else
-        write_kv<float>(a);
-}
-
 void rope_write_kv_any(const afd::RopeArgs& r, const afd::KvWriteArgs& a) {
     if (a.dtype == kBfloat16)
         rope_write_kv<bf16>(r, a);
@@ -106,10 +99,10 @@ float read_memory(const char* memory, int64_t num_bytes) {
 }
 
 constexpr afd::KernelTable make_table(const char* name) {
-    return {name,         state_floats,      scratch_bytes,    state_at,     attention_chunks, merge_states,
-            finish,       write_kv_any,      rope_write_kv_any, add_rms_norm_any, silu_mul_any, add_bias,
-            gate_heads,   add_scaled_rows,   row_max,          gemm_any,     Rounded::bytes,
-            round_rows,   gemm_int8_any,     read_memory};
+    return {name,          state_floats, scratch_bytes,     state_at,         attention_chunks,
+            merge_states,  finish,       rope_write_kv_any, add_rms_norm_any, silu_mul_any,
+            add_bias,      gate_heads,   add_scaled_rows,   row_max,          gemm_any,
+            Rounded::bytes, round_rows,  gemm_int8_any,     read_memory};
 }
 
 }  // namespace

@@ -138,7 +138,6 @@ struct KernelTable {
                              SoftmaxState state, void* scratch);
     void (*merge)(const AttentionArgs&, int num_rows, SoftmaxState into, SoftmaxState from);
     void (*finish)(const AttentionArgs&, const AttentionTile&, SoftmaxState state);
-    void (*write_kv)(const KvWriteArgs&);
     void (*rope_write_kv)(const RopeArgs&, const KvWriteArgs&);
     void (*add_rms_norm)(const NormArgs&, int row_begin, int row_end);
     void (*silu_mul)(const SiluMulArgs&, int row_begin, int row_end);
