@@ -17,6 +17,7 @@ from afd.attention.exchange import Exchange, LocalExchange
 from afd.attention.frontend import Frontend
 from afd.attention.gpu_path import GpuPath, computed_here
 from afd.attention.health import RecentAttention
+from afd.attention.memory import budget_of, tell
 from afd.attention.mesh_exchange import MeshExchange
 from afd.attention.metrics import AttentionMetrics
 from afd.attention.modelled import ModelledEngine, StepFormula
@@ -204,6 +205,7 @@ class _Worker:
             num_window_blocks=windowed,
             spare_block=section.cuda_graphs,
         )
+        tell(budget_of(config, spec, cache.num_bytes), ops.memory_bytes())
         layout, ffns = payload_layout(config, spec.hidden, spec.max_top_k), []
         if seat.mesh is None:
             shard = ShardSpec(0, 1, config.cluster.ffn_parallel)

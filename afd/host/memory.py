@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import os
 from collections.abc import Sequence
 from math import prod
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,6 +20,8 @@ from stepmesh.layout import align
 
 PIECE_BYTES = 64 << 20
 ALIGNMENT = 64  # a cache line, a vector
+CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+"""Of version 2 and 1, as a container sees its own."""
 
 
 def zeroed(num_bytes: int) -> Tensor:
@@ -28,6 +32,15 @@ def zeroed(num_bytes: int) -> Tensor:
     with contextlib.suppress(AttributeError, OSError):  # not Linux, or built without huge pages
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+def limit_bytes() -> int:
+    """What processes of this host or container may hold together: the machine's memory, or its cgroup's limit."""
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for path in CGROUP_LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # no such cgroup, or "max"
+            limits.append(int(Path(path).read_text()))
+    return min(limits)
 
 
 class HostMemory:

@@ -257,7 +257,10 @@ class Ops(Protocol):
     @property
     def device(self) -> torch.device: ...
 
-    # -- weights
+    # -- memory
+
+    def memory_bytes(self) -> int:
+        """What the device has in all, for weights, caches and buffers together."""
 
     def weight_memory(self) -> WeightMemory: ...
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from afd.host.memory import limit_bytes
 from afd.ops.composed import ComposedExperts, ComposedSwiGlu
 from afd.ops.int8 import Int8Weight, int8_linear
 from afd.ops.ops import (
@@ -64,10 +65,13 @@ class TorchOps:
         self.device = torch.empty(0, device=device).device  # as tensors name it: "cuda" is "cuda:0" or another
         self._host = host
 
-    # -- weights
+    # -- memory
+
+    def memory_bytes(self) -> int:
+        """See `Ops`, as for all methods here."""
+        return torch.cuda.mem_get_info(self.device)[1] if self.device.type == "cuda" else limit_bytes()
 
     def weight_memory(self) -> WeightMemory:
-        """See `Ops`, as for all methods here."""
         return DeviceMemory(self.device)
 
     def prepare(self, weight: Tensor | Int8Weight) -> Weight:

@@ -214,6 +214,7 @@ def install(monkeypatch) -> None:
     for name, value in {
         "is_available": lambda: True,
         "current_device": lambda: 0,
+        "mem_get_info": lambda device=None: (8 << 30, 8 << 30),
         "Stream": FakeStream,
         "Event": FakeEvent,
         "stream": lambda stream: FakeCuda.here().on(stream),

@@ -1,6 +1,7 @@
 """Memory of weights and KV: tensors side by side in large pieces that the kernel may back with huge pages."""
 
 import gc
+import os
 import re
 import sys
 from pathlib import Path
@@ -8,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from afd.host.memory import ALIGNMENT, PIECE_BYTES, HostMemory, zeroed
+from afd.host import memory as memory_module
+from afd.host.memory import ALIGNMENT, PIECE_BYTES, HostMemory, limit_bytes, zeroed
 
 
 def mapping_of(address: int) -> str | None:
@@ -63,3 +65,14 @@ def test_pieces_ask_for_huge_pages_and_go_with_their_last_tensor():
 
 def test_nothing_is_nothing():
     assert zeroed(0).shape == (0,) and HostMemory().empty((0, 3), torch.bfloat16).shape == (0, 3)
+
+
+def test_the_limit_is_the_machines_memory_or_the_containers(tmp_path, monkeypatch):
+    limit, unlimited, absent = tmp_path / "limit", tmp_path / "unlimited", tmp_path / "absent"
+    limit.write_text("1073741824\n")
+    unlimited.write_text("max\n")
+    monkeypatch.setattr(memory_module, "CGROUP_LIMITS", (str(unlimited), str(absent)))
+    machine = limit_bytes()
+    assert machine == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    monkeypatch.setattr(memory_module, "CGROUP_LIMITS", (str(unlimited), str(limit)))
+    assert limit_bytes() == min(machine, 1 << 30)
