@@ -12,6 +12,7 @@ import torch
 
 from afd.config import ClusterConfig
 from afd.ffn.engine import FFNEngine
+from afd.ffn.epochs import EpochFollower
 from afd.ffn.expert_watch import ExpertWatch
 from afd.ffn.gang import GangTable
 from afd.ffn.gpu_path import GpuPath
@@ -22,7 +23,7 @@ from afd.ffn.python_path import PythonPath
 from afd.ffn.relay_path import RelayPath
 from afd.membership.port import Announce, Join, SyncFields
 from afd.messages.keys import trace_token
-from afd.messages.membership import ClusterView, WorkerInfo
+from afd.messages.membership import WorkerInfo
 from afd.model.cuda import CudaDevice
 from afd.model.loading import ModelFolder, load_ffn_half, resolve_model
 from afd.model.sharding import ShardSpec
@@ -30,7 +31,7 @@ from afd.ops.ops import Ops
 from afd.ops.select import check_device, select
 from afd.telemetry.exposition import MetricsServer, process_registry
 from afd.telemetry.ring import TracePage
-from afd.worker.data_plane import config_hash, mesh_members, payload_layout, relays_natively
+from afd.worker.data_plane import config_hash, payload_layout, relays_natively
 from afd.worker.seat import IDLE_S, TURN_S, Seat, take_seat
 from afd.worker.threads import ThreadShare
 from stepmesh.types import Role
@@ -69,7 +70,6 @@ class _Worker:
         self._device: CudaDevice | None = None
         self._ops: Ops | None = None
         self._recent: RecentFFN | None = None
-        self._epoch = 0
         self._watch = ExpertWatch()
         self._is_ready = False
         self._why_not = "starting"
@@ -144,10 +144,13 @@ class _Worker:
         assert self._ops is not None
         self._threads.start(self._config.ffn.cores, self._ops.start_threads)
         mesh = self._seat.mesh
+        epochs = EpochFollower(mesh, mesh.config.exchange_timeout_s)
         while not self._stop.is_set():
             view = self._seat.new_view()
             if view is not None:
-                self._adopt(view)
+                self._engine.gangs.limit_window(view.plan.gang_window_s)
+                epochs.adopt(view, time.monotonic())
+            epochs.tick(time.monotonic())
             mesh.tick()
             self._progress += 1
             until_s, patience_s = time.monotonic() + TURN_S, IDLE_S
@@ -156,17 +159,6 @@ class _Worker:
                 patience_s = until_s - time.monotonic()
             self._warn_of_silent_experts(time.monotonic())
         mesh.drain()
-
-    def _adopt(self, view: ClusterView) -> None:
-        """The plan's window from the next layer 0 on; the members of a new epoch."""
-        assert self._seat is not None and self._seat.mesh is not None and self._engine is not None
-        self._engine.gangs.limit_window(view.plan.gang_window_s)
-        if view.epoch == self._epoch or view.epoch == 0:
-            return
-        if self._epoch:
-            self._seat.mesh.retire_epoch(self._epoch - 1)
-        self._epoch = view.epoch
-        self._seat.mesh.set_members(view.epoch, mesh_members(view, Role.ATTENTION))
 
     def _warn_of_silent_experts(self, now: float) -> None:
         assert self._engine is not None
@@ -185,7 +177,7 @@ class _Worker:
         totals, pipeline = engine.totals, recent.look()
         return SyncFields(
             progress=self._progress,
-            pending=engine.gangs.has_pending,
+            pending=engine.gangs.under_way,
             stats={
                 "busy_s": totals.busy_s,
                 "wait_s": totals.wait_s,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 import uuid
+from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 
@@ -34,15 +35,20 @@ class Seat:
     agreed: str
     rank: int = -1
     mesh: Mesh | None = None
-    _fresh: ClusterView | None = None
+    _fresh: deque[ClusterView] = field(default_factory=lambda: deque(maxlen=1))  # appended to by the side thread
 
     def new_view(self) -> ClusterView | None:
-        """The newest view that was not taken yet."""
-        view, self._fresh = self._fresh, None
-        return view
+        """The newest view that was not taken yet. Those from before this worker was a member are not shown."""
+        return self._fresh.pop() if self._fresh else None
+
+    def follow(self) -> None:
+        """From now on `new_view` has something to give."""
+        self.membership.on_view(self._on_view)
 
     def _on_view(self, view: ClusterView) -> None:  # side thread
-        self._fresh = view
+        if all(member.info.incarnation != self.incarnation for member in view.members):
+            return
+        self._fresh.append(view)
         if self.mesh is not None:
             self.mesh.wake()
 
@@ -80,7 +86,7 @@ def take_seat(
         if not config.topology.mono:
             seat.mesh = Mesh(mesh_config(config, role, seat.rank, info.incarnation, mesh_key(secret), agreed, layout))
             membership.update_info(msgspec.structs.replace(info, mesh=published_address(seat.mesh.address)))
-        membership.on_view(seat._on_view)
+        seat.follow()
     except BaseException:
         seat.close()
         raise
