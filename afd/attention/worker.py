@@ -21,6 +21,7 @@ from afd.attention.memory import budget_of, tell
 from afd.attention.mesh_exchange import MeshExchange
 from afd.attention.metrics import AttentionMetrics
 from afd.attention.modelled import ModelledEngine, StepFormula
+from afd.attention.pair_watch import PairWatch
 from afd.attention.path import LayerPath
 from afd.attention.python_path import PythonPath
 from afd.attention.relay_path import RelayPath
@@ -111,6 +112,7 @@ class _Worker:
         self._max_streams = self._first_streams
         self._epoch = 0
         self._lost_since_s: float | None = None
+        self._pairs: PairWatch | None = None
         self._news: list[Output] = []  # of the last step, published behind the next one's first stage
         self._stats_sent: tuple[float, WorkerStats | None] = (0.0, None)
         self._is_ready = False
@@ -176,6 +178,7 @@ class _Worker:
         AttentionMetrics(registry, self._engine, seat.mesh, self._admission, self._latency, self._recent)
         if seat.mesh is not None:
             seat.mesh.watch_fd(self._frontend.fd)
+            self._pairs = PairWatch(seat.mesh.config.connect_timeout_s)
         self._why_not = "waiting for the FFN workers"
         announce({"loading": 1.0})
         log.info("attention/%d has loaded %s", seat.rank, spec.name)
@@ -398,6 +401,10 @@ class _Worker:
     def _judge_readiness(self, now: float) -> None:
         """Ready while every FFN rank answers; give up on the requests when that takes too long."""
         assert self._seat is not None and self._exchange is not None
+        if isinstance(self._exchange, MeshExchange) and self._pairs is not None:
+            down = {str(peer): why for peer, why in self._exchange.unreachable.items()}
+            for news in self._pairs.look(down, now):
+                self._seat.membership.report_pair(*news)
         ready = self._exchange.ready and self._epoch > 0
         if ready != self._is_ready:
             self._is_ready = ready
