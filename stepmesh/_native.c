@@ -12,7 +12,7 @@
 #include <poll.h>
 #include <sched.h>
 
-#include "frame.h"
+#include "lane.h"
 
 _Static_assert(sizeof(SmHeader) == 96, "the packed header");
 
@@ -165,6 +165,31 @@ static PyObject *read_frame(PyObject *Py_UNUSED(module), PyObject *const *args, 
     if (!good)
         Py_RETURN_NONE;
     return header_tuple(&header, args[3]);
+}
+
+/* may_follow(rule, frame, last, max_tokens, row_bytes): what answers, follows and begins (0, 1, 2) of lane.h say of two
+   packed headers; for the test that holds them against their twins in stepmesh/wire.py. */
+static PyObject *may_follow(PyObject *Py_UNUSED(module), PyObject *args)
+{
+    int rule;
+    Py_buffer frame, last;
+    unsigned long long max_tokens, row_bytes;
+    if (!PyArg_ParseTuple(args, "iy*y*KK", &rule, &frame, &last, &max_tokens, &row_bytes))
+        return NULL;
+    SmHeader headers[2];
+    int sizes_fit = frame.len == (Py_ssize_t)sizeof *headers && last.len == frame.len;
+    if (sizes_fit) {
+        memcpy(&headers[0], frame.buf, sizeof *headers);
+        memcpy(&headers[1], last.buf, sizeof *headers);
+    }
+    PyBuffer_Release(&frame);
+    PyBuffer_Release(&last);
+    if (!sizes_fit || rule < 0 || rule > 2)
+        return PyErr_Format(PyExc_ValueError, "no rule, or no packed headers");
+    int passes = rule == 0   ? sm_answers(&headers[0], &headers[1])
+                 : rule == 1 ? sm_follows(&headers[0], &headers[1])
+                             : sm_begins(&headers[0], &headers[1], max_tokens, row_bytes);
+    return PyBool_FromLong(passes);
 }
 
 /* Twin of stepmesh.transports.shm.Board. */
@@ -343,6 +368,7 @@ static PyType_Spec board_spec = {
 static PyMethodDef functions[] = {
     {"write_frame", (PyCFunction)(void (*)(void))write_frame, METH_FASTCALL, "header and trailer of a frame"},
     {"read_frame", (PyCFunction)(void (*)(void))read_frame, METH_FASTCALL, "the header of a good frame, or None"},
+    {"may_follow", may_follow, METH_VARARGS, "whether native code on a lane takes a frame"},
     {"await_any", (PyCFunction)(void (*)(void))await_any, METH_FASTCALL, "spin until there is news"},
     {NULL, NULL, 0, NULL},
 };

@@ -31,6 +31,56 @@ typedef struct {
 static inline void *sm_out_rows(const SmLane *lane, uint64_t seq) { return lane->out_slots[seq & 1] + SM_HEADER_BYTES; }
 static inline const void *sm_in_rows(const SmLane *lane, uint64_t seq) { return lane->in_slots[seq & 1] + SM_HEADER_BYTES; }
 
+/* Which good frame goes on where: twins of answers, follows and begins in stepmesh/wire.py, which a test holds against them. */
+
+static inline int sm_answers(const SmHeader *frame, const SmHeader *sent)
+{
+    return frame->epoch == sent->epoch && frame->step == sent->step && frame->layer == sent->layer &&
+           frame->num_tokens == sent->num_tokens && frame->payload_bytes == sent->payload_bytes;
+}
+
+static inline int sm_follows(const SmHeader *frame, const SmHeader *last)
+{
+    return frame->kind == SM_DISPATCH && frame->epoch == last->epoch && frame->step == last->step &&
+           frame->gang_id == last->gang_id && frame->member_mask_low == last->member_mask_low &&
+           frame->member_mask_high == last->member_mask_high && frame->num_tokens == last->num_tokens &&
+           frame->layer == last->layer + 1 && frame->top_k == 0 && frame->payload_bytes == last->payload_bytes;
+}
+
+static inline int sm_begins(const SmHeader *frame, const SmHeader *last, uint64_t max_tokens, uint64_t row_bytes)
+{
+    return frame->kind == SM_DISPATCH && frame->epoch == last->epoch && frame->step != last->step &&
+           frame->gang_id == 0 && frame->member_mask_low == 0 && frame->member_mask_high == 0 && frame->layer == 0 &&
+           frame->top_k == 0 && frame->num_tokens > 0 && frame->num_tokens <= max_tokens &&
+           frame->payload_bytes == frame->num_tokens * row_bytes;
+}
+
+/* The header of the dispatch that comes behind `sent`. */
+static inline void sm_next_layer(SmHeader *sent)
+{
+    sent->seq += 1;
+    sent->layer += 1;
+}
+
+/* The frame of a step that begins becomes one of the gang that `named` names. */
+static inline void sm_name_gang(SmHeader *frame, const SmHeader *named)
+{
+    frame->gang_id = named->gang_id;
+    frame->member_mask_low = named->member_mask_low;
+    frame->member_mask_high = named->member_mask_high;
+}
+
+/* The header of the answer to a dispatch of one attention rank alone. */
+static inline SmHeader sm_answer_to(const SmHeader *dispatch, int64_t compute_ns)
+{
+    SmHeader answer = *dispatch;
+    answer.kind = SM_COMBINE;
+    answer.flags = 0;
+    answer.compute_ns = (uint64_t)compute_ns;
+    answer.gang_tokens = dispatch->num_tokens;
+    return answer;
+}
+
 /* Post the frame whose payload is in the slot of header->seq. 0, errno of the bell, or EMSGSIZE. */
 static inline int sm_lane_post(const SmLane *lane, SmHeader *header)
 {

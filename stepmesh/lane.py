@@ -1,13 +1,8 @@
 """One stream of a pair in shared memory, lent to native code that exchanges by itself (`lane.h`).
 
-    lane = mesh.lane_after_answer(peer, meta, num_tokens)     # FFN side: lane_after_arrival(arrival, meta)
-    ... native code goes on from lane.last: posts, awaits, takes ...
-    mesh.relayed(lane, trips)                                 # what it did
-    mesh.lane_before_step(lane, answer)                       # FFN side, later: again, for the step that comes next
-
-Between a call that gives a lane and `relayed` the main thread asks the mesh for nothing. Native code takes only frames
-that are in every respect what comes next; at any other it stops, and the mesh's next `progress` finds and judges that
-one where it was posted.
+`stepmesh.lanes` has the calls that give a lane, and `book`, which is told what was done on it. Between the two the main
+thread asks the mesh for nothing. Native code takes only frames that are in every respect what comes next; at any other
+it stops, and the mesh's next `progress` finds and judges that one where it was posted.
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ from typing import Any
 
 from stepmesh.config import MeshConfig
 from stepmesh.errors import ConfigError, MeshClosedError, PeerNotConnectedError, StaleArrivalError
-from stepmesh.lane import Lane, Trips
-from stepmesh.pair import AttentionPair, Environment, FfnPair, Pair
+from stepmesh.lanes import Lanes
+from stepmesh.pair import AttentionPair, Environment, FfnPair
 from stepmesh.polling import Spinner
 from stepmesh.roster import Roster
 from stepmesh.slots import copy_parts, rises_below, take_parts
@@ -61,6 +61,7 @@ class Mesh:
         self._dispatches = config.id.role is Role.ATTENTION
         self._seq = [0] * config.num_streams  # attention: last seq of each stream
         self._active = [False] * config.num_streams  # attention: dispatched, and not idle since
+        self.lanes = Lanes(self._roster, self._seq.__getitem__, self._lane_booked)
         self._counter = 0
         self._closed = False
         self._fabric.every(config.heartbeat_s, self._beat)
@@ -174,11 +175,11 @@ class Mesh:
         first.write_dispatch(slot, seq, meta, num_tokens, top_k, view.payload_bytes, None)
         self._seq[stream] = seq
         self._active[stream] = True
-        exchange = Exchange(seq, meta.epoch, num_tokens, self._now())
+        exchange = Exchange(seq, meta.epoch, meta.step, meta.layer, num_tokens, self._now())
         for pair in pairs:
             if pair is not first:
                 slot = pair.copy_dispatch(written, stream, seq, view.frame_bytes)
-            pair.post_dispatch(slot, stream, meta.layer, exchange, view)
+            pair.post_dispatch(slot, stream, exchange, view)
         return seq
 
     def dispatch_sparse(
@@ -209,8 +210,8 @@ class Mesh:
         self._active[stream] = True
         now = self._now()
         for pair, slot, row_idx, view in written:
-            exchange = Exchange(seq, meta.epoch, row_idx.size, now, row_idx)
-            pair.post_dispatch(slot, stream, meta.layer, exchange, view)
+            exchange = Exchange(seq, meta.epoch, meta.step, meta.layer, row_idx.size, now, row_idx)
+            pair.post_dispatch(slot, stream, exchange, view)
         return seq
 
     def dispatch_view(self, peer: RankId, stream: int, num_tokens: int, top_k: int) -> DispatchParts:
@@ -245,44 +246,6 @@ class Mesh:
         if pair is not None and pair.generation == arrival.header.generation:
             self._roster.reject(pair, reason)
 
-    # Exchanges that native code makes by itself
-
-    def lane_after_answer(self, peer: RankId, meta: DispatchMeta, num_tokens: int) -> Lane | None:
-        """Attention: the lane on which native code may go on, with dense rows, from the stream's newest dispatch.
-
-        None while that awaits its answer, and where there is none (see `lane_after_arrival`): use `dispatch`.
-        """
-        pair = self._only_pair(peer)
-        if not isinstance(pair, AttentionPair):
-            return None
-        return pair.lane_after_answer(meta, self._seq[meta.stream], num_tokens)
-
-    def lane_after_arrival(self, arrival: DispatchArrived, meta: CombineMeta) -> Lane | None:
-        """FFN: the lane on which native code may go on, with dense rows, from this dispatch, the newest, answered so.
-
-        None without native code or shared memory, with checksums, or while anybody else could be kept waiting: with
-        another peer, or an event that was not taken.
-        """
-        pair = self._only_pair(arrival.peer)
-        if not isinstance(pair, FfnPair) or pair.generation != arrival.header.generation:
-            return None
-        return pair.lane_after_arrival(arrival.header, meta)
-
-    def lane_before_step(self, lane: Lane, answer: CombineMeta) -> bool:
-        """FFN: whether native code may go on with the step behind the newest dispatch on this lane, and answer its
-        layer 0, and what follows, so. False: use `progress`.
-        """
-        pair = self._only_pair(lane.peer)
-        return isinstance(pair, FfnPair) and pair.lane_before_step(lane, answer)
-
-    def relayed(self, lane: Lane, trips: Trips) -> None:
-        """Book what native code did on a lane. An answer that is still awaited will be one like any other."""
-        self._counter += 1
-        self._pairs[lane.peer].relayed(lane, trips)
-        if self._dispatches:
-            self._seq[lane.stream] += trips.num_sent
-            self._active[lane.stream] = True
-
     # Ending
 
     def drain(self) -> None:
@@ -313,10 +276,11 @@ class Mesh:
         self._fabric.leave()
         return self._roster.take_events()
 
-    def _only_pair(self, peer: RankId) -> Pair | None:
-        """The pair with `peer`, where nobody else could be kept waiting."""
-        live = self._roster.live
-        return live[0] if len(live) == 1 and live[0].peer == peer and not self._roster.events else None
+    def _lane_booked(self, stream: int, num_sent: int) -> None:
+        self._counter += 1
+        if self._dispatches:
+            self._seq[stream] += num_sent
+            self._active[stream] = True
 
     def _next_seq(self, stream: int) -> int:
         if not self._dispatches:

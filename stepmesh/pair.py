@@ -7,18 +7,18 @@ mesh's main thread, but for `beat`. A FrameError out of `poll`, or any failure t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from stepmesh.config import MeshConfig
 from stepmesh.errors import ConfigError, FrameError
-from stepmesh.lane import BEFORE_FIRST, Lane, Trips
+from stepmesh.lane import Lane
 from stepmesh.layout import NUM_PARITIES
 from stepmesh.session import Notice, Session
 from stepmesh.slots import CombineView, DispatchView, Slot, copy_section, rises_below
 from stepmesh.stats import PeerStats
 from stepmesh.topology import PeerEpochs
-from stepmesh.trace import Record, Stage, Trace
+from stepmesh.trace import Stage, Trace
 from stepmesh.transports.base import Channel, Fabric, Link, Posted, close_fds
 from stepmesh.types import (
     CombineArrived,
@@ -34,9 +34,7 @@ from stepmesh.window import CombineWindow, DispatchWindow, Exchange
 from stepmesh.wire import (
     CHECKSUM_CRC32,
     CHECKSUM_NONE,
-    DATA_MAGIC,
     FIELD_ERRORS,
-    PROTOCOL_VERSION,
     ControlFrame,
     HeaderRules,
     Heartbeat,
@@ -94,13 +92,12 @@ class Pair(ABC):
         self.session = Session(config, env.fabric.now())
         self.leftover: list[ControlFrame] = []  # frames that came right behind the handshake
         self._layout = config.layout
-        self._rules = HeaderRules.of(self.receives, config.layout, config.num_streams, identity.generation)
+        self.rules = HeaderRules.of(self.receives, config.layout, config.num_streams, identity.generation)
         self._record = env.trace.record
-        self._record_later = env.trace.record_later
         self._now = env.fabric.now
         self._checksum_kind = CHECKSUM_CRC32 if config.checksum else CHECKSUM_NONE
         places = [(stream, parity) for stream in range(config.num_streams) for parity in range(NUM_PARITIES)]
-        self._lanes: dict[int, Lane | None] = {}  # by stream
+        self.lanes: dict[int, Lane] = {}  # by stream: kept as long as the pair is, see stepmesh.lanes
         self._tx = [Slot(channel.outgoing(*place), config.layout) for place in places]
         self._rx = [Slot(channel.incoming(*place), config.layout) for place in places]
 
@@ -114,10 +111,6 @@ class Pair(ABC):
         return self.take(self.channel.poll())
 
     @abstractmethod
-    def relayed(self, lane: Lane, trips: Trips) -> None:
-        """Book what native code did on a lane of this pair."""
-
-    @abstractmethod
     def take(self, posts: Sequence[Posted]) -> Sequence[DispatchArrived | CombineArrived]:
         """Check and map what the channel says has arrived. Raises FrameError."""
 
@@ -127,28 +120,6 @@ class Pair(ABC):
 
     def tx_slot(self, stream: int, seq: int) -> Slot:
         return self._tx[NUM_PARITIES * stream + (seq & 1)]
-
-    def lane_of(self, stream: int) -> Lane | None:
-        """The stream's lane, if the channel and the frames are such that native code can judge them."""
-        if stream not in self._lanes:
-            plain = self._checksum_kind is CHECKSUM_NONE
-            memory = self.channel.lane(stream) if plain else None
-            self._lanes[stream] = None if memory is None else Lane(self.peer, stream, memory, self._rules)
-        return self._lanes[stream]
-
-    def _record_trips(self, lane: Lane, trips: Trips, begun: Stage, answered: Stage) -> None:
-        """Records of the exchanges behind lane.last, by what their times are."""
-        last, peer = lane.last, self.peer
-        assert last is not None
-
-        def records() -> Iterator[Record]:
-            for idx, (begun_s, answered_s) in enumerate(trips.times(), 1):
-                where = (peer, last.stream, last.layer + idx & BEFORE_FIRST, last.seq + idx)
-                yield (begun_s, begun, *where)
-                if answered_s is not None:
-                    yield (answered_s, answered, *where)
-
-        self._record_later(records)
 
     def beat(self, counter: int, pending: bool) -> None:
         """Send a heartbeat. Any thread."""
@@ -178,7 +149,7 @@ class Pair(ABC):
         """The header in a slot of ours, checked against the pair and the slot. Raises FrameError."""
         stream, parity, seq = posted
         header = read_header(slot.memory)
-        check_header(header, self._rules)
+        check_header(header, self.rules)
         if header.seq != seq or header.stream != stream or seq & 1 != parity:
             raise FrameError(f"frame says stream {header.stream} seq {header.seq}, its slot stream {stream} seq {seq}")
         return header
@@ -256,41 +227,12 @@ class AttentionPair(Pair):
         write_generation(slot.memory, self.generation)
         return slot
 
-    def post_dispatch(self, slot: Slot, stream: int, layer: int, exchange: Exchange, view: DispatchView) -> None:
+    def post_dispatch(self, slot: Slot, stream: int, exchange: Exchange, view: DispatchView) -> None:
         """Publish a dispatch that is written."""
         # Posted first, booked afterwards: the peer is at work meanwhile, and this thread alone takes its answer.
         self._publish(slot, stream, exchange.seq, view.payload_bytes, view.frame_bytes)
         self.window.sent(stream, exchange)
-        self._record((exchange.sent_at, _DISPATCH_POSTED, self.peer, stream, layer, exchange.seq))
-
-    def lane_after_answer(self, meta: DispatchMeta, seq: int, num_tokens: int) -> Lane | None:
-        """The stream's lane for dense rows, when dispatch `seq`, answered, was its newest."""
-        stream = meta.stream
-        lane = self.lane_of(stream)
-        if lane is None or not self.window.is_free(stream):
-            return None
-        payload_bytes = self._layout.dispatch(num_tokens, 0).total
-        mask = meta.member_mask
-        last = Header(
-            DATA_MAGIC, PROTOCOL_VERSION, _DISPATCH, meta.flags, meta.epoch, self.generation, seq, meta.step,
-            meta.gang_id, 0, mask & _LOW64, mask >> 64, num_tokens, 0, payload_bytes, 0, stream, meta.layer, 0,
-            self._dtype, CHECKSUM_NONE,
-        )  # fmt: skip
-        lane.follow(last)
-        return lane
-
-    def relayed(self, lane: Lane, trips: Trips) -> None:
-        last, stats, num_answered = lane.last, self.stats, trips.num_answered
-        assert last is not None
-        stats.sent_messages += trips.num_sent
-        stats.sent_bytes += trips.num_sent * last.payload_bytes
-        stats.received_messages += num_answered
-        stats.received_bytes += num_answered * self._layout.combine(last.num_tokens).total
-        stats.answers_waited_ns += int(trips.waited_s * 1e9)
-        self._record_trips(lane, trips, _DISPATCH_POSTED, _COMBINE_ARRIVED)
-        if num_answered < trips.num_sent:
-            exchange = Exchange(last.seq + trips.num_sent, last.epoch, last.num_tokens, trips.last_s)
-            self.window.sent(lane.stream, exchange)
+        self._record((exchange.sent_at, _DISPATCH_POSTED, self.peer, stream, exchange.layer, exchange.seq))
 
     def take(self, posts: Sequence[Posted]) -> list[CombineArrived]:
         arrived = []
@@ -298,7 +240,7 @@ class AttentionPair(Pair):
         stats = self.stats
         for posted in posts:
             slot = self._rx[NUM_PARITIES * posted[0] + posted[1]]
-            good = read_good_frame(slot.memory, self._rules, posted, Header)
+            good = read_good_frame(slot.memory, self.rules, posted, Header)
             header = self._read_header(slot, posted) if good is None else good
             view = slot.combine(header.num_tokens)
             if good is None or header.payload_bytes != view.payload_bytes:
@@ -350,6 +292,10 @@ class FfnPair(Pair):
             if now - since > limit_s:
                 raise FrameError(f"seq {posted.seq} of stream {posted.stream} is of an epoch that never became live")
 
+    def is_settled(self, header: Header) -> bool:
+        """True while this dispatch, of a live epoch, is its stream's newest, and nothing waits to be answered."""
+        return not self._parked and self.window.is_settled(header) and self.epochs.hold(header.epoch)
+
     def combine_slot(self, arrival: DispatchArrived) -> CombineView:
         """Where to write the answer. Raises StaleArrivalError."""
         header = arrival.header
@@ -393,44 +339,13 @@ class FfnPair(Pair):
         self.window.answered(header)
         self._record((self._now(), _COMBINE_POSTED, self.peer, stream, header.layer, seq))
 
-    def lane_after_arrival(self, header: Header, answered: CombineMeta) -> Lane | None:
-        """The stream's lane for dense rows, when this dispatch, answered so, was its newest."""
-        lane = self.lane_of(header.stream)
-        if lane is None or self._parked or not self.window.is_settled(header):
-            return None
-        if not self.epochs.hold(header.epoch):
-            return None
-        payload_bytes = self._layout.dispatch(header.num_tokens, 0).total
-        lane.follow(_of_gang(header, answered)._replace(top_k=0, payload_bytes=payload_bytes))
-        return lane
-
-    def lane_before_step(self, lane: Lane, answer: CombineMeta) -> bool:
-        """Whether a step may begin on it; then its layer 0 is answered so."""
-        newest = lane.newest()
-        if self._lanes.get(lane.stream) is not lane or self._parked or not self.window.is_settled(newest):
-            return False
-        if not self.epochs.hold(newest.epoch):
-            return False
-        lane.follow(_of_gang(newest, answer)._replace(layer=BEFORE_FIRST))
-        return True
-
-    def relayed(self, lane: Lane, trips: Trips) -> None:
-        newest, stats, number = lane.newest(), self.stats, trips.num_sent
-        assert trips.num_answered == number, "a dispatch that was taken is answered"
-        stats.received_messages += number
-        stats.received_bytes += number * newest.payload_bytes
-        stats.sent_messages += number
-        stats.sent_bytes += number * self._layout.combine(newest.num_tokens).total
-        self._record_trips(lane, trips, _DISPATCH_ARRIVED, _COMBINE_POSTED)
-        self.window.relayed(lane.stream, newest.seq)
-
     def take(self, posts: Sequence[Posted]) -> list[DispatchArrived]:
         arrived = []
         epochs, stats = self.epochs, self.stats
         now = self._now()
         for posted in posts:
             slot = self._rx[NUM_PARITIES * posted[0] + posted[1]]
-            good = read_good_frame(slot.memory, self._rules, posted, Header)
+            good = read_good_frame(slot.memory, self.rules, posted, Header)
             header = self._read_header(slot, posted) if good is None else good
             view = slot.dispatch(header.num_tokens, header.top_k, header.kind == _SPARSE_DISPATCH)
             if good is None or header.payload_bytes != view.payload_bytes:
@@ -456,8 +371,3 @@ class FfnPair(Pair):
                 raise FrameError(
                     f"seq {posted.seq} of stream {posted.stream} took the slot of {other.seq}, which has no answer yet"
                 )
-
-
-def _of_gang(header: Header, named: CombineMeta) -> Header:
-    mask = named.member_mask
-    return header._replace(gang_id=named.gang_id, member_mask_low=mask & _LOW64, member_mask_high=mask >> 64)

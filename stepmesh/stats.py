@@ -26,6 +26,14 @@ class PeerStats:
     connects: int = 0  # generations that came up
     losses: int = 0  # generations that ended other than by membership or close
 
+    def sent(self, messages: int, num_bytes: int) -> None:
+        self.sent_messages += messages
+        self.sent_bytes += num_bytes
+
+    def received(self, messages: int, num_bytes: int) -> None:
+        self.received_messages += messages
+        self.received_bytes += num_bytes
+
 
 @dataclass(slots=True)
 class MeshStats:

@@ -21,6 +21,7 @@ from stepmesh.errors import FrameError, SlotBusyError, StaleArrivalError
 from stepmesh.layout import NUM_PARITIES
 from stepmesh.topology import PeerEpochs
 from stepmesh.types import Header, RowIdx
+from stepmesh.wire import check_answer
 
 
 class Exchange(NamedTuple):
@@ -28,6 +29,8 @@ class Exchange(NamedTuple):
 
     seq: int
     epoch: int
+    step: int
+    layer: int
     num_tokens: int
     sent_at: float
     row_idx: RowIdx | None = None  # which rows went, if not all
@@ -65,10 +68,7 @@ class DispatchWindow:
         exchange = self._open[slot]
         if exchange is None or exchange.seq != header.seq:
             raise FrameError(f"combine for seq {header.seq} of stream {header.stream}, which awaits no answer")
-        if header.epoch != exchange.epoch:
-            raise FrameError(f"combine of epoch {header.epoch} for a dispatch of epoch {exchange.epoch}")
-        if header.num_tokens != exchange.num_tokens:
-            raise FrameError(f"combine of {header.num_tokens} rows for a dispatch of {exchange.num_tokens}")
+        check_answer(header, exchange)
         self._open[slot] = None
         other = self._open[slot ^ 1]
         if other is None:
@@ -137,7 +137,7 @@ class CombineWindow:
         settled = not any(self._open[first : first + NUM_PARITIES])
         return settled and self._seen_seq[header.stream] == header.seq
 
-    def relayed(self, stream: int, seq: int) -> None:
+    def passed(self, stream: int, seq: int) -> None:
         """All dispatches up to `seq`, of the epoch of the last one before them, were taken and answered."""
         self._seen_seq[stream] = seq
 

@@ -10,7 +10,7 @@ import json
 import struct
 import zlib
 from enum import IntEnum
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from stepmesh.errors import FrameError, ProtocolError
 from stepmesh.layout import HEADER_BYTES, TRAILER_BYTES, PayloadLayout, trailer_offset
@@ -113,6 +113,61 @@ def check_frame(memory: memoryview, header: Header, payload_bytes: int) -> None:
         crc = frame_crc32(memory, payload_bytes)
         if crc != header.checksum:
             raise FrameError(f"checksum {crc:#010x}, the header says {header.checksum:#010x}")
+
+
+class Dispatched(Protocol):
+    """What its answer must repeat of a dispatch: its Header has it, and a window's Exchange."""
+
+    @property
+    def epoch(self) -> int: ...
+    @property
+    def step(self) -> int: ...
+    @property
+    def layer(self) -> int: ...
+    @property
+    def num_tokens(self) -> int: ...
+
+
+def check_answer(frame: Header, sent: Dispatched) -> None:
+    """Raise FrameError unless a combine with the seq of a dispatch repeats of it what it must."""
+    if frame.epoch != sent.epoch:
+        raise FrameError(f"combine of epoch {frame.epoch} for a dispatch of epoch {sent.epoch}")
+    if frame.step != sent.step:
+        raise FrameError(f"combine of step {frame.step} for a dispatch of step {sent.step}")
+    if frame.layer != sent.layer:
+        raise FrameError(f"combine of layer {frame.layer} for a dispatch of layer {sent.layer}")
+    if frame.num_tokens != sent.num_tokens:
+        raise FrameError(f"combine of {frame.num_tokens} rows for a dispatch of {sent.num_tokens}")
+
+
+# Which good frame native code takes on a lane, in the place and with the seq that come next; it leaves others to the
+# mesh, where they may be in order, too. The reference of lane.h's sm_answers, sm_follows and sm_begins.
+
+
+def answers(frame: Header, sent: Header) -> bool:
+    """The answer to the dispatch `sent`, whose rows take as many bytes."""
+    try:
+        check_answer(frame, sent)
+    except FrameError:
+        return False
+    return frame.payload_bytes == sent.payload_bytes
+
+
+def follows(frame: Header, last: Header) -> bool:
+    """A dispatch of the same rows as `last` one layer on, in the same step and gang, without routing."""
+    is_plain = frame.kind == FrameKind.DISPATCH and frame.top_k == 0
+    same_step = frame.epoch == last.epoch and frame.step == last.step
+    same_gang = frame.gang_id == last.gang_id and frame.member_mask == last.member_mask
+    same_rows = frame.num_tokens == last.num_tokens and frame.payload_bytes == last.payload_bytes
+    return is_plain and same_step and same_gang and same_rows and frame.layer == last.layer + 1
+
+
+def begins(frame: Header, last: Header, max_tokens: int, row_bytes: int) -> bool:
+    """A dispatch of layer 0 of another step than `last`, in no gang yet, of 1..max_tokens rows without routing."""
+    is_plain = frame.kind == FrameKind.DISPATCH and frame.top_k == 0
+    is_first = frame.layer == 0 and frame.gang_id == 0 and frame.member_mask == 0
+    fits = 0 < frame.num_tokens <= max_tokens and frame.payload_bytes == frame.num_tokens * row_bytes
+    return is_plain and is_first and fits and frame.epoch == last.epoch and frame.step != last.step
 
 
 def plain_write_frame(

@@ -166,7 +166,7 @@ class MeshExchange:
             return None
         flight = self._flight(stream, step, 0, num_tokens)
         before = flight.meta(stream)._replace(layer=BEFORE_FIRST)
-        return self._mesh.lane_after_answer(flight.peers[0], before, num_tokens)
+        return self._mesh.lanes.after_answer(flight.peers[0], before, num_tokens)
 
     def lane(self, stream: int) -> Lane | None:
         """For native code that goes on from the stream's newest exchange, one of dense rows with one FFN rank.
@@ -176,11 +176,11 @@ class MeshExchange:
         flight = self._streams[stream]
         if len(flight.peers) != 1 or flight.waiting or self._selection is not None:
             return None
-        return self._mesh.lane_after_answer(flight.peers[0], flight.meta(stream), flight.num_tokens)
+        return self._mesh.lanes.after_answer(flight.peers[0], flight.meta(stream), flight.num_tokens)
 
     def book(self, lane: Lane, trips: Trips) -> None:
         """What native code did on the lane, at least one exchange. `poll` brings an answer that is still to come."""
-        self._mesh.relayed(lane, trips)
+        self._mesh.lanes.book(lane, trips)
         flight, newest = self._streams[lane.stream], lane.newest()
         flight.seq, flight.layer = newest.seq, newest.layer
         flight.waiting = trips.num_answered < trips.num_sent

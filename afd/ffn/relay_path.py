@@ -57,12 +57,12 @@ class RelayPath:
             return None
         if batch.mask != 1 << arrival.peer.rank or self._gangs.num_active_streams > 1 or self._gangs.has_pending:
             return None
-        lane = self._mesh.lane_after_arrival(arrival, CombineMeta(batch.gang_id, batch.mask))
+        lane = self._mesh.lanes.after_arrival(arrival, CombineMeta(batch.gang_id, batch.mask))
         return None if lane is None else self._booked(lane, self._layers.run(layer, lane), layer)
 
     def _step_behind(self, lane: Lane) -> Leg | None:
         gang = self._gangs.reserve(lane.peer.rank, lane.stream, lane.newest().epoch)
-        if gang is None or not self._mesh.lane_before_step(lane, CombineMeta(gang.id, gang.mask)):
+        if gang is None or not self._mesh.lanes.before_step(lane, CombineMeta(gang.id, gang.mask)):
             return None
         done = self._layers.begin(lane)
         if done.num_laps:
@@ -78,7 +78,7 @@ class RelayPath:
             laps = done.laps()
             return zip(laps.begun_s.tolist(), laps.posted_s.tolist(), strict=True)
 
-        self._mesh.relayed(lane, Trips(done.num_laps, done.num_laps, done.wait_s, done.ended_s, times))
+        self._mesh.lanes.book(lane, Trips(done.num_laps, done.num_laps, done.wait_s, done.ended_s, times))
         newest = lane.newest()
         if not done.on_time:
             self._late = lane.peer, lane.stream, newest.step

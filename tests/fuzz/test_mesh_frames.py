@@ -147,7 +147,8 @@ def genuine_combine(victim: Victim, rng: random.Random, checksum: bool) -> tuple
     slot = victim.pair.tx_slot(stream, seq)
     view = slot.dispatch(num_tokens, 0)
     victim.pair.write_dispatch(slot, seq, meta, num_tokens, 0, view.payload_bytes, None)
-    victim.pair.post_dispatch(slot, stream, meta.layer, Exchange(seq, meta.epoch, num_tokens, 1.0), view)
+    exchange = Exchange(seq, meta.epoch, meta.step, meta.layer, num_tokens, 1.0)
+    victim.pair.post_dispatch(slot, stream, exchange, view)
     size = LAYOUT.combine(num_tokens).total
     fields = [
         DATA_MAGIC, PROTOCOL_VERSION, FrameKind.COMBINE, 0, meta.epoch, victim.generation, seq, meta.step,

@@ -87,14 +87,14 @@ def test_the_next_layer_is_answered_natively(world, ffn_half):
     arrival = answered(world)
     parts = DispatchParts(rows_of(2))
     seq = world.dispatch(A, [F], parts, layer=1, **GANG)
-    lane = world.meshes[F].lane_after_arrival(arrival, CombineMeta(**GANG))
+    lane = world.meshes[F].lanes.after_arrival(arrival, CombineMeta(**GANG))
     with torch.inference_mode():
         done = ffn_half.relay().run(1, lane)
         expected = ffn_half.layer(Dispatch(1, to_torch(parts.rows, WireDtype.BF16)))
     assert done.num_laps == 1 and done.outcome is Outcome.LATE  # nobody sends layer 2
     [times] = zip(*done.laps(), strict=True)
     assert list(times) == sorted(times) and times[2] == times[3]
-    world.meshes[F].relayed(lane, Trips(1, 1, done.wait_s, done.ended_s, lambda: [(times[0], times[2])]))
+    world.meshes[F].lanes.book(lane, Trips(1, 1, done.wait_s, done.ended_s, lambda: [(times[0], times[2])]))
     (combined,) = world.take(A, CombineArrived)
     header = combined.header
     assert (header.seq, header.layer, header.gang_id, header.member_mask) == (seq, 1, 7, 1)
@@ -126,11 +126,11 @@ def test_what_does_not_follow_is_left_to_the_mesh(world, ffn_half, change, num_t
     arrival = answered(world)
     parts = DispatchParts(rows_of(2, num_tokens))
     world.dispatch(A, [F], parts, **({"layer": 1} | GANG | change))
-    lane = world.meshes[F].lane_after_arrival(arrival, CombineMeta(**GANG))
+    lane = world.meshes[F].lanes.after_arrival(arrival, CombineMeta(**GANG))
     with torch.inference_mode():
         done = ffn_half.relay().run(1, lane)
     assert (done.num_laps, done.outcome) == (0, Outcome.OTHER)
-    world.meshes[F].relayed(lane, NO_TRIPS)
+    world.meshes[F].lanes.book(lane, NO_TRIPS)
     (found,) = world.take(F, DispatchArrived)
     np.testing.assert_array_equal(found.parts.rows, parts.rows)
 
@@ -152,11 +152,11 @@ def test_a_forged_frame_is_left_to_the_mesh_which_rejects_it(world, ffn_half, fo
     arrival = answered(world)
     fields = {"wire_dtype": WireDtype.BF16, "layer": 1, "gang_id": 7, "member_mask_low": 1} | forgery
     world.forge(A, F, DispatchParts(rows_of(2)), seq=2, **fields)
-    lane = world.meshes[F].lane_after_arrival(arrival, CombineMeta(**GANG))
+    lane = world.meshes[F].lanes.after_arrival(arrival, CombineMeta(**GANG))
     with torch.inference_mode():
         done = ffn_half.relay().run(1, lane)
     assert (done.num_laps, done.outcome) == (0, Outcome.OTHER)
-    world.meshes[F].relayed(lane, NO_TRIPS)
+    world.meshes[F].lanes.book(lane, NO_TRIPS)
     if reason is None:  # of an epoch that may come yet
         world.settle()
         assert not world.seen(F, DispatchArrived) and not world.seen(F, FrameRejected)
@@ -168,7 +168,7 @@ def test_a_forged_frame_is_left_to_the_mesh_which_rejects_it(world, ffn_half, fo
 def test_nothing_is_relayed_without_a_dispatch(world, ffn_half, monkeypatch):
     monkeypatch.setattr(model_relay, "PATIENCE_S", 1e-3)
     arrival = answered(world)
-    lane = world.meshes[F].lane_after_arrival(arrival, CombineMeta(**GANG))
+    lane = world.meshes[F].lanes.after_arrival(arrival, CombineMeta(**GANG))
     with torch.inference_mode():
         done = ffn_half.relay().run(1, lane)
     assert (done.num_laps, done.outcome) == (0, Outcome.LATE)
@@ -179,11 +179,14 @@ def test_nothing_is_relayed_without_a_dispatch(world, ffn_half, monkeypatch):
 NAMED = CombineMeta(9, 1)
 
 
+SILENT = {"heartbeat_s": 30.0, "peer_timeout_s": 90.0}  # a heartbeat would wake up whoever sleeps
+
+
 def settled(world, **overrides):
     """The FFN side's lane after layer 0 of step 1, as if that had been the whole step."""
     arrival = answered(world, **overrides)
-    lane = world.meshes[F].lane_after_arrival(arrival, CombineMeta(**GANG))
-    world.meshes[F].relayed(lane, NO_TRIPS)
+    lane = world.meshes[F].lanes.after_arrival(arrival, CombineMeta(**GANG))
+    world.meshes[F].lanes.book(lane, NO_TRIPS)
     return lane
 
 
@@ -196,14 +199,14 @@ def begin(ffn_half, lane):
 def test_a_step_begins_natively_in_the_gang_that_was_named(world, ffn_half, num_tokens):
     lane, parts = settled(world), DispatchParts(rows_of(2, num_tokens))
     seq = world.dispatch(A, [F], parts, layer=0, step=2)
-    assert world.meshes[F].lane_before_step(lane, NAMED)
+    assert world.meshes[F].lanes.before_step(lane, NAMED)
     done = begin(ffn_half, lane)
     assert done.num_laps == 1 and done.outcome is Outcome.LATE  # nobody sends layer 1
     assert done.first_begun_s == done.laps().begun_s[0] >= done.began_s
     newest = lane.newest()
     assert (newest.seq, newest.step, newest.layer, newest.num_tokens, newest.gang_id) == (seq, 2, 0, num_tokens, 9)
     before = world.meshes[F].stats()["peers"][str(A)]
-    world.meshes[F].relayed(lane, Trips(1, 1, done.wait_s, done.ended_s, lambda: [(0.0, 1.0)]))
+    world.meshes[F].lanes.book(lane, Trips(1, 1, done.wait_s, done.ended_s, lambda: [(0.0, 1.0)]))
     after = world.meshes[F].stats()["peers"][str(A)]
     assert after["received_bytes"] - before["received_bytes"] == num_tokens * HIDDEN * 2
     (combined,) = world.take(A, CombineArrived)
@@ -224,10 +227,10 @@ def test_a_step_begins_natively_in_the_gang_that_was_named(world, ffn_half, num_
 def test_what_does_not_begin_a_step_is_left_to_the_mesh(world, ffn_half, change):
     lane, parts = settled(world), DispatchParts(rows_of(2))
     world.dispatch(A, [F], parts, **({"layer": 0, "step": 2} | change))
-    assert world.meshes[F].lane_before_step(lane, NAMED)
+    assert world.meshes[F].lanes.before_step(lane, NAMED)
     done = begin(ffn_half, lane)
     assert (done.num_laps, done.outcome) == (0, Outcome.OTHER)
-    world.meshes[F].relayed(lane, NO_TRIPS)
+    world.meshes[F].lanes.book(lane, NO_TRIPS)
     (found,) = world.take(F, DispatchArrived)
     np.testing.assert_array_equal(found.parts.rows, parts.rows)
 
@@ -236,7 +239,7 @@ def test_a_step_of_too_many_rows_is_left_to_the_mesh(world, ffn_half, monkeypatc
     monkeypatch.setattr(model_relay, "MAX_RELAY_TOKENS", 2)
     lane = settled(world)
     world.dispatch(A, [F], DispatchParts(rows_of(2)), layer=0, step=2)
-    assert world.meshes[F].lane_before_step(lane, NAMED)
+    assert world.meshes[F].lanes.before_step(lane, NAMED)
     assert begin(ffn_half, lane).outcome is Outcome.OTHER
 
 
@@ -247,9 +250,9 @@ def test_a_step_of_too_many_rows_is_left_to_the_mesh(world, ffn_half, monkeypatc
 def test_a_forged_beginning_is_left_to_the_mesh_which_rejects_it(world, ffn_half, forgery, reason):
     lane = settled(world)
     world.forge(A, F, DispatchParts(rows_of(2)), seq=2, **({"wire_dtype": WireDtype.BF16, "step": 2} | forgery))
-    assert world.meshes[F].lane_before_step(lane, NAMED)
+    assert world.meshes[F].lanes.before_step(lane, NAMED)
     assert begin(ffn_half, lane).outcome is Outcome.OTHER
-    world.meshes[F].relayed(lane, NO_TRIPS)
+    world.meshes[F].lanes.book(lane, NO_TRIPS)
     if reason is None:  # of an epoch that may come yet
         world.settle()
         assert not world.seen(F, FrameRejected)
@@ -261,21 +264,21 @@ def test_a_forged_beginning_is_left_to_the_mesh_which_rejects_it(world, ffn_half
 def test_who_sleeps_until_a_step_begins_hears_what_else_comes(world, ffn_half, monkeypatch):
     monkeypatch.setattr(model_relay, "STEP_PATIENCE_S", 60.0)
     monkeypatch.setattr(model_relay, "RELAY_S", 60.0)
-    lane = settled(world)
-    assert world.meshes[F].lane_before_step(lane, NAMED)
+    lane = settled(world, **SILENT)
+    assert world.meshes[F].lanes.before_step(lane, NAMED)
     world.meshes[A].idle(0)
     assert begin(ffn_half, lane).outcome is Outcome.OTHER
-    world.meshes[F].relayed(lane, NO_TRIPS)
+    world.meshes[F].lanes.book(lane, NO_TRIPS)
     world.take(F, IdleNotice)
 
 
 def test_a_wake_up_that_native_code_slept_through_is_not_lost(world, ffn_half, monkeypatch):
     monkeypatch.setattr(model_relay, "STEP_PATIENCE_S", 0.01)
     lane = settled(world)
-    assert world.meshes[F].lane_before_step(lane, NAMED)
+    assert world.meshes[F].lanes.before_step(lane, NAMED)
     world.meshes[F].wake()
     begin(ffn_half, lane)
-    world.meshes[F].relayed(lane, NO_TRIPS)
+    world.meshes[F].lanes.book(lane, NO_TRIPS)
     begun_s = world.now()
     world.meshes[F]._fabric.wait(30.0)
     assert world.now() - begun_s < 10.0
@@ -298,8 +301,8 @@ def later():
 def test_who_sleeps_until_a_step_begins_wakes_up_for_it(world, ffn_half, monkeypatch, later):
     monkeypatch.setattr(model_relay, "STEP_PATIENCE_S", 60.0)
     monkeypatch.setattr(model_relay, "RELAY_S", 60.0)
-    lane = settled(world)
-    assert world.meshes[F].lane_before_step(lane, NAMED)
+    lane = settled(world, **SILENT)
+    assert world.meshes[F].lanes.before_step(lane, NAMED)
     later(lambda: world.dispatch(A, [F], DispatchParts(rows_of(2)), layer=0, step=2))
     done = begin(ffn_half, lane)
     assert (done.num_laps, done.outcome) == (1, Outcome.LATE) and done.ended_s - done.began_s < 30.0
@@ -308,8 +311,8 @@ def test_who_sleeps_until_a_step_begins_wakes_up_for_it(world, ffn_half, monkeyp
 def test_who_sleeps_until_a_step_begins_can_be_woken(world, ffn_half, monkeypatch, later):
     monkeypatch.setattr(model_relay, "STEP_PATIENCE_S", 60.0)
     monkeypatch.setattr(model_relay, "RELAY_S", 60.0)
-    lane = settled(world)
-    assert world.meshes[F].lane_before_step(lane, NAMED)
+    lane = settled(world, **SILENT)
+    assert world.meshes[F].lanes.before_step(lane, NAMED)
     later(world.meshes[F].wake)
     done = begin(ffn_half, lane)
     assert (done.num_laps, done.outcome) == (0, Outcome.OTHER) and done.ended_s - done.began_s < 30.0
@@ -318,7 +321,7 @@ def test_who_sleeps_until_a_step_begins_can_be_woken(world, ffn_half, monkeypatc
 def test_a_peer_that_makes_the_bell_a_blocking_one_keeps_nobody_asleep(world, ffn_half, monkeypatch):
     monkeypatch.setattr(model_relay, "STEP_PATIENCE_S", 0.05)
     lane = settled(world)
-    assert world.meshes[F].lane_before_step(lane, NAMED)
+    assert world.meshes[F].lanes.before_step(lane, NAMED)
     os.set_blocking(world.pair(F, A).channel._bell_fd, True)
     done = begin(ffn_half, lane)
     assert done.num_laps == 0 and done.ended_s - done.began_s < 30.0
@@ -328,28 +331,28 @@ def test_a_lane_of_a_pair_that_was_lost_begins_nothing(world):
     lane = settled(world)
     world.cut(A, F)
     world.until(lambda: world.seen(F, PeerDown))
-    assert not world.meshes[F].lane_before_step(lane, NAMED)
+    assert not world.meshes[F].lanes.before_step(lane, NAMED)
     world.until_connected()
-    assert not world.meshes[F].lane_before_step(lane, NAMED)
+    assert not world.meshes[F].lanes.before_step(lane, NAMED)
 
 
 def test_a_step_begins_on_a_lane_only_while_all_is_settled(world):
     lane = settled(world)
     mesh = world.meshes[F]
-    assert mesh.lane_before_step(lane, NAMED)
-    mesh.relayed(lane, NO_TRIPS)
+    assert mesh.lanes.before_step(lane, NAMED)
+    mesh.lanes.book(lane, NO_TRIPS)
     world.dispatch(A, [F], DispatchParts(rows_of(2)), layer=0, step=2)
     (arrival,) = world.take(F, DispatchArrived)
-    assert not mesh.lane_before_step(lane, NAMED), "another dispatch is newer"
+    assert not mesh.lanes.before_step(lane, NAMED), "another dispatch is newer"
     mesh.combine(arrival, NAMED, rows_of(3))
     world.take(A, CombineArrived)
-    assert not mesh.lane_before_step(lane, NAMED)
-    again = mesh.lane_after_arrival(arrival, NAMED)
-    assert again is lane and mesh.lane_before_step(lane, NAMED)
+    assert not mesh.lanes.before_step(lane, NAMED)
+    again = mesh.lanes.after_arrival(arrival, NAMED)
+    assert again is lane and mesh.lanes.before_step(lane, NAMED)
     world.add(attention(1), layout=LAYOUT)
     world.form(2)
     world.until_connected()
-    assert not mesh.lane_before_step(lane, NAMED), "there is a second peer"
+    assert not mesh.lanes.before_step(lane, NAMED), "there is a second peer"
 
 
 def test_the_attention_sides_first_layer_is_sent_and_not_waited_for(world):
@@ -362,13 +365,13 @@ def test_the_attention_sides_first_layer_is_sent_and_not_waited_for(world):
     world.build(1, 1, layout=LAYOUT)
     world.forget()
     meta = DispatchMeta(0, 1, 5, BEFORE_FIRST)
-    lane = world.meshes[A].lane_after_answer(F, meta, 3)
+    lane = world.meshes[A].lanes.after_answer(F, meta, 3)
     with torch.inference_mode():
         x = half.embed(torch.tensor([1, 2, 3]))
         done = half.relay(cache).begin(x, batch, lane)
         expected = half.layer(0, half.embed(torch.tensor([1, 2, 3])), batch, KVCache(half.spec, 4, 16, half.dtype))
     assert (done.num_laps, done.num_answered, done.outcome) == (1, 0, Outcome.SENT) and done.open_wait_s == 0.0
-    world.meshes[A].relayed(lane, Trips(1, 0, 0.0, done.ended_s, lambda: [(0.0, None)]))
+    world.meshes[A].lanes.book(lane, Trips(1, 0, 0.0, done.ended_s, lambda: [(0.0, None)]))
     (arrival,) = world.take(F, DispatchArrived)
     header = arrival.header
     assert (header.seq, header.step, header.layer, header.gang_id, header.member_mask) == (1, 5, 0, 0, 0)
@@ -381,37 +384,37 @@ def test_the_attention_sides_first_layer_is_sent_and_not_waited_for(world):
 def test_only_shared_memory_has_lanes(world):
     arrival = answered(world)
     has = world.transport == "shm"
-    assert (world.meshes[F].lane_after_arrival(arrival, CombineMeta()) is not None) is has
+    assert (world.meshes[F].lanes.after_arrival(arrival, CombineMeta()) is not None) is has
     meta = DispatchMeta(0, 1, 1, 0)
-    assert (world.meshes[A].lane_after_answer(F, meta, 3) is not None) is has
+    assert (world.meshes[A].lanes.after_answer(F, meta, 3) is not None) is has
 
 
 def test_frames_with_checksums_have_no_lane(world):
     arrival = answered(world, checksum=True)
-    assert world.meshes[F].lane_after_arrival(arrival, CombineMeta()) is None
-    assert world.meshes[A].lane_after_answer(F, DispatchMeta(0, 1, 1, 0), 3) is None
+    assert world.meshes[F].lanes.after_arrival(arrival, CombineMeta()) is None
+    assert world.meshes[A].lanes.after_answer(F, DispatchMeta(0, 1, 1, 0), 3) is None
 
 
 def test_an_open_exchange_or_a_second_peer_leaves_no_lane(world):
     arrival = answered(world)
     world.dispatch(A, [F], DispatchParts(rows_of(2)), layer=1)
-    assert world.meshes[A].lane_after_answer(F, DispatchMeta(0, 1, 1, 1), 3) is None
+    assert world.meshes[A].lanes.after_answer(F, DispatchMeta(0, 1, 1, 1), 3) is None
     (second,) = world.take(F, DispatchArrived)
-    assert world.meshes[F].lane_after_arrival(arrival, CombineMeta()) is None  # not the newest
-    assert world.meshes[F].lane_after_arrival(second, CombineMeta()) is None  # not answered
+    assert world.meshes[F].lanes.after_arrival(arrival, CombineMeta()) is None  # not the newest
+    assert world.meshes[F].lanes.after_arrival(second, CombineMeta()) is None  # not answered
     world.meshes[F].combine(second, CombineMeta(), rows_of(3))
-    assert world.meshes[F].lane_after_arrival(second, CombineMeta()) is not None
+    assert world.meshes[F].lanes.after_arrival(second, CombineMeta()) is not None
     world.add(attention(1), layout=LAYOUT)
     world.form(2)
     world.until_connected()
-    assert world.meshes[F].lane_after_arrival(second, CombineMeta()) is None
+    assert world.meshes[F].lanes.after_arrival(second, CombineMeta()) is None
 
 
 def test_an_answer_that_is_still_to_come_is_the_meshs(world):
     """Native code of the attention side has sent and stopped: booked, the exchange is one like any other."""
     answered(world)
     mesh = world.meshes[A]
-    lane = mesh.lane_after_answer(F, DispatchMeta(0, 1, 1, 0, 7, 1), 3)
+    lane = mesh.lanes.after_answer(F, DispatchMeta(0, 1, 1, 0, 7, 1), 3)
     seq = lane.last.seq + 1
     slot = world.pair(A, F).tx_slot(0, seq)
     rows = rows_of(4)
@@ -420,7 +423,7 @@ def test_an_answer_that_is_still_to_come_is_the_meshs(world):
     HEADER.pack_into(slot.memory, 0, *header)
     write_trailer(slot.memory, header.payload_bytes, seq)
     world.pair(A, F).channel.post(0, seq & 1, seq, 0)
-    mesh.relayed(lane, Trips(1, 0, 0.0, world.now(), lambda: []))
+    mesh.lanes.book(lane, Trips(1, 0, 0.0, world.now(), lambda: []))
     (arrival,) = world.take(F, DispatchArrived)
     assert (arrival.header.layer, arrival.header.gang_id) == (1, 7)
     np.testing.assert_array_equal(arrival.parts.rows, rows)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import stepmesh
+from stepmesh.lanes import Lanes
 
 PAGE = (Path(__file__).parents[3] / "docs/stepmesh.md").read_text()
 
@@ -22,7 +23,8 @@ def test_the_example_runs() -> None:
 
 def test_every_call_that_is_named_exists() -> None:
     table = PAGE.split("## API")[1].split("## Guarantees")[0]
-    names = set(re.findall(r"`(\w+)\(", table)) - {"Mesh"}
-    assert names >= {"dispatch", "dispatch_sparse", "combine", "progress"}
+    names = set(re.findall(r"`((?:lanes\.)?\w+)\(", table)) - {"Mesh"}
+    assert names >= {"dispatch", "dispatch_sparse", "combine", "progress", "lanes.book"}
     for name in names:
-        assert callable(getattr(stepmesh.Mesh, name)), name
+        owner = Lanes if name.startswith("lanes.") else stepmesh.Mesh
+        assert callable(getattr(owner, name.removeprefix("lanes."))), name

@@ -24,8 +24,11 @@ from stepmesh.wire import (
     FIELD_ERRORS,
     HEADER,
     HeaderRules,
+    answers,
+    begins,
     check_frame,
     check_header,
+    follows,
     plain_write_frame,
     read_header,
 )
@@ -123,6 +126,57 @@ def test_what_is_too_short_for_a_frame_does_not_pass() -> None:
     assert isinstance(header, Header) and header.step == 5 and header.magic == b"SMDF"
 
 
+RULES_OF_LANES = ("answers", "follows", "begins")
+BITS = {"kind": 8, "epoch": 32, "num_tokens": 32, "payload_bytes": 32, "layer": 16, "top_k": 16}  # else 64
+
+
+@st.composite
+def two_headers(draw: st.DrawFn) -> tuple[Header, Header]:
+    """A frame and the dispatch before it: what a rule takes, but for a few fields."""
+    small = st.integers(0, 3)
+    last = Header(*HEADER.unpack(bytes(HEADER.size)))._replace(
+        kind=1, epoch=draw(small), step=draw(small), gang_id=draw(small), member_mask_low=draw(small),
+        member_mask_high=draw(small), num_tokens=draw(small), payload_bytes=32 * draw(small),
+        layer=draw(small | st.just(0xFFFF)),
+    )  # fmt: skip
+    frame = {
+        "answers": last._replace(kind=2),
+        "follows": last._replace(layer=last.layer + 1 & 0xFFFF),
+        "begins": last._replace(step=last.step + 1, gang_id=0, member_mask_low=0, member_mask_high=0, layer=0),
+    }[draw(st.sampled_from(RULES_OF_LANES))]
+    if draw(st.booleans()):
+        frame = frame._replace(payload_bytes=32 * frame.num_tokens)
+    fields = st.sampled_from([*BITS, "step", "gang_id", "member_mask_low", "member_mask_high", "gang_tokens", "flags"])
+    for field in draw(st.lists(fields, max_size=2)):
+        bits = BITS.get(field, 8 if field == "flags" else 32 if field == "gang_tokens" else 64)
+        frame = frame._replace(**{field: draw(small | st.integers(0, (1 << bits) - 1))})
+    return frame, last
+
+
+@needs_native
+@given(two_headers(), st.integers(0, 4))
+@settings(max_examples=500)
+def test_lanes_take_the_same_frames_natively(headers: tuple[Header, Header], max_tokens: int) -> None:
+    frame, last = headers
+    expected = [answers(frame, last), follows(frame, last), begins(frame, last, max_tokens, 32)]
+    packed = HEADER.pack(*frame), HEADER.pack(*last)
+    assert [native.may_follow(rule, *packed, max_tokens, 32) for rule in range(3)] == expected
+
+
+@needs_native
+def test_each_rule_of_lanes_takes_what_it_is_for() -> None:
+    """So that the test above cannot pass by refusing everything."""
+    last = Header(*HEADER.unpack(bytes(HEADER.size)))._replace(
+        kind=1, epoch=1, step=5, gang_id=7, member_mask_low=1, num_tokens=3, payload_bytes=96, layer=2
+    )
+    answer = last._replace(kind=2, gang_id=0, member_mask_low=0, compute_ns=9, gang_tokens=3)
+    next_layer, next_step = last._replace(layer=3), last._replace(step=6, gang_id=0, member_mask_low=0, layer=0)
+    frames = [answer, next_layer, next_step]
+    taken = [[answers(f, last), follows(f, last), begins(f, last, 3, 32)] for f in frames]
+    assert taken == [[rule == own for rule in range(3)] for own in range(3)]
+    assert not begins(next_step, last, 2, 32), "too many rows"
+
+
 BOARD_STEPS = st.lists(
     st.one_of(
         st.tuples(st.just("post"), st.integers(0, NUM_SLOTS - 1), st.integers(0, 2**64 - 1)),
@@ -202,6 +256,8 @@ def test_nonsense_is_an_error() -> None:
         (native.write_frame, (memory,), TypeError),
         (native.write_frame, (bytes(SLOT_BYTES), *good_fields()), BufferError),
         (native.read_frame, (memory, RULES[:3], Posted(0, 0, 0), Header), IndexError),
+        (native.may_follow, (3, bytes(96), bytes(96), 1, 1), ValueError),
+        (native.may_follow, (0, bytes(95), bytes(95), 1, 1), ValueError),
         (native.await_any, ((1, 2, 3, 4, 5), 0.0), ValueError),
         (native.await_any, (("no descriptor",), 0.0), TypeError),
     ):

@@ -14,18 +14,20 @@ from stepmesh.window import CombineWindow, DispatchWindow, Exchange
 FIRST = PeerEpochs(1, 1, frozenset())
 
 
-def header(seq: int, *, stream: int = 0, epoch: int = 1, num_tokens: int = 5) -> Header:
+def header(seq: int, *, stream: int = 0, epoch: int = 1, step: int = 3, layer: int = 2, num_tokens: int = 5) -> Header:
     fields = dict.fromkeys(Header._fields, 0) | {
         "seq": seq,
         "stream": stream,
         "epoch": epoch,
+        "step": step,
+        "layer": layer,
         "num_tokens": num_tokens,
     }
     return Header(**fields)  # type: ignore[arg-type]
 
 
 def exchange(seq: int) -> Exchange:
-    return Exchange(seq, epoch=1, num_tokens=5, sent_at=100.0 * seq)
+    return Exchange(seq, epoch=1, step=3, layer=2, num_tokens=5, sent_at=100.0 * seq)
 
 
 def sent(*seqs: int) -> DispatchWindow:
@@ -71,6 +73,8 @@ def test_oldest_dispatch_without_an_answer() -> None:
         (header(3), "awaits no answer"),
         (header(1, stream=1), "awaits no answer"),
         (header(1, epoch=2), "epoch 2"),
+        (header(1, step=4), "step 4 for a dispatch of step 3"),
+        (header(1, layer=3), "layer 3 for a dispatch of layer 2"),
         (header(1, num_tokens=4), "4 rows for a dispatch of 5"),
     ],
 )

@@ -21,34 +21,6 @@ RelayOutcome await(const SmLane& lane, int64_t patience_ns, int64_t until_ns, bo
     return found > 0 && sm_lane_look(&lane, seq, frame) ? kRelayDone : kRelayOther;
 }
 
-// The answer to `sent`, with one row for each of its rows.
-bool answers(const SmHeader& frame, const SmHeader& sent) {
-    return frame.epoch == sent.epoch && frame.num_tokens == sent.num_tokens && frame.layer == sent.layer &&
-           frame.payload_bytes == sent.payload_bytes && frame.gang_tokens <= INT32_MAX;
-}
-
-// The same rows one layer on, of the same step and gang.
-bool follows(const SmHeader& frame, const SmHeader& last) {
-    return frame.kind == SM_DISPATCH && frame.epoch == last.epoch && frame.step == last.step &&
-           frame.gang_id == last.gang_id && frame.member_mask_low == last.member_mask_low &&
-           frame.member_mask_high == last.member_mask_high && frame.num_tokens == last.num_tokens &&
-           frame.layer == last.layer + 1 && frame.top_k == 0 && frame.payload_bytes == last.payload_bytes;
-}
-
-// Layer 0 of another step, of a gang that is still to be named, and no more than its rows.
-bool begins(const SmHeader& frame, const SmHeader& last, int32_t max_tokens, int32_t hidden) {
-    return frame.kind == SM_DISPATCH && frame.epoch == last.epoch && frame.step != last.step && frame.gang_id == 0 &&
-           frame.member_mask_low == 0 && frame.member_mask_high == 0 && frame.layer == 0 && frame.top_k == 0 &&
-           frame.num_tokens > 0 && frame.num_tokens <= static_cast<uint32_t>(max_tokens) &&
-           frame.payload_bytes == uint64_t{frame.num_tokens} * hidden * kBf16Bytes;
-}
-
-void name_gang(SmHeader* frame, const SmHeader& named) {
-    frame->gang_id = named.gang_id;
-    frame->member_mask_low = named.member_mask_low;
-    frame->member_mask_high = named.member_mask_high;
-}
-
 // x [count] += bf16 rows.
 void add_rows(float* x, const void* rows, int64_t count) {
     const uint16_t* const bits = static_cast<const uint16_t*>(rows);
@@ -78,8 +50,7 @@ int32_t relay_attention(const KernelTable& kernels, const AfdAttentionRelay& rel
         lap.begun_ns = done->ended_ns;
         const AfdRelayLayer& l = relay.layers[done->num_laps];
         const Residual residual{relay.x, {partial}, partial == nullptr ? 0 : 1, kBfloat16};
-        sent.seq += 1;
-        sent.layer += 1;
+        sm_next_layer(&sent);
         const int32_t status =
             attention_layer(kernels, *l.layer, *relay.batches[l.batch], {l.k_cache, l.v_cache, l.num_blocks, l.block_size},
                             residual, sm_out_rows(&lane, sent.seq), num_threads, error_detail);
@@ -96,7 +67,7 @@ int32_t relay_attention(const KernelTable& kernels, const AfdAttentionRelay& rel
         }
         SmHeader answer;
         done->outcome = await(lane, bounds.patience_ns, bounds.until_ns, false, sent.seq, &answer);
-        if (done->outcome == kRelayDone && !answers(answer, sent)) done->outcome = kRelayOther;
+        if (done->outcome == kRelayDone && !sm_answers(&answer, &sent)) done->outcome = kRelayOther;
         if (done->outcome != kRelayDone) {  // sent, not answered
             done->open_wait_ns = sm_now_ns() - lap.posted_ns;
             return kOk;
@@ -108,7 +79,7 @@ int32_t relay_attention(const KernelTable& kernels, const AfdAttentionRelay& rel
         // Whatever the peer says, it cannot have computed for longer.
         const int64_t ffn_ns = static_cast<int64_t>(std::min<uint64_t>(answer.compute_ns, took_ns));
         done->num_answered += 1;
-        done->gang_tokens = static_cast<int32_t>(answer.gang_tokens);
+        done->gang_tokens = static_cast<int32_t>(std::min<uint32_t>(answer.gang_tokens, INT32_MAX));
         done->wait_ns += took_ns;
         done->ffn_ns += ffn_ns;
         done->exposed_ns += took_ns - ffn_ns;
@@ -133,14 +104,15 @@ int32_t relay_ffn(const KernelTable& kernels, const AfdFfnRelay& relay, const Af
         const int64_t patience_ns = is_begin ? bounds.step_patience_ns : bounds.patience_ns;
         done->outcome = await(lane, patience_ns, bounds.until_ns, is_begin, last.seq + 1, &frame);
         if (done->outcome == kRelayDone &&
-            !(is_begin ? begins(frame, last, relay.max_tokens, relay.layers[0]->hidden) : follows(frame, last)))
+            !(is_begin ? sm_begins(&frame, &last, relay.max_tokens, kBf16Bytes * relay.layers[0]->hidden)
+                       : sm_follows(&frame, &last)))
             done->outcome = kRelayOther;
         const int64_t begun_ns = sm_now_ns();
         done->wait_ns += begun_ns - done->ended_ns;
         done->ended_ns = begun_ns;
         if (done->outcome != kRelayDone) return kOk;
         sm_lane_take(&lane);
-        if (is_begin) name_gang(&frame, last);
+        if (is_begin) sm_name_gang(&frame, &last);
         AfdLap& lap = done->laps[done->num_laps];
         lap.begun_ns = begun_ns;
         const AfdSwiGlu& ffn = *relay.layers[done->num_laps];
@@ -148,11 +120,7 @@ int32_t relay_ffn(const KernelTable& kernels, const AfdFfnRelay& relay, const Af
                                       sm_out_rows(&lane, frame.seq), num_threads);
         if (status != kOk) return status;
         lap.computed_ns = sm_now_ns();
-        SmHeader answer = frame;
-        answer.kind = SM_COMBINE;
-        answer.flags = 0;
-        answer.compute_ns = lap.computed_ns - lap.begun_ns;
-        answer.gang_tokens = frame.num_tokens;
+        SmHeader answer = sm_answer_to(&frame, lap.computed_ns - lap.begun_ns);
         if (const int error = sm_lane_post(&lane, &answer)) return kPostFailed + error;
         lap.posted_ns = lap.answered_ns = done->ended_ns = sm_now_ns();
         done->num_laps += 1;
