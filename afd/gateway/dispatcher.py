@@ -111,30 +111,9 @@ class Dispatcher:
 
     def submit(self, sequences: list[ClientSequence], now: float, *, ttft_s: float | None = None) -> None:
         """Take one request's sequences: all or none. UnavailableError when there is no place for them in time."""
-        serving = [worker for worker in self.workers.values() if worker.serving]
-        if not serving:
-            raise UnavailableError("no attention worker is serving", code="not_ready")
-        if not self.queue.room_for(len(sequences)):
-            self.counters.rejected_queue_full += 1
-            raise UnavailableError(
-                f"the queue is full ({len(self.queue)} of {self.queue.max_sequences} sequences wait)",
-                retry_after_s=max(1.0, self._waits.apply(predicted_wait_s(_reports(serving), len(self.queue)))),
-                code="queue_full",
-            )
         target_s = self.limits.ttft_s if ttft_s is None else ttft_s
-        patience_s, predicted_s = self.limits.request_timeout_s, None
-        if self.limits.enforce:
-            reports = _reports(serving)
-            own_s = self._prefills.apply(prefill_s(reports, max(len(s.prompt_ids) for s in sequences)))
-            patience_s = max(0.1 * target_s, target_s - own_s)
-            num_ahead = self.queue.num_ahead(sequences[0].priority)
-            # Where nobody waits and a worker has refused nobody, it is asked: it knows, and this is a forecast.
-            if num_ahead or not any(worker.has_room(now) for worker in serving):
-                predicted_s = predicted_wait_s(reports, num_ahead + len(sequences) - 1)
-                wait_s = self._waits.apply(predicted_s)
-                if is_too_long(wait_s, patience_s):
-                    self.counters.rejected_ttft += 1
-                    raise self._too_late(wait_s, target_s)
+        num_prompt = max(len(sequence.prompt_ids) for sequence in sequences)
+        patience_s, predicted_s = self._judge(len(sequences), num_prompt, sequences[0].priority, target_s, now)
         for sequence in sequences:
             self._num_submitted += 1
             sequence.order = self._num_submitted
@@ -143,6 +122,42 @@ class Dispatcher:
             sequence.first_due_at = now + target_s
             self._line_up(sequence, now, predicted_s)
         self._pump(now)
+
+    def check_room(self, now: float, *, priority: int = 0, ttft_s: float | None = None) -> None:
+        """UnavailableError where `submit` would raise it whatever is asked: ask this before a request is read."""
+        self._judge(1, 0, priority, self.limits.ttft_s if ttft_s is None else ttft_s, now)
+
+    def _judge(
+        self, num_sequences: int, num_prompt: int, priority: int, target_s: float, now: float
+    ) -> tuple[float, float | None]:
+        """How long the sequences of a request may wait, and how long they will, as far as anybody predicts it.
+
+        num_prompt: tokens of the longest prompt.  target_s: until the first token.  UnavailableError: no place in time.
+        """
+        serving = [worker for worker in self.workers.values() if worker.serving]
+        if not serving:
+            raise UnavailableError("no attention worker is serving", code="not_ready")
+        if not self.queue.room_for(num_sequences):
+            self.counters.rejected_queue_full += 1
+            raise UnavailableError(
+                f"the queue is full ({len(self.queue)} of {self.queue.max_sequences} sequences wait)",
+                retry_after_s=max(1.0, self._waits.apply(predicted_wait_s(_reports(serving), len(self.queue)))),
+                code="queue_full",
+            )
+        patience_s, predicted_s = self.limits.request_timeout_s, None
+        if self.limits.enforce:
+            reports = _reports(serving)
+            own_s = self._prefills.apply(prefill_s(reports, num_prompt))
+            patience_s = max(0.1 * target_s, target_s - own_s)
+            num_ahead = self.queue.num_ahead(priority)
+            # Where nobody waits and a worker has refused nobody, it is asked: it knows, and this is a forecast.
+            if num_ahead or not any(worker.has_room(now) for worker in serving):
+                predicted_s = predicted_wait_s(reports, num_ahead + num_sequences - 1)
+                wait_s = self._waits.apply(predicted_s)
+                if is_too_long(wait_s, patience_s):
+                    self.counters.rejected_ttft += 1
+                    raise self._too_late(wait_s, target_s)
+        return patience_s, predicted_s
 
     def abort(self, sequences: Iterable[ClientSequence], now: float) -> None:
         """The client has gone, or its request failed: free whatever of it still runs."""

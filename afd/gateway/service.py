@@ -86,11 +86,19 @@ class GatewayService:
 
     # --- requests ---------------------------------------------------------------------------------------
 
-    def generate(self, job: GenerationJob) -> Generation:
-        """Start a request. UnavailableError when the cluster cannot take it; the caller must `close` the result."""
+    def check_room(self, priority: int, ttft_s: float | None) -> None:
+        """UnavailableError where `generate` would raise it whatever is asked."""
+        self._check_ready()
+        self.dispatcher.check_room(time.monotonic(), priority=priority, ttft_s=ttft_s)
+
+    def _check_ready(self) -> None:
         reason = self.unready_reason()
         if reason is not None:
             raise UnavailableError(reason, code="shutdown" if self.draining else "not_ready")
+
+    def generate(self, job: GenerationJob) -> Generation:
+        """Start a request. UnavailableError when the cluster cannot take it; the caller must `close` the result."""
+        self._check_ready()
         self._num_requests += 1
         generation = Generation(self.metrics, self.abort)
         for prompt_ids, sampling in job.prompts:

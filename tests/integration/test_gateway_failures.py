@@ -232,6 +232,23 @@ async def test_a_full_queue_is_a_503():
 
 
 @async_test
+async def test_what_a_full_queue_refuses_is_not_even_read():
+    """But where its priority may stand in it: it could be let in before others."""
+    async with gateway(MODEL, limits={"max_queue": 1}) as rig:
+        rig.worker.refuse = lambda submit: Refused(submit.req_id, submit.attempt, "capacity", "busy", 30.0)
+        (waiting,) = start(rig, stream=False)
+        await rig.worker.wait_submits(1)
+        await rig.wait_until(lambda: len(rig.service.dispatcher.queue) == 1)
+        assert (await rig.complete([1, 2], temperature="hot")).status_code == 503
+        assert (await rig.chat("hi", temperature="hot")).status_code == 503
+        assert (await rig.complete([1, 2], temperature="hot", priority=-1)).status_code == 400
+        tokens = await rig.client.post("/tokenize", json={"prompt": "hi"})
+        assert tokens.status_code == 200  # it needs no worker
+        rig.worker.refuse = lambda submit: None
+        assert (await waiting).status_code == 200
+
+
+@async_test
 async def test_one_failed_choice_ends_its_siblings():
     async with gateway(MODEL, num_workers=2) as rig:
         first, second = rig.workers

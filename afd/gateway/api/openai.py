@@ -22,6 +22,7 @@ from afd.gateway.api.answers import (
 from afd.gateway.api.chat_format import ChatFormat
 from afd.gateway.api.completion_format import CompletionFormat
 from afd.gateway.api.openapi import answers, path_parameter, takes
+from afd.gateway.api.parameters import own_ttft_s
 from afd.gateway.api.schema import (
     SamplingBody,
     chat_decoder,
@@ -36,6 +37,8 @@ from afd.gateway.intake.reader import Prepared
 from afd.gateway.served_model import ServedModel
 from afd.gateway.service import GatewayService
 from afd.gateway.stream import GenerationResponse
+
+GENERATING = frozenset({"chat", "completions"})
 
 
 class _Reply(Response):
@@ -78,6 +81,9 @@ class OpenAiRoutes:
 
     async def _read(self, route: str, request: Request) -> Prepared:
         body = await read_body(request, self._limits.max_body_bytes)
+        # Overload must not cost the reading of what will be refused. A body that may name its priority is read.
+        if route in GENERATING and not any(word in body for word in (b"priority", b"\\u")):
+            self._service.check_room(0, own_ttft_s(request.headers))
         context = self._model.max_context
         return await self._service.intake.read(route, body, request.headers, context, request.state.client)
 

@@ -244,7 +244,7 @@ def _job(
             logprobs=logprobs,
         )
         prompts.append((prompt_ids, sampling))
-    ttft_ms, tpot_ms = _header_ms(headers, "x-sla-ttft-ms"), _header_ms(headers, "x-sla-tpot-ms")
+    tpot_ms = _header_ms(headers, "x-sla-tpot-ms")
     return GenerationJob(
         prompts=prompts,
         num_choices=num_choices,
@@ -253,7 +253,7 @@ def _job(
         own_stop_ids=own_stop_ids,
         skip_special_tokens=body.skip_special_tokens is not False,
         priority=body.priority or 0,
-        ttft_s=None if ttft_ms is None else ttft_ms / 1e3,
+        ttft_s=own_ttft_s(headers),
         tpot_s=0.0 if tpot_ms is None else tpot_ms / 1e3,
     )
 
@@ -288,6 +288,12 @@ def _logit_bias(bias: dict[str, float], model: ServedModel) -> tuple[tuple[int, 
             raise RequestError("logit_bias values lie between -100 and 100", param="logit_bias")
         pairs.append((int(key), value))
     return tuple(pairs)
+
+
+def own_ttft_s(headers: Mapping[str, str]) -> float | None:
+    """The request's own target of its first token; None = the cluster's. RequestError."""
+    ttft_ms = _header_ms(headers, "x-sla-ttft-ms")
+    return None if ttft_ms is None else ttft_ms / 1e3
 
 
 def _header_ms(headers: Mapping[str, str], name: str) -> float | None:

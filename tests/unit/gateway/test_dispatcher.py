@@ -1,6 +1,8 @@
 """The dispatcher, scripted: the ordinary way, refusals and the queue."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from afd.errors import RequestError, UnavailableError
 from afd.gateway.dispatcher import COOLING_MAX_S
@@ -155,6 +157,32 @@ def test_a_full_queue_refuses_at_once():
     assert error.value.code == "queue_full"
     assert error.value.retry_after_s >= 1
     scene.submit()
+
+
+@given(
+    enforce=st.booleans(),
+    num_waiting=st.integers(0, 4),
+    wait_s=st.floats(0.0, 9.0),
+    interval_s=st.floats(0.0, 3.0),
+    priority=st.integers(-1, 1),
+    ttft_s=st.none() | st.floats(0.5, 9.0),
+    num_prompt=st.integers(1, 500),
+    count=st.integers(1, 2),
+)
+def test_what_is_refused_unread_would_be_refused_when_read(
+    enforce, num_waiting, wait_s, interval_s, priority, ttft_s, num_prompt, count
+):
+    scene = Scene(enforce=enforce, ttft_s=4.0, max_queue=4)
+    for _ in range(num_waiting):
+        request = scene.submit(0.0)
+        scene.refuse("a", request, 0.0, retry_after_s=0.5)
+    places_s = [wait_s + interval_s * idx for idx in range(4)]
+    scene.say("a", stats(places_s=places_s, prefill_token_s=0.01), 0.1)
+    try:
+        scene.dispatcher.check_room(0.1, priority=priority, ttft_s=ttft_s)
+    except UnavailableError:
+        with pytest.raises(UnavailableError):
+            scene.submit(0.1, num_prompt=num_prompt, count=count, priority=priority, ttft_s=ttft_s)
 
 
 def test_enforced_ttft_refuses_when_the_predicted_wait_is_too_long():
