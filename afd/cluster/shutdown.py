@@ -47,7 +47,7 @@ class StopSequence:
         return self._killing
 
     def step(self, alive: Iterable[tuple[str, str]], now: float) -> list[tuple[str, signal.Signals]]:
-        """alive: (name, role) of each living child. Returns the signals to send now."""
+        """The signals to send now.  alive: (name, role) of each living child."""
         alive = list(alive)
         if self._killing:
             return []

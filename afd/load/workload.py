@@ -29,8 +29,9 @@ _COMMON_WORDS = (
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """content: text or token ids (completions), messages (chat).
+    """What one request asks.
 
+    content: text or token ids (completions), messages (chat).
     num_tokens: as far as known here; 0 = only the server can count them.
     """
 

@@ -62,7 +62,10 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class Advice:
-    """plans: best first, empty when nothing holds the SLA, and then `reason` says how far off the closest is."""
+    """What the planner recommends, and how it compares.
+
+    plans: best first, empty when nothing holds the SLA, and then `reason` says how far off the closest is.
+    """
 
     plans: tuple[Estimate, ...]
     reason: str

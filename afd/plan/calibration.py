@@ -151,7 +151,7 @@ class Curve:
 
 @dataclass(frozen=True, slots=True)
 class CalibratedStages:
-    """StageModel: the measured curve, scaled by what the roofline says of the difference to the measured topology.
+    """A `StageModel`: the measured curve, scaled by what the roofline says of the difference to the measured topology.
 
     At the measured topology it equals the curve. Chips and model must be those that were measured.
     """

@@ -28,7 +28,7 @@ class KvDtype(StrEnum):
 
 
 class Dispatch(StrEnum):
-    """BROADCAST: every row to every FFN instance. SPARSE: only rows that hit one of its experts."""
+    """Which rows an FFN instance is sent. BROADCAST: every row. SPARSE: only rows that hit one of its experts."""
 
     BROADCAST = "broadcast"
     SPARSE = "sparse"

@@ -22,7 +22,9 @@ GRID_RATIO = 1.25
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """context: cached tokens per request.
+    """What a deployment has to serve.
+
+    context: cached tokens per request.
     sla_tpot_s: bound of the mean TPOT, seconds.
     """
 

@@ -36,7 +36,9 @@ class Bound(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Cycle:
-    """seconds: per micro-batch and layer.
+    """How often a micro-batch leaves a layer.
+
+    seconds: per micro-batch and layer.
     kind: the model that held.
     min_streams: what OPTIMISTIC would need.
     """

@@ -27,7 +27,9 @@ DEFAULT_STREAMS = (3,)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchSpace:
-    """max_chips: of attention and FFN together.
+    """The deployments among which the planner searches.
+
+    max_chips: of attention and FFN together.
     ranks_per_instance: 0 = the chips of one server.
     """
 

@@ -15,7 +15,9 @@ from afd.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """at_s: when it reaches the gateway.
+    """One simulated request.
+
+    at_s: when it reaches the gateway.
     num_output: tokens that its answer will have.
     """
 

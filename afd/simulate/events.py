@@ -8,7 +8,10 @@ from typing import Any
 
 
 class EventQueue:
-    """now: seconds since the start. An action is called with the arguments it was planned with."""
+    """Actions in the order of their times. An action is called with the arguments it was planned with.
+
+    now: seconds since the start.
+    """
 
     def __init__(self) -> None:
         self.now = 0.0

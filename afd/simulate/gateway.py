@@ -53,10 +53,10 @@ class _Client:
 
 
 class Gateway:
-    """send: hands a message to a worker.
-    targets: output tokens of each live request, for who samples its stop token.
+    """The gateway's dispatcher and its clients. In a closed loop, one request follows each that ended.
 
-    Closed loop: `concurrency` requests at first, then one for each that ended.
+    send: hands a message to a worker.
+    targets: output tokens of each live request, for the worker that samples its stop token.
     """
 
     def __init__(

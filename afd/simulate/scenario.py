@@ -30,7 +30,9 @@ WEIGHT_BYTES = {"fp8": 1.0, "int8": 1.0, "bf16": 2.0}
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """load: the arrivals in words.
+    """What one run of `afd simulate` simulates.
+
+    load: the arrivals in words.
     rate: requests/s; 0 = a closed loop or a trace.
     """
 

@@ -77,7 +77,7 @@ class Step:
         self.stream, self.num_tokens = self.batch.stream, self.batch.num_tokens
 
     def meet(self, gang_tokens: int, times: StepTimes) -> None:
-        """It goes with a gang of so many rows: those of the stream's last one, until its own is known."""
+        """Join a gang of so many rows: the rows of the stream's last gang, until its own are known."""
         gang_tokens = max(gang_tokens, self.num_tokens)
         if gang_tokens == self.gang_tokens:
             return
@@ -86,22 +86,23 @@ class Step:
 
 
 class DataPath(Protocol):
-    """What carries steps through the layers, and keeps the FFN ranks' tables."""
+    """The way of steps through the layers. It keeps the FFN ranks' tables."""
 
     def wake(self, worker: AttentionWorker) -> None:
         """The worker may have something to start."""
 
     def lose_attention(self, worker: AttentionWorker) -> None:
-        """It is gone; its steps are void already."""
+        """An attention worker is gone; its steps are void already."""
 
     def lose_ffn(self) -> None:
         """An FFN rank is gone; every step is void already."""
 
 
 class AttentionWorker:
-    """say: sends a message to the gateway.
-    ready: every FFN rank is there.
+    """An attention worker without tensors.
 
+    say: sends a message to the gateway.
+    ready: every FFN rank is there.
     targets: output tokens of each live request, by which its stop token is sampled.
     """
 

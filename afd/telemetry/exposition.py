@@ -290,7 +290,7 @@ class _Client(asyncio.Protocol):
             self._take_request()
 
     def eof_received(self) -> bool:
-        """True: it stays open until the answer is sent."""
+        """True keeps the connection open until the answer is sent."""
         return self._is_answered
 
     def resume_writing(self) -> None:

@@ -45,7 +45,9 @@ class Bounds:
 
 @dataclass(frozen=True, slots=True)
 class Offset:
-    """measured: by ping.
+    """How far a worker's clock is from ours.
+
+    measured: by ping.
     used: after `agree`; narrower where processes read one clock.
     """
 

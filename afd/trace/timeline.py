@@ -47,7 +47,9 @@ class Worker:
 
 @dataclass(frozen=True, slots=True)
 class Timeline:
-    """workers: attention first, in rank order.
+    """The stages of all workers on one clock.
+
+    workers: attention first, in rank order.
     missing: workers that gave nothing, with the reason.
     """
 

@@ -228,7 +228,7 @@ def install(monkeypatch) -> None:
 
 
 class GpuTensor(Tensor):
-    """made: the stream it was made on, and its place there; None = long ago."""
+    """A device tensor.  made: the stream it was made on, and its place there; None = long ago."""
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):

@@ -150,7 +150,9 @@ def _may_shrink(seen: Observation, policy: Policy, x: int, want_x: int) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Recommendation:
-    """reason: one line.
+    """The numbers of workers that are advised.
+
+    reason: one line.
     changed: another change is advised than before, or none any more.
     """
 

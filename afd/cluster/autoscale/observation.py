@@ -18,7 +18,7 @@ class Observer:
         self._before_s: float | None = None
 
     def observe(self, reply: StatusReply, now: float) -> Observation | None:
-        """None: nothing to compare with yet, or no worker of a kind was seen twice."""
+        """Shares since the last reply; None = nothing to compare with yet, or no worker of a kind was seen twice."""
         busy = {
             status.member.info.incarnation: status.stats["busy_s"]
             for status in reply.members
