@@ -47,7 +47,7 @@ class Simulation:
         self._ffn_down_since = 0.0
 
     def run(self) -> Report:
-        """Simulate until every request has been answered or refused. StuckError when nothing can happen any more."""
+        """Simulate until every request has been answered or refused. StuckError after an hour without an answer."""
         for rank in range(self._settings.topology.num_attention):
             self._start(rank)
         self._publish()
