@@ -118,7 +118,7 @@ class ModelledWorker:
             for req_id in message.req_ids:
                 self.running.pop(req_id, None)
         else:
-            stats = WorkerStats(0, len(self.running), 0, 1000, 1000 - len(self.running), self.step_s)
+            stats = WorkerStats(0, len(self.running), 0, 1000, 1000 - len(self.running))
             socket.send_multipart([gateway, encode(stats)])
 
     def _step(self, socket: zmq.Socket[Any]) -> None:

@@ -156,9 +156,8 @@ class Refused(msgspec.Struct, tag="refused", frozen=True):
 class WorkerStats(msgspec.Struct, tag="stats", frozen=True):
     """Load of one attention worker: sent on every change of note, at most every 100 ms, at least every second.
 
-    tpot_headroom_s: the tightest TPOT target less the predicted one.  places_s: until each of the next typical
-    requests would be admitted, one after another, in ascending order; empty = all of them now.  max_tokens: prompt and
-    output together, of the longest sequence that can run here; 0 = not known.
+    places_s: until each of the next typical requests would be admitted, one after another, in ascending order; empty =
+    all of them now.  max_tokens: prompt and output together, of the longest sequence that can run here; 0 = not known.
     """
 
     rank: int
@@ -166,9 +165,6 @@ class WorkerStats(msgspec.Struct, tag="stats", frozen=True):
     num_waiting: int
     kv_blocks_total: int
     kv_blocks_free: int
-    step_s: float  # moving average of one decode step of a stream
-    tpot_headroom_s: float = 0.0
-    num_streams: int = 1
     draining: bool = False
     places_s: list[float] = []
     prefix_hits: int = 0  # prompt tokens, cumulative

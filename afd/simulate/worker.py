@@ -36,7 +36,6 @@ from afd.types import FinishReason
 STOP_TOKEN = 1
 WORD_TOKEN = 0
 FLUSH_S = 2.0  # longest that tokens between the first and the last one are kept back; the gateway asks after 5 s
-STEP_EMA = 0.2
 
 
 @dataclass(slots=True, eq=False)
@@ -144,7 +143,6 @@ class AttentionWorker:
         self._flushed_at = 0.0
         self.flying: dict[int, Step] = {}  # by stream
         self.announced_idle: set[int] = set()
-        self.step_s = 0.0  # moving average
         self.num_steps = 0
 
     # -- messages -----------------------------------------------------------------------------------------
@@ -174,9 +172,6 @@ class AttentionWorker:
                 num_waiting=scheduler.num_waiting,
                 kv_blocks_total=scheduler.pool.num_blocks,
                 kv_blocks_free=scheduler.pool.num_free,
-                step_s=self.step_s,
-                tpot_headroom_s=outlook.headroom_s,
-                num_streams=scheduler.num_streams,
                 places_s=list(outlook.places_s),
                 prefill_token_s=outlook.prefill_token_s,
                 num_preemptions=scheduler.num_preemptions,
@@ -237,7 +232,6 @@ class AttentionWorker:
         self._gang_tokens[step.stream] = step.gang_tokens
         took_s = now - step.started_s
         self.num_steps += 1
-        self.step_s += (STEP_EMA if self.num_steps > 1 else 1.0) * (took_s - self.step_s)
         progress = self.scheduler.commit(step.batch, self._sampled(step.batch))
         if self._learns:
             self.latency.observe(

@@ -59,7 +59,7 @@ def view(*members):
 
 
 def stats(rank=0, **fields):
-    values = {"num_running": 0, "num_waiting": 0, "kv_blocks_total": 100, "kv_blocks_free": 100, "step_s": 0.01}
+    values = {"num_running": 0, "num_waiting": 0, "kv_blocks_total": 100, "kv_blocks_free": 100}
     return WorkerStats(rank=rank, **{**values, **fields})
 
 

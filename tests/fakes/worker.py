@@ -248,7 +248,6 @@ class FakeWorker:
             num_waiting=0,
             kv_blocks_total=100,
             kv_blocks_free=100 - self.num_running,
-            step_s=0.01,
             draining=self.draining,
             places_s=self.places_s,
             max_tokens=self.max_tokens,

@@ -99,5 +99,5 @@ def worker_message(rng: random.Random, submit: Submit | None, vocab_size: int) -
 
 def stats_fields(rng: random.Random) -> dict[str, Any]:
     """Fields of a plausible load report."""
-    stats = WorkerStats(0, rng.randrange(9), rng.randrange(3), 100, rng.randrange(100), 0.01)
+    stats = WorkerStats(0, rng.randrange(9), rng.randrange(3), 100, rng.randrange(100))
     return msgspec.structs.asdict(stats) | {"places_s": [0.5, 0.7][: rng.randrange(3)]}

@@ -79,7 +79,7 @@ async def taken(rig: Rig, mark: int) -> None:
     """Until the gateway has handled all that was sent."""
     assert rig.service is not None
     (worker,) = rig.service.dispatcher.workers.values()
-    await evil(rig, encode(WorkerStats(0, mark, 0, 100, 50, 0.01)))
+    await evil(rig, encode(WorkerStats(0, mark, 0, 100, 50)))
     async with asyncio.timeout(10):
         while worker.stats is None or worker.stats.num_running != mark:
             await asyncio.sleep(0)
