@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections import abc, deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -28,20 +27,11 @@ from afd.ops.device import to_device
 from afd.ops.ops import RowMax
 from afd.sched.head_slices import NextStage, next_of, slice_end
 from afd.sched.scheduler import Scheduler
-from afd.sched.sequence import BatchItem, MicroBatch, Progress
+from afd.sched.sequence import BatchItem, MicroBatch, Output, Progress
 from afd.types import FinishReason
 from afd.worker.threads import ThreadShare
 
 NOT_FINITE = "the model produced logits that are not finite: its weights are damaged or overflow in this dtype"
-
-
-@dataclass(frozen=True, slots=True)
-class Output:
-    """One sequence's news after a commit, with log-probabilities where asked for."""
-
-    progress: Progress
-    logprobs: TokenLogprobs | None
-    error: str | None = None
 
 
 class Engine(Protocol):

@@ -13,14 +13,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from afd.attention.engine import Output
 from afd.attention.python_path import leg_of_one
 from afd.attention.stages import StageClock
 from afd.errors import ConfigError
 from afd.messages.serving import TokenLogprobs
 from afd.sched.latency import StepLoad
 from afd.sched.scheduler import Scheduler
-from afd.sched.sequence import MicroBatch, Sequence
+from afd.sched.sequence import MicroBatch, Output, Sequence
 
 PRECISION_S = 1e-3  # of `wait`; shorter rests are slept
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from afd.attention.engine import Output
 from afd.attention.frontend import Frontend
 from afd.messages.serving import Abort, GatewayMessage, Lease, Refused, Resend, Submit, TokenChunk
 from afd.sched.policy import Admission
 from afd.sched.scheduler import Scheduler
+from afd.sched.sequence import Output
 from afd.sched.submission import admit
 from afd.types import FinishReason
 

@@ -12,7 +12,7 @@ import torch
 import zmq
 
 from afd.attention.costs import CostReporter
-from afd.attention.engine import AttentionEngine, Engine, Output
+from afd.attention.engine import AttentionEngine, Engine
 from afd.attention.exchange import Exchange, LocalExchange
 from afd.attention.frontend import Frontend
 from afd.attention.gpu_path import GpuPath, computed_here
@@ -48,6 +48,7 @@ from afd.sched.latency import LatencyModel
 from afd.sched.policy import Admission
 from afd.sched.prefill import PrefillBudget
 from afd.sched.scheduler import Scheduler, SchedulerConfig
+from afd.sched.sequence import Output
 from afd.sched.streams import StreamChooser
 from afd.telemetry.exposition import MetricsServer, process_registry
 from afd.telemetry.ring import TracePage

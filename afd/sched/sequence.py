@@ -7,6 +7,7 @@ from enum import Enum, auto
 
 import msgspec
 
+from afd.messages.serving import TokenLogprobs
 from afd.types import FinishReason, SamplingParams
 
 
@@ -114,3 +115,11 @@ class Progress(msgspec.Struct, frozen=True):
     first_idx: int
     ids: tuple[int, ...]
     finish: FinishReason | None
+
+
+class Output(msgspec.Struct, frozen=True):
+    """One sequence's news after a commit: log-probabilities where asked for, error where it ended with one."""
+
+    progress: Progress
+    logprobs: TokenLogprobs | None = None
+    error: str | None = None

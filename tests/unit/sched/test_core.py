@@ -1,0 +1,387 @@
+"""The worker's protocol, message by message, without a socket or a clock."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from afd.messages.membership import Plan
+from afd.messages.serving import Abort, Lease, Refused, Resend, Submit, TokenChunk, Tokens, WorkerStats, lease_identity
+from afd.sched.ledger import FINISHED_KEPT
+from afd.types import FinishReason, SamplingParams
+from tests.fakes.worker_core import GATEWAY, ScriptedWorker, attention, submit, view
+
+
+@pytest.fixture
+def worker() -> ScriptedWorker:
+    return ScriptedWorker.make()
+
+
+# -- tokens ---------------------------------------------------------------------------------------------------
+
+
+def test_tokens_come_back_with_their_output_index(worker):
+    worker.tell(submit())
+    for _ in range(3):
+        worker.step()
+    assert [(c.first_idx, c.ids, c.finish) for c in worker.chunks()] == [
+        (0, [5], None),
+        (1, [5], None),
+        (2, [5], FinishReason.LENGTH),
+    ]
+
+
+def test_what_was_committed_leaves_when_it_is_published_and_not_before(worker):
+    worker.tell(submit())
+    worker.begin()
+    worker.commit()
+    assert worker.core.has_news and worker.heard() == []
+    worker.core.publish()
+    assert not worker.core.has_news and len(worker.chunks()) == 1
+
+
+def test_all_tokens_of_a_step_are_one_message_for_each_gateway():
+    worker = ScriptedWorker.make(num_streams=2, num_blocks=32)
+    for name, gateway in (("a", b"g1"), ("b", b"g1"), ("c", b"g2")):
+        worker.tell(submit(name), gateway=gateway)
+    worker.step()
+    sent = {gateway: [c.req_id for c in message.chunks] for gateway, message in worker.core.take_outbox()}
+    assert sent == {b"g1": ["a", "b"], b"g2": ["c"]}
+
+
+def test_resend_from_the_gap_also_after_the_end(worker):
+    worker.tell(submit())
+    for _ in range(3):
+        worker.step()
+    worker.heard()
+    worker.tell(Resend("r", 0, 1), Resend("r", 0, 1))
+    assert worker.heard() == [Tokens([TokenChunk("r", 0, 1, [5, 5], finish=FinishReason.LENGTH)])]
+    worker.tell(Resend("r", 7, 0), Resend("nobody", 0, 0))
+    assert [(m.req_id, m.attempt, m.reason) for m in worker.refusals()] == [
+        ("r", 7, "unknown"),
+        ("nobody", 0, "unknown"),
+    ]
+
+
+def test_records_of_ended_requests_are_bounded(worker):
+    for idx in range(FINISHED_KEPT + 50):
+        worker.tell(submit(f"r{idx}", max_tokens=1))
+        worker.step()
+    assert worker.core.num_records == FINISHED_KEPT
+    worker.heard()
+    worker.tell(Resend("r49", 0, 0), Resend("r50", 0, 0))
+    [refused, tokens] = worker.heard()
+    assert refused.req_id == "r49" and tokens.chunks[0].req_id == "r50"
+
+
+# -- submissions ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("message", "reason", "detail"),
+    [
+        (submit(prompt=[]), "invalid", "empty"),
+        (submit(prompt=[100]), "invalid", "0..99"),
+        (submit(prompt=[-1]), "invalid", "0..99"),
+        (submit(max_tokens=0), "invalid", "max_tokens"),
+        (submit(max_tokens=1, output=[7]), "invalid", "max_tokens"),
+        (submit(max_tokens=62), "invalid", "context of 64"),
+        (submit(max_tokens=30), "invalid", "KV cache of 32"),
+        (submit("x" * 257), "invalid", "257 characters"),
+    ],
+)
+def test_impossible_requests_are_refused_with_the_reason(worker, message, reason, detail):
+    worker.tell(message)
+    [refused] = worker.heard()
+    assert isinstance(refused, Refused) and refused.reason == reason and detail in refused.detail
+    assert worker.core.scheduler.idle
+
+
+def test_refusals_by_state(worker):
+    worker.core.set_ready(False, "waiting for the FFN workers", 0.0)
+    worker.tell(submit())
+    assert [(m.reason, m.detail) for m in worker.refusals()] == [("not_ready", "waiting for the FFN workers")]
+    worker.core.set_ready(True, "", 0.0)
+    for idx in range(3):
+        worker.tell(submit(f"r{idx}"))
+    worker.tell(submit("one too many"))
+    assert [m.reason for m in worker.refusals()] == ["capacity"]
+    worker.core.drain()
+    worker.tell(submit())
+    assert [m.reason for m in worker.refusals()] == ["draining"]
+    for _ in range(3):
+        worker.step()
+    assert worker.core.scheduler.idle, "what was there before is finished"
+
+
+def test_a_worker_that_never_was_ready_takes_nothing():
+    worker = ScriptedWorker.make(ready=False)
+    worker.tell(submit())
+    assert [m.reason for m in worker.refusals()] == ["not_ready"]
+
+
+def test_a_repeated_submit_is_ignored_and_a_newer_attempt_replaces(worker):
+    worker.tell(submit(), submit())
+    assert worker.core.scheduler.num_waiting == 1
+    worker.tell(submit(attempt=1, output=[9]))
+    worker.step()
+    assert [(c.attempt, c.first_idx) for c in worker.chunks()] == [(1, 1)]
+    worker.tell(submit(attempt=0))
+    assert worker.core.scheduler.get("r").attempt == 1, "an old attempt must not replace a newer one"
+
+
+def test_tokens_of_a_replaced_attempt_that_were_not_published_yet_are_dropped(worker):
+    worker.tell(submit())
+    worker.begin()
+    worker.commit()
+    worker.tell(submit(attempt=1))
+    worker.core.publish()
+    assert worker.heard() == []
+    worker.step()
+    assert [(c.attempt, c.first_idx) for c in worker.chunks()] == [(1, 0)]
+
+
+def test_under_enforcement_a_full_worker_refuses_and_says_when_to_come_again():
+    worker = ScriptedWorker.make(policy="enforce")
+    worker.tell(submit("first", max_tokens=3))
+    assert worker.core.scheduler.get("first").tpot_s == 0.05
+    worker.step()
+    tight = Submit("tight", 0, [1, 2], [], SamplingParams(max_tokens=3, seed=1), tpot_s=0.001)
+    worker.tell(tight)
+    [refused] = worker.refusals()
+    assert (refused.req_id, refused.reason) == ("tight", "capacity")
+    assert refused.retry_after_s > 1.0 and "tightest target here is 1 ms" in refused.detail
+    assert worker.core.scheduler.get("tight") is None
+    worker.tell(Submit("tight", 1, [1, 2], [], SamplingParams(max_tokens=3, seed=1), tpot_s=0.001))
+    assert worker.core.scheduler.get("tight").tpot_s == 0.001  # it ran elsewhere: it is not new
+
+
+def test_a_request_that_is_impossible_does_not_reach_admission():
+    worker = ScriptedWorker.make(policy="enforce")
+    worker.tell(submit(prompt=[100]))
+    admission = worker.core.admission
+    assert (admission.num_admitted, admission.num_refused) == (0, 0)
+
+
+# -- aborts and leases ----------------------------------------------------------------------------------------
+
+
+def test_abort_and_lists_of_live_requests_free_everything(worker):
+    worker.tell(submit("a"), submit("b"), submit("c"), Abort(["a", "unknown"]))
+    assert worker.core.scheduler.get("a") is None
+    worker.tell(Lease("gw", 3.0, ["b"]))
+    assert [seq.req_id for seq in worker.core.scheduler.sequences()] == ["b"]
+    worker.tell(Resend("a", 0, 0))
+    assert [m.reason for m in worker.refusals()] == ["unknown"], "an aborted request is forgotten"
+
+
+def test_an_aborted_request_in_flight_brings_no_token(worker):
+    worker.tell(submit())
+    worker.begin()
+    worker.tell(Abort(["r"]))
+    worker.commit()
+    worker.core.publish()
+    assert worker.heard() == []
+    worker.core.scheduler.check()
+
+
+def test_a_silent_gateway_loses_its_requests_and_nobody_elses(worker):
+    worker.now = 10.0
+    worker.core.tick(10.0)
+    worker.tell(Lease("gw", 3.0), submit("a"))
+    worker.tell(Lease("other", 60.0), submit("b"), gateway=b"other")
+    for tenths in range(101, 131):
+        worker.core.tick(tenths / 10)
+    assert len(worker.core.scheduler.sequences()) == 2
+    worker.core.tick(13.1)
+    assert [seq.req_id for seq in worker.core.scheduler.sequences()] == ["b"]
+    assert list(worker.core.gateways) == [b"other"]
+
+
+def test_time_in_which_this_process_stood_still_is_nobodys_silence(worker):
+    worker.core.tick(0.0)
+    worker.tell(Lease("gw", 3.0), submit())
+    worker.core.tick(20.0)
+    assert not worker.core.scheduler.idle
+    for tenths in range(201, 232):
+        worker.core.tick(tenths / 10)
+    assert worker.core.scheduler.idle
+
+
+def test_leases_over_a_connection_of_their_own_keep_the_gateways_requests(worker):
+    """The one with the requests is quiet: its event loop is busy, or its submissions queue up here."""
+    worker.core.tick(0.0)
+    worker.tell(submit("a"))
+    worker.now = 4.0
+    worker.tell(Lease("gw", 3.0), gateway=lease_identity("gw"))
+    for tenths in range(1, 70):
+        worker.core.tick(tenths / 10)
+    assert not worker.core.scheduler.idle and list(worker.core.gateways) == [GATEWAY]
+    worker.core.tick(7.1)
+    assert worker.core.scheduler.idle and list(worker.core.gateways) == []
+
+
+@pytest.mark.parametrize("ttl_s", [float("nan"), float("inf"), 1e300, -1e300])
+def test_a_lease_ends_whatever_was_asked_for(worker, ttl_s):
+    worker.core.tick(0.0)
+    worker.tell(Lease("gw", ttl_s))
+    assert worker.core.gateways.last_end_s <= 60.0
+
+
+# -- FFN workers out of reach ---------------------------------------------------------------------------------
+
+
+def test_requests_wait_for_the_ffn_workers_and_end_when_these_do_not_come_back(worker):
+    worker.tell(Lease("gw", 60.0), submit("a"), submit("b"))
+    worker.step()
+    worker.heard()
+    worker.begin()
+    worker.fail()
+    worker.core.set_ready(False, "ffn/0 is lost", 0.0)
+    worker.core.tick(9.9)
+    assert worker.chunks() == []
+    worker.core.tick(10.0)
+    assert {(c.req_id, c.finish, c.error) for c in worker.chunks()} == {
+        ("a", FinishReason.ERROR, "ffn/0 is lost; no recovery in time"),
+        ("b", FinishReason.ERROR, "ffn/0 is lost; no recovery in time"),
+    }
+    assert worker.core.scheduler.idle
+    worker.core.scheduler.check()
+
+
+def test_an_interrupted_step_runs_again_when_they_are_back(worker):
+    worker.tell(Lease("gw", 60.0), submit())
+    worker.begin()
+    worker.fail()
+    worker.core.set_ready(False, "ffn/0 is lost", 0.0)
+    worker.core.set_ready(True, "", 5.0)
+    worker.core.set_ready(False, "ffn/0 is lost", 6.0)
+    worker.core.tick(15.9)  # the second loss has a patience of its own
+    worker.core.set_ready(True, "", 15.9)
+    for _ in range(3):
+        worker.step()
+    assert [c.first_idx for c in worker.chunks()] == [0, 1, 2]
+
+
+def test_tokens_that_were_not_published_yet_leave_before_the_error(worker):
+    worker.tell(Lease("gw", 60.0), submit())
+    worker.begin()
+    worker.commit()
+    worker.core.set_ready(False, "ffn/0 is lost", 0.0)
+    worker.core.tick(10.0)
+    assert [(c.first_idx, c.ids, c.finish) for c in worker.chunks()] == [(0, [5], None), (1, [], FinishReason.ERROR)]
+
+
+# -- reports and the plan -------------------------------------------------------------------------------------
+
+
+def reports(worker: ScriptedWorker) -> list[WorkerStats]:
+    worker.core.report(worker.now)
+    return [message for message in worker.heard() if isinstance(message, WorkerStats)]
+
+
+def test_the_load_is_told_when_it_changes_and_anyhow_after_a_while(worker):
+    worker.tell(Lease("gw", 60.0))
+    [stats] = reports(worker)
+    assert (stats.num_waiting, stats.kv_blocks_total, stats.max_tokens, stats.draining) == (0, 8, 32, False)
+    worker.now = 0.2
+    assert reports(worker) == []
+    worker.now = 0.5
+    assert len(reports(worker)) == 1
+    worker.tell(submit())
+    worker.now = 0.55
+    assert reports(worker) == [], "not at once again"
+    worker.now = 0.6
+    assert [stats.num_waiting for stats in reports(worker)] == [1]
+    worker.now = 0.7
+    worker.core.drain()
+    assert [stats.draining for stats in reports(worker)] == [True]
+
+
+def test_every_gateway_that_lives_hears_the_load(worker):
+    worker.core.tick(0.0)
+    worker.tell(Lease("g1", 3.0), gateway=b"g1")
+    worker.tell(Lease("g2", 9.0), gateway=b"g2")
+    worker.core.report(0.0)
+    assert {gateway for gateway, _ in worker.core.take_outbox()} == {b"g1", b"g2"}
+    for tenths in range(1, 40):
+        worker.core.tick(tenths / 10)
+    worker.core.report(4.0)
+    assert {gateway for gateway, _ in worker.core.take_outbox()} == {b"g2"}
+
+
+def test_a_plan_bounds_the_tokens_of_a_step():
+    worker = ScriptedWorker.make()
+    worker.core.adopt(view(attention(0), plan=Plan(max_step_tokens=8)))
+    worker.tell(submit(prompt=[1] * 20))
+    worker.begin()
+    assert worker.in_flight[0].num_tokens == 8
+
+
+# -- whatever comes -------------------------------------------------------------------------------------------
+
+NAMES = st.sampled_from("abcde")
+ATTEMPTS = st.integers(0, 3)
+EVENTS = st.one_of(
+    st.builds(lambda name, attempt, n: submit(name, max_tokens=n, attempt=attempt), NAMES, ATTEMPTS, st.integers(0, 5)),
+    st.builds(lambda name: Abort([name]), NAMES),
+    st.builds(Resend, NAMES, ATTEMPTS, st.integers(0, 4)),
+    st.builds(lambda names: Lease("gw", 3.0, names), st.one_of(st.none(), st.lists(NAMES, max_size=3))),
+    st.sampled_from(["begin", "commit", "publish", "fail", "down", "up", "wait"]),
+)
+
+
+@hypothesis_settings(max_examples=200, deadline=None, derandomize=True)
+@given(events=st.lists(EVENTS, max_size=60), num_streams=st.integers(1, 3))
+def test_whatever_happens_each_attempt_gets_its_tokens_in_order_and_ends_once(events, num_streams):
+    worker = ScriptedWorker.make(num_streams=num_streams, num_blocks=16)
+    received: dict[tuple[str, int], list[int]] = {}
+    ended: dict[tuple[str, int], FinishReason] = {}
+    asked: dict[tuple[str, int], int] = {}
+
+    def look() -> None:
+        for message in worker.heard():
+            for chunk in message.chunks if isinstance(message, Tokens) else ():
+                key = (chunk.req_id, chunk.attempt)
+                ids = received.setdefault(key, [])
+                assert chunk.first_idx <= len(ids), "a gap although nothing was lost"
+                assert key not in ended or chunk.finish is ended[key]
+                del ids[chunk.first_idx :]
+                ids.extend(chunk.ids)
+                if chunk.finish is not None:
+                    ended[key] = chunk.finish
+
+    for event in events:
+        if event == "begin":
+            if worker.core.ready:
+                worker.begin()
+        elif event == "commit":
+            for stream in list(worker.in_flight):
+                worker.commit(stream)
+        elif event == "publish":
+            worker.core.publish()
+        elif event == "fail":
+            worker.fail()
+        elif event in ("down", "up"):
+            if event == "down":
+                worker.fail()
+            worker.core.set_ready(event == "up", "" if event == "up" else "lost", worker.now)
+        elif event == "wait":
+            worker.now += 4.0
+            worker.core.tick(worker.now)
+        else:
+            worker.tell(event)
+            for seq in worker.core.scheduler.sequences():
+                asked[seq.req_id, seq.attempt] = seq.sampling.max_tokens
+        look()
+        worker.core.scheduler.check()
+    worker.core.set_ready(True, "", worker.now)
+    while not worker.core.scheduler.idle:
+        worker.step()
+    worker.core.publish()
+    look()
+    assert worker.core.scheduler.pool.num_free == 16
+    for key, reason in ended.items():
+        assert len(received[key]) == asked[key] or reason is FinishReason.ERROR
