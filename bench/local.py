@@ -20,10 +20,10 @@ from pathlib import Path
 
 import zmq
 
-from afd.attention.frontend import MAX_LEASE_S
 from afd.messages.codec import encode
 from afd.messages.serving import Lease, Refused, Submit, Tokens, worker_message_decoder
 from afd.messages.serving_sockets import client_socket
+from afd.sched.leases import MAX_LEASE_S
 from afd.types import FinishReason, SamplingParams
 from bench.drawing import GREEDY, Drawing
 

@@ -1,4 +1,4 @@
-"""How well this attention worker's pipeline has run of late: what `afd status` and /metrics show. Any thread."""
+"""How this attention worker fares: what heartbeats, `afd status` and /metrics show. Any thread."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from afd.attention.engine import Engine
 from afd.attention.stages import StageTotals
+from afd.membership.port import SyncFields
+from afd.sched.core import WorkerCore
 from afd.telemetry.recent import RecentSums
 
 
@@ -44,3 +47,38 @@ class RecentAttention:
             "members": totals.num_gang_members,
             "exchanges": totals.num_exchanges,
         }
+
+
+class AttentionHealth:
+    """The worker's contribution to heartbeats. num_turns: of its main loop, which counts them."""
+
+    def __init__(self, engine: Engine, core: WorkerCore, recent: RecentAttention):
+        self._engine = engine
+        self._core = core
+        self._recent = recent
+        self.num_turns = 0
+
+    def fields(self) -> SyncFields:
+        """As it is now."""
+        stages, scheduler, admission = self._engine.stages, self._core.scheduler, self._core.admission
+        totals, recent = stages.totals, self._recent.look()
+        return SyncFields(
+            progress=self.num_turns,
+            pending=self._engine.in_flight,
+            stats={
+                "running": float(scheduler.num_running),
+                "waiting": float(scheduler.num_waiting),
+                "kv_free": scheduler.pool.num_free / scheduler.pool.num_blocks,
+                "busy_s": totals.attention_s + totals.head_s,
+                "wait_s": totals.wait_s,
+                "step_ms": stages.step_s * 1e3,
+                "cycle_ms": admission.cycle_s * 1e3,
+                "streams": float(scheduler.num_streams),
+                # With another policy they were only found to be beyond the SLA.
+                "refused" if admission.policy == "enforce" else "over_sla": float(admission.num_refused),
+                "gang_size": recent.gang_size,
+                "bubble": recent.bubble,
+                "exposed": recent.exposed,
+            },
+            costs=self._core.costs,
+        )

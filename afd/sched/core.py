@@ -28,7 +28,7 @@ from afd.messages.serving import (
 from afd.sched.leases import Leases
 from afd.sched.ledger import Ledger
 from afd.sched.policy import Admission
-from afd.sched.report import CostReporter, StepSums, worker_stats
+from afd.sched.report import CostReporter, worker_stats
 from afd.sched.scheduler import Scheduler
 from afd.sched.sequence import Output, Sequence
 from afd.sched.streams import StreamChooser
@@ -65,7 +65,6 @@ class WorkerCore:
         rank: int,
         scheduler: Scheduler,
         admission: Admission,
-        sums: StepSums,
         limits: CoreLimits,
         *,
         chooser: StreamChooser | None = None,
@@ -79,7 +78,6 @@ class WorkerCore:
         self.why_not_ready = "not ready"
         self.draining = False
         self.costs: StepCosts | None = None
-        self._sums = sums
         self._limits = limits
         self._chooser = chooser
         self._reporter = reporter
@@ -155,9 +153,8 @@ class WorkerCore:
 
     def publish(self) -> None:
         """Make messages of what was committed, and choose the number of streams anew."""
-        if self._news:
-            self._post_news()
-            self._choose_streams()
+        self._post_news()
+        self._choose_streams()
 
     # -- what goes out ------------------------------------------------------------------------------------
 
@@ -171,7 +168,7 @@ class WorkerCore:
         self._outbox.extend((gateway, stats) for gateway in self._leases)
         self._stats, self._stats_due_s, self._stats_overdue_s = stats, now + STATS_MIN_S, now + STATS_MAX_S
         if self._reporter is not None:
-            self.costs = self._reporter.report(self._sums, now)
+            self.costs = self._reporter.report(now)
 
     def take_outbox(self) -> list[tuple[bytes, WorkerMessage]]:
         """Messages to be sent, each with its gateway. Call it after anything else here."""
@@ -295,7 +292,7 @@ class WorkerCore:
             )
 
     def _choose_streams(self) -> None:
-        scheduler, step = self.scheduler, self._sums.num_steps
+        scheduler, step = self.scheduler, self.scheduler.num_steps
         if self._chooser is None or not self._chooser.due(step):
             return
         current = scheduler.num_streams

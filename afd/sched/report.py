@@ -14,8 +14,6 @@ from afd.sched.scheduler import Scheduler
 class StepSums(Protocol):
     """What the engine has counted since its start."""
 
-    num_steps: int
-    """Micro-batches committed."""
     num_exchanges: int
     """Round trips of a layer."""
     num_gang_members: int
@@ -46,17 +44,19 @@ def worker_stats(rank: int, scheduler: Scheduler, admission: Admission, *, drain
 class CostReporter:
     """Cost curves, load, waits and gang sizes; waits and gang sizes are those since the last report."""
 
-    def __init__(self, model: LatencyModel, scheduler: Scheduler):
+    def __init__(self, model: LatencyModel, scheduler: Scheduler, sums: StepSums):
         self._model = model
         self._scheduler = scheduler
+        self._sums = sums
         self._num_exchanges = 0
         self._num_gang_members = 0
         self._wait_s = 0.0
         self._reported_s: float | None = None
         self._gang_size = 1.0
 
-    def report(self, sums: StepSums, now: float) -> StepCosts:
-        """sums: as they are now."""
+    def report(self, now: float) -> StepCosts:
+        """As it is now."""
+        sums = self._sums
         exchanges = sums.num_exchanges - self._num_exchanges
         if exchanges:  # else what is known of the gangs stays
             self._gang_size = max(1.0, (sums.num_gang_members - self._num_gang_members) / exchanges)

@@ -78,6 +78,7 @@ class Scheduler:
         self._running: list[list[Sequence]] = [[] for _ in range(config.num_streams)]
         self._by_id: dict[str, Sequence] = {}
         self._step = 0
+        self.num_steps = 0  # that were committed
         self.num_preemptions = 0
         self.prefix_queries = 0
         self.prefix_hits = 0
@@ -191,6 +192,7 @@ class Scheduler:
         Returns what the clients must hear, in item order; finished and aborted sequences have left.
         """
         progress: list[Progress] = []
+        self.num_steps += 1
         self._flying.pop(batch.stream, None)
         publishes, windowed = self.pool.prefix_cache, self.windowed
         for item in batch.items:

@@ -35,14 +35,6 @@ def attention(rank: int, *, ready: bool = True, draining: bool = False) -> Membe
     return Member(WorkerInfo("attention", f"a{rank}", "", 0, ""), rank, ready, draining)
 
 
-@dataclass(slots=True)
-class Sums:
-    num_steps: int = 0
-    num_exchanges: int = 0
-    num_gang_members: int = 0
-    wait_s: float = 0.0
-
-
 @dataclass
 class ScriptedWorker:
     """now: the clock, which the test sets.  in_flight: micro-batches that were begun, by stream."""
@@ -50,7 +42,6 @@ class ScriptedWorker:
     core: WorkerCore
     now: float = 0.0
     in_flight: dict[int, MicroBatch] = field(default_factory=dict)
-    sums: Sums = field(default_factory=Sums)
 
     @classmethod
     def make(
@@ -63,9 +54,8 @@ class ScriptedWorker:
     ) -> ScriptedWorker:
         scheduler = Scheduler(SchedulerConfig(max_context=64, num_streams=num_streams), BlockPool(num_blocks, 4))
         admission = Admission(scheduler, LatencyModel(), policy=policy, tpot_s=0.05, ttft_s=5.0)
-        sums = Sums()
-        core = WorkerCore(0, scheduler, admission, sums, CoreLimits(VOCAB_SIZE, max_waiting=3, recovery_timeout_s=10.0))
-        worker = cls(core, sums=sums)
+        core = WorkerCore(0, scheduler, admission, CoreLimits(VOCAB_SIZE, max_waiting=3, recovery_timeout_s=10.0))
+        worker = cls(core)
         if ready:
             core.set_ready(True, "", 0.0)
         return worker
@@ -97,7 +87,6 @@ class ScriptedWorker:
         """The stream's step is over; its tokens wait for `publish`."""
         batch = self.in_flight.pop(stream)
         sampled = {item.seq.req_id: token for item in batch.items if item.samples}
-        self.sums.num_steps += 1
         self.core.committed([Output(progress) for progress in self.core.scheduler.commit(batch, sampled)])
 
     def step(self, token: int = 5) -> None:

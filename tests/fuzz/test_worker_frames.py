@@ -1,6 +1,6 @@
 """Mutated ZeroMQ frames into an attention worker: dropped, refused, or served to the end; the main loop never raises.
 
-Frontend, request book, admission, scheduler and sampler are the real ones; logits are random.
+Socket, core, admission, scheduler and sampler are the real ones; logits are random.
 """
 
 from __future__ import annotations
@@ -14,18 +14,27 @@ import pytest
 import torch
 import zmq
 
-from afd.attention.engine import Output
-from afd.attention.frontend import FINISHED_KEPT, Frontend
-from afd.attention.requests import RequestBook
+from afd.attention.gateway_link import GatewayLink
 from afd.kv.block_pool import BlockPool
 from afd.messages.codec import encode
-from afd.messages.serving import Lease, Refused, Resend, Submit, TokenLogprobs, Tokens, worker_message_decoder
+from afd.messages.serving import (
+    Lease,
+    Refused,
+    Resend,
+    Submit,
+    TokenLogprobs,
+    Tokens,
+    WorkerStats,
+    worker_message_decoder,
+)
 from afd.model.sampling import Sampler
 from afd.ops.select import select
+from afd.sched.core import CoreLimits, WorkerCore
 from afd.sched.latency import LatencyModel
+from afd.sched.ledger import FINISHED_KEPT
 from afd.sched.policy import Admission
 from afd.sched.scheduler import Scheduler, SchedulerConfig
-from afd.sched.sequence import MicroBatch
+from afd.sched.sequence import MicroBatch, Output
 from afd.types import FinishReason, SamplingParams
 from tests.fuzz.campaign import MemoryGauge, generator, nothing_left, volume
 from tests.fuzz.serving_messages import frame, gateway_message
@@ -52,8 +61,7 @@ class Worker:
 
     def __init__(self) -> None:
         self.context = zmq.Context()
-        router = self.context.socket(zmq.ROUTER)
-        router.bind("inproc://worker")
+        self.link = GatewayLink(b"s" * 32, "inproc://worker", 1 << 20, context=self.context)
         self.gateways = []
         for number in range(NUM_GATEWAYS):
             dealer = self.context.socket(zmq.DEALER)
@@ -63,10 +71,9 @@ class Worker:
         self.scheduler = Scheduler(
             SchedulerConfig(max_context=64, num_streams=NUM_STREAMS, max_num_seqs=8), BlockPool(24, 4)
         )
-        self.frontend = Frontend(router)
-        self.admission = Admission(self.scheduler, LatencyModel(), policy="enforce", tpot_s=0.05, ttft_s=5.0)
-        self.book = RequestBook(self.frontend, self.scheduler, self.admission, vocab_size=VOCAB_SIZE, max_waiting=8)
-        self.book.not_accepting = ""
+        admission = Admission(self.scheduler, LatencyModel(), policy="enforce", tpot_s=0.05, ttft_s=5.0)
+        self.core = WorkerCore(0, self.scheduler, admission, CoreLimits(VOCAB_SIZE, 8, 60.0))
+        self.core.set_ready(True, "", 100.0)
         self.now = 100.0
         self.in_flight: dict[int, MicroBatch] = {}
         self.num_tokens = 0
@@ -76,16 +83,15 @@ class Worker:
     def turn(self, *, steps: bool = True) -> None:
         """As the worker's loop: messages, leases, commits of what ran, new micro-batches."""
         self.now += 0.01
-        for gateway, message in self.frontend.receive(self.now):
-            self.book.handle(gateway, message, self.now)
-        self.frontend.flush()
-        for gateway in self.frontend.ended_leases(self.now):
-            self.book.end_gateway(gateway)
+        for gateway, message in self.link.receive():
+            self.core.receive(gateway, message, self.now)
+        self.core.tick(self.now)
         if steps:
             for stream in range(NUM_STREAMS):
                 self._step(stream)
-        if round(self.now * 100) % 20 == 0:
-            self.admission.outlook()
+        self.core.publish()
+        self.core.report(self.now)
+        self.link.send(self.core.take_outbox())
 
     def _step(self, stream: int) -> None:
         batch = self.in_flight.pop(stream, None)
@@ -114,7 +120,7 @@ class Worker:
             entry = entries[progress.seq.req_id]
             outputs.append(Output(progress, None if entry is None else TokenLogprobs(*entry)))
             self.num_tokens += 1
-        self.book.publish(outputs)
+        self.core.committed(outputs)
 
     def heard(self, gateway: int = 0) -> list[object]:
         """All that a gateway was sent, decoded."""
@@ -124,7 +130,7 @@ class Worker:
         return messages
 
     def close(self) -> None:
-        self.frontend.close()
+        self.link.close()
         for dealer in self.gateways:
             dealer.close()
         self.context.term()
@@ -160,9 +166,9 @@ def attack(worker: Worker) -> None:
             worker.turn(steps=rng.random() < 0.8)
         if number % 50 == 0:
             worker.scheduler.check()
-            assert len(worker.frontend._records) <= FINISHED_KEPT + len(worker.scheduler.sequences())
-            assert len(worker.frontend._lease_end_s) <= NUM_GATEWAYS
-            assert max(worker.frontend._lease_end_s.values(), default=0.0) <= worker.now + MAX_LEASE_S
+            assert worker.core.num_records <= FINISHED_KEPT + len(worker.scheduler.sequences())
+            assert len(worker.core.gateways) <= NUM_GATEWAYS
+            assert worker.core.gateways.last_end_s <= worker.now + MAX_LEASE_S
             for gateway in range(NUM_GATEWAYS):
                 for message in worker.heard(gateway):
                     heard[type(message)] = heard.get(type(message), 0) + 1
@@ -184,8 +190,8 @@ def at_rest(worker: Worker) -> None:
     assert worker.scheduler.idle
     assert worker.scheduler.num_waiting == worker.scheduler.num_running == 0
     assert worker.scheduler.pool.num_free == worker.scheduler.pool.num_blocks
-    assert list(worker.frontend.gateways) == []
-    assert worker.frontend._outbox == {}
+    assert list(worker.core.gateways) == []
+    assert worker.core.take_outbox() == []
     worker.scheduler.check()
 
 
@@ -211,7 +217,7 @@ def test_sampling_parameters_that_no_sampler_can_use_are_refused(worker: Worker)
             fields: dict[str, Any] = {"max_tokens": 3, "seed": 1, name: value}
             worker.gateways[0].send(encode(Submit("r", 0, [1, 2], [], SamplingParams(**fields))))
             worker.turn()
-            (message,) = worker.heard()
+            (message,) = [heard for heard in worker.heard() if not isinstance(heard, WorkerStats)]
             assert isinstance(message, Refused), (name, value)
             assert message.reason == "invalid"
             assert name in message.detail
@@ -251,7 +257,7 @@ def test_what_is_asked_for_again_is_sent_although_nothing_runs(worker: Worker) -
     chunks = [chunk for message in worker.heard() if isinstance(message, Tokens) for chunk in message.chunks]
     assert len(chunks) >= 1
     assert {chunk.finish for chunk in chunks} == {FinishReason.LENGTH}
-    assert worker.frontend._outbox == {}
+    assert len(chunks) <= 3
 
 
 def test_any_number_of_gateways_is_forgotten_in_time(worker: Worker) -> None:
@@ -263,7 +269,7 @@ def test_any_number_of_gateways_is_forgotten_in_time(worker: Worker) -> None:
         dealer.send(encode(Lease("gw", 1.0)))
         worker.turn()
         dealer.close()
-    assert len(worker.frontend._lease_end_s) < 150
+    assert len(worker.core.gateways) < 150
     at_rest(worker)
 
 

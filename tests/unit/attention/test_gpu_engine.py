@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import random
-import threading
+from contextlib import closing
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from afd.attention.build import build
 from afd.attention.engine import AttentionEngine
+from afd.attention.gateway_link import GatewayLink
 from afd.attention.gpu_path import GpuPath
 from afd.attention.path import Step
-from afd.attention.worker import _Worker
 from afd.config import resolve_config
 from afd.errors import PeerLostError
 from afd.model.cuda import CudaDevice
@@ -39,9 +40,9 @@ def gpu(monkeypatch):
 
 
 @pytest.fixture(params=[False, True], ids=["launched", "graphs"])
-def worker(gpu, request, monkeypatch):
-    """An attention worker of a mono cluster that has loaded its model onto the GPU."""
-    monkeypatch.setattr("afd.attention.worker.DecodeGraphs", partial(DecodeGraphs, launched_steps=1))
+def engine(gpu, request, monkeypatch):
+    """That of an attention worker of a mono cluster that has loaded its model onto the GPU."""
+    monkeypatch.setattr("afd.attention.build.DecodeGraphs", partial(DecodeGraphs, launched_steps=1))
     torch.set_num_threads(1)
     overrides = {
         "model.name": "dummy:step3-tiny",
@@ -53,12 +54,13 @@ def worker(gpu, request, monkeypatch):
         "attention.num_blocks": 64,
         "attention.block_size": 8,
     }
-    worker = _Worker(resolve_config(None, overrides), resolve_model("dummy:step3-tiny"), threading.Event())
-    membership = SimpleNamespace(set_loading=lambda share: None, close=lambda: None)
-    worker.engine = worker._load(Seat(membership, "incarnation", "agreed"), lambda fields: None)
-    yield worker
+    config, folder = resolve_config(None, overrides), resolve_model("dummy:step3-tiny")
+    seat = Seat(SimpleNamespace(close=lambda: None), "incarnation", "agreed", rank=0)
+    with closing(GatewayLink(b"s" * 32, "tcp://127.0.0.1:*", 1 << 20)) as link:
+        parts = build(config, folder, seat, link, lambda num_done, num_all: None)
+        with parts.resources:
+            yield parts.engine
     assert (gpu.num_replays > 0) is request.param
-    worker.close()
 
 
 def request(idx, rng, vocab):
@@ -89,8 +91,8 @@ def check(seqs, outputs):
         assert verdict.ok, (seq.req_id, verdict)
 
 
-def test_a_mono_worker_on_a_gpu_equals_the_reference(worker):
-    engine, rng = worker.engine, random.Random(0)
+def test_a_mono_worker_on_a_gpu_equals_the_reference(engine):
+    rng = random.Random(0)
     assert isinstance(engine, AttentionEngine)
     seqs = [request(idx, rng, 512) for idx in range(6)]
     check(seqs, serve(engine, seqs))
@@ -98,8 +100,8 @@ def test_a_mono_worker_on_a_gpu_equals_the_reference(worker):
     assert totals.ffn_s > 0 and totals.attention_s > 0 and totals.head_s > 0
 
 
-def test_a_failure_with_stages_on_the_gpu_runs_their_steps_again(worker):
-    engine, rng = worker.engine, random.Random(1)
+def test_a_failure_with_stages_on_the_gpu_runs_their_steps_again(engine):
+    rng = random.Random(1)
     seqs = [request(idx, rng, 512) for idx in range(4)]
 
     def disturb(turn):
@@ -109,9 +111,9 @@ def test_a_failure_with_stages_on_the_gpu_runs_their_steps_again(worker):
     check(seqs, serve(engine, seqs, disturb))
 
 
-def test_steps_that_capture_teach_nothing(worker, gpu):
+def test_steps_that_capture_teach_nothing(engine, gpu):
     """Each waits for the GPU once a layer, which later steps do not."""
-    engine, rng, samples = worker.engine, random.Random(2), []
+    rng, samples = random.Random(2), []
     engine.stages.observer = samples.append
     serve(engine, [request(0, rng, 512)], lambda turn: engine.stages.deliver())
     engine.stages.deliver()

@@ -2,12 +2,12 @@
 
 import pytest
 
-from afd.attention.costs import CostReporter
 from afd.attention.stages import StageTotals
 from afd.kv.block_pool import BlockPool
 from afd.messages.codec import encode
 from afd.messages.membership import SyncRequest, sync_request_decoder
 from afd.sched.latency import LatencyModel, StepLoad, StepSample
+from afd.sched.report import CostReporter
 from afd.sched.scheduler import Scheduler, SchedulerConfig
 from afd.sched.sequence import Sequence
 from afd.types import SamplingParams
@@ -33,7 +33,7 @@ def busy() -> Scheduler:
 
 def test_curves_and_load_are_the_models_and_the_schedulers():
     model, scheduler = measured(), busy()
-    costs = CostReporter(model, scheduler).report(StageTotals(), 0.0)
+    costs = CostReporter(model, scheduler, StageTotals()).report(0.0)
     assert (costs.attention, costs.head, costs.ffn) == tuple(
         curve.coefficients for curve in (model.attention, model.head, model.ffn)
     )
@@ -45,10 +45,10 @@ def test_curves_and_load_are_the_models_and_the_schedulers():
 
 
 def test_waits_and_gang_sizes_are_those_since_the_last_report():
-    reporter = CostReporter(measured(), busy())
     totals = StageTotals(wait_s=1.0, num_exchanges=100, num_gang_members=100)
-    assert reporter.report(totals, 10.0).gang_size == 1.0
+    reporter = CostReporter(measured(), busy(), totals)
+    assert reporter.report(10.0).gang_size == 1.0
     totals.wait_s, totals.num_exchanges, totals.num_gang_members = 1.5, 110, 125
-    costs = reporter.report(totals, 12.0)
+    costs = reporter.report(12.0)
     assert costs.gang_size == pytest.approx(2.5) and costs.wait_share == pytest.approx(0.25)
-    assert reporter.report(totals, 12.0).gang_size == pytest.approx(2.5), "no exchange, no news"
+    assert reporter.report(12.0).gang_size == pytest.approx(2.5), "no exchange, no news"

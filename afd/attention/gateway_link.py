@@ -1,0 +1,86 @@
+"""The ROUTER socket over which gateways speak with an attention worker. What is said is `afd.sched.core`'s.
+
+Nothing here blocks: a gateway that does not read loses messages, and asks for them again (`Resend`).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import zmq
+
+from afd.errors import ConfigError
+from afd.messages.codec import MessageError, encode
+from afd.messages.serving import GatewayMessage, WorkerMessage, gateway_message_decoder
+from afd.messages.serving_sockets import server_socket
+
+log = logging.getLogger(__name__)
+
+RECEIVE_BATCH = 256  # messages taken per call, so that a flood cannot starve the pipeline
+LINGER_MS = 200  # for what was sent last
+
+
+class GatewayLink:
+    """Owns the socket. Main thread only. ConfigError where it cannot be bound.
+
+    endpoint: "tcp://host:port", port "*" = any.  max_bytes: of one message.  context: its I/O threads; None = one of
+    its own.
+    """
+
+    def __init__(self, secret: bytes, endpoint: str, max_bytes: int, *, context: zmq.Context[Any] | None = None):
+        self._context = context or zmq.Context(io_threads=1)
+        self._owns_context = context is None
+        self._socket: zmq.Socket[Any] = server_socket(self._context, secret, max_bytes)
+        try:
+            self._socket.bind(endpoint)
+        except zmq.ZMQError as error:
+            self.close()
+            raise ConfigError(f"attention.port: cannot listen on {endpoint}: {error.strerror}") from error
+
+    @property
+    def address(self) -> str:
+        """Where it listens: "tcp://host:port"."""
+        return str(self._socket.getsockopt_string(zmq.LAST_ENDPOINT))
+
+    @property
+    def fd(self) -> int:
+        """Readable (edge-triggered) when `receive` may have something."""
+        return int(self._socket.getsockopt(zmq.FD))
+
+    @property
+    def has_input(self) -> bool:
+        """True when messages wait: must be asked before blocking on `fd`, which is edge-triggered."""
+        return bool(int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
+
+    def wait(self, timeout_s: float) -> None:
+        """Block until a message waits, at most `timeout_s`."""
+        self._socket.poll(int(timeout_s * 1e3))
+
+    def receive(self) -> Iterator[tuple[bytes, GatewayMessage]]:
+        """Messages that wait, with their gateway, each taken when it is asked for. What is no message is logged."""
+        for _ in range(RECEIVE_BATCH):
+            try:
+                frames = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                break
+            if len(frames) != 2:
+                log.warning("dropped a message of %d frames from a gateway (expected 2)", len(frames))
+                continue
+            try:
+                message = gateway_message_decoder.decode(frames[1])
+            except MessageError as error:
+                log.warning("dropped a frame of gateway %s: %s", frames[0].hex(), error)
+                continue
+            yield frames[0], message
+
+    def send(self, messages: Iterable[tuple[bytes, WorkerMessage]]) -> None:
+        """Send now. ZeroMQ drops what a gateway that has gone, or does not read, can no longer be sent."""
+        for gateway, message in messages:
+            self._socket.send_multipart([gateway, encode(message)], zmq.NOBLOCK)
+
+    def close(self) -> None:
+        self._socket.close(linger=LINGER_MS)
+        if self._owns_context:
+            self._context.term()
