@@ -6,14 +6,16 @@ Nothing here blocks: a gateway that does not read loses messages, and asks for t
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import zmq
 
 from afd.errors import ConfigError
 from afd.messages.codec import MessageError, encode
-from afd.messages.serving import GatewayMessage, WorkerMessage, gateway_message_decoder
+from afd.messages.serving import GatewayMessage, WorkerMessage, WorkerStats, gateway_message_decoder
 from afd.messages.serving_sockets import server_socket
 
 log = logging.getLogger(__name__)
@@ -23,13 +25,25 @@ LINGER_MS = 200  # for what was sent last
 
 
 class GatewayLink:
-    """Owns the socket. Main thread only. ConfigError where it cannot be bound.
+    """Owns the socket. Main thread only, but for `repeat_reports`. ConfigError where it cannot be bound.
 
     endpoint: "tcp://host:port", port "*" = any.  max_bytes: of one message.  context: its I/O threads; None = one of
-    its own.
+    its own.  received_at, reported_at: when `receive` was called last, and when load reports were sent.
     """
 
-    def __init__(self, secret: bytes, endpoint: str, max_bytes: int, *, context: zmq.Context[Any] | None = None):
+    def __init__(
+        self,
+        secret: bytes,
+        endpoint: str,
+        max_bytes: int,
+        *,
+        context: zmq.Context[Any] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._clock = clock
+        self._lock = threading.Lock()  # a ZeroMQ socket may be used by one thread at a time
+        self._reports: dict[bytes, bytes] = {}  # the newest of each gateway; replaced, never changed
+        self.received_at = self.reported_at = clock()
         self._context = context or zmq.Context(io_threads=1)
         self._owns_context = context is None
         self._socket: zmq.Socket[Any] = server_socket(self._context, secret, max_bytes)
@@ -52,17 +66,21 @@ class GatewayLink:
     @property
     def has_input(self) -> bool:
         """True when messages wait: must be asked before blocking on `fd`, which is edge-triggered."""
-        return bool(int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
+        with self._lock:
+            return bool(int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
 
     def wait(self, timeout_s: float) -> None:
         """Block until a message waits, at most `timeout_s`."""
-        self._socket.poll(int(timeout_s * 1e3))
+        with self._lock:
+            self._socket.poll(int(timeout_s * 1e3))
 
     def receive(self) -> Iterator[tuple[bytes, GatewayMessage]]:
         """Messages that wait, with their gateway, each taken when it is asked for. What is no message is logged."""
+        self.received_at = self._clock()
         for _ in range(RECEIVE_BATCH):
             try:
-                frames = self._socket.recv_multipart(zmq.NOBLOCK)
+                with self._lock:
+                    frames = self._socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 break
             if len(frames) != 2:
@@ -77,8 +95,23 @@ class GatewayLink:
 
     def send(self, messages: Iterable[tuple[bytes, WorkerMessage]]) -> None:
         """Send now. ZeroMQ drops what a gateway that has gone, or does not read, can no longer be sent."""
+        reports: dict[bytes, bytes] = {}
         for gateway, message in messages:
-            self._socket.send_multipart([gateway, encode(message)], zmq.NOBLOCK)
+            frame = encode(message)
+            if isinstance(message, WorkerStats):
+                reports[gateway] = frame
+            self._send(gateway, frame)
+        if reports:  # they come for all gateways at once
+            self._reports, self.reported_at = reports, self._clock()
+
+    def repeat_reports(self) -> None:
+        """Send every gateway its newest load report once more. Any thread."""
+        for gateway, frame in self._reports.items():
+            self._send(gateway, frame)
+
+    def _send(self, gateway: bytes, frame: bytes) -> None:
+        with self._lock:
+            self._socket.send_multipart([gateway, frame], zmq.NOBLOCK)
 
     def close(self) -> None:
         self._socket.close(linger=LINGER_MS)

@@ -12,6 +12,7 @@ from functools import partial
 from afd.attention.build import Parts, build
 from afd.attention.gateway_link import GatewayLink
 from afd.attention.metrics import AttentionMetrics
+from afd.attention.report_repeater import ReportRepeater
 from afd.config import ClusterConfig
 from afd.errors import PeerLostError
 from afd.membership.port import Announce, Join
@@ -48,6 +49,7 @@ def run_attention_worker(
         announce({"loading": 1.0})
         log.info("attention/%d has loaded %s", seat.rank, spec.name)
         worker = AttentionWorker(parts, link, seat, partial(process.set_ready, seat))
+        life.enter_context(closing(ReportRepeater(link, config.coordinator.stall_timeout_s)))
         process.run(partial(worker.run, stop, config.gateway.drain_s), parts.start_threads)
     return 0
 
