@@ -26,7 +26,7 @@ def run_ffn_worker(config: ClusterConfig, secret: bytes, join: Join, stop: threa
     with ExitStack() as life:
         process = life.enter_context(closing(WorkerProcess(Role.FFN, config, secret, join, stop, announce)))
         spec = process.folder.spec
-        seat = process.take_seat(num_experts=spec.num_experts)
+        seat = process.take_seat()
         if seat is None:
             return 0
         life.enter_context(closing(seat))
@@ -58,7 +58,6 @@ class FfnWorker:
         """New views, dispatches, answers, until `stop`."""
         while not stop.is_set():
             self.turn()
-        self._mesh.drain()
 
     def turn(self) -> None:
         """What is due, then batches for about TURN_S."""

@@ -45,7 +45,6 @@ class WorkerInfo(msgspec.Struct, frozen=True):
     metrics: Name = ""  # "host:port" of /metrics, /livez, /readyz
     # asked for (a re-registration or a StatefulSet ordinal); -1 = any free one
     rank: Annotated[int, Meta(ge=-1, le=1 << 16)] = -1
-    num_experts: Small = 0  # ffn: routed experts of the model's MoE layers; 0 = a dense model
 
 
 class Plan(msgspec.Struct, frozen=True):

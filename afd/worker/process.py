@@ -66,10 +66,10 @@ class WorkerProcess:
             token=trace_token(secret),
         )
 
-    def take_seat(self, *, serving: str = "", num_experts: int = 0) -> Seat | None:
+    def take_seat(self, *, serving: str = "") -> Seat | None:
         """Join the cluster, get a rank and a mesh; the caller closes it. None when stopped meanwhile.
 
-        serving: where gateways reach this worker.  num_experts: routed experts of the model's MoE layers.
+        serving: where gateways reach this worker.
         """
         config, spec, section = self._config, self.folder.spec, self._section
         info = WorkerInfo(
@@ -80,7 +80,6 @@ class WorkerProcess:
             config_hash="",
             serving=serving,
             metrics=section.reachable(self._server.address),
-            num_experts=num_experts,
         )
         self._readiness = (False, "waiting for the coordinator")
         agreed = config_hash(config, self.folder.fingerprint, spec.hidden, spec.max_top_k)

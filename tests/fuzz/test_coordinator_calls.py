@@ -276,9 +276,8 @@ def test_claims_that_cannot_be_true_are_refused() -> None:
         assert state.view == fresh_state().view
 
 
-@pytest.mark.parametrize("num_experts", [1 << 40, -1])
-def test_sizes_that_no_cluster_has_are_no_message(num_experts: int) -> None:
-    """The placement of so many experts would keep the coordinator busy for ever."""
-    raw = encode(RegisterRequest(WorkerInfo("ffn", "a", "host", 1, "same", num_experts=num_experts)))
-    with pytest.raises(MessageError, match="num_experts"):
+@pytest.mark.parametrize("rank", [1 << 40, -2])
+def test_sizes_that_no_cluster_has_are_no_message(rank: int) -> None:
+    raw = encode(RegisterRequest(WorkerInfo("ffn", "a", "host", 1, "same", rank=rank)))
+    with pytest.raises(MessageError, match="rank"):
         register_request_decoder.decode(raw)

@@ -62,7 +62,6 @@ class Scenario:
         rank: int = -1,
         config_hash: str = HASH,
         bound: bool = True,
-        num_experts: int = 0,
         again: bool = False,
     ) -> RegisterReply:
         """name: also the incarnation; its first letter gives the role (a, f, g). again: with the last view."""
@@ -76,7 +75,6 @@ class Scenario:
             mesh=MeshAddress(f"mesh-{name}", "host", 1) if bound and role != "gateway" else None,
             serving="tcp://host:1" if role == "attention" else "",
             rank=rank,
-            num_experts=num_experts,
         )
         seen = self.views.get(name) if again else None
         reply = self.state.register(RegisterRequest(info, seen.epoch if seen else 0, seen), self.now)
