@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from afd.errors import AfdError
+from afd.messages.membership import ClusterView, Member, Plan, WorkerInfo
 from afd.messages.serving import GatewayMessage, WorkerMessage
 from afd.simulate.arrivals import Arrivals
 from afd.simulate.closed_form import ClosedFormPath
@@ -44,7 +45,6 @@ class Simulation:
         self._num_incarnations = 0
         self._num_preempted = 0
         self._seen = 0
-        self._ffn_down_since = 0.0
 
     def run(self) -> Report:
         """Simulate until every request has been answered or refused. StuckError after an hour without an answer."""
@@ -91,8 +91,12 @@ class Simulation:
 
     def _report(self, worker: AttentionWorker) -> None:
         if worker.alive:
-            worker.report(self._events.now)
+            self._tick(worker)
             self._events.after(BUSY_REPORT_S if worker.flying else IDLE_REPORT_S, self._report, worker)
+
+    def _tick(self, worker: AttentionWorker) -> None:
+        if worker.alive:
+            worker.tick(self._events.now)
 
     # -- members ------------------------------------------------------------------------------------------
 
@@ -103,12 +107,25 @@ class Simulation:
         worker = AttentionWorker(
             key, rank, self._settings, self._gateway.targets, self._results, partial(self._to_gateway, key)
         )
-        worker.ready = not self._ffn_down
+        worker.introduce(self._events.now)
+        worker.set_ready(not self._ffn_down, "an FFN worker is lost", self._events.now)
         self._workers[key] = self._of_rank[rank] = worker
         self._report(worker)
 
     def _publish(self) -> None:
-        self._gateway.publish({rank: (worker.key, worker.ready) for rank, worker in self._of_rank.items()})
+        settings = self._settings
+        topology, limits = settings.topology, settings.scheduler
+        plan = Plan(max_streams=settings.auto_streams or limits.num_streams, max_step_tokens=limits.max_step_tokens)
+        members = [
+            Member(WorkerInfo("attention", worker.key, "", 0, "", serving=worker.key), rank, worker.core.ready)
+            for rank, worker in self._of_rank.items()
+        ]
+        view = ClusterView(
+            "simulated", 1, 1, topology.num_attention, topology.num_ffn, "simulated", "", "hybrid", plan, members
+        )
+        self._gateway.adopt(view)
+        for worker in self._workers.values():
+            worker.core.adopt(view)
 
     def _fail(self, failure: Failure) -> None:
         if failure.role == "attention":
@@ -125,7 +142,6 @@ class Simulation:
         worker = self._of_rank.get(rank)
         if worker is None or not worker.alive:
             return
-        worker.flush()  # what it had computed was sent token by token
         worker.fail(self._events.now)
         worker.alive = False
         del self._workers[worker.key]
@@ -146,26 +162,21 @@ class Simulation:
 
     def _lose_ffn(self, rank: int) -> None:
         """Every worker sees the connection close; nothing in flight is booked."""
-        if not self._ffn_down:
-            self._ffn_down_since = self._events.now
-            self._events.after(self._settings.recovery_timeout_s, self._give_up, rank, self._events.now)
+        now, is_first = self._events.now, not self._ffn_down
         self._ffn_down.add(rank)
         for worker in self._workers.values():
-            worker.ready = False
-            worker.fail(self._events.now)
+            worker.fail(now)
+            if is_first:
+                worker.set_ready(False, f"ffn/{rank} was lost at {now - START_S:g} s", now)
+                self._events.after(self._settings.recovery_timeout_s, self._tick, worker)
         self._path.lose_ffn()
         self._events.after(VIEW_S, self._publish)
-
-    def _give_up(self, rank: int, lost_at: float) -> None:
-        if self._ffn_down and self._ffn_down_since == lost_at:
-            for worker in self._workers.values():
-                worker.fail_all(f"ffn/{rank} was lost at {lost_at - START_S:g} s; no recovery in time")
 
     def _return_ffn(self, rank: int) -> None:
         self._ffn_down.discard(rank)
         if self._ffn_down:
             return
         for worker in self._workers.values():
-            worker.ready = True
+            worker.set_ready(True, "", self._events.now)
             self._path.wake(worker)
         self._events.after(VIEW_S, self._publish)

@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator
 from afd.errors import AfdError, UnavailableError
 from afd.gateway.dispatcher import Dispatcher, DispatchLimits
 from afd.gateway.sequence import ClientSequence, Delta
-from afd.messages.membership import ClusterView, Member, Plan, WorkerInfo
+from afd.messages.membership import ClusterView
 from afd.messages.serving import GatewayMessage, WorkerMessage
 from afd.simulate.arrivals import Arrivals, ClosedLoop, Request
 from afd.simulate.events import EventQueue
 from afd.simulate.results import Results
 from afd.simulate.settings import Settings
-from afd.simulate.worker import STOP_TOKEN, WORD_TOKEN
+from afd.simulate.worker import GATEWAY_NAME, STOP_TOKEN, WORD_TOKEN
 from afd.types import SamplingParams
 
 TICK_S = 0.1
@@ -82,7 +82,7 @@ class Gateway:
             enforce=settings.policy == "enforce",
             request_timeout_s=settings.request_timeout_s,
         )
-        self.dispatcher = Dispatcher("simulated", limits, self)
+        self.dispatcher = Dispatcher(GATEWAY_NAME, limits, self)
 
     @property
     def done(self) -> bool:
@@ -96,16 +96,8 @@ class Gateway:
             self._next()
         self._events.after(TICK_S, self._tick)
 
-    def publish(self, keys: dict[int, tuple[str, bool]]) -> None:
-        """A new view. keys: (incarnation, ready) of each attention rank that is a member."""
-        topology = self._settings.topology
-        members = [
-            Member(WorkerInfo("attention", key, "", 0, "", serving=key), rank, ready)
-            for rank, (key, ready) in keys.items()
-        ]
-        view = ClusterView(
-            "simulated", 1, 1, topology.num_attention, topology.num_ffn, "simulated", "", "hybrid", Plan(), members
-        )
+    def adopt(self, view: ClusterView) -> None:
+        """A new view of the cluster."""
         self.dispatcher.on_view(view, self._events.now)
 
     def hear(self, key: str, message: WorkerMessage) -> None:

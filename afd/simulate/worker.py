@@ -1,6 +1,6 @@
-"""An attention worker without tensors and sockets: the service's scheduler, admission, latency model, stream choice.
+"""An attention worker without tensors and sockets: the service's `WorkerCore` around a pipeline that takes time only.
 
-It stands in for `afd.attention.worker` and `afd.attention.requests`; when a step's stages run is the `DataPath`'s part.
+It stands in for `afd.attention.worker` and its engine; when a step's stages run is the `DataPath`'s part.
 """
 
 from __future__ import annotations
@@ -10,24 +10,14 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from afd.kv.block_pool import BlockPool
-from afd.messages.serving import (
-    Abort,
-    GatewayMessage,
-    Refused,
-    Resend,
-    Submit,
-    TokenChunk,
-    Tokens,
-    WorkerMessage,
-    WorkerStats,
-)
+from afd.messages.serving import GatewayMessage, Lease, WorkerMessage
+from afd.sched.core import CoreLimits, WorkerCore
 from afd.sched.latency import LatencyModel, StepLoad, StepSample
 from afd.sched.policy import Admission, Policy
 from afd.sched.prefill import PrefillBudget
 from afd.sched.scheduler import Scheduler
-from afd.sched.sequence import MicroBatch, Progress, Sequence
+from afd.sched.sequence import MicroBatch, Output, Progress, Sequence, SequenceState
 from afd.sched.streams import StreamChooser
-from afd.sched.submission import admit
 from afd.simulate.results import Results
 from afd.simulate.settings import Settings
 from afd.simulate.times import StepTimes
@@ -35,7 +25,17 @@ from afd.types import FinishReason
 
 STOP_TOKEN = 1
 WORD_TOKEN = 0
+GATEWAY_NAME = "simulated"
+GATEWAY = GATEWAY_NAME.encode()
 FLUSH_S = 2.0  # longest that tokens between the first and the last one are kept back; the gateway asks after 5 s
+INTRODUCTION_S = 3.0  # a gateway is known to a new worker for so long before its own lease comes
+
+
+class _Words(dict[str, int]):
+    """What any request samples when nothing depends on it."""
+
+    def __missing__(self, req_id: str) -> int:
+        return WORD_TOKEN
 
 
 @dataclass(slots=True, eq=False)
@@ -98,11 +98,10 @@ class DataPath(Protocol):
 
 
 class AttentionWorker:
-    """An attention worker without tensors.
+    """The core, and the steps in flight.
 
-    say: sends a message to the gateway.
-    ready: every FFN rank is there.
-    targets: output tokens of each live request, by which its stop token is sampled.
+    say: sends a message to the gateway.  targets: output tokens of each live request, by which its stop token is
+    sampled.
     """
 
     def __init__(
@@ -116,7 +115,6 @@ class AttentionWorker:
     ):
         self.key = key
         self.rank = rank
-        self.ready = True
         self.alive = True
         self.latency = LatencyModel()
         self.scheduler = Scheduler(
@@ -126,84 +124,64 @@ class AttentionWorker:
         )
         # Observing admits everything, as "off" does; its forecasts would cost much and change nothing.
         policy: Policy = "enforce" if settings.policy == "enforce" else "off"
-        self.admission = Admission(
-            self.scheduler, self.latency, policy=policy, tpot_s=settings.tpot_s, ttft_s=settings.ttft_s
+        chooser = StreamChooser(self.latency) if settings.auto_streams else None
+        self.core = WorkerCore(
+            rank,
+            self.scheduler,
+            Admission(self.scheduler, self.latency, policy=policy, tpot_s=settings.tpot_s, ttft_s=settings.ttft_s),
+            CoreLimits(settings.times.vocab, settings.max_waiting, settings.recovery_timeout_s),
+            chooser=chooser,
         )
         self._settings = settings
         self._times = settings.times
-        self._chooser = StreamChooser(self.latency) if settings.auto_streams else None
         self._targets = targets
         self._results = results
         self._say = say
-        self._learns = policy == "enforce" or self._chooser is not None
-        self._num_arrivals = 0
-        self._words: dict[str, int] = {}  # what live requests sample when nothing depends on it
-        self._sent: dict[str, int] = {}  # output tokens that the gateway has, by request; -1 = none of this attempt
+        self._learns = policy == "enforce" or chooser is not None
+        self._words = _Words()
+        self._told: dict[str, tuple[Sequence, int]] = {}  # by request: output tokens of it that the gateway has
         self._gang_tokens: dict[int, int] = {}  # of each stream's last gang
         self._flushed_at = 0.0
         self.flying: dict[int, Step] = {}  # by stream
         self.announced_idle: set[int] = set()
-        self.num_steps = 0
 
     # -- messages -----------------------------------------------------------------------------------------
 
+    def introduce(self, now: float) -> None:
+        """The gateway is known from now on."""
+        self.core.receive(GATEWAY, Lease(GATEWAY_NAME, INTRODUCTION_S), now)
+
     def handle(self, message: GatewayMessage, now: float) -> None:
         """One message of the gateway."""
-        if not self.alive:
-            return
-        if isinstance(message, Submit):
-            self._submit(message, now)
-        elif isinstance(message, Abort):
-            for req_id in message.req_ids:
-                self._drop(req_id)
-        elif isinstance(message, Resend):
-            self._resend(message)
+        if self.alive:
+            self.core.receive(GATEWAY, message, now)
+            self._send()
 
-    def report(self, now: float) -> None:
-        """Load to the gateway; and what it waits for, before it asks."""
+    def set_ready(self, ready: bool, why_not: str, now: float) -> None:
+        """Whether every FFN rank is there."""
+        self.core.set_ready(ready, why_not, now)
+
+    def tick(self, now: float) -> None:
+        """What is due: leases, giving up, load to the gateway, and what it waits for, before it asks."""
         if now - self._flushed_at >= FLUSH_S:
             self.flush()
             self._flushed_at = now
-        scheduler, outlook = self.scheduler, self.admission.outlook()
-        self._say(
-            WorkerStats(
-                rank=self.rank,
-                num_running=scheduler.num_running,
-                num_waiting=scheduler.num_waiting,
-                kv_blocks_total=scheduler.pool.num_blocks,
-                kv_blocks_free=scheduler.pool.num_free,
-                places_s=list(outlook.places_s),
-                prefill_token_s=outlook.prefill_token_s,
-                num_preemptions=scheduler.num_preemptions,
-            )
-        )
+        self.core.tick(now)
+        self.core.report(now)
+        self._send()
 
     def flush(self) -> None:
         """Send the tokens that were kept back (the real worker sends each at once)."""
-        chunks = [
-            self._chunk(seq, None)
-            for seq in self.scheduler.sequences()
-            if 0 <= self._sent.get(seq.req_id, -1) < seq.num_output
-        ]
-        if chunks:
-            self._say(Tokens(chunks))
-
-    def fail_all(self, error: str) -> None:
-        """End every request with an error: nothing is in flight."""
-        chunks = []
-        for seq in self.scheduler.sequences():
-            chunks.append(self._chunk(seq, FinishReason.ERROR, error))
-            self.scheduler.abort(seq.req_id, FinishReason.ERROR)
-            self._forget(seq.req_id)
-        if chunks:
-            self._say(Tokens(chunks))
+        self._told = {key: told for key, told in self._told.items() if told[0].state is not SequenceState.FINISHED}
+        kept_back = [seq for seq, num_told in self._told.values() if num_told < seq.num_output]
+        self._publish([self._rest(seq, None) for seq in kept_back])
 
     # -- steps --------------------------------------------------------------------------------------------
 
     def begin_steps(self, now: float, idle: Callable[[int], None]) -> list[Step]:
         """A micro-batch for every empty stream that has work; `idle` hears of those that have none."""
         begun: list[Step] = []
-        if not self.ready or not self.alive:
+        if not self.core.ready or not self.alive:
             return begun
         for stream in range(self.scheduler.num_slots):
             if stream in self.flying:
@@ -230,8 +208,6 @@ class AttentionWorker:
         if not self.flying:
             self._results.landed(self.rank, now)
         self._gang_tokens[step.stream] = step.gang_tokens
-        took_s = now - step.started_s
-        self.num_steps += 1
         progress = self.scheduler.commit(step.batch, self._sampled(step.batch))
         if self._learns:
             self.latency.observe(
@@ -243,15 +219,15 @@ class AttentionWorker:
                     ffn_s=step.ffn_s,
                     exchange_s=step.exchange_s,
                     gang_tokens=step.gang_tokens,
-                    took_s=took_s,
+                    took_s=now - step.started_s,
                     in_flight=(step.stream, *self.flying),
                 )
             )
-        self._publish(progress)
-        self._choose_streams()
+        self._publish(self._news(progress))
 
     def fail(self, now: float) -> None:
         """Nothing in flight is booked; its sequences run the step again."""
+        self.flush()  # what was computed before was sent token by token
         if self.flying:
             self._results.landed(self.rank, now)
         for step in self.flying.values():
@@ -259,36 +235,9 @@ class AttentionWorker:
             self.scheduler.fail_stream(step.batch)
         self.flying.clear()
         self.announced_idle.clear()
+        self.core.interrupted(now)
 
     # -- details ------------------------------------------------------------------------------------------
-
-    def _submit(self, message: Submit, now: float) -> None:
-        known = self.scheduler.get(message.req_id)
-        if known is not None:
-            if known.attempt >= message.attempt:
-                return
-            self._drop(message.req_id)
-        reason, detail = self._fault(message)
-        if reason:
-            self._say(Refused(message.req_id, message.attempt, reason, detail))
-            return
-        self._num_arrivals += 1
-        answer = admit(message, self.admission, owner=b"", arrival=self._num_arrivals, now=now)
-        if isinstance(answer, Refused):
-            self._say(answer)
-            return
-        self._sent[message.req_id] = -1
-        self._words[message.req_id] = WORD_TOKEN
-        self.scheduler.add(answer)
-
-    def _fault(self, message: Submit) -> tuple[str, str]:
-        """Why it is not taken, whatever admission says: (reason, detail), or ("", "")."""
-        if not self.ready:
-            return "not_ready", "an FFN worker is lost"
-        if self.scheduler.num_waiting >= self._settings.max_waiting:
-            return "capacity", f"{self._settings.max_waiting} requests wait already"
-        never = self.scheduler.refusal(len(message.prompt_ids), message.sampling.max_tokens)
-        return ("invalid", never) if never else ("", "")
 
     def _sampled(self, batch: MicroBatch) -> Mapping[str, int]:
         """The stop token where an answer is complete; length-limited ones end by themselves."""
@@ -300,52 +249,32 @@ class AttentionWorker:
             if item.samples and item.seq.doomed is None
         }
 
-    def _publish(self, progress: Iterable[Progress]) -> None:
-        """First and last tokens leave at once; those between are kept back, which nobody can tell."""
-        chunks = []
+    def _news(self, progress: Iterable[Progress]) -> list[Output]:
+        """First and last tokens, which leave at once; those between are kept back, which nobody can tell."""
+        news = []
         for item in progress:
+            told = self._told.get(item.seq.req_id)
+            begun = told is not None and told[0] is item.seq
+            if not begun:
+                news.append(Output(item))
+                self._told[item.seq.req_id] = (item.seq, item.seq.num_output)
+            elif item.finish is not None:
+                news.append(self._rest(item.seq, item.finish))
             if item.finish is not None:
-                self.admission.finished(item.seq)
-                chunks.append(self._chunk(item.seq, item.finish))
-                self._forget(item.seq.req_id)
-            elif self._sent[item.seq.req_id] < 0:
-                chunks.append(self._chunk(item.seq, None))
-        if chunks:
-            self._say(Tokens(chunks))
+                del self._told[item.seq.req_id]
+        return news
 
-    def _chunk(self, seq: Sequence, finish: FinishReason | None, error: str | None = None) -> TokenChunk:
+    def _rest(self, seq: Sequence, finish: FinishReason | None) -> Output:
         """All tokens that the gateway does not have."""
-        first_idx = self._sent.get(seq.req_id, -1)
-        if first_idx < 0:  # the first token of this attempt is the newest
-            first_idx = max(0, seq.num_output - 1)
-        self._sent[seq.req_id] = seq.num_output
-        ids = seq.tokens[seq.num_prompt + first_idx :]
-        return TokenChunk(
-            seq.req_id, seq.attempt, first_idx, ids, finish=finish, error=error, preempted=seq.num_preempted
-        )
+        first_idx = self._told[seq.req_id][1]
+        self._told[seq.req_id] = (seq, seq.num_output)
+        return Output(Progress(seq, first_idx, tuple(seq.tokens[seq.num_prompt + first_idx :]), finish))
 
-    def _resend(self, message: Resend) -> None:
-        seq = self.scheduler.get(message.req_id)
-        if seq is None or seq.attempt != message.attempt:
-            self._say(Refused(message.req_id, message.attempt, "unknown", "the worker does not know this attempt"))
-            return
-        if self._sent[message.req_id] >= 0:
-            self._sent[message.req_id] = message.from_idx
-            self._say(Tokens([self._chunk(seq, None)]))
+    def _publish(self, news: Iterable[Output]) -> None:
+        self.core.committed(news)
+        self.core.publish()
+        self._send()
 
-    def _drop(self, req_id: str) -> None:
-        self.scheduler.abort(req_id)
-        self._forget(req_id)
-
-    def _forget(self, req_id: str) -> None:
-        self._sent.pop(req_id, None)
-        self._words.pop(req_id, None)
-
-    def _choose_streams(self) -> None:
-        chooser, scheduler = self._chooser, self.scheduler
-        if chooser is None or not chooser.due(self.num_steps):
-            return
-        limit, current = self._settings.auto_streams, scheduler.num_streams
-        chosen = chooser.choose(self.num_steps, current, limit, scheduler.num_running, scheduler.full_step())
-        if chosen != current:
-            scheduler.set_num_streams(chosen)
+    def _send(self) -> None:
+        for _, message in self.core.take_outbox():
+            self._say(message)
