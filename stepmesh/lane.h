@@ -16,7 +16,7 @@
 extern "C" {
 #endif
 
-/* Mirrored by stepmesh.lane._Lane. By parity: slots of this stream. Boards are the channel's own. */
+/* Mirrored by stepmesh.lane.SmLane. By parity: slots of this stream. Boards are the channel's own. */
 typedef struct {
     SmBoard *out, *in;
     uint8_t *out_slots[SM_NUM_PARITIES];

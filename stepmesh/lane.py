@@ -20,7 +20,13 @@ BEFORE_FIRST = 0xFFFF
 """Layer of what a step begins behind: layers are counted in 16 bits, and the next one is 0."""
 
 
-class _Lane(ctypes.Structure):
+class SmRules(ctypes.Structure):
+    """SmRules of frame.h: `HeaderRules`, as 64-bit numbers."""
+
+    _fields_ = tuple((name, c_uint64) for name in HeaderRules._fields)
+
+
+class SmLane(ctypes.Structure):
     """SmLane of lane.h."""
 
     _fields_ = (
@@ -30,7 +36,7 @@ class _Lane(ctypes.Structure):
         ("in_slots", c_void_p * NUM_PARITIES),
         ("out_slot_bytes", c_uint64),
         ("in_slot_bytes", c_uint64),
-        ("rules", c_uint64 * len(HeaderRules._fields)),
+        ("rules", SmRules),
         ("stream", c_uint64),
         ("bell_fd", c_int64),
         ("own_bell_fd", c_int64),
@@ -85,14 +91,14 @@ class Lane:
         self.stream = stream
         self.last: Header | None = None
         self._memory = memory  # keeps mappings and boards
-        self._struct = _Lane(
+        self._struct = SmLane(
             memory.out_board.address(),
             memory.in_board.address(),
             _addresses(memory.outgoing),
             _addresses(memory.incoming),
             memory.outgoing[0].nbytes,
             memory.incoming[0].nbytes,
-            (c_uint64 * len(rules))(*map(int, rules)),
+            SmRules(*map(int, rules)),
             stream,
             memory.bell_fd,
             memory.own_bell_fd,

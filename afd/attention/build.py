@@ -35,6 +35,7 @@ from afd.model.sharding import ShardSpec
 from afd.model.spec import ModelSpec
 from afd.ops.ops import Ops
 from afd.ops.select import select
+from afd.relay.runs import AttentionRelay
 from afd.sched.core import CoreLimits, WorkerCore
 from afd.sched.latency import LatencyModel
 from afd.sched.policy import Admission
@@ -199,6 +200,6 @@ def _computing(
         return AttentionEngine(half, scheduler, python_path, threads=threads), LocalFfn()
     exchange = MeshExchange(mesh, layout, selection)
     python_path = PythonPath(half, cache, exchange)
-    layers = half.relay(cache) if relays_natively(layout) else None
+    layers = AttentionRelay.of(half, cache) if relays_natively(layout) else None
     path: LayerPath = python_path if layers is None else RelayPath(python_path, layers, exchange)
     return AttentionEngine(half, scheduler, path, threads=threads), MeshFfn(mesh, exchange, link.fd)

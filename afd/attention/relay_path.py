@@ -17,8 +17,8 @@ from afd.attention.exchange import NO_GANG, Combined, Gang
 from afd.attention.mesh_exchange import MeshExchange
 from afd.attention.path import Fetch, Lap, Leg, Spans, Step
 from afd.attention.python_path import PythonPath
-from afd.kernels.relay import Relayed
-from afd.model.relay import AttentionRelay
+from afd.relay.native import Relayed
+from afd.relay.runs import AttentionRelay
 from stepmesh.lane import Lane, Trips
 
 

@@ -19,6 +19,7 @@ from afd.model.cuda import CudaDevice
 from afd.model.loading import ModelFolder, load_ffn_half
 from afd.model.sharding import ShardSpec
 from afd.ops.select import select
+from afd.relay.runs import FfnRelay
 from afd.worker.data_plane import payload_layout, relays_natively
 from afd.worker.process import Progress, StartThreads
 from afd.worker.seat import Seat
@@ -60,7 +61,7 @@ def build(config: ClusterConfig, folder: ModelFolder, seat: Seat, progress: Prog
             engine = FFNEngine(half, mesh, gangs, GpuPath(half, mesh, layout, device))
         else:
             python_path = PythonPath(half, mesh, layout)
-            layers = half.relay() if relays_natively(layout) else None
+            layers = FfnRelay.of(half) if relays_natively(layout) else None
             path: BatchPath = python_path if layers is None else RelayPath(python_path, layers, mesh, gangs)
             engine = FFNEngine(half, mesh, gangs, path, threads=threads)
         start_threads = partial(threads.start, start_threads=ops.start_threads)

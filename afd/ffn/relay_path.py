@@ -12,8 +12,8 @@ from functools import partial
 from afd.ffn.gang import GangBatch, GangTable
 from afd.ffn.path import Lap, Leg
 from afd.ffn.python_path import PythonPath, dispatches_of
-from afd.kernels.relay import Outcome, Relayed
-from afd.model.relay import FfnRelay
+from afd.relay.native import Outcome, Relayed
+from afd.relay.runs import FfnRelay
 from stepmesh.lane import Lane, Trips
 from stepmesh.mesh import Mesh
 from stepmesh.types import CombineMeta, RankId

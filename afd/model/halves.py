@@ -16,12 +16,9 @@ from afd.kv.cache import KVCache
 from afd.model.attention_kinds import Attention, FusedAttention
 from afd.model.batch import AttentionBatch
 from afd.model.expert_load import ExpertLoad
-from afd.model.ffn import DenseFfn, Dispatch, Ffn, MoeFfn
-from afd.model.relay import AttentionRelay, FfnRelay
+from afd.model.ffn import Dispatch, Ffn, MoeFfn
 from afd.model.router import Router
 from afd.model.spec import ModelSpec
-from afd.ops.cpu.layer import SwiGluCall
-from afd.ops.cpu.ops import CpuOps
 from afd.ops.ops import Ops, RowMax, Weight
 
 __all__ = ["AttentionBatch", "AttentionHalf", "AttentionLayer", "Dispatch", "FFNHalf"]
@@ -55,7 +52,7 @@ class AttentionHalf:
         self.dtype = ops.dtype  # activations: inputs of GEMMs and rows that cross; the residual is float32
         self.device = ops.device
         self._embedding = embedding
-        self._layers = layers
+        self.layers = layers
         self._final_norm = final_norm
         self._head = head
 
@@ -69,7 +66,7 @@ class AttentionHalf:
 
     def prepare(self, batch: AttentionBatch) -> None:
         """Make what the layers read of a batch, so that the first one finds it."""
-        for layer in self._layers:
+        for layer in self.layers:
             if layer.fused is not None:
                 layer.fused.tokens(batch)
 
@@ -83,7 +80,7 @@ class AttentionHalf:
         x holds everything up to this layer's attention from then on, so the Dispatch can be made again from x alone
         (`dispatch`) when an FFN rank is lost.
         """
-        layer = self._layers[layer_idx]
+        layer = self.layers[layer_idx]
         if layer.fused is not None and layer.fused.takes(partials, cache, layer_idx):
             return self._routed(layer_idx, layer.fused(x, partials, batch, cache, layer_idx))
         self.combine(x, partials)
@@ -92,10 +89,10 @@ class AttentionHalf:
 
     def dispatch(self, layer_idx: int, x: Tensor) -> Dispatch:
         """Normed rows and routing of layer `layer_idx` from the residual after its attention."""
-        return self._routed(layer_idx, self._normed(x, self._layers[layer_idx].ffn_norm))
+        return self._routed(layer_idx, self._normed(x, self.layers[layer_idx].ffn_norm))
 
     def _routed(self, layer_idx: int, rows: Tensor) -> Dispatch:
-        router = self._layers[layer_idx].router
+        router = self.layers[layer_idx].router
         if router is None:
             return Dispatch(layer_idx, rows)
         expert_ids, expert_weights = router(rows)
@@ -112,13 +109,6 @@ class AttentionHalf:
             return
         for partial, places in zip(partials, row_idx, strict=True):
             x.index_add_(0, places, partial.to(x.dtype))
-
-    def relay(self, cache: KVCache) -> AttentionRelay | None:
-        """For native code that makes the exchanges of this half's dense layers by itself; None without such kernels."""
-        native = self.ops.kernels if isinstance(self.ops, CpuOps) else None
-        if native is None or self.dtype is not torch.bfloat16:
-            return None
-        return AttentionRelay(native, [None if layer.router else layer.fused for layer in self._layers], cache)
 
     def head_rows(self, x_rows: Tensor) -> Tensor:
         """Final norm of residual rows [m, hidden]: the input of head_slice."""
@@ -152,21 +142,13 @@ class FFNHalf:
         self.ops = ops
         self.spec = spec
         self.dtype = ops.dtype
-        self._layers = layers
+        self.layers = layers
 
     def expert_loads(self) -> dict[int, ExpertLoad]:
         """What each MoE layer's local experts did so far, by layer; empty lists where this rank holds none."""
-        return {idx: ffn.load for idx, ffn in enumerate(self._layers) if isinstance(ffn, MoeFfn)}
-
-    def relay(self) -> FfnRelay | None:
-        """The other side of `AttentionHalf.relay`."""
-        native = self.ops.kernels if isinstance(self.ops, CpuOps) else None
-        if native is None or self.dtype is not torch.bfloat16:
-            return None
-        swiglus = [ffn.swiglu if isinstance(ffn, DenseFfn) else None for ffn in self._layers]
-        return FfnRelay(native, [swiglu if isinstance(swiglu, SwiGluCall) else None for swiglu in swiglus])
+        return {idx: ffn.load for idx, ffn in enumerate(self.layers) if isinstance(ffn, MoeFfn)}
 
     def layer(self, dispatch: Dispatch) -> Tensor:
         """Partial rows [n, hidden] in the activation dtype, routing weights applied; the ranks' sum is the FFN."""
-        rows = self._layers[dispatch.layer](dispatch)
+        rows = self.layers[dispatch.layer](dispatch)
         return rows if rows.dtype is self.dtype else rows.to(self.dtype)

@@ -33,6 +33,7 @@ from afd.model.loading import load_attention_half, load_ffn_half
 from afd.model.row_selection import RowSelection
 from afd.model.sharding import ShardSpec
 from afd.ops.select import select
+from afd.relay.runs import AttentionRelay, FfnRelay
 from afd.sched.scheduler import Scheduler, SchedulerConfig
 from afd.sched.sequence import Sequence
 from afd.types import DispatchMode, FfnParallel, SamplingParams
@@ -127,7 +128,7 @@ class Pod:
             if self.device == "cpu":
                 path = PythonPath(half, cache, exchange)
                 if Role.ATTENTION in self.relays:
-                    path = RelayPath(path, half.relay(cache), exchange)
+                    path = RelayPath(path, AttentionRelay.of(half, cache), exchange)
             else:
                 graphs = DecodeGraphs(half, cache, launched_steps=1) if self.graphs else None
                 self.decode_graphs.append(graphs)
@@ -150,7 +151,7 @@ class Pod:
             if self.device == "cpu":
                 path = ffn_python_path.PythonPath(half, mesh, self.layout)
                 if Role.FFN in self.relays:
-                    path = ffn_relay_path.RelayPath(path, half.relay(), mesh, gangs)
+                    path = ffn_relay_path.RelayPath(path, FfnRelay.of(half), mesh, gangs)
             else:
                 path = ffn_gpu_path.GpuPath(half, mesh, self.layout, CudaDevice())
             engine = FFNEngine(half, mesh, gangs, path)

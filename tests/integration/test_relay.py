@@ -7,11 +7,11 @@ from collections import Counter
 
 import pytest
 
-from afd.kernels.relay import Outcome
 from afd.model import presets
-from afd.model import relay as model_relay
 from afd.model.loading import resolve_model
-from afd.model.relay import AttentionRelay, FfnRelay
+from afd.relay import runs
+from afd.relay.native import Outcome
+from afd.relay.runs import AttentionRelay, FfnRelay
 from stepmesh.native import native
 from stepmesh.types import (
     Role,
@@ -135,14 +135,14 @@ def test_it_stands_back_where_it_cannot_or_others_would_wait(streams, transport,
 
 
 def test_a_side_that_waits_in_vain_stops_relaying_for_the_step(monkeypatch, laps):
-    monkeypatch.setattr(model_relay, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(runs, "PATIENCE_S", 0.0)
     model = "dummy:qwen3-tiny"
     assert serve(model, BOTH)[:2] == serve(model, ())[:2]
     assert laps[Outcome.LATE] > 0
 
 
 def test_without_time_nothing_is_relayed(monkeypatch, laps):
-    monkeypatch.setattr(model_relay, "RELAY_S", 0.0)
+    monkeypatch.setattr(runs, "RELAY_S", 0.0)
     model = "dummy:qwen3-tiny"
     assert serve(model, BOTH)[:2] == serve(model, ())[:2]
     assert laps[Outcome.TIME_OVER] > 0 and not laps[AttentionRelay]

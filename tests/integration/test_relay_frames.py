@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from afd.kernels.relay import Outcome
 from afd.kv.cache import KVCache
-from afd.model import relay as model_relay
 from afd.model.halves import AttentionBatch, Dispatch
 from afd.model.loading import load_attention_half, load_ffn_half, resolve_model
 from afd.model.sharding import ShardSpec
 from afd.ops.select import select
+from afd.relay import runs
+from afd.relay.native import Outcome
+from afd.relay.runs import AttentionRelay, FfnRelay
 from afd.types import FfnParallel
 from stepmesh.lane import BEFORE_FIRST, Trips
 from stepmesh.layout import PayloadLayout
@@ -89,7 +90,7 @@ def test_the_next_layer_is_answered_natively(world, ffn_half):
     seq = world.dispatch(A, [F], parts, layer=1, **GANG)
     lane = world.meshes[F].lanes.after_arrival(arrival, CombineMeta(**GANG))
     with torch.inference_mode():
-        done = ffn_half.relay().run(1, lane)
+        done = FfnRelay.of(ffn_half).run(1, lane)
         expected = ffn_half.layer(Dispatch(1, to_torch(parts.rows, WireDtype.BF16)))
     assert done.num_laps == 1 and done.outcome is Outcome.LATE  # nobody sends layer 2
     [times] = zip(*done.laps(), strict=True)
@@ -128,7 +129,7 @@ def test_what_does_not_follow_is_left_to_the_mesh(world, ffn_half, change, num_t
     world.dispatch(A, [F], parts, **({"layer": 1} | GANG | change))
     lane = world.meshes[F].lanes.after_arrival(arrival, CombineMeta(**GANG))
     with torch.inference_mode():
-        done = ffn_half.relay().run(1, lane)
+        done = FfnRelay.of(ffn_half).run(1, lane)
     assert (done.num_laps, done.outcome) == (0, Outcome.OTHER)
     world.meshes[F].lanes.book(lane, NO_TRIPS)
     (found,) = world.take(F, DispatchArrived)
@@ -154,7 +155,7 @@ def test_a_forged_frame_is_left_to_the_mesh_which_rejects_it(world, ffn_half, fo
     world.forge(A, F, DispatchParts(rows_of(2)), seq=2, **fields)
     lane = world.meshes[F].lanes.after_arrival(arrival, CombineMeta(**GANG))
     with torch.inference_mode():
-        done = ffn_half.relay().run(1, lane)
+        done = FfnRelay.of(ffn_half).run(1, lane)
     assert (done.num_laps, done.outcome) == (0, Outcome.OTHER)
     world.meshes[F].lanes.book(lane, NO_TRIPS)
     if reason is None:  # of an epoch that may come yet
@@ -166,11 +167,11 @@ def test_a_forged_frame_is_left_to_the_mesh_which_rejects_it(world, ffn_half, fo
 
 
 def test_nothing_is_relayed_without_a_dispatch(world, ffn_half, monkeypatch):
-    monkeypatch.setattr(model_relay, "PATIENCE_S", 1e-3)
+    monkeypatch.setattr(runs, "PATIENCE_S", 1e-3)
     arrival = answered(world)
     lane = world.meshes[F].lanes.after_arrival(arrival, CombineMeta(**GANG))
     with torch.inference_mode():
-        done = ffn_half.relay().run(1, lane)
+        done = FfnRelay.of(ffn_half).run(1, lane)
     assert (done.num_laps, done.outcome) == (0, Outcome.LATE)
 
 
@@ -192,7 +193,7 @@ def settled(world, **overrides):
 
 def begin(ffn_half, lane):
     with torch.inference_mode():
-        return ffn_half.relay().begin(lane)
+        return FfnRelay.of(ffn_half).begin(lane)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 3, 8])
@@ -236,7 +237,7 @@ def test_what_does_not_begin_a_step_is_left_to_the_mesh(world, ffn_half, change)
 
 
 def test_a_step_of_too_many_rows_is_left_to_the_mesh(world, ffn_half, monkeypatch):
-    monkeypatch.setattr(model_relay, "MAX_RELAY_TOKENS", 2)
+    monkeypatch.setattr(runs, "MAX_RELAY_TOKENS", 2)
     lane = settled(world)
     world.dispatch(A, [F], DispatchParts(rows_of(2)), layer=0, step=2)
     assert world.meshes[F].lanes.before_step(lane, NAMED)
@@ -262,8 +263,8 @@ def test_a_forged_beginning_is_left_to_the_mesh_which_rejects_it(world, ffn_half
 
 
 def test_who_sleeps_until_a_step_begins_hears_what_else_comes(world, ffn_half, monkeypatch):
-    monkeypatch.setattr(model_relay, "STEP_PATIENCE_S", 60.0)
-    monkeypatch.setattr(model_relay, "RELAY_S", 60.0)
+    monkeypatch.setattr(runs, "STEP_PATIENCE_S", 60.0)
+    monkeypatch.setattr(runs, "RELAY_S", 60.0)
     lane = settled(world, **SILENT)
     assert world.meshes[F].lanes.before_step(lane, NAMED)
     world.meshes[A].idle(0)
@@ -273,7 +274,7 @@ def test_who_sleeps_until_a_step_begins_hears_what_else_comes(world, ffn_half, m
 
 
 def test_a_wake_up_that_native_code_slept_through_is_not_lost(world, ffn_half, monkeypatch):
-    monkeypatch.setattr(model_relay, "STEP_PATIENCE_S", 0.01)
+    monkeypatch.setattr(runs, "STEP_PATIENCE_S", 0.01)
     lane = settled(world)
     assert world.meshes[F].lanes.before_step(lane, NAMED)
     world.meshes[F].wake()
@@ -299,8 +300,8 @@ def later():
 
 
 def test_who_sleeps_until_a_step_begins_wakes_up_for_it(world, ffn_half, monkeypatch, later):
-    monkeypatch.setattr(model_relay, "STEP_PATIENCE_S", 60.0)
-    monkeypatch.setattr(model_relay, "RELAY_S", 60.0)
+    monkeypatch.setattr(runs, "STEP_PATIENCE_S", 60.0)
+    monkeypatch.setattr(runs, "RELAY_S", 60.0)
     lane = settled(world, **SILENT)
     assert world.meshes[F].lanes.before_step(lane, NAMED)
     later(lambda: world.dispatch(A, [F], DispatchParts(rows_of(2)), layer=0, step=2))
@@ -309,8 +310,8 @@ def test_who_sleeps_until_a_step_begins_wakes_up_for_it(world, ffn_half, monkeyp
 
 
 def test_who_sleeps_until_a_step_begins_can_be_woken(world, ffn_half, monkeypatch, later):
-    monkeypatch.setattr(model_relay, "STEP_PATIENCE_S", 60.0)
-    monkeypatch.setattr(model_relay, "RELAY_S", 60.0)
+    monkeypatch.setattr(runs, "STEP_PATIENCE_S", 60.0)
+    monkeypatch.setattr(runs, "RELAY_S", 60.0)
     lane = settled(world, **SILENT)
     assert world.meshes[F].lanes.before_step(lane, NAMED)
     later(world.meshes[F].wake)
@@ -319,7 +320,7 @@ def test_who_sleeps_until_a_step_begins_can_be_woken(world, ffn_half, monkeypatc
 
 
 def test_a_peer_that_makes_the_bell_a_blocking_one_keeps_nobody_asleep(world, ffn_half, monkeypatch):
-    monkeypatch.setattr(model_relay, "STEP_PATIENCE_S", 0.05)
+    monkeypatch.setattr(runs, "STEP_PATIENCE_S", 0.05)
     lane = settled(world)
     assert world.meshes[F].lanes.before_step(lane, NAMED)
     os.set_blocking(world.pair(F, A).channel._bell_fd, True)
@@ -368,7 +369,7 @@ def test_the_attention_sides_first_layer_is_sent_and_not_waited_for(world):
     lane = world.meshes[A].lanes.after_answer(F, meta, 3)
     with torch.inference_mode():
         x = half.embed(torch.tensor([1, 2, 3]))
-        done = half.relay(cache).begin(x, batch, lane)
+        done = AttentionRelay.of(half, cache).begin(x, batch, lane)
         expected = half.layer(0, half.embed(torch.tensor([1, 2, 3])), batch, KVCache(half.spec, 4, 16, half.dtype))
     assert (done.num_laps, done.num_answered, done.outcome) == (1, 0, Outcome.SENT) and done.open_wait_s == 0.0
     world.meshes[A].lanes.book(lane, Trips(1, 0, 0.0, done.ended_s, lambda: [(0.0, None)]))

@@ -118,8 +118,6 @@ FUNCTIONS: Mapping[str, tuple[Any, Sequence[Any]]] = {
     "afd_swiglu": (_i32, [_i32] * 2 + [_ptr] * 2 + [_i64, _i32, _ptr]),
     "afd_experts": (_i32, [_i32] * 2 + [_ptr] * 4 + [_i32] * 2 + [_ptr] * 3),
     "afd_attention_layer": (_i32, [_i32] * 2 + [_ptr] * 4 + [_i32] * 2 + [_ptr] * 2 + [_i32] * 2 + [_ptr] * 2),
-    "afd_relay_attention": (_i32, [_i32] * 2 + [_ptr] * 4),
-    "afd_relay_ffn": (_i32, [_i32] * 2 + [_ptr] * 4),
     "afd_read_memory": (_f32, [_i32] * 2 + [_ptr, _i64]),
     "afd_start_workers": (None, [_i32]),
     "afd_stop_workers": (None, []),
@@ -138,8 +136,6 @@ PANEL_ROWS = 64
 """Rows of a bfloat16 matrix that are packed together."""
 INT8_PANEL_ROWS = 32
 """Rows of an int8 matrix that are packed together."""
-POST_FAILED = 1000
-"""A status from here on is this number and the errno of a lane's bell."""
 OUT_OF_MEMORY = 20
 
 CONSTANTS: Mapping[str, int] = {
@@ -160,7 +156,6 @@ CONSTANTS: Mapping[str, int] = {
     "kSlotOutOfRange": 10,
     "kNoSuchToken": 11,
     "kOutOfMemory": OUT_OF_MEMORY,
-    "kPostFailed": POST_FAILED,
 }
 """Numbers of the library that Python repeats, by their names in `src/`."""
 
@@ -169,12 +164,14 @@ class AbiMismatchError(Exception):
     """The library was built from other sources than these."""
 
 
-def told_by(library: ctypes.CDLL) -> dict[str, str]:
-    """The library's own table: its entries, as `entries` writes them, by their names. AttributeError if it has none."""
-    library.afd_abi.restype = ctypes.c_char_p
-    library.afd_abi.argtypes = []
-    lines = library.afd_abi().decode().splitlines()
-    return dict(line.split("=", 1) for line in lines)
+def told_by(library: ctypes.CDLL, teller: str = "afd_abi") -> dict[str, str]:
+    """The library's own table: its entries, as `entries` writes them, by their names. AttributeError if it has none.
+
+    teller: the function that tells it, of this interface or of one beside it.
+    """
+    function = getattr(library, teller)
+    function.restype, function.argtypes = ctypes.c_char_p, []
+    return dict(line.split("=", 1) for line in function().decode().splitlines())
 
 
 def check(
@@ -230,8 +227,8 @@ def _code(type_: Any) -> str:
     return f"struct{ctypes.sizeof(type_)}" if issubclass(type_, ctypes.Structure) else "ptr"
 
 
-def declare(library: ctypes.CDLL) -> None:
+def declare(library: ctypes.CDLL, functions: Mapping[str, tuple[Any, Sequence[Any]]] = FUNCTIONS) -> None:
     """Tell ctypes the types of the library's functions."""
-    for name, (result, arguments) in FUNCTIONS.items():
+    for name, (result, arguments) in functions.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, list(arguments)

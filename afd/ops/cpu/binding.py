@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Sequence
 from ctypes import c_int32, c_void_p
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from afd.ops.cpu import abi, sampling
-from afd.ops.cpu.abi import CONSTANTS, ISAS, OUT_OF_MEMORY, POST_FAILED, AfdMatrix
+from afd.ops.cpu.abi import CONSTANTS, ISAS, OUT_OF_MEMORY, AfdMatrix
 from afd.ops.cpu.packed import PAIRS, QUADS, Packed, PackedInt8, PackedMatrix
 from afd.ops.ops import AttentionArgs, KvWrite, Rotation, RowMax
 from afd.ops.sample_rows import SampledRows, SampleRow
@@ -249,8 +248,6 @@ def error_of(status: int, where: int, value: int) -> Exception:
     """What a status other than 0 says, with the call's error_detail."""
     if status == OUT_OF_MEMORY:
         return MemoryError("no memory for the scratch of a native kernel")
-    if status >= POST_FAILED:
-        return OSError(status - POST_FAILED, os.strerror(status - POST_FAILED), "a lane's bell")
     reasons = {
         "BatchError::kQueryStart": f"query_start must begin at 0, not fall, end within q: sequence {where} has {value}",
         "BatchError::kSeqLen": f"sequence {where} has seq_len {value}, less than its number of query tokens",

@@ -6,7 +6,6 @@
 #include <vector>
 
 #include "layer.h"
-#include "relay.h"
 #include "run.h"
 #include "sample.h"
 
@@ -21,8 +20,6 @@ extern const SampleTable sample_avx2;
 extern const SampleTable sample_avx512;
 #endif
 
-namespace {
-
 const KernelTable& table_of(int32_t isa) {
 #if defined(AFD_HAVE_X86)
     if (isa == kIsaAvx512) return kernels_avx512;
@@ -32,6 +29,8 @@ const KernelTable& table_of(int32_t isa) {
     return kernels_portable;
 }
 
+namespace {
+
 const SampleTable& sample_table_of(int32_t isa) {
 #if defined(AFD_HAVE_X86)
     if (isa == kIsaAvx512) return sample_avx512;
@@ -39,16 +38,6 @@ const SampleTable& sample_table_of(int32_t isa) {
 #endif
     static_cast<void>(isa);
     return sample_portable;
-}
-
-// No exception leaves a C function.
-template <class Function>
-int32_t guarded(Function function) {
-    try {
-        return function();
-    } catch (const std::bad_alloc&) {
-        return kOutOfMemory;
-    }
 }
 
 }  // namespace
@@ -208,16 +197,6 @@ int32_t afd_attention_layer(int32_t isa, int32_t num_threads, const AfdAttention
     return guarded([&] {
         return attention_layer(table_of(isa), *layer, *batch, kv, residual, rows, num_threads, error_detail);
     });
-}
-
-int32_t afd_relay_attention(int32_t isa, int32_t num_threads, const AfdAttentionRelay* relay,
-                            const AfdRelayBounds* bounds, AfdRelayed* done, int32_t* error_detail) {
-    return guarded([&] { return relay_attention(table_of(isa), *relay, *bounds, done, num_threads, error_detail); });
-}
-
-int32_t afd_relay_ffn(int32_t isa, int32_t num_threads, const AfdFfnRelay* relay, const AfdRelayBounds* bounds,
-                      AfdRelayed* done, int32_t*) {
-    return guarded([&] { return relay_ffn(table_of(isa), *relay, *bounds, done, num_threads); });
 }
 
 float afd_read_memory(int32_t isa, int32_t num_threads, const void* memory, int64_t num_bytes) {

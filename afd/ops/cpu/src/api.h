@@ -6,8 +6,6 @@
 
 #include <cstdint>
 
-#include "lane.h"
-
 #define AFD_API __attribute__((visibility("default")))
 
 extern "C" {
@@ -143,64 +141,6 @@ AFD_API int32_t afd_attention_layer(int32_t isa, int32_t num_threads, const AfdA
                                     int32_t block_size, float* x, const void* const* partials, int32_t num_partials,
                                     int32_t partial_dtype, void* rows,
                                     int32_t* error_detail /* [2], as of afd_paged_attention or afd_rope_write_kv */);
-
-// Layers whose exchanges native code makes by itself (relay.h). Times are CLOCK_MONOTONIC's, in ns.
-enum RelayOutcome : int32_t {
-    kRelayDone = 0,      // all layers that were asked for
-    kRelayTimeOver = 1,  // until_ns has come
-    kRelayLate = 2,      // nothing came for patience_ns
-    kRelayOther = 3,     // something else came; it was left untaken
-    kRelaySent = 4,      // attention, where a step begins: its first layer, whose answer is left to the caller
-};
-struct AfdRelayBounds {
-    int64_t until_ns, patience_ns, step_patience_ns;  // with each frame, and with the first of a step (FFN)
-};
-// One layer's round trip, seen from one side.
-struct AfdLap {
-    int64_t begun_ns;     // the layer began: attention at once, FFN when the dispatch was seen
-    int64_t computed_ns;  // its rows were in the slot
-    int64_t posted_ns;
-    int64_t answered_ns;  // attention: the answer was seen, 0 = not yet; FFN: posted_ns
-};
-struct AfdRelayed {
-    AfdLap* laps;  // [num_layers]
-    int32_t num_laps, num_answered, outcome, gang_tokens;  // gang_tokens: of the last answer
-    int64_t began_ns, ended_ns;
-    // Sums over the laps: computing here, posting, waiting for the other side; the FFN's computing as its answers say, and
-    // what of the waiting was longer than it (attention). Behind ended_ns, in vain: open_wait_ns (attention).
-    int64_t compute_ns, post_ns, wait_ns, ffn_ns, exposed_ns, open_wait_ns;
-};
-struct AfdRelayLayer {
-    const AfdAttentionLayer* layer;
-    void *k_cache, *v_cache;
-    int32_t num_blocks, block_size;
-    int32_t batch;  // which of the relay's
-};
-struct AfdAttentionRelay {
-    const SmLane* lane;
-    // Of the newest dispatch, which was answered; then of the newest that was sent. Where a step begins: what its first
-    // dispatch has, but for seq and layer, one less.
-    SmHeader* last;
-    const void* partial;  // the answer to `last`, [num_tokens, hidden] bf16, which the first layer adds; null = x has it
-    const AfdRelayLayer* layers;
-    const AfdBatch* const* batches;
-    float* x;
-    int32_t num_layers;
-    int32_t begins;  // the first layer is sent, and not waited for
-};
-struct AfdFfnRelay {
-    const SmLane* lane;
-    SmHeader* last;  // of the dispatch that was answered last; then of the newest that was answered
-    const AfdSwiGlu* const* layers;
-    int32_t num_layers;
-    // > 0: a step begins, of so many rows at most, whose gang is the one that `last` names.
-    int32_t max_tokens;
-};
-// error_detail [2]: as of afd_attention_layer; unused by the FFN's.
-AFD_API int32_t afd_relay_attention(int32_t isa, int32_t num_threads, const AfdAttentionRelay* relay,
-                                    const AfdRelayBounds* bounds, AfdRelayed* done, int32_t* error_detail);
-AFD_API int32_t afd_relay_ffn(int32_t isa, int32_t num_threads, const AfdFfnRelay* relay, const AfdRelayBounds* bounds,
-                              AfdRelayed* done, int32_t* error_detail);
 
 // Sum of `num_bytes` bytes read as floats by num_threads threads: the read bandwidth the kernels are measured against.
 AFD_API float afd_read_memory(int32_t isa, int32_t num_threads, const void* memory, int64_t num_bytes);

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <limits>
+#include <new>
 
 #include "kernels.h"
 #include "thread_pool.h"
@@ -15,8 +16,19 @@ enum Status : int32_t {
     kSlotOutOfRange = 10,
     kNoSuchToken = 11,
     kOutOfMemory = 20,
-    kPostFailed = 1000,  // + errno of a lane's bell
 };
+
+const KernelTable& table_of(int32_t isa);  // which must be available
+
+// No exception leaves a C function.
+template <class Function>
+int32_t guarded(Function function) {
+    try {
+        return function();
+    } catch (const std::bad_alloc&) {
+        return kOutOfMemory;
+    }
+}
 
 inline size_t aligned64(size_t bytes) { return (bytes + 63) / 64 * 64; }
 

@@ -8,14 +8,18 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from afd.kernels.relay import AttentionRelayCall, Bounds, FfnRelayCall, Relayed, RelayLayer
 from afd.kv.cache import KVCache
 from afd.model.attention_kinds import FusedAttention
 from afd.model.batch import AttentionBatch
+from afd.model.ffn import DenseFfn
+from afd.model.halves import AttentionHalf, FFNHalf
 from afd.ops.cpu.binding import NativeKernels
 from afd.ops.cpu.layer import AttentionLayerCall, LayerBatch, SwiGluCall
+from afd.ops.cpu.ops import CpuOps
+from afd.relay.native import AttentionRelayCall, Bounds, FfnRelayCall, Relayed, RelayLayer, check_interface
 from stepmesh.lane import Lane
 
 PATIENCE_S = 5e-3
@@ -58,7 +62,16 @@ class _Runs:
 class AttentionRelay:
     """The attention side over one cache. Main thread only."""
 
+    @classmethod
+    def of(cls, half: AttentionHalf, cache: KVCache) -> AttentionRelay | None:
+        """For the half's dense layers; None without kernels that compute a whole layer of bfloat16 rows."""
+        ops = half.ops
+        if not isinstance(ops, CpuOps) or half.dtype is not torch.bfloat16:
+            return None
+        return cls(ops.kernels, [None if layer.router else layer.fused for layer in half.layers], cache)
+
     def __init__(self, kernels: NativeKernels, layers: Sequence[FusedAttention | None], cache: KVCache):
+        check_interface(kernels.library)
         takes = [fused is not None and fused.takes((), cache, idx) for idx, fused in enumerate(layers)]
         self._runs = _Runs(takes)
         self.takes = self._runs.takes
@@ -96,7 +109,17 @@ class AttentionRelay:
 class FfnRelay:
     """The FFN side. Main thread only."""
 
+    @classmethod
+    def of(cls, half: FFNHalf) -> FfnRelay | None:
+        """The other side of `AttentionRelay.of`."""
+        ops = half.ops
+        if not isinstance(ops, CpuOps) or half.dtype is not torch.bfloat16:
+            return None
+        swiglus = [ffn.swiglu if isinstance(ffn, DenseFfn) else None for ffn in half.layers]
+        return cls(ops.kernels, [swiglu if isinstance(swiglu, SwiGluCall) else None for swiglu in swiglus])
+
     def __init__(self, kernels: NativeKernels, layers: Sequence[SwiGluCall | None]):
+        check_interface(kernels.library)
         self._runs = _Runs([call is not None for call in layers])
         self.takes = self._runs.takes
         self._last_layer = len(layers) - 1

@@ -32,8 +32,6 @@ void add_rows(float* x, const void* rows, int64_t count) {
     }
 }
 
-}  // namespace
-
 int32_t relay_attention(const KernelTable& kernels, const AfdAttentionRelay& relay, const AfdRelayBounds& bounds,
                         AfdRelayed* done, int num_threads, int32_t* error_detail) {
     const SmLane& lane = *relay.lane;
@@ -132,4 +130,17 @@ int32_t relay_ffn(const KernelTable& kernels, const AfdFfnRelay& relay, const Af
     return kOk;
 }
 
+}  // namespace
 }  // namespace afd
+
+using namespace afd;
+
+int32_t afd_relay_attention(int32_t isa, int32_t num_threads, const AfdAttentionRelay* relay,
+                            const AfdRelayBounds* bounds, AfdRelayed* done, int32_t* error_detail) {
+    return guarded([&] { return relay_attention(table_of(isa), *relay, *bounds, done, num_threads, error_detail); });
+}
+
+int32_t afd_relay_ffn(int32_t isa, int32_t num_threads, const AfdFfnRelay* relay, const AfdRelayBounds* bounds,
+                      AfdRelayed* done, int32_t*) {
+    return guarded([&] { return relay_ffn(table_of(isa), *relay, *bounds, done, num_threads); });
+}

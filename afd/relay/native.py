@@ -1,4 +1,4 @@
-"""Consecutive dense layers of one micro-batch whose exchanges native code makes by itself (src/relay.h).
+"""Consecutive dense layers of one micro-batch whose exchanges native code makes by itself: calls of src/relay.h.
 
 Over a lane of stepmesh, with whoever relays the other half of the same layers at its other end; or answers as ever.
 bfloat16 rows on the wire; everything else as in `afd.ops.cpu.layer`.
@@ -7,6 +7,7 @@ bfloat16 rows on the wire; everything else as in `afd.ops.cpu.layer`.
 from __future__ import annotations
 
 import ctypes
+import os
 import struct
 from collections.abc import Callable, Sequence
 from ctypes import byref, c_int32, c_int64, c_void_p
@@ -19,16 +20,18 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from afd.ops.cpu.binding import NativeKernels, error_of
+from afd.ops.cpu import abi
+from afd.ops.cpu.binding import KernelsUnavailableError, NativeKernels, error_of
 from afd.ops.cpu.layer import AttentionLayerCall, LayerBatch, SwiGluCall
-from stepmesh.lane import Lane
+from stepmesh.lane import Lane, SmLane, SmRules
+from stepmesh.wire import HEADER
 
 NS = 1e-9
 _FIRST = struct.Struct("=q")  # of a record
 
 
 class Outcome(IntEnum):
-    """Why a relay ended: RelayOutcome of src/api.h."""
+    """Why a relay ended: RelayOutcome of src/relay.h."""
 
     DONE = 0
     TIME_OVER = 1
@@ -38,7 +41,7 @@ class Outcome(IntEnum):
 
 
 class Laps(NamedTuple):
-    """AfdLap of src/api.h: layers' round trips, seen from one side. Seconds of the monotonic clock, [layers] each.
+    """AfdLap of src/relay.h: layers' round trips, seen from one side. Seconds of the monotonic clock, [layers] each.
 
     answered_s: when the answer was seen (attention; one shorter while the last one is awaited) or sent (FFN).
     """
@@ -49,15 +52,11 @@ class Laps(NamedTuple):
     answered_s: npt.NDArray[np.float64]
 
 
-class _Bounds(ctypes.Structure):
-    """AfdRelayBounds of src/api.h."""
-
+class AfdRelayBounds(ctypes.Structure):
     _fields_ = (("until_ns", c_int64), ("patience_ns", c_int64), ("step_patience_ns", c_int64))
 
 
-class _Relayed(ctypes.Structure):
-    """AfdRelayed of src/api.h."""
-
+class AfdRelayed(ctypes.Structure):
     _fields_ = (
         ("laps", c_void_p),
         *((name, c_int32) for name in ("num_laps", "num_answered", "outcome", "gang_tokens")),
@@ -66,9 +65,7 @@ class _Relayed(ctypes.Structure):
     )
 
 
-class _RelayLayer(ctypes.Structure):
-    """AfdRelayLayer of src/api.h."""
-
+class AfdRelayLayer(ctypes.Structure):
     _fields_ = (
         ("layer", c_void_p),
         ("k_cache", c_void_p),
@@ -79,9 +76,7 @@ class _RelayLayer(ctypes.Structure):
     )
 
 
-class _AttentionRelay(ctypes.Structure):
-    """AfdAttentionRelay of src/api.h."""
-
+class AfdAttentionRelay(ctypes.Structure):
     _fields_ = (
         ("lane", c_void_p),
         ("last", c_void_p),
@@ -94,9 +89,7 @@ class _AttentionRelay(ctypes.Structure):
     )
 
 
-class _FfnRelay(ctypes.Structure):
-    """AfdFfnRelay of src/api.h."""
-
+class AfdFfnRelay(ctypes.Structure):
     _fields_ = (
         ("lane", c_void_p),
         ("last", c_void_p),
@@ -104,6 +97,43 @@ class _FfnRelay(ctypes.Structure):
         ("num_layers", c_int32),
         ("max_tokens", c_int32),
     )
+
+
+class AfdLap(ctypes.Structure):
+    _fields_ = tuple((name, c_int64) for name in ("begun_ns", "computed_ns", "posted_ns", "answered_ns"))
+
+
+STRUCTURES = (
+    AfdRelayBounds,
+    AfdLap,
+    AfdRelayed,
+    AfdRelayLayer,
+    AfdAttentionRelay,
+    AfdFfnRelay,
+    SmRules,
+    SmLane,
+)
+FUNCTIONS = {name: (c_int32, [c_int32] * 2 + [c_void_p] * 4) for name in ("afd_relay_attention", "afd_relay_ffn")}
+POST_FAILED = 1000
+"""A status from here on is this number and the errno of a lane's bell."""
+CONSTANTS = {
+    "kPostFailed": POST_FAILED,
+    "kRelayDone": Outcome.DONE,
+    "kRelayTimeOver": Outcome.TIME_OVER,
+    "kRelayLate": Outcome.LATE,
+    "kRelayOther": Outcome.OTHER,
+    "kRelaySent": Outcome.SENT,
+    "sizeof(SmHeader)": HEADER.size,
+}
+
+
+def check_interface(library: ctypes.CDLL) -> None:
+    """Compare this file with the library, as `afd.ops.cpu.binding` does its own. Raises KernelsUnavailableError."""
+    try:
+        abi.check(abi.told_by(library, "afd_relay_abi"), STRUCTURES, FUNCTIONS, CONSTANTS)
+    except (AttributeError, abi.AbiMismatchError) as error:
+        raise KernelsUnavailableError(f"the library was built from other sources ({error}): build it again") from error
+    abi.declare(library, FUNCTIONS)
 
 
 class Bounds(NamedTuple):
@@ -168,11 +198,13 @@ class _Call:
         self._row_bytes = self._laps.itemsize * len(Laps._fields)
 
     def __call__(self, relay: ctypes.Structure, bounds: Bounds) -> Relayed:
-        done = _Relayed(self._laps.ctypes.data)
+        done = AfdRelayed(self._laps.ctypes.data)
         threads = torch.get_num_threads()
-        status = self._function(self._isa, threads, byref(relay), byref(_Bounds(*bounds)), byref(done), self._detail)
+        status = self._function(
+            self._isa, threads, byref(relay), byref(AfdRelayBounds(*bounds)), byref(done), self._detail
+        )
         if status:
-            raise error_of(status, self._detail[0], self._detail[1])
+            raise _error_of(status, self._detail[0], self._detail[1])
         # With all caches full of weights each call costs microseconds here: sums come from below, a record is bytes.
         return Relayed(
             done.num_laps,
@@ -209,9 +241,9 @@ class AttentionRelayCall:
 
     def __init__(self, kernels: NativeKernels, layers: Sequence[RelayLayer]):
         self._kept = list(layers)  # weights and caches
-        self._layers = (_RelayLayer * len(layers))(
+        self._layers = (AfdRelayLayer * len(layers))(
             *[
-                _RelayLayer(
+                AfdRelayLayer(
                     layer.call.args_address,
                     layer.k_cache.data_ptr(),
                     layer.v_cache.data_ptr(),
@@ -256,9 +288,9 @@ class AttentionRelayCall:
             assert partial.dtype is torch.bfloat16 and partial.is_contiguous() and partial.shape == x.shape
             address = partial.data_ptr()
         pointers = (c_void_p * len(batches))(*[batch.args_address for batch in batches])
-        layers = ctypes.addressof(self._layers) + first * ctypes.sizeof(_RelayLayer)
+        layers = ctypes.addressof(self._layers) + first * ctypes.sizeof(AfdRelayLayer)
         batch_pointers = ctypes.addressof(pointers)
-        relay = _AttentionRelay(
+        relay = AfdAttentionRelay(
             lane.address, lane.last_address, address, layers, batch_pointers, x.data_ptr(), num_layers, begins
         )
         return self._call(relay, bounds)
@@ -282,5 +314,12 @@ class FfnRelayCall:
 
     def _relay(self, first: int, lane: Lane, bounds: Bounds, max_tokens: int = 0) -> Relayed:
         layers = ctypes.addressof(self._layers) + first * ctypes.sizeof(c_void_p)
-        relay = _FfnRelay(lane.address, lane.last_address, layers, len(self._layers) - first, max_tokens)
+        relay = AfdFfnRelay(lane.address, lane.last_address, layers, len(self._layers) - first, max_tokens)
         return self._call(relay, bounds)
+
+
+def _error_of(status: int, where: int, value: int) -> Exception:
+    """What a status other than 0 says, with the call's error_detail."""
+    if status >= POST_FAILED:
+        return OSError(status - POST_FAILED, os.strerror(status - POST_FAILED), "a lane's bell")
+    return error_of(status, where, value)

@@ -1,1 +1,0 @@
-"""Native code that makes the exchanges of consecutive layers by itself."""
