@@ -104,7 +104,7 @@ class AttentionWorker:
             self._run_stages(now + TURN_S)
         except PeerLostError as error:
             self._engine.fail()
-            core.interrupted(now)
+            core.interrupted(str(error), now)
             log.warning("%s; interrupted steps run again when it is back", error)
         if not core.has_news:  # else behind the next stage, with them
             core.report(now)

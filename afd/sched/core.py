@@ -29,7 +29,7 @@ from afd.sched.leases import Leases
 from afd.sched.ledger import Ledger
 from afd.sched.policy import Admission
 from afd.sched.report import CostReporter, worker_stats
-from afd.sched.scheduler import Scheduler
+from afd.sched.scheduler import SUSPECT, Scheduler
 from afd.sched.sequence import Output, Sequence
 from afd.sched.streams import StreamChooser
 from afd.sched.submission import admit
@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 
 MAX_TPOT_S = 1e4
 MAX_ID_CHARS = 256
+MAX_INTERRUPTIONS = SUSPECT + 1
 STATS_MIN_S, STATS_MAX_S = 0.1, 0.5  # between two reports: when something has changed, and anyhow
 
 
@@ -142,9 +143,21 @@ class WorkerCore:
         """What a step brought, in order of commits; see `publish`."""
         self._news.extend(outputs)
 
-    def interrupted(self, now: float) -> None:
-        """The steps in flight were lost with an FFN worker, and have been booked as failed."""
+    def interrupted(self, reason: str, now: float) -> None:
+        """The steps in flight were lost with an FFN worker, and have been booked as failed.
+
+        A step that was lost MAX_INTERRUPTIONS times in a row, the last time with nothing beside it, is not tried again.
+        """
         self._wait_from(now)
+        guilty = [seq for seq in self.scheduler.sequences() if seq.num_interrupted >= MAX_INTERRUPTIONS]
+        if guilty:
+            self._post_news()
+        for seq in guilty:
+            self._end(seq, f"its step was interrupted {seq.num_interrupted} times: {reason}")
+        if guilty:
+            log.error(
+                "a step was interrupted %d times: %d requests ended with an error", MAX_INTERRUPTIONS, len(guilty)
+            )
 
     @property
     def has_news(self) -> bool:

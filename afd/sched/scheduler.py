@@ -3,7 +3,8 @@
 Rules (DESIGN: Pipeline): running decodes first, then the prefill that still fits; a sequence is in at most one
 stream and one micro-batch; blocks are shared only from commit on; abort and preemption of a sequence in flight only
 mark it, and are carried out at that commit; a stream that finds no block sits out; a victim is never older
-or of higher priority than the requester.
+or of higher priority than the requester; a step that was lost twice in a row runs a third time with nothing beside it,
+so that it is known whose fault a third loss is.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from afd.sched.latency import StepLoad, attended
 from afd.sched.sequence import BatchItem, MicroBatch, Progress, Sequence, SequenceState
 from afd.types import FinishReason
 
+SUSPECT = 2  # losses in a row after which a sequence's next step runs alone
 MAX_PAUSES = 8  # steps of a stream in a row whose decodes leave no room for prefill; the next one prefills a little
 
 SERVICE_ORDER = attrgetter("priority", "arrival")  # `Sequence.rank_key`, at the speed of C: every step sorts by it
@@ -71,6 +73,8 @@ class Scheduler:
         self.windowed = windowed
         self._pace = pace
         self._flying: dict[int, StepLoad] = {}  # only with a pace
+        self._suspects: set[Sequence] = set()  # running ones that were interrupted SUSPECT times
+        self._trial = 0  # step of the micro-batch of suspects that runs alone
         self._num_pauses: dict[int, int] = {}  # by stream: steps in a row without prefill although prompts wait
         self.num_streams = config.num_streams
         self.max_step_tokens = config.max_step_tokens
@@ -146,10 +150,13 @@ class Scheduler:
     def schedule(self, stream: int) -> MicroBatch | None:
         """The next micro-batch of an idle stream, or None when it has nothing to do now."""
         self._admit()
+        running = self._running[stream]
+        if self._suspects:
+            running = self._on_trial(running)
         items: list[BatchItem] = []
         prefills: list[Sequence] = []
         budget = self.max_step_tokens
-        for seq in sorted(self._running[stream], key=SERVICE_ORDER):
+        for seq in sorted(running, key=SERVICE_ORDER):
             assert not seq.in_flight, f"stream {stream} has a micro-batch in flight"
             num_tokens = len(seq.tokens)
             if num_tokens - seq.num_computed != 1:
@@ -166,6 +173,8 @@ class Scheduler:
             return None
         self._step += 1
         batch = MicroBatch(stream, self._step, tuple(items))
+        if self._suspects:
+            self._trial = self._step
         if self._pace is not None:
             self._flying[stream] = StepLoad.of(batch)
         return batch
@@ -201,6 +210,9 @@ class Scheduler:
             if seq.doomed is not None:
                 self._leave(seq)
                 continue
+            if seq.num_interrupted:
+                seq.num_interrupted = 0
+                self._suspects.discard(seq)
             seq.num_computed += item.num_new
             if publishes:
                 self._publish(seq)
@@ -214,14 +226,24 @@ class Scheduler:
         return progress
 
     def fail_stream(self, batch: MicroBatch) -> None:
-        """Drop a micro-batch whose computation was lost: nothing is booked, its sequences run it again."""
+        """Drop a micro-batch whose computation was lost: nothing is booked, its sequences run it again.
+
+        Each one's `num_interrupted` rises; above SUSPECT only if the micro-batch was alone in the pipeline, so that
+        nothing else can have been the cause.
+        """
         self._flying.pop(batch.stream, None)
         for item in batch.items:
-            item.seq.in_flight = False
-            if item.seq.doomed is not None:
-                self._leave(item.seq)
-            elif item.seq.evicted:
-                self._preempt(item.seq)
+            seq = item.seq
+            seq.in_flight = False
+            if seq.doomed is not None:
+                self._leave(seq)
+                continue
+            if seq.num_interrupted < SUSPECT or batch.step == self._trial:
+                seq.num_interrupted += 1
+            if seq.evicted:
+                self._preempt(seq)
+            elif seq.num_interrupted >= SUSPECT:
+                self._suspects.add(seq)
 
     def set_num_streams(self, num_streams: int) -> None:
         """Use streams 0..num_streams-1 from now on; sequences of a closed stream move as they commit."""
@@ -244,8 +266,15 @@ class Scheduler:
             self.windowed.pool.check([kept(s.window_blocks) for s in live])
         assert all(s.stream == i for i, seqs in enumerate(self._running) for s in seqs)
         assert len(self._waiting) + self.num_running == len(self._by_id) + len(doomed)
+        assert self._suspects == {s for seqs in self._running for s in seqs if s.num_interrupted >= SUSPECT}
 
     # -- details ------------------------------------------------------------------------------------------
+
+    def _on_trial(self, running: Seq[Sequence]) -> list[Sequence]:
+        """Those of a stream's sequences that may run now: its suspects, once nothing is in flight."""
+        if any(seq.in_flight for seqs in self._running for seq in seqs):
+            return []
+        return [seq for seq in running if seq in self._suspects]
 
     def _prefill(self, prefills: Seq[Sequence], budget: int, items: list[BatchItem]) -> None:
         """Add chunks of at most `budget` tokens together.
@@ -298,6 +327,8 @@ class Scheduler:
             seq.state = SequenceState.RUNNING
             seq.stream = self._lightest()
             self._running[seq.stream].append(seq)
+            if seq.num_interrupted >= SUSPECT:
+                self._suspects.add(seq)
 
     def _lightest(self) -> int:
         """Open stream with the fewest sequences, then the fewest context tokens; empty ones in order, since workers
@@ -406,6 +437,7 @@ class Scheduler:
 
     def _release(self, seq: Sequence) -> None:
         self._give_back(seq)
+        self._suspects.discard(seq)
         seq.num_computed = 0
         self._running[seq.stream].remove(seq)
         seq.stream = -1

@@ -28,6 +28,7 @@ class Sequence:
     tpot_s: its TPOT target; 0 = none.
     stream: place in the pipeline, -1 while waiting.  in_flight: part of a micro-batch that is not committed.
     doomed: set by abort while in flight: carried out at that commit.  evicted: likewise for preemption.
+    num_interrupted: steps in a row that were lost with an FFN worker; see `Scheduler.fail_stream`.
     """
 
     req_id: str
@@ -49,6 +50,7 @@ class Sequence:
     in_flight: bool = False
     doomed: FinishReason | None = None
     evicted: bool = False
+    num_interrupted: int = 0
     num_cached: int = 0
     num_preempted: int = 0
 

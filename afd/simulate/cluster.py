@@ -64,7 +64,7 @@ class Simulation:
                     f"give lost workers a restart (--fail ROLE:INDEX@SECONDS+RESTART_S)"
                 )
         for worker in self._workers.values():
-            worker.fail(self._events.now)
+            worker.fail("the end", self._events.now)
         return results.report(
             migrated=gateway.dispatcher.counters.migrated,
             preempted=self._num_preempted + sum(w.scheduler.num_preemptions for w in self._workers.values()),
@@ -142,7 +142,7 @@ class Simulation:
         worker = self._of_rank.get(rank)
         if worker is None or not worker.alive:
             return
-        worker.fail(self._events.now)
+        worker.fail("killed", self._events.now)
         worker.alive = False
         del self._workers[worker.key]
         self._num_preempted += worker.scheduler.num_preemptions
@@ -163,11 +163,12 @@ class Simulation:
     def _lose_ffn(self, rank: int) -> None:
         """Every worker sees the connection close; nothing in flight is booked."""
         now, is_first = self._events.now, not self._ffn_down
+        why = f"ffn/{rank} was lost at {now - START_S:g} s"
         self._ffn_down.add(rank)
         for worker in self._workers.values():
-            worker.fail(now)
+            worker.fail(why, now)
             if is_first:
-                worker.set_ready(False, f"ffn/{rank} was lost at {now - START_S:g} s", now)
+                worker.set_ready(False, why, now)
                 self._events.after(self._settings.recovery_timeout_s, self._tick, worker)
         self._path.lose_ffn()
         self._events.after(VIEW_S, self._publish)

@@ -225,7 +225,7 @@ class AttentionWorker:
             )
         self._publish(self._news(progress))
 
-    def fail(self, now: float) -> None:
+    def fail(self, reason: str, now: float) -> None:
         """Nothing in flight is booked; its sequences run the step again."""
         self.flush()  # what was computed before was sent token by token
         if self.flying:
@@ -235,7 +235,7 @@ class AttentionWorker:
             self.scheduler.fail_stream(step.batch)
         self.flying.clear()
         self.announced_idle.clear()
-        self.core.interrupted(now)
+        self.core.interrupted(reason, now)
 
     # -- details ------------------------------------------------------------------------------------------
 

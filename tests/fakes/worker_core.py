@@ -50,11 +50,12 @@ class ScriptedWorker:
         num_streams: int = 1,
         num_blocks: int = 8,
         policy: Policy = "off",
+        max_waiting: int = 3,
         ready: bool = True,
     ) -> ScriptedWorker:
         scheduler = Scheduler(SchedulerConfig(max_context=64, num_streams=num_streams), BlockPool(num_blocks, 4))
         admission = Admission(scheduler, LatencyModel(), policy=policy, tpot_s=0.05, ttft_s=5.0)
-        core = WorkerCore(0, scheduler, admission, CoreLimits(VOCAB_SIZE, max_waiting=3, recovery_timeout_s=10.0))
+        core = WorkerCore(0, scheduler, admission, CoreLimits(VOCAB_SIZE, max_waiting, recovery_timeout_s=10.0))
         worker = cls(core)
         if ready:
             core.set_ready(True, "", 0.0)
@@ -101,4 +102,4 @@ class ScriptedWorker:
         for batch in self.in_flight.values():
             self.core.scheduler.fail_stream(batch)
         self.in_flight.clear()
-        self.core.interrupted(self.now)
+        self.core.interrupted(reason, self.now)

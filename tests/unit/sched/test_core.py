@@ -274,6 +274,80 @@ def test_tokens_that_were_not_published_yet_leave_before_the_error(worker):
     assert [(c.first_idx, c.ids, c.finish) for c in worker.chunks()] == [(0, [5], None), (1, [], FinishReason.ERROR)]
 
 
+# -- steps that are lost again and again -----------------------------------------------------------------------
+
+
+def fail_whenever(worker: ScriptedWorker, *poison: str) -> list[TokenChunk]:
+    """Serve all requests; whatever is in flight is lost as soon as a step of these is -> all chunks."""
+    chunks = []
+    for _ in range(500):
+        if worker.core.scheduler.idle:
+            return chunks
+        worker.begin()
+        flying = {item.seq.req_id for batch in worker.in_flight.values() for item in batch.items}
+        if flying & set(poison):
+            worker.fail("ffn/0 is lost: rejected a frame")
+        else:
+            worker.commit(min(worker.in_flight))
+        worker.core.publish()
+        chunks += worker.chunks()
+        worker.core.scheduler.check()
+    raise AssertionError("requests did not end")
+
+
+def test_a_step_that_is_always_lost_ends_its_requests_with_the_reason_and_nothing_else():
+    worker = ScriptedWorker.make(num_streams=3, num_blocks=64)
+    worker.tell(submit("good"), submit("bad"), submit("fine"))
+    chunks = fail_whenever(worker, "bad")
+    ended = {chunk.req_id: (chunk.finish, chunk.error) for chunk in chunks if chunk.finish is not None}
+    assert ended == {
+        "good": (FinishReason.LENGTH, None),
+        "bad": (FinishReason.ERROR, "its step was interrupted 3 times: ffn/0 is lost: rejected a frame"),
+        "fine": (FinishReason.LENGTH, None),
+    }
+    for name in ("good", "fine"):
+        assert [i for chunk in chunks if chunk.req_id == name for i in chunk.ids] == [5, 5, 5]
+
+
+@hypothesis_settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    num_streams=st.integers(1, 4),
+    requests=st.lists(st.tuples(st.integers(1, 12), st.integers(1, 6), st.booleans()), min_size=1, max_size=8),
+    num_blocks=st.sampled_from([10, 24, 64]),
+)
+def test_only_steps_with_a_guilty_request_end(num_streams, requests, num_blocks):
+    """Whatever their number, sizes and places; also where blocks are scarce, so that requests are preempted."""
+    worker = ScriptedWorker.make(num_streams=num_streams, num_blocks=num_blocks, max_waiting=8)
+    poison = [f"r{idx}" for idx, (_, _, bad) in enumerate(requests) if bad]
+    for idx, (num_prompt, num_output, _) in enumerate(requests):
+        worker.tell(submit(f"r{idx}", prompt=[1] * num_prompt, max_tokens=num_output))
+    chunks = fail_whenever(worker, *poison)
+    errors = {chunk.req_id for chunk in chunks if chunk.finish is FinishReason.ERROR}
+    assert set(poison) <= errors
+    assert errors == set(poison) if num_streams >= len(requests) and num_blocks == 64 else len(errors) <= len(requests)
+    assert bool(errors) == bool(poison)
+
+
+def test_losses_with_progress_between_them_end_nothing(worker):
+    worker.tell(submit(max_tokens=20))
+    for _ in range(20):
+        for _ in range(2):
+            worker.begin()
+            worker.fail()
+        worker.step()
+    assert [chunk.finish for chunk in worker.chunks()] == [None] * 19 + [FinishReason.LENGTH]
+
+
+def test_a_request_that_waits_is_not_charged_with_what_others_do():
+    worker = ScriptedWorker.make(num_streams=1, num_blocks=5)
+    worker.tell(submit("bad", prompt=[1] * 15), submit("waits", prompt=[1] * 15))
+    chunks = fail_whenever(worker, "bad")
+    assert {chunk.req_id: chunk.finish for chunk in chunks if chunk.finish is not None} == {
+        "bad": FinishReason.ERROR,
+        "waits": FinishReason.LENGTH,
+    }
+
+
 # -- reports and the plan -------------------------------------------------------------------------------------
 
 
