@@ -22,7 +22,7 @@ CODE = {".py", ".pyi", ".c", ".cpp", ".h"}
 LOOSE = {"__init__", "__main__", "config", "errors", "types"}
 VAGUE = re.compile(r"(utils?|common|helpers?|misc|.*manager)\.\w+")
 TORCH = re.compile(
-    r"afd/(model|ops|relay|attention|ffn|encoder)/|afd/(kv/cache|host/memory|worker/threads)\.py|stepmesh/tensor\.py"
+    r"afd/(model|ops|relay|attention|ffn|encoder)/|afd/(kv/cache|host/memory|worker/(process|threads))\.py|stepmesh/tensor\.py"
 )
 LIGHT = {  # what must start without what is slow to import, or not there
     "import afd.cluster.supervisor, afd.cli.status, afd.cli as m; m.main(['up', '--dry-run'])": (
