@@ -124,8 +124,12 @@ class Dispatcher:
         self._pump(now)
 
     def check_room(self, now: float, *, priority: int = 0, ttft_s: float | None = None) -> None:
-        """UnavailableError where `submit` would raise it whatever is asked: ask this before a request is read."""
-        self._judge(1, 0, priority, self.limits.ttft_s if ttft_s is None else ttft_s, now)
+        """UnavailableError where the queue would refuse a request whatever it asks for: call this before it is read.
+
+        While no worker serves, requests are read all the same: what is wrong with one is told then, too.
+        """
+        if any(worker.serving for worker in self.workers.values()):
+            self._judge(1, 0, priority, self.limits.ttft_s if ttft_s is None else ttft_s, now)
 
     def _judge(
         self, num_sequences: int, num_prompt: int, priority: int, target_s: float, now: float

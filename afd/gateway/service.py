@@ -87,8 +87,7 @@ class GatewayService:
     # --- requests ---------------------------------------------------------------------------------------
 
     def check_room(self, priority: int, ttft_s: float | None) -> None:
-        """UnavailableError where `generate` would raise it whatever is asked."""
-        self._check_ready()
+        """UnavailableError where the queue would refuse a request whatever it asks for."""
         self.dispatcher.check_room(time.monotonic(), priority=priority, ttft_s=ttft_s)
 
     def _check_ready(self) -> None:
