@@ -229,7 +229,7 @@ class Admission:
         due_s: seconds until its first token is due.  num_freed: blocks free by then besides.  pace: of prefill beside
         them, if it was found out before.
         """
-        config, pool, step_tokens = self._scheduler.config, self._scheduler.pool, self._scheduler.max_step_tokens
+        config, pool, step_tokens = self._scheduler.config, self._scheduler.pool, self._scheduler.config.max_step_tokens
         num_before = crowd.num_pending
         crowd.add(candidate)
         if crowd.num_blocks > pool.num_free + num_freed:
@@ -285,7 +285,8 @@ class Admission:
             return 0.0
         moments = sorted({*computed_s, *left_s})
         if not moments or not fits_at(moments[-1]):
-            return NEVER_S
+            welcome = candidate.target_s >= self._tpot_s and candidate.num_blocks <= self._scheduler.pool.num_blocks
+            return max([cycle_s, *moments]) if welcome else NEVER_S  # an idle worker lets anybody in: see `judge`
         low, high = -1, len(moments) - 1  # does not fit at `low`, fits at `high`
         while high - low > 1:
             middle = (low + high) // 2

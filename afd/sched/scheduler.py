@@ -155,7 +155,7 @@ class Scheduler:
             running = self._on_trial(running)
         items: list[BatchItem] = []
         prefills: list[Sequence] = []
-        budget = self.max_step_tokens
+        budget = self.config.max_step_tokens
         for seq in sorted(running, key=SERVICE_ORDER):
             assert not seq.in_flight, f"stream {stream} has a micro-batch in flight"
             num_tokens = len(seq.tokens)
@@ -165,6 +165,7 @@ class Scheduler:
                 items.append(BatchItem(seq, num_tokens - 1, 1, True))
                 seq.in_flight = True
                 budget -= 1
+        budget = min(budget, max(self.max_step_tokens - len(items), self.config.min_chunk_tokens))
         if prefills and budget:
             if self._pace is not None:
                 budget = self._paced(self._pace, stream, items, prefills, budget)
@@ -254,7 +255,10 @@ class Scheduler:
             self._balance(stream)
 
     def limit_step(self, max_tokens: int) -> None:
-        """Tokens of a micro-batch from the next one on; never more than the configured number."""
+        """Fill micro-batches up with prefill to so many tokens from the next one on. Never more than configured.
+
+        Decodes are not held back: the limit is for what prefill costs other workers.
+        """
         self.max_step_tokens = min(max_tokens, self.config.max_step_tokens)
 
     def check(self) -> None:

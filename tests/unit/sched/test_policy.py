@@ -349,3 +349,27 @@ def test_lengths_are_planned_from_the_answers_that_ended():
     assert 110 <= planned <= 150
     assert lengths.final_output(open_ended, 400) == 500  # overdue
     assert lengths.final_output(SamplingParams(max_tokens=60, seed=1, stop_token_ids=(2,)), 0) == 60
+
+
+def test_a_worker_that_is_too_slow_for_two_tells_the_second_when_it_will_be_idle():
+    """Not "never": whoever comes then is let in."""
+    worker = Worker(base_s=0.06)
+    worker.warm_up()
+    assert worker.ask("first", num_prompt=16, max_tokens=40) is None
+    worker.step()
+    asked_s, refusal = worker.now, worker.ask("second", num_prompt=16)
+    assert "a token would take" in refusal.detail
+    while worker.scheduler.num_running:
+        worker.step()
+    assert refusal.retry_after_s == pytest.approx(worker.now - asked_s, rel=0.25)
+    assert worker.ask("second", num_prompt=16) is None
+
+
+def test_the_plans_limit_for_a_step_bounds_prefill_and_refuses_nobody():
+    worker = Worker()
+    worker.warm_up()
+    worker.scheduler.limit_step(16)
+    for idx in range(20):
+        assert worker.ask(f"r{idx}", num_prompt=1, max_tokens=200) is None
+        worker.step()
+    assert worker.scheduler.num_running == 20

@@ -124,6 +124,18 @@ def test_a_new_limit_counts_from_the_next_micro_batch_on():
     assert scheduler.max_step_tokens == 8
 
 
+def test_a_limit_is_one_of_prefill_and_holds_no_decode_back():
+    scheduler = make(num_streams=1, max_step_tokens=16, min_chunk_tokens=4)
+    for name in "abcdef":
+        scheduler.add(sequence(name, [1]))
+    batch = scheduler.schedule(0)
+    scheduler.commit(batch, {item.seq.req_id: 1 for item in batch.items})
+    scheduler.add(sequence("long", list(range(20))))
+    scheduler.limit_step(3)
+    batch = scheduler.schedule(0)
+    assert [item.num_new for item in batch.items] == [1] * 6 + [4], "all decodes, and the least chunk"
+
+
 @pytest.mark.parametrize(
     ("token", "max_tokens", "min_tokens", "finish"),
     [
