@@ -316,15 +316,18 @@ class Dispatcher:
             num_ahead = self.queue.num_ahead(sequence.priority, sequence.order)
             predicted_s = predicted_wait_s(self._serving_reports(), num_ahead, at_least_s=message.retry_after_s)
             wait_s = self._waits.apply(predicted_s)
-            if message.retry_after_s >= NEVER_S:
+            never = message.retry_after_s >= NEVER_S
+            if never:
                 wait_s = message.retry_after_s
             left_s = sequence.deadline - now
-            # The first in line may try although the forecast says no: nothing else would show that it is wrong.
-            if fresh and not elsewhere and wait_s > (left_s if num_ahead else SCOUT * left_s):
+            # Who was let into the line stays there. The first may although the forecast says no: nothing else would
+            # show that it is wrong.
+            new = not sequence.lined_up_at or never
+            if fresh and new and not elsewhere and wait_s > (left_s if num_ahead else SCOUT * left_s):
                 self.counters.rejected_ttft += 1
                 self._fail(sequence, self._too_late(wait_s, sequence.deadline - sequence.created_at))
             else:
-                self._line_up(sequence, now, predicted_s)
+                self._line_up(sequence, now, None if elsewhere else predicted_s)
 
     def _line_up(self, sequence: ClientSequence, now: float, predicted_s: float | None = None) -> None:
         """Put it into the queue. predicted_s: until it gets its place; None = it is offered to a worker first."""

@@ -8,8 +8,10 @@ prompts before it, in what those cycles leave for prefill, do not keep it from i
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from statistics import median
 from typing import Literal
 
 from afd.messages.serving import NEVER_S
@@ -29,6 +31,7 @@ ALONE = 1.5  # a prompt may take so many times as long beside others as alone
 SIZE_EMA = 0.2
 LINE_S = 0.3  # a refused request that asks again so soon keeps its place before smaller ones that came later
 MAX_LINE = 32
+NUM_OUTLOOKS = 15  # over which what gateways are told is smoothed: one and a half seconds of them
 LINE_WAIT_S = 1.0  # nobody is held back for a request whose place is farther away
 
 
@@ -142,6 +145,7 @@ class Admission:
         self._lengths = LengthForecast()
         self._typical: tuple[float, float] | None = None  # prompt and planned output tokens of recent requests
         self._line: dict[str, _Waiting] = {}
+        self._outlooks: deque[tuple[tuple[float, ...], float]] = deque(maxlen=NUM_OUTLOOKS)
         self._num_refusals = 0
         self.num_admitted = 0
         self.num_refused = 0
@@ -193,8 +197,8 @@ class Admission:
         prefill_token_s = 0.0
         if shares and self._typical is not None and self.policy == "enforce":
             num_prompt, num_output = (round(value) for value in self._typical)
-            prefill_token_s = self._pace(crowd, num_prompt).token_s
-            places = self._places_s(shares, self._share(num_prompt, 0, num_output, held=0, target_s=self._tpot_s))
+            typical = self._share(num_prompt, 0, num_output, held=0, target_s=self._tpot_s)
+            places, prefill_token_s = self._usual(self._places_s(shares, typical), self._pace(crowd, num_prompt))
         return Outlook(places, prefill_token_s, min(self._tpot_s, crowd.target_s) - cycle_s, cycle_s)
 
     # -- decisions ----------------------------------------------------------------------------------------
@@ -223,11 +227,12 @@ class Admission:
         new: bool,
         num_freed: int = 0,
         pace: _Pace | None = None,
+        most_s: float = 0.0,
     ) -> str | None:
         """Why the candidate cannot be served as promised beside the crowd, which it is added to; or None.
 
         due_s: seconds until its first token is due.  num_freed: blocks free by then besides.  pace: of prefill beside
-        them, if it was found out before.
+        them, if it was found out before.  most_s: a cycle that is no obstacle although it is beyond the target.
         """
         config, pool, step_tokens = self._scheduler.config, self._scheduler.pool, self._scheduler.config.max_step_tokens
         num_before = crowd.num_pending
@@ -241,7 +246,7 @@ class Admission:
         if crowd.num_seqs + config.min_chunk_tokens > min(crowd.num_seqs, self._scheduler.num_streams) * step_tokens:
             return f"steps of {step_tokens} tokens are full (attention.max_step_tokens)"
         cycle_s = self._cycle_s(crowd)
-        if cycle_s > HEADROOM * crowd.target_s:
+        if cycle_s > max(HEADROOM * crowd.target_s, most_s):
             return (
                 f"a token would take {cycle_s * 1e3:.1f} ms with this request; the tightest target here is "
                 f"{crowd.target_s * 1e3:.0f} ms, planned to {HEADROOM:.0%}"
@@ -265,7 +270,10 @@ class Admission:
         )
 
     def _wait_s(self, shares: Sequence[_Share], candidate: _Share, *, new: bool = True) -> float:
-        """Seconds until the candidate fits, with the others ending their prefill and leaving as predicted."""
+        """Seconds until the candidate fits, with the others ending their prefill and leaving as predicted.
+
+        Who takes the place of another fits: what is believed of a cycle near the target changes from step to step.
+        """
         crowd = self._crowd(shares)
         pace, cycle_s = self._pace(crowd, candidate.num_pending), self._cycle_s(crowd)
         computed_s, left_s = _departures(shares, pace, cycle_s)
@@ -279,7 +287,10 @@ class Admission:
                 rest.add(share)
                 if computed <= now_s:
                     rest.num_pending -= share.num_pending
-            return self._obstacle(rest, candidate, self._ttft_s, new=new, num_freed=num_freed, pace=pace) is None
+            obstacle = self._obstacle(
+                rest, candidate, self._ttft_s, new=new, num_freed=num_freed, pace=pace, most_s=cycle_s
+            )
+            return obstacle is None
 
         if fits_at(0.0):
             return 0.0
@@ -292,6 +303,15 @@ class Admission:
             middle = (low + high) // 2
             low, high = (low, middle) if fits_at(moments[middle]) else (middle, high)
         return max(moments[high], cycle_s)
+
+    def _usual(self, places: tuple[float, ...], pace: _Pace) -> tuple[tuple[float, ...], float]:
+        """Medians of what the last outlooks told: near the target, beliefs swing from one step to the next."""
+        if not places:
+            self._outlooks.clear()
+            return (), pace.token_s
+        self._outlooks.append((places, pace.token_s))
+        all_places, paces = zip(*self._outlooks, strict=True)
+        return tuple(map(median, zip(*all_places, strict=True))), median(paces)
 
     def _places_s(self, shares: Sequence[_Share], typical: _Share) -> tuple[float, ...]:
         """Seconds until each of the next requests like `typical` would be admitted; empty: all of them may come."""

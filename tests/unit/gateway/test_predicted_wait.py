@@ -134,3 +134,17 @@ def test_a_line_that_ends_in_refusals_is_joined_by_fewer():
                 at_once += 1
         scene.alive(now)
     assert at_once > 2 * late, (late, at_once)
+
+
+def test_who_was_let_into_the_line_stays_whatever_a_worker_believes_for_a_moment():
+    scene = Scene(enforce=True, ttft_s=5.0)
+    first, second = scene.submit(), scene.submit()
+    for request in (first, second):
+        scene.refuse("a", request, 0.01, retry_after_s=0.5)
+    scene.alive(0.6)
+    for request in (first, second):
+        scene.refuse("a", request, 0.61, retry_after_s=30.0)
+    assert first.sink.error is None and second.sink.error is None
+    with pytest.raises(UnavailableError):
+        scene.say("a", full(30.0, 5.0), 0.62)
+        scene.submit(0.63)

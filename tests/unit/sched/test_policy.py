@@ -373,3 +373,17 @@ def test_the_plans_limit_for_a_step_bounds_prefill_and_refuses_nobody():
         assert worker.ask(f"r{idx}", num_prompt=1, max_tokens=200) is None
         worker.step()
     assert worker.scheduler.num_running == 20
+
+
+def test_a_full_worker_that_has_room_again_says_so_at_once():
+    worker = Worker(max_num_seqs=2)
+    worker.warm_up()
+    for idx in range(2):
+        assert worker.ask(f"r{idx}", num_prompt=16, max_tokens=30) is None
+    for _ in range(5):
+        worker.step()
+        assert worker.admission.outlook().places_s
+    while worker.scheduler.num_running:
+        worker.step()
+    assert worker.admission.outlook().places_s == ()
+    assert worker.ask("new", num_prompt=16, max_tokens=30) is None
