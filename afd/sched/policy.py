@@ -277,6 +277,7 @@ class Admission:
         crowd = self._crowd(shares)
         pace, cycle_s = self._pace(crowd, candidate.num_pending), self._cycle_s(crowd)
         computed_s, left_s = _departures(shares, pace, cycle_s)
+        most_s = cycle_s if candidate.target_s >= self._tpot_s else 0.0
 
         def fits_at(now_s: float) -> bool:
             rest, num_freed = self._crowd([]), 0
@@ -288,7 +289,7 @@ class Admission:
                 if computed <= now_s:
                     rest.num_pending -= share.num_pending
             obstacle = self._obstacle(
-                rest, candidate, self._ttft_s, new=new, num_freed=num_freed, pace=pace, most_s=cycle_s
+                rest, candidate, self._ttft_s, new=new, num_freed=num_freed, pace=pace, most_s=most_s
             )
             return obstacle is None
 
