@@ -169,7 +169,7 @@ def test_a_step_without_tokens_is_learnt_of_too():
     """A chunk of a long prompt."""
     scene = Scene()
     scene.cluster.views.append(view(attention(0), plan=Plan(max_step_tokens=2)))
-    assert scene.turn("begin", "commit", tell=[submit(prompt=[1] * 5)]) == ["begin", "commit", "learn"]
+    assert scene.turn("begin", "commit", tell=[submit(prompt=[1] * 20)]) == ["begin", "commit", "learn"]
 
 
 def test_the_load_is_told_behind_the_tokens():

@@ -1,15 +1,12 @@
 """Silent experts are reported once, and looked for at intervals."""
 
-import torch
-
 from afd.ffn.expert_watch import PERIOD_S, ExpertWatch
 from afd.model.expert_load import ExpertLoad
 
 
 def load(*outputs: float) -> ExpertLoad:
     found = ExpertLoad(10, [0] * len(outputs))
-    for expert, value in enumerate(outputs):
-        found.measure(expert, torch.full((2, 4), value))
+    found.add([2] * len(outputs), [2 * value * value for value in outputs])  # two rows each
     return found
 
 
