@@ -94,7 +94,7 @@ def main() -> None:
     ffn = spec.layers[idx].ffn
     ops = select("cpu", args.dtype)
     half = load_ffn_half(folder, ShardSpec(), ops, weights=args.weights)
-    layer = half._layers[idx]
+    layer = half.layers[idx]
     assert isinstance(layer, MoeFfn)
     layer._shared = None  # routed experts only
     dtype = half.dtype

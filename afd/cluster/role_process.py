@@ -79,7 +79,7 @@ def run_role(launch: RoleLaunch, entry: RoleEntry) -> int:
         return EXIT_FAILURE
     finally:
         process.ended.set()
-        if launch.orphaned:  # SIGHUP may come before the pipe's end
+        if process.hung_up or launch.orphaned:  # SIGHUP may come before the pipe's end, and before a new parent
             process.clear_up()
     if process.fatal is not None:
         raise process.fatal
@@ -102,6 +102,7 @@ class _Process:
         self._launch = launch
         self._stop = threading.Event()
         self._num_signals = 0
+        self.hung_up = False  # the kernel said that the supervisor, or one of its threads, is gone
         self.ended = threading.Event()
         self.fatal: CoordinatorError | None = None
 
@@ -123,7 +124,7 @@ class _Process:
         SIGHUP, the kernel's word that the supervisor is gone, may come for each of the supervisor's threads.
         """
         if self._launch.supervisor_pid:
-            signal.signal(signal.SIGHUP, lambda signum, frame: self._stop.set())
+            signal.signal(signal.SIGHUP, self._on_hang_up)
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, self._on_signal)
 
@@ -144,6 +145,10 @@ class _Process:
 
     def _on_fatal(self, error: CoordinatorError) -> None:
         self.fatal = error
+        self._stop.set()
+
+    def _on_hang_up(self, signum: int, frame: FrameType | None) -> None:
+        self.hung_up = True
         self._stop.set()
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:

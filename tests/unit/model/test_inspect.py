@@ -69,7 +69,7 @@ def test_the_memory_told_is_the_memory_taken(model: str, parallel: FfnParallel, 
     for rank in range(3):
         shard = ShardSpec(rank, 3, parallel)
         half = load_ffn_half(folder, shard, select("cpu", "bfloat16"), weights=weights)
-        held = sum(_bytes_of(layer) for layer in half._layers)
+        held = sum(_bytes_of(layer) for layer in half.layers)
         assert ffn_bytes(folder.spec, shard, "bfloat16", weights) == held
 
 
@@ -86,7 +86,7 @@ def _attention_bytes(half: AttentionHalf) -> int:
     found: dict[int, int] = {}
     for part in (half._embedding, half._final_norm, half._head):
         found[id(part)] = _weight_bytes(part)
-    for layer in half._layers:
+    for layer in half.layers:
         weights = layer.attention._w  # type: ignore[attr-defined]
         router = layer.router
         parts = [getattr(weights, name) for name in weights.__slots__] + [layer.attn_norm, layer.ffn_norm]
@@ -138,7 +138,7 @@ def test_the_probe_is_the_experts_own_arithmetic(make_folder: Callable[..., Path
     checkpoint = resolve_model(str(folder)).checkpoint
     [health] = [e for layer in expert_health(checkpoint) for e in layer if (e.layer, e.expert) == (2, 3)]
     half = load_ffn_half(resolve_model(str(folder)), ShardSpec(), select("cpu", "float32"))
-    layer = half._layers[2]
+    layer = half.layers[2]
     assert isinstance(layer, MoeFfn)
     probe = np.random.default_rng(0).standard_normal((16, 64), np.float32)
     output = layer._experts[3](torch.from_numpy(probe))

@@ -181,7 +181,7 @@ def test_a_native_int8_product_is_near_torchs() -> None:
 
 
 def _attention_weights(half: AttentionHalf, layer: int) -> AttentionWeights:
-    weights = half._layers[layer].attention._w  # type: ignore[attr-defined]
+    weights = half.layers[layer].attention._w  # type: ignore[attr-defined]
     assert isinstance(weights, AttentionWeights)
     return weights
 
@@ -205,12 +205,12 @@ def test_int8_all_rounds_projections_and_head_alone(model: str) -> None:
         assert isinstance(got, Int8Weight)
         assert torch.equal(got.values, want.values) and torch.equal(got.scales, want.scales)
     assert torch.equal(rounded._embedding, plain._embedding)
-    assert torch.equal(rounded._layers[1].attn_norm, plain._layers[1].attn_norm)
+    assert torch.equal(rounded.layers[1].attn_norm, plain.layers[1].attn_norm)
 
 
 def test_int8_all_leaves_mla_as_it_is() -> None:
     half = load_attention_half(resolve_model("dummy:deepseek-v3-tiny"), select("cpu", "bfloat16"), weights="int8-all")
-    weights = half._layers[0].attention._w  # type: ignore[attr-defined]
+    weights = half.layers[0].attention._w  # type: ignore[attr-defined]
     assert not any(isinstance(w, Int8Weight | PackedInt8) for w in (weights.q_up, weights.kv_down, weights.o))
     assert isinstance(half._head, Int8Weight | PackedInt8)
 
@@ -220,7 +220,7 @@ def test_layers_with_int8_weights_are_fused_where_bfloat16_ones_are() -> None:
     halves = [
         load_attention_half(folder, select("cpu", "bfloat16"), weights=weights) for weights in ("auto", "int8-all")
     ]
-    fused = [[layer.fused is not None for layer in half._layers] for half in halves]
+    fused = [[layer.fused is not None for layer in half.layers] for half in halves]
     assert fused[0] == fused[1] == [native_ops() is not None] * folder.spec.num_layers
     assert isinstance(halves[1]._head, Packed) == fused[0][0]
 

@@ -90,7 +90,7 @@ def until(mesh: Mesh, kind: type) -> Event:
 
 def exchange(world: World, num_tokens: int, seed: int) -> None:
     parts = make_parts(num_tokens, 2, seed=seed)
-    world.dispatch(A0, [F0], parts, stream=seed % 4, epoch=max(world.meshes[A0]._roster.membership.live_epochs))
+    world.dispatch(A0, [F0], parts, stream=seed % 4, epoch=max(world.meshes[A0]._roster.epochs.live_epochs))
     event = until(world.meshes[A0], CombineArrived)
     assert isinstance(event, CombineArrived)
     np.testing.assert_array_equal(event.rows, parts.rows * 2)
