@@ -72,6 +72,9 @@ SETTINGS_OF_OTHERS: dict[str, list[Any]] = {
 }  # fmt: skip
 """Keys that other classes have: without effect in transformers here, or of effect through code that is shared."""
 
+OTHER_NAMES = {"num_local_experts": ("num_experts",)}
+"""What a key is called besides, and where its absence may be told by that name."""
+
 CONTRADICTED = {
     "num_hidden_layers": ("layer_types", "moe_layer_end_index", "mlp_only_layers"),
     "num_attention_heads": ("num_key_value_heads",),
@@ -222,7 +225,10 @@ def test_every_key_at_another_value_gives_transformers_logits_or_is_refused(orac
 
 
 def test_every_absent_key_is_the_classes_default_or_missing(oracle: Oracle) -> None:
-    wrong = {key: oracle.wrong({k: v for k, v in oracle.base.items() if k != key}, key) for key in oracle.base}
+    wrong = {
+        key: oracle.wrong({k: v for k, v in oracle.base.items() if k != key}, key, *OTHER_NAMES.get(key, ()))
+        for key in oracle.base
+    }
     assert {name: what for name, what in wrong.items() if what is not None} == {}
 
 
