@@ -10,6 +10,7 @@ TEST_JOBS ?= 2
 # Tests start processes by the dozen, which would compile every module anew.
 unexport PYTHONDONTWRITEBYTECODE
 PYTEST := $(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder
+RDMA_TESTS ?= tests/rdma tests/contract tests/unit/stepmesh/test_processes.py
 FUZZ_SEED ?= $(shell date +%s)
 # Decisions, protocols over the in-process transport, gangs: no other processes, no model, no simulated clusters,
 # searches or pictures.
@@ -60,7 +61,7 @@ fuzz: setup
 # The verbs transport over a real RDMA stack, in a QEMU guest of Debian's (root, apt-get; nothing of .venv is used).
 test-rdma:
 	$(PYTHON) tests/rdma/guest/boot.py run --limit 540 --set STEPMESH_TEST_RDMA_DEVICES=rxe0,rxe1 -- \
-		/usr/bin/python3 -m pytest tests/rdma tests/contract tests/unit/stepmesh/test_processes.py -k verbs
+		/usr/bin/python3 -m pytest $(RDMA_TESTS) -k verbs
 
 # The same guest; ratios only, it is emulated.
 bench-rdma:
