@@ -119,6 +119,21 @@ class _Pace:
     token_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class _Course:
+    """What becomes of the sequences that run, if nobody comes. pace: of prefill until their prompts are computed.
+
+    cycle_s: of their decodes alone.  computed_s, left_s: seconds until each has computed its prompt, and has left.
+    """
+
+    shares: Sequence[_Share]
+    crowd: _Crowd
+    pace: _Pace
+    cycle_s: float
+    computed_s: list[float]
+    left_s: list[float]
+
+
 @dataclass(slots=True)
 class _Waiting:
     """A request that was refused. It holds others back once it has asked again. rank_key: lower comes first."""
@@ -171,7 +186,9 @@ class Admission:
         if obstacle is not None:
             self.num_refused += 1
             if self.policy == "enforce":
-                wait_s = self._wait_s(shares, candidate, new=not ask.resumed)
+                running = self._crowd(shares)
+                course = self._course(shares, running, self._cycle_s(running), candidate.num_pending)
+                wait_s = self._wait_s(course, candidate, new=not ask.resumed)
                 if wait_s <= LINE_WAIT_S and candidate.target_s >= self._tpot_s and not ask.resumed:
                     self._line_up(ask, candidate, now)
                 return Refusal(obstacle, wait_s)
@@ -198,7 +215,8 @@ class Admission:
         if shares and self._typical is not None and self.policy == "enforce":
             num_prompt, num_output = (round(value) for value in self._typical)
             typical = self._share(num_prompt, 0, num_output, held=0, target_s=self._tpot_s)
-            places, prefill_token_s = self._usual(self._places_s(shares, typical), self._pace(crowd, num_prompt))
+            course = self._course(shares, crowd, cycle_s, typical.num_pending)
+            places, prefill_token_s = self._usual(self._places_s(course, typical), course.pace)
         return Outlook(places, prefill_token_s, min(self._tpot_s, crowd.target_s) - cycle_s, cycle_s)
 
     # -- decisions ----------------------------------------------------------------------------------------
@@ -269,19 +287,17 @@ class Admission:
             f"and its first token is due in {due_s:.2f} s"
         )
 
-    def _wait_s(self, shares: Sequence[_Share], candidate: _Share, *, new: bool = True) -> float:
+    def _wait_s(self, course: _Course, candidate: _Share, *, new: bool = True) -> float:
         """Seconds until the candidate fits, with the others ending their prefill and leaving as predicted.
 
         Who takes the place of another fits: what is believed of a cycle near the target changes from step to step.
         """
-        crowd = self._crowd(shares)
-        pace, cycle_s = self._pace(crowd, candidate.num_pending), self._cycle_s(crowd)
-        computed_s, left_s = _departures(shares, pace, cycle_s)
+        cycle_s, pace, computed_s, left_s = course.cycle_s, course.pace, course.computed_s, course.left_s
         most_s = cycle_s if candidate.target_s >= self._tpot_s else 0.0
 
         def fits_at(now_s: float) -> bool:
             rest, num_freed = self._crowd([]), 0
-            for share, computed, left in zip(shares, computed_s, left_s, strict=True):
+            for share, computed, left in zip(course.shares, computed_s, left_s, strict=True):
                 if left <= now_s:
                     num_freed += share.num_held
                     continue
@@ -314,19 +330,15 @@ class Admission:
         all_places, paces = zip(*self._outlooks, strict=True)
         return tuple(map(median, zip(*all_places, strict=True))), median(paces)
 
-    def _places_s(self, shares: Sequence[_Share], typical: _Share) -> tuple[float, ...]:
+    def _places_s(self, course: _Course, typical: _Share) -> tuple[float, ...]:
         """Seconds until each of the next requests like `typical` would be admitted; empty: all of them may come."""
-        crowd = self._crowd(shares)
-        pace, cycle_s = self._pace(crowd, typical.num_pending), self._cycle_s(crowd)
-        backlog_s = pace.token_s * crowd.num_pending
-        prefill_s = pace.token_s * typical.num_pending
         places = places_s(
-            _departures(shares, pace, cycle_s)[1],
-            num_free=self._num_free(crowd, typical),
-            first_s=self._wait_s(shares, typical),
-            backlog_s=backlog_s,
-            prefill_s=prefill_s,
-            decode_s=typical.num_left * cycle_s,
+            course.left_s,
+            num_free=self._num_free(course.crowd, typical),
+            first_s=self._wait_s(course, typical),
+            backlog_s=course.pace.token_s * course.crowd.num_pending,
+            prefill_s=course.pace.token_s * typical.num_pending,
+            decode_s=typical.num_left * course.cycle_s,
             allowed_s=BACKLOG * self._ttft_s,
         )
         return places if places[-1] else ()
@@ -339,6 +351,11 @@ class Admission:
             if self._obstacle(crowd, typical, math.inf, new=True) is not None:
                 return num
         return MAX_PLACES
+
+    def _course(self, shares: Sequence[_Share], crowd: _Crowd, cycle_s: float, num_prompt: int) -> _Course:
+        """What becomes of the crowd of these shares. num_prompt: tokens of a prompt whose computing sets the pace."""
+        pace = self._pace(crowd, num_prompt)
+        return _Course(shares, crowd, pace, cycle_s, *_departures(shares, pace, cycle_s))
 
     # -- sizes --------------------------------------------------------------------------------------------
 
