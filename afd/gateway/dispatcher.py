@@ -145,7 +145,7 @@ class Dispatcher:
             self.counters.rejected_queue_full += 1
             raise UnavailableError(
                 f"the queue is full ({len(self.queue)} of {self.queue.max_sequences} sequences wait)",
-                retry_after_s=max(1.0, self._waits.apply(predicted_wait_s(_reports(serving), len(self.queue)))),
+                retry_after_s=self._wait_of_newcomer_s(),
                 code="queue_full",
             )
         patience_s, predicted_s = self.limits.request_timeout_s, None
@@ -444,8 +444,11 @@ class Dispatcher:
             self.counters.rejected_ttft += 1
             if sequence.lined_up_at:
                 self._waits.took_longer(now - sequence.lined_up_at, sequence.predicted_s)
-            wait_s = max(1.0, self._waits.apply(predicted_wait_s(self._serving_reports(), len(self.queue))))
-            self._fail(sequence, self._too_late(wait_s, now - sequence.created_at))
+            self._fail(sequence, self._too_late(self._wait_of_newcomer_s(), now - sequence.created_at))
+
+    def _wait_of_newcomer_s(self) -> float:
+        """Behind the whole line; a second at least."""
+        return max(1.0, self._waits.apply(predicted_wait_s(self._serving_reports(), len(self.queue))))
 
     def _serving_reports(self) -> list[WorkerStats]:
         return _reports(worker for worker in self.workers.values() if worker.serving)
