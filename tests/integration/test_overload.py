@@ -51,27 +51,30 @@ def resident(cluster):
     return sum(process.memory_info().rss for process in cluster.members)
 
 
-def test_enforced_the_admitted_keep_the_sla_and_the_others_hear_it_at_once(tmp_path):
-    """On a machine that itself stalls nobody can keep a promise in milliseconds: the best of three runs counts."""
+def keeps_its_promises(tmp_path):
+    """One cluster at twice its capacity; whether the admitted were all served in time. What else it shows must hold."""
     with up(tmp_path, "enforce") as cluster:
         load(cluster.url, rate=RATE, num_prompts=40)
-        for seed in (1, 2, 3):
-            before = resident(cluster)
-            served = Served.of(load(cluster.url, rate=RATE, num_prompts=180, seed=seed))
-            grown = resident(cluster) - before
-            kept = served.share(served.tpots_s, TPOT_S)
-            if kept >= 0.99 and served.share(served.ttfts_s, TTFT_S) >= 0.9:
-                break
+        before = resident(cluster)
+        served = Served.of(load(cluster.url, rate=RATE, num_prompts=180, seed=1))
+        grown = resident(cluster) - before
         metrics = cluster.metrics("attention")
         gateway = cluster.metrics("gateway")
     assert len(served.refusals_s) > 40, "this was meant to be an overload"
     assert len(served.tpots_s) > 60
-    assert kept >= 0.99
-    assert served.share(served.ttfts_s, TTFT_S) >= 0.9
-    assert served.share(served.refusals_s, 0.1) >= 0.9
     assert grown < 32 << 20
     assert metrics['afd_sla_admissions_total{verdict="admitted"}'] >= 60
-    assert gateway["afd_sla_tpot_attainment"] >= 0.9
+    return (
+        served.share(served.tpots_s, TPOT_S) >= 0.99
+        and served.share(served.ttfts_s, TTFT_S) >= 0.9
+        and served.share(served.refusals_s, 0.1) >= 0.9
+        and gateway["afd_sla_tpot_attainment"] >= 0.99
+    )
+
+
+def test_enforced_the_admitted_keep_the_sla_and_the_others_hear_it_at_once(tmp_path_factory):
+    """On a machine that itself stalls nobody can keep a promise in milliseconds: one of three clusters must."""
+    assert any(keeps_its_promises(tmp_path_factory.mktemp("cluster")) for _ in range(3))
 
 
 def test_switched_off_everyone_is_admitted_and_the_sla_is_missed(tmp_path):
