@@ -69,9 +69,6 @@ class Exchange(Protocol):
     def cancel(self) -> None:
         """Forget every exchange in flight (an FFN rank was lost); late answers are dropped."""
 
-    def close(self) -> None:
-        """Free what the exchange holds."""
-
 
 class LocalExchange:
     """FFN halves in this process, run when polled (so that attention and FFN time stay apart in traces)."""
@@ -113,7 +110,4 @@ class LocalExchange:
         pass
 
     def cancel(self) -> None:
-        self._queue.clear()
-
-    def close(self) -> None:
         self._queue.clear()

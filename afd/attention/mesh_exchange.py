@@ -199,9 +199,6 @@ class MeshExchange:
             flight.arrived.clear()
         self._completed.clear()
 
-    def close(self) -> None:
-        self._mesh.close()
-
     def _retire(self) -> None:
         """Let go of the epochs before the oldest that a step under way began with."""
         oldest = min((s.epoch for s in self._streams.values() if s.open), default=self._epoch)
