@@ -48,21 +48,29 @@ class BlockPool:
         """Blocks that `num_tokens` tokens need."""
         return -(-num_tokens // self.block_size)
 
-    def find(self, token_ids: Sequence[int]) -> list[bytes]:
+    def find(self, token_ids: Sequence[int], known: list[bytes]) -> list[bytes]:
         """Hashes of the longest cached prefix of `token_ids` in full blocks; no reference is taken.
 
-        At least one token is left to compute, since logits come from computing one.
+        At least one token is left to compute, since logits come from computing one. known: see `hash_of`.
         """
-        hashes: list[bytes] = []
         if not self.prefix_cache:
-            return hashes
-        parent = ROOT_HASH
-        for start in range(0, len(token_ids) - self.block_size, self.block_size):
-            parent = chain_hash(parent, token_ids[start : start + self.block_size])
-            if parent not in self._block_of_hash:
-                break
-            hashes.append(parent)
-        return hashes
+            return []
+        num_blocks = max(0, len(token_ids) - 1) // self.block_size
+        for idx in range(num_blocks):
+            if self.hash_of(token_ids, idx, known) not in self._block_of_hash:
+                return known[:idx]
+        return known[:num_blocks]
+
+    def hash_of(self, token_ids: Sequence[int], idx: int, known: list[bytes]) -> bytes:
+        """Prefix-chain hash of full block `idx` of a text.
+
+        known: the hashes of its leading blocks, at least those before `idx`. A new one is added there, so that each
+        block of a text that only grows is hashed once.
+        """
+        if idx == len(known):
+            start = idx * self.block_size
+            known.append(chain_hash(known[-1] if known else ROOT_HASH, token_ids[start : start + self.block_size]))
+        return known[idx]
 
     def is_cached(self, content_hash: bytes) -> bool:
         """True when `take` of this hash would succeed."""

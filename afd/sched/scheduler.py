@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import Protocol
 
-from afd.kv.block_pool import ROOT_HASH, BlockPool, chain_hash
+from afd.kv.block_pool import BlockPool
 from afd.kv.windowed_blocks import WindowedBlocks, kept
 from afd.sched.latency import StepLoad, attended
 from afd.sched.sequence import BatchItem, MicroBatch, Progress, Sequence, SequenceState
@@ -319,7 +319,10 @@ class Scheduler:
         """Waiting -> running, in service order, while a place and the blocks of the whole text so far are free."""
         while self._waiting and self.num_running < self.config.max_num_seqs:
             seq = self._waiting[0]
-            self._match(seq)
+            hashes = self.pool.find(seq.tokens, seq.hashes)
+            if self.pool.blocks_for(len(seq.tokens) + 1) - len(hashes) > self.pool.num_free:
+                return  # no need to take references on the cached blocks and give them back
+            self._match(seq, hashes)
             if self._lacks(seq, len(seq.tokens) + 1, at_once=False):
                 self._give_back(seq)
                 return
@@ -382,20 +385,19 @@ class Scheduler:
         missing = self.windowed.missing if at_once else self.windowed.missing_over_time
         return missing(seq.window_blocks, num_tokens) > self.windowed.pool.num_free
 
-    def _match(self, seq: Sequence) -> None:
-        """Take the longest cached prefix that every layer can go on from."""
-        hashes = self.pool.find(seq.tokens)
+    def _match(self, seq: Sequence, hashes: list[bytes]) -> None:
+        """Take the longest of these cached blocks that every layer can go on from."""
         if self.windowed is not None:
             hashes = hashes[: self.windowed.usable(hashes)]
             seq.window_blocks = self.windowed.take(hashes)
-        seq.blocks, seq.hashes = self.pool.take(hashes), hashes
+        seq.blocks, seq.num_published = self.pool.take(hashes), len(hashes)
 
     def _give_back(self, seq: Sequence) -> None:
         """All its blocks return to their pools."""
         self.pool.release(seq.blocks)
         if self.windowed is not None:
             self.windowed.release(seq.window_blocks)
-        seq.blocks, seq.window_blocks, seq.hashes = [], [], []
+        seq.blocks, seq.window_blocks, seq.num_published = [], [], 0
 
     def _preempt(self, seq: Sequence) -> None:
         """Back to the queue; its KV is recomputed later (or found again in the prefix cache)."""
@@ -407,16 +409,13 @@ class Scheduler:
         bisect.insort(self._waiting, seq, key=lambda s: s.rank_key)
 
     def _publish(self, seq: Sequence) -> None:
-        size = self.pool.block_size
-        if len(seq.hashes) == seq.num_computed // size:
-            return
-        parent = seq.hashes[-1] if seq.hashes else ROOT_HASH
-        for idx in range(len(seq.hashes), seq.num_computed // size):
-            parent = chain_hash(parent, seq.tokens[idx * size : (idx + 1) * size])
-            self.pool.publish(seq.blocks[idx], parent)
+        num_full = seq.num_computed // self.pool.block_size
+        for idx in range(seq.num_published, num_full):
+            content_hash = self.pool.hash_of(seq.tokens, idx, seq.hashes)
+            self.pool.publish(seq.blocks[idx], content_hash)
             if self.windowed is not None:
-                self.windowed.pool.publish(seq.window_blocks[idx], parent)
-            seq.hashes.append(parent)
+                self.windowed.pool.publish(seq.window_blocks[idx], content_hash)
+        seq.num_published = num_full
 
     def _append(self, seq: Sequence, token: int) -> Progress:
         tokens, sampling = seq.tokens, seq.sampling

@@ -24,7 +24,8 @@ class Sequence:
     tokens: prompt followed by output, resubmitted output included.  num_prompt: length of the prompt part.
     num_computed: leading tokens whose KV is in the cache (committed).
     window_blocks: likewise of sliding-window layers, DROPPED behind the window; empty for models without.
-    blocks: KV blocks in order; hashes: prefix-chain hashes of its first full blocks that are published.
+    blocks: KV blocks in order; the first num_published of them can be found by others.
+    hashes: prefix-chain hashes of its first full blocks, as far as they were computed: its text never changes.
     tpot_s: its TPOT target; 0 = none.
     stream: place in the pipeline, -1 while waiting.  in_flight: part of a micro-batch that is not committed.
     doomed: set by abort while in flight: carried out at that commit.  evicted: likewise for preemption.
@@ -47,6 +48,7 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     window_blocks: list[int] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)
+    num_published: int = 0
     in_flight: bool = False
     doomed: FinishReason | None = None
     evicted: bool = False

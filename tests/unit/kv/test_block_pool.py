@@ -28,13 +28,13 @@ def test_prefix_is_found_only_after_publish_and_leaves_one_token():
     pool = BlockPool(8, 4)
     tokens = list(range(8))
     blocks = pool.allocate(2)
-    assert pool.find(tokens) == []
+    assert pool.find(tokens, []) == []
     publish_all(pool, blocks, tokens)
-    hashes = pool.find(tokens)
+    hashes = pool.find(tokens, [])
     assert len(hashes) == 1
     shared = pool.take(hashes)
     assert shared == blocks[:1], "the last token must be computed, so its block is not taken"
-    longer = pool.take(pool.find([*tokens, 9]))
+    longer = pool.take(pool.find([*tokens, 9], []))
     assert longer == blocks
     pool.check([blocks, shared, longer])
 
@@ -43,7 +43,7 @@ def test_different_prefix_with_equal_block_content_is_not_shared():
     pool = BlockPool(8, 2)
     blocks = pool.allocate(2)
     publish_all(pool, blocks, [1, 2, 3, 4])
-    assert pool.find([9, 9, 3, 4, 5]) == []
+    assert pool.find([9, 9, 3, 4, 5], []) == []
 
 
 def test_cached_content_survives_release_until_the_block_is_needed():
@@ -52,18 +52,18 @@ def test_cached_content_survives_release_until_the_block_is_needed():
     publish_all(pool, blocks, [1, 2])
     pool.release(blocks)
     assert pool.allocate(1) != blocks, "uncached blocks go first"
-    again = pool.take(pool.find([1, 2, 3]))
+    again = pool.take(pool.find([1, 2, 3], []))
     assert again == blocks
     pool.release(again)
     assert pool.allocate(1) == blocks
-    assert pool.find([1, 2, 3]) == []
+    assert pool.find([1, 2, 3], []) == []
 
 
 def test_prefix_cache_off_never_shares():
     pool = BlockPool(4, 2, prefix_cache=False)
     blocks = pool.allocate(1)
     publish_all(pool, blocks, [1, 2])
-    assert pool.find([1, 2, 3]) == []
+    assert pool.find([1, 2, 3], []) == []
 
 
 @settings(max_examples=60, derandomize=True)
@@ -75,7 +75,7 @@ def test_any_sequence_of_operations_keeps_the_books(operations):
     for kind, length, family in operations:
         if kind < 3:
             tokens = [family] * length
-            blocks = pool.take(pool.find(tokens))
+            blocks = pool.take(pool.find(tokens, []))
             more = pool.allocate(pool.blocks_for(length) - len(blocks))
             if more is None:
                 pool.release(blocks)

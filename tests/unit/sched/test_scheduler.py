@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from afd.attention.look_ahead import LookAhead
-from afd.kv.block_pool import BlockPool
+from afd.kv.block_pool import BlockPool, chain_hash
 from afd.sched.scheduler import Scheduler, SchedulerConfig
 from afd.sched.sequence import Sequence
 from afd.types import FinishReason, SamplingParams
@@ -297,3 +297,52 @@ def test_any_interleaving_gives_each_request_what_it_gets_alone(seed, num_blocks
         assert got == want[: len(got)]
         assert name in aborted or got == want
     assert scheduler.pool.num_free == scheduler.pool.num_blocks
+
+
+@pytest.fixture
+def num_hashed(monkeypatch):
+    """Blocks that were hashed so far."""
+    counted = []
+
+    def counting(parent, token_ids):
+        counted.append(None)
+        return chain_hash(parent, token_ids)
+
+    monkeypatch.setattr("afd.kv.block_pool.chain_hash", counting)
+    return lambda: len(counted)
+
+
+def decode(scheduler):
+    """One step of stream 0."""
+    batch = scheduler.schedule(0)
+    scheduler.commit(batch, {item.seq.req_id: 9 for item in batch.items if item.samples})
+    scheduler.check()
+
+
+def test_the_head_of_the_line_is_hashed_once_however_long_it_waits(num_hashed):
+    """Its prefix is cached, but there is no room for the rest: it is looked at again in every step."""
+    scheduler = make(num_blocks=10, num_streams=1, max_step_tokens=64)
+    scheduler.add(sequence("runs", [1] * 24, 15))
+    decode(scheduler)
+    decode(scheduler)
+    scheduler.add(sequence("waits", [1] * 24 + [2] * 14, 2, arrival=1))
+    before = num_hashed()
+    for _ in range(12):
+        decode(scheduler)
+        assert scheduler.num_waiting == 1
+    assert num_hashed() - before == 7 + 3, "its prefix and the first miss; and what the running one filled"
+    for _ in range(4):
+        if not scheduler.idle:
+            decode(scheduler)
+    assert scheduler.idle and scheduler.prefix_hits == 24, "it did get its cached prefix"
+
+
+def test_a_preempted_sequence_is_not_hashed_again(num_hashed):
+    scheduler = make(num_blocks=8, num_streams=1, max_step_tokens=64)
+    for idx in range(2):
+        scheduler.add(sequence(f"r{idx}", [idx] * 12, 12, arrival=idx))
+    for _ in range(60):
+        if not scheduler.idle:
+            decode(scheduler)
+    assert scheduler.idle and scheduler.num_preemptions
+    assert num_hashed() <= 2 * (24 // 4)
