@@ -116,6 +116,7 @@ class TokenChunk(msgspec.Struct, frozen=True, omit_defaults=True):
     """New tokens of one request. `ids` start at output index `first_idx` (which counts resubmitted output too).
 
     finish: set on the last chunk.  error: text for the client when finish is ERROR.
+    retryable: the request ended for the worker's sake, not for its own: another attention worker can go on with it.
     cached_tokens: prompt tokens found in the prefix cache (on the first chunk of an attempt).
     preempted: how often the request was preempted so far.
     """

@@ -87,6 +87,7 @@ class WorkerCore:
         self._outbox: list[tuple[bytes, WorkerMessage]] = []
         self._news: list[Output] = []
         self._num_arrivals = 0
+        self._others_serve = False
         self._max_streams = scheduler.num_streams
         self._patience_until_s: float | None = None  # while FFN workers are out of reach
         self._stats: WorkerStats | None = None
@@ -122,6 +123,8 @@ class WorkerCore:
 
     def adopt(self, view: ClusterView) -> None:
         """A new view of the cluster: its plan counts from each stream's next step on."""
+        others = (member for member in view.of_role("attention") if member.rank != self.rank)
+        self._others_serve = any(member.ready and not member.draining for member in others)
         self._max_streams = view.plan.max_streams
         self.scheduler.limit_step(view.plan.max_step_tokens)
 
@@ -153,7 +156,7 @@ class WorkerCore:
         if guilty:
             self._post_news()
         for seq in guilty:
-            self._end(seq, f"its step was interrupted {seq.num_interrupted} times: {reason}")
+            self._end(seq, f"its step was interrupted {seq.num_interrupted} times: {reason}", retryable=False)
         if guilty:
             log.error(
                 "a step was interrupted %d times: %d requests ended with an error", MAX_INTERRUPTIONS, len(guilty)
@@ -272,15 +275,23 @@ class WorkerCore:
         self._post_news()
         seqs = self.scheduler.sequences()
         for seq in seqs:
-            self._end(seq, f"{self.why_not_ready}; no recovery in time")
+            self._end(seq, f"{self.why_not_ready}; no recovery in time", retryable=self._others_serve)
         if seqs:
             log.error("%s: %d requests ended with an error", self.why_not_ready, len(seqs))
 
-    def _end(self, seq: Sequence, error: str) -> None:
-        """End a request with an error, from here on."""
+    def _end(self, seq: Sequence, error: str, *, retryable: bool) -> None:
+        """End a request with an error. retryable: it would fare better at another worker."""
         self.scheduler.abort(seq.req_id, FinishReason.ERROR)
         self._ledger.post(
-            TokenChunk(seq.req_id, seq.attempt, seq.num_output, [], finish=FinishReason.ERROR, error=error)
+            TokenChunk(
+                seq.req_id,
+                seq.attempt,
+                seq.num_output,
+                [],
+                finish=FinishReason.ERROR,
+                error=error,
+                retryable=retryable,
+            )
         )
 
     def _post_news(self) -> None:

@@ -265,6 +265,28 @@ def test_an_interrupted_step_runs_again_when_they_are_back(worker):
     assert [c.first_idx for c in worker.chunks()] == [0, 1, 2]
 
 
+@pytest.mark.parametrize(
+    ("others", "retryable"),
+    [
+        ([], False),
+        ([attention(1)], True),
+        ([attention(1, ready=False)], False),
+        ([attention(1, draining=True), attention(2, ready=False)], False),
+        ([attention(1, draining=True), attention(2)], True),
+    ],
+)
+def test_requests_may_go_on_at_another_worker_where_one_serves(worker, others, retryable):
+    worker.core.adopt(view(attention(0), *others))
+    worker.tell(Lease("gw", 60.0), submit())
+    worker.step()
+    worker.heard()
+    worker.core.set_ready(False, "ffn/0 is lost", 0.0)
+    worker.core.tick(10.0)
+    assert [(c.finish, c.retryable) for c in worker.chunks()] == [(FinishReason.ERROR, retryable)]
+    worker.tell(Resend("r", 0, 0))
+    assert [(c.ids, c.finish, c.retryable) for c in worker.chunks()] == [([5], FinishReason.ERROR, retryable)]
+
+
 def test_tokens_that_were_not_published_yet_leave_before_the_error(worker):
     worker.tell(Lease("gw", 60.0), submit())
     worker.begin()
