@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from afd.messages.membership import Forecast, StepCosts
+from afd.sched.cycle import cycle_s
 
 TRUSTED_STEPS = 64  # before a worker's curves and corrections are believed
 
@@ -47,7 +48,7 @@ def forecast(workers: Sequence[StepCosts], num_streams: int, *, extra_tokens: fl
     correction = _mean([_correction(worker, m) for worker, m in zip(workers, streams, strict=True)])
     return Forecast(
         num_streams=num_streams,
-        cycle_s=correction * max(attention_s, ffn_s, latency_s),
+        cycle_s=correction * cycle_s([attention_s, ffn_s], [latency_s]),
         attention_s=attention_s,
         ffn_s=ffn_s,
         latency_s=latency_s,

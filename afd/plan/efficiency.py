@@ -1,9 +1,10 @@
 """What real kernels reach of a chip's peaks: one set of factors for every model, chip and topology.
 
 Where each comes from (docs/planning.md has the numbers): core_16bit, core_flops, gemm and launch_s follow from the
-report's measured attention layers (Table 9); network is DeepEP's 40 of 50 GB/s; core_8bit, collective_exposed and
-jitter are what makes the report's four throughput rows (Table 8) consistent; colocated_stretch is what DeepSeek's
-published decode profile needs. Replace them with measurements: `--calibrate`, `--efficiency KEY=VALUE`.
+report's measured attention layers (Table 9); network is DeepEP's 40 of 50 GB/s; core_8bit and collective_exposed follow
+from the report's peak minutes (Table 8), jitter lies between its average over them (3.3 %) and StepMesh's 2 ms of 50;
+colocated_stretch is what DeepSeek's published decode profile needs. Replace them with measurements: `--calibrate`,
+`--efficiency KEY=VALUE`.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ class Efficiency(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     gemm: Share = 0.65  # compute peak and memory bandwidth, projections and experts
     network: Share = 0.80  # NIC line rate
     interconnect: Share = 0.80  # chip-to-chip bandwidth inside a server
-    collective_exposed: Fraction = 0.31  # of an FFN instance's gather + scatter, what its GEMMs do not hide
+    collective_exposed: Fraction = 0.30  # of an FFN instance's gather + scatter, what its GEMMs do not hide
     launch_s: Seconds = 35e-6  # per role and layer: launches, norms, router, quantisation
     wire_s: Seconds = 5e-6  # per transfer and direction: posting and flight
-    jitter: Seconds = 0.04  # mean TPOT over the sum of the stages: 2 ms of 50
+    jitter: Seconds = 0.036  # mean TPOT over a peak minute's, which is the sum of the stages
     memory: Share = 0.93  # of a chip's memory that may be used
     workspace_gb: Seconds = 4.0  # activations, graphs, transfer slots, 1e9 bytes per chip
     colocated_stretch: Annotated[float, msgspec.Meta(ge=1)] = 1.28  # a colocated EP layer over the sum of its parts

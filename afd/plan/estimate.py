@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from afd.errors import ConfigError
@@ -15,9 +14,6 @@ from afd.plan.stages import StageModel, StageTimes
 
 MAX_BATCH = 1 << 14
 """Tokens per attention chip and micro-batch beyond which nothing is tried (tiny models, tiny contexts)."""
-
-GRID_RATIO = 1.25
-"""Spacing of the batch grid; edges between grid points are then found exactly by bisection."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,28 +100,26 @@ class Estimator:
             stage=stage,
             cycle=beat,
             bound=beat.bound,
-            tpot_s=step_time(stage, beat.seconds, deployment.streams, layers) * slack,
+            tpot_s=step_time(stage, deployment.streams, layers, objective.pipeline) * slack,
             barrier_tpot_s=barrier_step_time(stage, deployment.streams, layers) * slack,
         )
 
     def best(self, deployment: Deployment, objective: Objective) -> Estimate | None:
         """The batch with the highest throughput that fits memory and holds the SLA; None when not even one token does.
 
-        TPOT rises with the batch, and throughput rises as long as the pipeline overlaps in the same way, so the best
-        batch lies at an edge: where memory ends, where the SLA breaks, or where the overlap changes. The grid brackets
-        the edges, bisection finds them.
+        TPOT and throughput rise with the batch, so it is the largest that fits and holds; bisection finds it.
         """
         capacity = max_requests(deployment, self.efficiency, objective.context) // deployment.streams
-        largest = min(capacity, MAX_BATCH)
-        if largest < 1:
-            return None
-
-        def at(num_tokens: int) -> Estimate:
-            return self.estimate(deployment, objective, num_tokens)
-
-        candidates = _edges(at, largest)
-        best = max((e for e in candidates if e.holds_sla), key=lambda e: e.tgs, default=None)
-        if best is not None and best.num_tokens == capacity and at(capacity + 1).holds_sla:
+        low, high = 0, min(capacity, MAX_BATCH)
+        best: Estimate | None = None
+        while low < high:
+            middle = (low + high + 1) // 2
+            estimate = self.estimate(deployment, objective, middle)
+            if estimate.holds_sla:
+                low, best = middle, estimate
+            else:
+                high = middle - 1
+        if best is not None and low == capacity and self.estimate(deployment, objective, capacity + 1).holds_sla:
             return dataclasses.replace(best, bound=Bound.MEMORY)
         return best
 
@@ -163,34 +157,3 @@ class Estimator:
             }
             for role, use in roles.items()
         }
-
-
-def _edges(at: Callable[[int], Estimate], largest: int) -> list[Estimate]:
-    """Estimates on both sides of every change of pipeline kind or of SLA verdict, and at both ends."""
-    grid = [1]
-    while grid[-1] < largest:
-        grid.append(min(largest, max(grid[-1] + 1, int(grid[-1] * GRID_RATIO))))
-    low = at(1)
-    found = [low]
-    for point in grid[1:]:
-        high = at(point)
-        found += _bisect(at, low, high)
-        if not high.holds_sla and high.cycle.kind is not PipelineKind.CONSERVATIVE:
-            break  # no larger batch is faster; only a conservative pipeline may still turn into an optimistic one
-        low = high
-    return found
-
-
-def _bisect(at: Callable[[int], Estimate], low: Estimate, high: Estimate) -> list[Estimate]:
-    """The last estimate like `low` and the first unlike it, when `high` differs; else just `high`."""
-    while _verdict(low) != _verdict(high) and high.num_tokens - low.num_tokens > 1:
-        middle = at((low.num_tokens + high.num_tokens) // 2)
-        if _verdict(middle) == _verdict(low):
-            low = middle
-        else:
-            high = middle
-    return [low, high]
-
-
-def _verdict(estimate: Estimate) -> tuple[bool, PipelineKind]:
-    return estimate.holds_sla, estimate.cycle.kind

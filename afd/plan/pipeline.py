@@ -1,6 +1,6 @@
-"""From stage times to a cycle: how often a micro-batch leaves a layer. Closed forms, each with its source.
+"""From stage times to a step: how often a micro-batch leaves a layer, and what decides it (`afd.sched.cycle`).
 
-Units: seconds per layer. A step of m micro-batches through L layers takes m * L cycles.
+Units: seconds per layer. A step of m micro-batches through L layers takes m * L cycles, and what heads add.
 """
 
 from __future__ import annotations
@@ -10,14 +10,13 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from afd.plan.stages import StageTimes
+from afd.sched.cycle import equal_streams_cycle_s
 
 
 class PipelineKind(StrEnum):
-    """How far stages overlap (AIConfigurator's three models).
+    """What a transfer keeps from other work (AIConfigurator's names).
 
-    SERIAL: nothing does. CONSERVATIVE: A and F overlap, each waits for its own transfer. OPTIMISTIC: transfers are a
-    stage of their own; holds only with enough micro-batches and transfers that are not the longest part by far, and
-    falls back to CONSERVATIVE otherwise.
+    SERIAL: everything; nothing overlaps. CONSERVATIVE: its sender. OPTIMISTIC: its direction of the link, nobody else.
     """
 
     SERIAL = "serial"
@@ -26,11 +25,12 @@ class PipelineKind(StrEnum):
 
 
 class Bound(StrEnum):
-    """What binds: a stage, or the attention chips' memory (no larger batch fits)."""
+    """What binds: a device that is never idle; the way of one micro-batch, which more streams would hide; memory."""
 
     ATTENTION = "attention"
     FFN = "ffn"
     NETWORK = "network"
+    LATENCY = "latency"
     MEMORY = "memory"
 
 
@@ -38,9 +38,9 @@ class Bound(StrEnum):
 class Cycle:
     """How often a micro-batch leaves a layer.
 
-    seconds: per micro-batch and layer.
-    kind: the model that held.
-    min_streams: what OPTIMISTIC would need.
+    seconds: per micro-batch and layer, heads not counted.
+    kind: what a transfer keeps busy; SERIAL for one stream.
+    min_streams: with which a device would never be idle.
     """
 
     seconds: float
@@ -51,40 +51,48 @@ class Cycle:
 
 def cycle(stage: StageTimes, streams: int, kind: PipelineKind = PipelineKind.OPTIMISTIC) -> Cycle:
     """The cycle of `streams` micro-batches under pipeline model `kind`; one micro-batch is always serial."""
-    needed = min_streams(stage)
-    if kind is PipelineKind.SERIAL or streams == 1:
-        seconds = stage.attention_s + stage.ffn_s + stage.transfer_s
-        return Cycle(seconds, PipelineKind.SERIAL, needed, _longest(stage))
-    attention_s, ffn_s = stage.attention_s + stage.to_ffn_s, stage.ffn_s + stage.to_attention_s
-    overlapped_s = max(stage.attention_s, stage.ffn_s, stage.transfer_s)
-    if kind is PipelineKind.OPTIMISTIC and streams >= needed and overlapped_s <= max(attention_s, ffn_s):
-        return Cycle(overlapped_s, PipelineKind.OPTIMISTIC, needed, _longest(stage))
-    bound = Bound.ATTENTION if attention_s >= ffn_s else Bound.FFN
-    return Cycle(max(attention_s, ffn_s), PipelineKind.CONSERVATIVE, needed, bound)
+    devices, way_s = _devices(stage, kind), _way(stage)
+    longest = max(devices, key=lambda name: devices[name])
+    needed = way_s / devices[longest]
+    if streams == 1 and kind is not PipelineKind.SERIAL:
+        devices, kind = _devices(stage, PipelineKind.SERIAL), PipelineKind.SERIAL
+    seconds = equal_streams_cycle_s(streams, list(devices.values()), way_s) / streams
+    if kind is PipelineKind.SERIAL:
+        longest = max(Bound.ATTENTION, Bound.FFN, Bound.NETWORK, key=lambda name: _shares(stage)[name])
+    elif streams < needed:
+        longest = Bound.LATENCY
+    return Cycle(seconds, kind, needed, longest)
 
 
-def min_streams(stage: StageTimes) -> float:
-    """m >= 2 + t_C / max(t_A, t_F) hides both transfers (MegaScale-Infer: m >= 2 (1 + T_c/T_f), t_C = 2 T_c)."""
-    return 2.0 + stage.transfer_s / max(stage.attention_s, stage.ffn_s)
-
-
-def _longest(stage: StageTimes) -> Bound:
-    longest = max(stage.attention_s, stage.ffn_s, stage.transfer_s)
-    if longest == stage.attention_s:
-        return Bound.ATTENTION
-    return Bound.FFN if longest == stage.ffn_s else Bound.NETWORK
-
-
-def step_time(stage: StageTimes, cycle_s: float, streams: int, num_layers: int) -> float:
+def step_time(stage: StageTimes, streams: int, num_layers: int, kind: PipelineKind = PipelineKind.OPTIMISTIC) -> float:
     """Seconds of one step when the next one of a stream starts at once (no barrier between steps)."""
-    return streams * (num_layers * cycle_s + stage.head_s)
+    devices = list(_devices(stage, PipelineKind.SERIAL if streams == 1 else kind).values())
+    return equal_streams_cycle_s(streams, devices, _way(stage), num_layers, stage.head_s)
 
 
 def barrier_step_time(stage: StageTimes, streams: int, num_layers: int) -> float:
     """Seconds of a step that fills and drains the pipeline: (T_a + T_e + 2 T_c) + T_f (m L - 1), MegaScale-Infer."""
-    longest = max(stage.attention_s, stage.ffn_s)
-    first = stage.attention_s + stage.ffn_s + stage.transfer_s
-    return first + longest * (streams * num_layers - 1) + streams * stage.head_s
+    longest = cycle(stage, streams).seconds
+    return _way(stage) + longest * (streams * num_layers - 1) + streams * stage.head_s
+
+
+def _devices(stage: StageTimes, kind: PipelineKind) -> dict[Bound, float]:
+    """Seconds of one layer on what does one thing at a time, the attention side first."""
+    if kind is PipelineKind.SERIAL:
+        return {Bound.ATTENTION: _way(stage)}
+    if kind is PipelineKind.CONSERVATIVE:
+        return {Bound.ATTENTION: stage.attention_s + stage.to_ffn_s, Bound.FFN: stage.ffn_s + stage.to_attention_s}
+    return _shares(stage)
+
+
+def _shares(stage: StageTimes) -> dict[Bound, float]:
+    """The slower direction stands for the network: the other one is never what binds."""
+    slower_s = max(stage.to_ffn_s, stage.to_attention_s)
+    return {Bound.ATTENTION: stage.attention_s, Bound.FFN: stage.ffn_s, Bound.NETWORK: slower_s}
+
+
+def _way(stage: StageTimes) -> float:
+    return stage.attention_s + stage.ffn_s + stage.transfer_s
 
 
 def analytic_ratio(attention_s: float, transfer_s: float, ffn_base_s: float, ffn_slope_s: float) -> float:

@@ -15,7 +15,7 @@ from afd.types import Topology
 MAX_ATTENTION = 128
 """Attention instances of one cluster (the gang member mask's width)."""
 
-TIE = 0.005
+TIE = 0.01
 """Leads below this are under the model's accuracy: the smaller deployment wins."""
 
 PRUNE = 0.5

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import msgspec
 
 from afd.sched.curves import OUTLIER, TRUSTED, Curve
+from afd.sched.cycle import cycle_s
 from afd.sched.sequence import MicroBatch
 
 COLD_STEPS = 2  # a process's first steps touch weights and KV for the first time: they tell nothing of later ones
@@ -235,7 +236,7 @@ class LatencyModel:
         sum_a, sum_f = sum(a for a, _ in steps), sum(f for _, f in steps)
         if not self._overlap:
             return sum_a + sum_f
-        return max(sum_a, sum_f, max(a + f for a, f in steps) + self.transfer_s)
+        return cycle_s([sum_a, sum_f], [a + f + self.transfer_s for a, f in steps])
 
     def _observe_transfer(self, seconds: float, *, alone: bool) -> None:
         """With other streams at work an answer also waits for them: then the figure is only an upper bound."""

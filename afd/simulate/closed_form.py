@@ -4,7 +4,8 @@ Devices are not simulated but shared. A step alone would take its latency, L (A 
 a device busy for a share of that time, such as (L A + head) / latency of its worker. Where the shares on a device add
 up to more than 1, everything on it is stretched by their sum. In a steady state that is the pipeline's closed form:
 
-    step = max(sum of (L A + head) on a worker, sum of L F of the gangs, sum of L C on a link, L (A + C + F) + head)
+    step = max(sum of (L A + head) on a worker, sum of L F of the gangs, sum of L C one way on a link,
+               L (A + C + F) + head)
 
 A gang moves as its slowest member does. Its table is kept by the FFN rank that forms it; the others do the same.
 """
@@ -45,18 +46,20 @@ class _Gang:
 
 @dataclass(slots=True)
 class _Load:
-    """Shares of a worker's processor and link that its steps in flight take, by stream."""
+    """Shares of a worker's processor and of each direction of its link that its steps in flight take, by stream."""
 
     device: list[float] = field(default_factory=list)
-    link: list[float] = field(default_factory=list)
+    out: list[float] = field(default_factory=list)
+    back: list[float] = field(default_factory=list)
     stretch: float = 1.0
 
-    def set(self, stream: int, device: float, link: float) -> None:
-        while len(self.device) <= stream:
-            self.device.append(0.0)
-            self.link.append(0.0)
-        self.device[stream], self.link[stream] = device, link
-        self.stretch = max(1.0, sum(self.device), sum(self.link))
+    def set(self, stream: int, device: float = 0.0, out: float = 0.0, back: float = 0.0) -> None:
+        shares = (self.device, self.out, self.back)
+        for share, value in zip(shares, (device, out, back), strict=True):
+            while len(share) <= stream:
+                share.append(0.0)
+            share[stream] = value
+        self.stretch = max(1.0, *map(sum, shares))
 
 
 class ClosedFormPath:
@@ -87,7 +90,7 @@ class ClosedFormPath:
         for stream in idle:
             load = self._loads.get(worker.rank)
             if load is not None:
-                load.set(stream, 0.0, 0.0)
+                load.set(stream)
             self._table(stream).idle(worker.rank, stream)
             self._form(stream)
 
@@ -108,13 +111,11 @@ class ClosedFormPath:
         """Attention of layer 0; the rows arrive at the rank that forms the gang."""
         load = self._loads.setdefault(step.worker.rank, _Load())
         alone_s = self._layers * self._layer_s([step], self._times.ffn_s(step.gang_tokens)) + step.head_s
-        moved_s = self._layers * (step.to_ffn_s + step.to_attention_s)
         own_s = self._layers * step.attention_s + step.head_s
         if self._transfers == "sender":
             own_s += self._layers * step.to_ffn_s
-        if self._transfers != "link":
-            moved_s = 0.0
-        load.set(step.stream, own_s / alone_s, moved_s / alone_s)
+        link = self._layers / alone_s if self._transfers == "link" else 0.0
+        load.set(step.stream, own_s / alone_s, link * step.to_ffn_s, link * step.to_attention_s)
         first_s = load.stretch * (step.attention_s + step.to_ffn_s)
         self._events.after(first_s, self._arrived, step)
 

@@ -20,14 +20,22 @@ from afd.simulate.worker import AttentionWorker, Step
 TICK_S = 1e-6  # a deadline is looked at just after it, whatever the rounding
 
 
+@dataclass(slots=True)
+class _Lane:
+    """One direction of a worker's link. free_s: when it is free."""
+
+    free_s: float = 0.0
+
+
 @dataclass(slots=True, eq=False)
 class _Device:
-    """An attention worker's processor and its link. ready: steps whose next stage can run."""
+    """An attention worker's processor and its link, full duplex. ready: steps whose next stage can run."""
 
     worker: AttentionWorker
     ready: deque[Step] = field(default_factory=deque)
     busy: bool = False
-    link_free_s: float = 0.0
+    out: _Lane = field(default_factory=_Lane)
+    back: _Lane = field(default_factory=_Lane)
 
 
 @dataclass(slots=True, eq=False)
@@ -95,7 +103,7 @@ class LayerPath:
         device.busy = False
         step.layer += 1
         step.missing, step.sent_s = len(self._ranks), self._events.now
-        self._events.at(self._over_link(device, step.to_ffn_s), self._arrived, step)
+        self._events.at(self._over(device.out, step.to_ffn_s), self._arrived, step)
         self._turn(device)
 
     def _next_stage(self, step: Step) -> NextStage:
@@ -134,14 +142,14 @@ class LayerPath:
         device.ready.append(step)
         self._turn(device)
 
-    def _over_link(self, device: _Device, seconds: float) -> float:
-        """When rows that leave now are there: a link carries both directions in turn."""
+    def _over(self, lane: _Lane, seconds: float) -> float:
+        """When rows that leave now are there."""
         if self._sender_waits:
             return self._events.now
         if self._settings.transfers == "delay":
             return self._events.now + seconds
-        device.link_free_s = max(self._events.now, device.link_free_s) + seconds
-        return device.link_free_s
+        lane.free_s = max(self._events.now, lane.free_s) + seconds
+        return lane.free_s
 
     # -- FFN side -----------------------------------------------------------------------------------------
 
@@ -212,7 +220,7 @@ class LayerPath:
             if step.missing == 0:
                 step.ffn_s += seconds
                 device = self._device(step.worker)
-                self._events.at(self._over_link(device, step.to_attention_s), self._combined, device, step)
+                self._events.at(self._over(device.back, step.to_attention_s), self._combined, device, step)
         self._serve(rank)
 
     # -- details ------------------------------------------------------------------------------------------

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from math import inf
 from statistics import fmean, quantiles
 
+from afd.sched.cycle import cycle_s, equal_streams_cycle_s
 from afd.telemetry.ring import Stage
 from afd.trace.timeline import ATTENTION, COMPUTING, FFN, Timeline, Worker, hops
 
@@ -107,7 +107,8 @@ class Pipeline:
     @property
     def closed_form_s(self) -> float:
         """The cycle, if heads cost no more than their own time."""
-        return max(self.terms.values())
+        *devices_s, way_s = self.terms.values()
+        return cycle_s(devices_s, [way_s])
 
     @property
     def bound(self) -> str:
@@ -115,21 +116,11 @@ class Pipeline:
 
     @property
     def predicted_s(self) -> float:
-        """The cycle, where heads fill the attention worker's waiting, one after the other.
-
-        k streams in the layers make min(1/a, 1/f, k / (a + F + C)) layers a second; a includes other, f is all of the
-        FFN worker's time. For one that is at its head the others leave what they do not need of the attention worker.
-        """
-        m, layers = self.num_streams, self.num_layers
-        a_s = (self.own_s + self.other_s) / layers
-        f_s = (self.ffn_s + self.answer_s + self.ffn_other_s) / layers
-        way_s = a_s + (self.ffn_s + self.transfer_s) / layers
-        rate, others = (min(1 / a_s, 1 / f_s, k / way_s) for k in (m, m - 1))
-        left = 1.0 - others * a_s
-        heads_s = m * self.head_s / left if left > 0.0 else inf
-        if others * heads_s >= m * layers:  # there is always one at its head: the attention worker never waits
-            return self.closed_form_s
-        return max(self.closed_form_s, heads_s + (m * layers - others * heads_s) / rate)
+        """The cycle, where heads fill the attention worker's waiting. All of the FFN worker's time counts as busy."""
+        a_s = (self.own_s + self.other_s) / self.num_layers
+        f_s = (self.ffn_s + self.answer_s + self.ffn_other_s) / self.num_layers
+        way_s = a_s + (self.ffn_s + self.transfer_s) / self.num_layers
+        return equal_streams_cycle_s(self.num_streams, [a_s, f_s], way_s, self.num_layers, self.head_s)
 
 
 def pipeline_of(timeline: Timeline) -> Pipeline | None:

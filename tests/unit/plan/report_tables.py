@@ -113,6 +113,9 @@ TABLE_8 = (
     ("16A2F", 32768, "fp8", 6144, 898),
 )
 
+# Of 2A2F, the long-term average beside its peak minute.
+TGS_2A2F_AVERAGE = 3910
+
 # DeepSeek-V3's published decode profile: 128 H800, 4096 context, 128 requests per GPU, tokens/GPU/s.
 DEEPSEEK_PROFILE = (128, 4096, 128, 2324)
 

@@ -1,5 +1,6 @@
 """One deployment: throughput identities, Table 8, and the best batch against exhaustive enumeration."""
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,7 +14,7 @@ from afd.plan.memory import max_requests
 from afd.plan.pipeline import Bound, PipelineKind
 from afd.plan.stages import RooflineStages
 from afd.types import Topology
-from tests.unit.plan.report_tables import TABLE_8
+from tests.unit.plan.report_tables import TABLE_8, TGS_2A2F_AVERAGE
 
 MODELS, CHIPS = load_models(), load_chips()
 ESTIMATOR = Estimator(RooflineStages(Efficiency()), Efficiency())
@@ -25,18 +26,20 @@ def deployment(topology, kv_dtype=KvDtype.FP8, **changes):
 
 
 @pytest.mark.parametrize(("topology", "context", "dtype", "batch", "tgs"), TABLE_8)
-def test_table_8_at_the_reports_batch_within_10_percent(topology, context, dtype, batch, tgs):
-    plan = ESTIMATOR.at_batch(deployment(topology, KvDtype(dtype)), Objective(context, 0.050), batch)
+def test_table_8_within_5_percent(topology, context, dtype, batch, tgs):
+    """At the report's batch and at the best one; a peak minute is one without jitter, and within 3 % of it."""
+    point, objective = deployment(topology, KvDtype(dtype)), Objective(context, 0.050)
+    plan, best = ESTIMATOR.at_batch(point, objective, batch), ESTIMATOR.best(point, objective)
     assert plan.holds_sla
-    assert plan.tgs == pytest.approx(tgs, rel=0.10)
-    assert plan.tpot_s == pytest.approx(batch / (plan.deployment.num_chips * tgs), rel=0.10)
+    assert plan.tgs == pytest.approx(tgs, rel=0.05)
+    assert plan.tgs * (1 + Efficiency().jitter) == pytest.approx(tgs, rel=0.03)
+    assert best.tgs == pytest.approx(tgs, rel=0.05)
+    assert best.batch == pytest.approx(batch, rel=0.05)
 
 
-@pytest.mark.parametrize(("topology", "context", "dtype", "batch", "tgs"), TABLE_8)
-def test_table_8_at_our_own_best_batch_within_10_percent(topology, context, dtype, batch, tgs):
-    plan = ESTIMATOR.best(deployment(topology, KvDtype(dtype)), Objective(context, 0.050))
-    assert plan.tgs == pytest.approx(tgs, rel=0.10)
-    assert plan.batch == pytest.approx(batch, rel=0.05)
+def test_the_long_term_average_of_table_8_within_2_percent():
+    plan = ESTIMATOR.at_batch(deployment("2A2F"), Objective(4096, 0.050), 6144)
+    assert plan.tgs == pytest.approx(TGS_2A2F_AVERAGE, rel=0.02)
 
 
 def test_table_8_is_ranked_as_published():
@@ -128,3 +131,30 @@ def test_best_batch_equals_exhaustive_enumeration(name, chips, shape, streams, c
         assert found.holds_sla
         assert found.num_tokens <= capacity
         assert found.tgs == pytest.approx(expected, rel=1e-9)
+
+
+@settings(max_examples=60, derandomize=True, deadline=None)
+@given(
+    name=st.sampled_from(["step3", "deepseek-v3", "qwen3-235b-a22b", "step3.5-flash", "kimi-k2"]),
+    chips=st.tuples(*[st.sampled_from(["h800", "h20", "a800", "b200"])] * 2),
+    shape=st.tuples(st.integers(1, 12), st.integers(1, 6)),
+    streams=st.integers(1, 4),
+    context=st.integers(1_000, 30_000),
+    longer=st.integers(1, 30_000),
+    gbit=st.floats(2.0, 400.0),
+    slower=st.floats(0.1, 1.0),
+)
+def test_throughput_never_rises_with_context_nor_with_a_slower_network(
+    name, chips, shape, streams, context, longer, gbit, slower
+):
+    def best(context, gbit):
+        attention, ffn = (msgspec.structs.replace(CHIPS[chip], network_gbit_per_s=gbit) for chip in chips)
+        point = Deployment(
+            model=MODELS[name], attention_chip=attention, ffn_chip=ffn, topology=Topology(*shape), streams=streams
+        )
+        found = ESTIMATOR.best(point, Objective(context, 0.1))
+        return 0.0 if found is None else found.tgs
+
+    here = best(context, gbit)
+    assert best(context + longer, gbit) <= here * (1 + 1e-9)
+    assert best(context, gbit * slower) <= here * (1 + 1e-9)

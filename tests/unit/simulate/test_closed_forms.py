@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import Phase, given
+from hypothesis import settings as settings_of
+from hypothesis import strategies as st
 
 from afd.plan.efficiency import Efficiency
 from afd.plan.pipeline import PipelineKind, cycle, step_time
@@ -17,13 +20,15 @@ OVERLAPPED = [
     (3, stage(200, 250, 30, 30)),  # FFN
     (4, stage(250, 200, 30, 30)),
     (3, stage(250, 200, 30, 30, head=900)),  # the head delays the other streams too
-    (4, stage(100, 90, 70, 60)),  # network
+    (4, stage(100, 90, 70, 60)),
+    (4, stage(100, 90, 60, 140)),  # network
+    (3, stage(250, 250, 85, 170)),  # one stream's way, over three
+    (2, stage(114, 180, 62, 122)),  # one stream's way, over two
 ]
 
 
 def tpot_of(times, streams, kind=PipelineKind.OPTIMISTIC):
-    beat = cycle(times, streams, kind)
-    return beat.kind, step_time(times, beat.seconds, streams, LAYERS) * 1e3
+    return cycle(times, streams, kind).kind, step_time(times, streams, LAYERS, kind) * 1e3
 
 
 @pytest.mark.parametrize(("streams", "times"), OVERLAPPED)
@@ -31,6 +36,27 @@ def test_the_simulated_pipeline_is_the_optimistic_formula(streams, times):
     kind, expected_ms = tpot_of(times, streams)
     assert kind is (PipelineKind.SERIAL if streams == 1 else PipelineKind.OPTIMISTIC)
     assert run("1A1F", times, streams=streams).tpot.mean_ms == pytest.approx(expected_ms, rel=0.01)
+
+
+microseconds = st.floats(20, 500)
+
+
+@settings_of(max_examples=30, derandomize=True, deadline=None, phases=[Phase.explicit, Phase.generate])
+@given(st.tuples(*[microseconds] * 4), st.integers(1, 4))
+def test_the_closed_form_is_the_simulation_of_every_layer(stages_us, streams):
+    _, expected_ms = tpot_of(stage(*stages_us), streams)
+    report = run("1A1F", stage(*stages_us), streams=streams, num_output=40)
+    assert report.tpot.mean_ms == pytest.approx(expected_ms, rel=0.02)
+
+
+@settings_of(max_examples=30, derandomize=True, deadline=None, phases=[Phase.explicit, Phase.generate])
+@given(st.tuples(*[microseconds] * 4), st.integers(1, 4), st.floats(0, 2000))
+def test_heads_fill_what_would_be_waiting(stages_us, streams, head_us):
+    """Up to a tenth of a step in heads; what they cost lies between nothing and all of their time."""
+    times = stage(*stages_us, head=head_us)
+    _, expected_ms = tpot_of(times, streams)
+    report = run("1A1F", times, streams=streams, num_output=40)
+    assert report.tpot.mean_ms == pytest.approx(expected_ms, rel=0.02 if head_us < 300 else 0.06)
 
 
 @pytest.mark.parametrize("times", [stage(200, 250, 30, 30), stage(250, 200, 30, 30)])
@@ -46,7 +72,7 @@ def test_latency_alone_is_hidden_where_bandwidth_would_not_be(detail):
     times = stage(100, 90, 120, 120)
     hidden, carried = (run("1A1F", times, streams=4, detail=detail, transfers=what) for what in ("delay", "link"))
     assert hidden.tpot.mean_ms == pytest.approx(LAYERS * 0.43, rel=0.02)  # A + F + C of one stream
-    assert carried.tpot.mean_ms == pytest.approx(LAYERS * 0.96, rel=0.02)  # four streams' C
+    assert carried.tpot.mean_ms == pytest.approx(LAYERS * 0.48, rel=0.02)  # four streams' C, one way
 
 
 @pytest.mark.parametrize("detail", ["layers", "ends"])
