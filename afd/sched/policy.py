@@ -103,12 +103,13 @@ class _Crowd:
     num_pending: int = 0
     num_blocks: int = 0
 
-    def add(self, share: _Share) -> None:
+    def add(self, share: _Share, num: int = 1) -> None:
+        """`num` sequences with such a share come to it."""
         self.target_s = min(self.target_s, share.target_s)
-        self.num_seqs += 1
-        self.context += share.context
-        self.num_pending += share.num_pending
-        self.num_blocks += share.num_blocks
+        self.num_seqs += num
+        self.context += num * share.context
+        self.num_pending += num * share.num_pending
+        self.num_blocks += num * share.num_blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,13 +253,29 @@ class Admission:
         due_s: seconds until its first token is due.  num_freed: blocks free by then besides.  pace: of prefill beside
         them, if it was found out before.  most_s: a cycle that is no obstacle although it is beyond the target.
         """
-        config, pool, step_tokens = self._scheduler.config, self._scheduler.pool, self._scheduler.config.max_step_tokens
         num_before = crowd.num_pending
         crowd.add(candidate)
+        if not new:
+            return self._blocks_obstacle(crowd, num_freed)
+        obstacle = self._decode_obstacle(crowd, num_freed, most_s)
+        if obstacle is not None:
+            return obstacle
+        token_s = (pace or self._pace(crowd, candidate.num_pending)).token_s
+        return self._prefill_obstacle(num_before, candidate.num_pending, token_s, due_s)
+
+    def _blocks_obstacle(self, crowd: _Crowd, num_freed: int = 0) -> str | None:
+        """Why the KV cache has no room for all of the crowd, or None."""
+        pool = self._scheduler.pool
         if crowd.num_blocks > pool.num_free + num_freed:
             return f"the KV cache of {pool.num_blocks} blocks is spoken for"
-        if not new:
-            return None
+        return None
+
+    def _decode_obstacle(self, crowd: _Crowd, num_freed: int = 0, most_s: float = 0.0) -> str | None:
+        """Why the crowd cannot decode together within its target, or None; num_freed and most_s as in `_obstacle`."""
+        config, step_tokens = self._scheduler.config, self._scheduler.config.max_step_tokens
+        obstacle = self._blocks_obstacle(crowd, num_freed)
+        if obstacle is not None:
+            return obstacle
         if crowd.num_seqs > config.max_num_seqs:
             return f"{config.max_num_seqs} requests run already (attention.max_num_seqs)"
         if crowd.num_seqs + config.min_chunk_tokens > min(crowd.num_seqs, self._scheduler.num_streams) * step_tokens:
@@ -269,8 +286,7 @@ class Admission:
                 f"a token would take {cycle_s * 1e3:.1f} ms with this request; the tightest target here is "
                 f"{crowd.target_s * 1e3:.0f} ms, planned to {HEADROOM:.0%}"
             )
-        token_s = (pace or self._pace(crowd, candidate.num_pending)).token_s
-        return self._prefill_obstacle(num_before, candidate.num_pending, token_s, due_s)
+        return None
 
     def _prefill_obstacle(self, num_before: int, num_own: int, token_s: float, due_s: float) -> str | None:
         """Why its first token would come too late, or because of the prompts before it keep it waiting here."""
@@ -345,12 +361,19 @@ class Admission:
 
     def _num_free(self, crowd: _Crowd, typical: _Share) -> int:
         """How many more of them could decode beside the crowd, whatever their prefill takes; at most MAX_PLACES."""
-        crowd = replace(crowd)
-        for num in range(MAX_PLACES):
-            crowd.num_pending = 0
-            if self._obstacle(crowd, typical, math.inf, new=True) is not None:
-                return num
-        return MAX_PLACES
+
+        def fit(num: int) -> bool:
+            together = replace(crowd)
+            together.add(typical, num)
+            return self._decode_obstacle(together) is None
+
+        if fit(MAX_PLACES):
+            return MAX_PLACES
+        low, high = 0, MAX_PLACES  # `high` do not fit
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if fit(middle) else (low, middle)
+        return low
 
     def _course(self, shares: Sequence[_Share], crowd: _Crowd, cycle_s: float, num_prompt: int) -> _Course:
         """What becomes of the crowd of these shares. num_prompt: tokens of a prompt whose computing sets the pace."""
