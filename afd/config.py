@@ -226,6 +226,8 @@ class GatewayConfig(Listener, frozen=True):
     """Prompt tokens of all choices of one request together; at least a context is allowed."""
     max_body_bytes: PositiveInt = 8 << 20
     """Body of one request."""
+    max_waiting_bytes: PositiveInt = 256 << 20
+    """Bodies of all requests that are being received or wait to be read; at least one of the largest is allowed."""
     max_n: PositiveInt = 16
     """Choices of one request."""
     max_stop: PositiveInt = 4

@@ -13,6 +13,7 @@ from prometheus_client import CollectorRegistry
 
 from afd.config import ClusterConfig
 from afd.errors import UnavailableError
+from afd.gateway.body import BodyRoom
 from afd.gateway.dispatcher import MIN_SILENCE_S, Dispatcher, DispatchLimits
 from afd.gateway.generation import Generation, GenerationJob
 from afd.gateway.intake.intake import Intake
@@ -46,6 +47,7 @@ class GatewayService:
         self.model = model  # with the context that the workers have room for
         self.gateway_id = uuid.uuid4().hex
         self.draining = False
+        self.bodies = BodyRoom(max(config.gateway.max_waiting_bytes, config.gateway.max_body_bytes))
         self.intake = Intake(model, config.gateway)
         self._membership = membership
         self._client = WorkerClient(secret, self.gateway_id.encode(), self._on_message)

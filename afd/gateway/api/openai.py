@@ -80,12 +80,14 @@ class OpenAiRoutes:
     # --- generation -------------------------------------------------------------------------------------
 
     async def _read(self, route: str, request: Request) -> Prepared:
-        body = await read_body(request, self._limits.max_body_bytes)
-        # Overload must not cost the reading of what will be refused. A body that may name its priority is read.
-        if route in GENERATING and not any(word in body for word in (b"priority", b"\\u")):
-            self._service.check_room(0, own_ttft_s(request.headers))
-        context = self._model.max_context
-        return await self._service.intake.read(route, body, request.headers, context, request.state.client)
+        client, headers = request.state.client, request.headers
+        async with self._service.bodies.receive(client) as receipt:
+            body = await read_body(request, self._limits.max_body_bytes, receipt)
+            # Overload must not cost the reading of what will be refused. A body that may name its priority is read.
+            if route in GENERATING and not any(word in body for word in (b"priority", b"\\u")):
+                self._service.check_room(0, own_ttft_s(headers))
+            context, intake = self._model.max_context, self._service.intake
+            return await intake.read(route, body, headers, context, client, receipt.leave)
 
     async def chat(self, request: Request) -> Response:
         """Chat completion, streamed or not."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import msgspec
 
@@ -23,7 +23,6 @@ INLINE_BYTES = 8_192
 INLINE_VALUES = 512  # objects, lists and texts of a body
 JOB_HEADERS = ("x-sla-ttft-ms", "x-sla-tpot-ms")
 PATIENCE_S = 10.0
-WAITING_BODIES = 32  # of the largest size: for that many bytes there is room to wait
 
 
 def is_short(body: bytes) -> bool:
@@ -43,9 +42,8 @@ class Intake:
         setup = msgspec.msgpack.encode(Setup.of(model, limits))
         self._idle = [ReaderProcess(setup) for _ in range(limits.reader_processes)]
         self._all = list(self._idle)
-        max_waiting = WAITING_BODIES * limits.max_body_bytes
-        self._places = FairQueue(len(self._all), max_waiting, PATIENCE_S)
-        self._long = FairQueue(max(1, len(self._all) - 1), max_waiting, PATIENCE_S)
+        self._places = FairQueue(len(self._all), PATIENCE_S)
+        self._long = FairQueue(max(1, len(self._all) - 1), PATIENCE_S)
         self._warming: asyncio.Task[None] | None = None
 
     def warm_up(self) -> None:
@@ -53,9 +51,18 @@ class Intake:
         self._warming = asyncio.get_running_loop().create_task(self._start_one(), name="request reader")
 
     async def read(
-        self, route: str, body: bytes, headers: Mapping[str, str], max_context: int, client: str
+        self,
+        route: str,
+        body: bytes,
+        headers: Mapping[str, str],
+        max_context: int,
+        client: str,
+        on_turn: Callable[[], None] = lambda: None,
     ) -> Prepared:
-        """RequestError, UnavailableError.  client: who asks; clients take turns."""
+        """RequestError, UnavailableError.
+
+        client: who asks; clients take turns.  on_turn: called when the wait for a turn ends.
+        """
         given = {name: headers[name] for name in JOB_HEADERS if name in headers}
         request = RawRequest(route, body, given, max_context)
         templated = self._model_is_foreign and route in ("chat", "tokenize")
@@ -64,7 +71,8 @@ class Intake:
             return self._reader.read(request)
         async with contextlib.AsyncExitStack() as places:
             for queue in (self._places,) if short else (self._long, self._places):
-                await places.enter_async_context(queue.place(client, len(body)))
+                await places.enter_async_context(queue.place(client))
+            on_turn()
             process = self._idle.pop()
             try:
                 return await process.read(request)
@@ -80,7 +88,7 @@ class Intake:
             process.close()
 
     async def _start_one(self) -> None:
-        async with self._places.place("", 0):
+        async with self._places.place(""):
             process = self._idle.pop()
             try:
                 await process.start()
