@@ -15,7 +15,7 @@ FUZZ_SEED ?= $(shell date +%s)
 # Decisions, protocols over the in-process transport, gangs: no other processes, no model, no simulated clusters,
 # searches or pictures.
 FAST := tests/test_architecture.py tests/sim tests/contract tests/unit -k "not (shm or tcp or verbs)" $(addprefix --ignore=tests/unit/,model ops \
-	simulate cli/test_simulate_command.py attention/test_engine.py attention/test_gpu_engine.py plan/test_plan_search.py stepmesh/cli stepmesh/test_native.py \
+	simulate cli/test_simulate_command.py attention/test_engine.py attention/test_gpu_path.py plan/test_plan_search.py stepmesh/cli stepmesh/test_native.py \
 	stepmesh/test_processes.py plan/test_plan_figures.py trace/test_trace_picture.py)
 # Long demonstrations of single subjects: a release in network namespaces, every family, overload, hostile input.
 LONG := tests/k8s tests/fuzz tests/e2e/test_families.py \
