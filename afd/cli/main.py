@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 from collections.abc import Sequence
 
 from afd import __version__
-from afd.cli import autoscale, bench, chat, inspect, k8s, plan, roles, simulate, status, trace, up
 from afd.cli.parser import EXIT_USAGE, Parser, make_streams_usable
 from afd.errors import AfdError
 from afd.telemetry.log import json_line
@@ -16,23 +16,33 @@ from afd.telemetry.log import json_line
 EXIT_INTERRUPTED = 130
 
 
-def build_parser() -> argparse.ArgumentParser:
+_MODULES = {
+    "up": ("up",),
+    "roles": ("coordinator", "attention", "ffn", "gateway"),
+    "status": ("status", "drain", "stop"),
+    "trace": ("trace",),
+    "chat": ("chat",),
+    "k8s": ("k8s",),
+    "autoscale": ("autoscale",),
+    "inspect": ("inspect",),
+    "bench": ("bench",),
+    "plan": ("plan",),
+    "simulate": ("simulate",),
+}
+"""Module of this package -> the commands that its `add_parser` adds, in the order of `afd --help`."""
+
+COMMANDS = (*(command for adds in _MODULES.values() for command in adds), "version")
+
+
+def build_parser(command: str = "") -> argparse.ArgumentParser:
+    """command: the one to be parsed, whose module alone is imported; all are where it is none of ours."""
     parser: argparse.ArgumentParser = Parser(
         prog="afd", description="Serve a language model with attention and FFN in separate processes (AFD)."
     )
     parser.add_argument("--version", action="version", version=f"afd {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    up.add_parser(commands)
-    roles.add_parsers(commands)
-    status.add_parsers(commands)
-    trace.add_parser(commands)
-    chat.add_parser(commands)
-    k8s.add_parser(commands)
-    autoscale.add_parser(commands)
-    inspect.add_parser(commands)
-    bench.add_parser(commands)
-    plan.add_parser(commands)
-    simulate.add_parser(commands)
+    for module in [name for name, adds in _MODULES.items() if command in adds] or _MODULES:
+        importlib.import_module(f"afd.cli.{module}").add_parser(commands)
     version = commands.add_parser("version", help="print the version")
     version.set_defaults(func=_print_version)
     return parser
@@ -41,7 +51,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0, 1 for a failure at run time, 2 for what the user has to change."""
     make_streams_usable()
-    parser = build_parser()
+    argv = sys.argv[1:] if argv is None else argv
+    parser = build_parser(argv[0] if argv else "")
     args = parser.parse_args(argv)
     if args.command is None:
         parser.print_help()

@@ -17,7 +17,7 @@ HELP = {
 }
 
 
-def add_parsers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     for role, text in HELP.items():
         parser = commands.add_parser(role, help=text, description=text)
         add_config_flags(parser, role)

@@ -23,7 +23,7 @@ _PIPELINE = {
 """Stats of the pipeline's table: title and format. docs/pipeline.md says what they mean."""
 
 
-def add_parsers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     status = commands.add_parser("status", help="members, epoch and load of a running cluster")
     add_locate_flags(status)
     status.add_argument("--json", action="store_true", help="everything, as one JSON object")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from afd.cli.flags import EVERY, FLAGS, config_from_args
-from afd.cli.main import build_parser, main
+from afd.cli.main import COMMANDS, build_parser, main
 from afd.cli.status import load_text, status_text
 from afd.config import ClusterConfig, config_to_toml_dict
 from afd.messages.membership import ClusterView, Member, MemberStatus, Plan, StatusReply, WorkerInfo
@@ -17,6 +17,17 @@ MODEL = "dummy:llama-tiny"
 
 def resolved(*argv: str) -> ClusterConfig:
     return config_from_args(build_parser().parse_args(argv))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_alone_is_the_one_among_all(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A command imports its own module only, and must be found there."""
+    texts = []
+    for parser in (build_parser(command), build_parser()):
+        with pytest.raises(SystemExit, match="0"):
+            parser.parse_args([command, "--help"])
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != ""
 
 
 def test_every_flag_names_a_key_that_exists() -> None:
