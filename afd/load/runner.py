@@ -218,9 +218,11 @@ def _allow_descriptors(num_connections: int) -> None:
 @contextmanager
 def _frozen_heap() -> Iterator[None]:
     """Prompts and bodies are out of the garbage collector's sight while times are taken."""
+    is_ours = gc.get_freeze_count() == 0  # what the process froze before stays frozen
     gc.collect()
     gc.freeze()
     try:
         yield
     finally:
-        gc.unfreeze()
+        if is_ours:
+            gc.unfreeze()

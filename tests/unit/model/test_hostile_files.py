@@ -4,32 +4,32 @@ from __future__ import annotations
 
 import json
 import struct
-import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from afd.model.presets import PRESETS
+from tests.fakes.forks import Forks
 
 MEMORY_BYTES = 1 << 30
 CPU_S = 10
-_CHILD = """
-import resource, sys
+_ANSWER = f"""
+import resource
 from afd.errors import ModelError
 from afd.model.loading import resolve_model
 from afd.model.tokenizer_files import load_tokenizer
-limit = int(sys.argv[2])
-resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-resource.setrlimit(resource.RLIMIT_CPU, (int(sys.argv[3]), int(sys.argv[3])))
-try:
-    load_tokenizer(resolve_model(sys.argv[1]))
-except ModelError as error:
-    print("refused:", error)
-else:
-    print("served")
+
+def answer(path):
+    resource.setrlimit(resource.RLIMIT_AS, ({MEMORY_BYTES}, {MEMORY_BYTES}))
+    resource.setrlimit(resource.RLIMIT_CPU, ({CPU_S}, {CPU_S}))
+    try:
+        load_tokenizer(resolve_model(path))
+    except ModelError as error:
+        return f"refused: {{error}}"
+    return "served"
 """
 
 LLAMA, QWEN3_MOE = dict(PRESETS["llama-tiny"]), dict(PRESETS["qwen3-moe-tiny"])
@@ -145,20 +145,21 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], str]] = {
 }  # fmt: skip
 
 
-def _answer(path: Path) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", _CHILD, str(path), str(MEMORY_BYTES), str(CPU_S)],
-        capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-500:] or f"killed by signal {-done.returncode}"
-    answer = done.stdout.removesuffix("\n")
-    assert "\n" not in answer and len(answer) < 3000
+@pytest.fixture(scope="module")
+def forks() -> Iterator[Forks]:
+    with Forks(_ANSWER) as forks:
+        yield forks
+
+
+def _answer(forks: Forks, path: Path) -> str:
+    answer = forks.ask(str(path))
+    assert len(answer) < 3000
     return answer
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of Linux")
 @pytest.mark.parametrize("name", GGUF_FILES)
-def test_a_gguf_file_that_claims_too_much(tmp_path: Path, name: str) -> None:
+def test_a_gguf_file_that_claims_too_much(forks: Forks, tmp_path: Path, name: str) -> None:
     """Sparse where the file is large."""
     data, size, message = GGUF_FILES[name]
     path = tmp_path / "m.gguf"
@@ -166,19 +167,19 @@ def test_a_gguf_file_that_claims_too_much(tmp_path: Path, name: str) -> None:
     if size:
         with path.open("r+b") as file:
             file.truncate(size)
-    assert message in _answer(path)
+    assert message in _answer(forks, path)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of Linux")
 @pytest.mark.parametrize("name", FOLDERS)
-def test_a_folder_that_claims_too_much(tmp_path: Path, name: str) -> None:
+def test_a_folder_that_claims_too_much(forks: Forks, tmp_path: Path, name: str) -> None:
     write, message = FOLDERS[name]
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     (tmp_path / "model.safetensors").write_bytes(_header("{}"))
     write(tmp_path)
-    assert message in _answer(tmp_path)
+    assert message in _answer(forks, tmp_path)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of Linux")
-def test_an_honest_model_is_within_the_limits() -> None:
-    assert _answer(Path("smollm2-135m-instruct")) == "served"
+def test_an_honest_model_is_within_the_limits(forks: Forks) -> None:
+    assert _answer(forks, Path("smollm2-135m-instruct")) == "served"

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from afd.model.weights.checkpoint import Checkpoint
 from afd.model.weights.source import Slices
 from afd.ops.select import select
 from afd.types import FfnParallel
+from tests.fakes.forks import Forks
 from tests.unit.model.model_files import STEP3_TINY
 
 MakeFolder = Callable[..., Path]
@@ -309,16 +309,46 @@ def test_a_missing_expert_is_named(make_folder: MakeFolder) -> None:
         resolve_model(str(make_folder("deepseek-v3-tiny", edit_tensors=lambda tensors: tensors.pop(name))))
 
 
+_PEAK_BYTES = """
+import torch
+from afd.model.loading import load_ffn_half, resolve_model
+from afd.model.sharding import ShardSpec
+from afd.ops.select import select
+
+def status_bytes(key):
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) << 10 for line in file if line.startswith(key))
+
+def answer(model):
+    torch.set_num_threads(1)
+    folder = resolve_model(model)
+    ops = select("cpu", "bfloat16")
+    load_ffn_half(resolve_model("dummy:llama-tiny"), ShardSpec(), ops)
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+    idle = status_bytes("VmRSS")
+    half = load_ffn_half(folder, ShardSpec(0, 2), ops)
+    return str(status_bytes("VmHWM") - idle)
+"""
+
+
+@pytest.fixture(scope="module")
+def peaks() -> Iterator[Forks]:
+    """Model -> what loading one of its two FFN ranks adds to an idle process at its peak, in bytes."""
+    with Forks(_PEAK_BYTES) as forks:
+        yield forks
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_loading_a_shard_peaks_near_its_size() -> None:
+def test_loading_a_shard_peaks_near_its_size(peaks: Forks) -> None:
     """Peak resident memory over an idle process, of one of two FFN ranks of the default model: within 1.3x."""
     spec = resolve_model(DEFAULT_MODEL).spec
-    assert _peak_bytes(DEFAULT_MODEL) < 1.3 * _shard_bytes(spec)
+    assert int(peaks.ask(DEFAULT_MODEL)) < 1.3 * _shard_bytes(spec)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("one_by_one", [False, True], ids=["packed", "one by one"])
-def test_loading_experts_peaks_near_the_shards_size(tmp_path: Path, one_by_one: bool) -> None:
+def test_loading_experts_peaks_near_the_shards_size(peaks: Forks, tmp_path: Path, one_by_one: bool) -> None:
     """Half the experts of a bfloat16 checkpoint of 50 MB of experts, packed and expert by expert."""
     config = {**PRESETS["step3.5-flash-tiny"], "hidden_size": 512, "moe_intermediate_size": 256, "moe_num_experts": 12}
     reader = ConfigReader(config, "test config")
@@ -334,36 +364,9 @@ def test_loading_experts_peaks_near_the_shards_size(tmp_path: Path, one_by_one: 
             tensors[name] = data
     save_file(tensors, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert _peak_bytes(str(tmp_path)) < 1.3 * _shard_bytes(spec)
+    assert int(peaks.ask(str(tmp_path))) < 1.3 * _shard_bytes(spec)
 
 
 def _shard_bytes(spec: ModelSpec) -> int:
     """bfloat16 bytes of one of two FFN ranks."""
     return sum(t.num_elements for t in inventory(spec) if t.half is Half.FFN)
-
-
-def _peak_bytes(model: str) -> int:
-    """What loading one of two FFN ranks adds to an idle process at its peak."""
-    code = """
-import sys
-import torch
-from afd.model.loading import load_ffn_half, resolve_model
-from afd.model.sharding import ShardSpec
-from afd.ops.select import select
-
-def status_bytes(key):
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) << 10 for line in file if line.startswith(key))
-
-torch.set_num_threads(1)
-folder = resolve_model(sys.argv[1])
-ops = select("cpu", "bfloat16")
-load_ffn_half(resolve_model("dummy:llama-tiny"), ShardSpec(), ops)
-with open("/proc/self/clear_refs", "w") as file:
-    file.write("5")
-idle = status_bytes("VmRSS")
-half = load_ffn_half(folder, ShardSpec(0, 2), ops)
-print(status_bytes("VmHWM") - idle)
-"""
-    done = subprocess.run([sys.executable, "-c", code, model], check=True, timeout=60, capture_output=True)
-    return int(done.stdout)
