@@ -103,7 +103,17 @@ class BodyRoom:
 
 
 async def read_body(request: Request, max_bytes: int, receipt: Receipt) -> bytes:
-    """The whole body. RequestError: 413 above `max_bytes`, 400 when it will never be complete. UnavailableError."""
+    """The whole body. UnavailableError.
+
+    RequestError: 413 above `max_bytes`, 415 when it is compressed, 400 when it will never be complete.
+    """
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in ("", "identity"):
+        raise RequestError(
+            f"bodies with Content-Encoding {encoding[:32]!r} are not read here: send it as it is",
+            code="unsupported_encoding",
+            status=415,
+        )
     length = request.headers.get("content-length", "")
     # Digits are counted first: int() refuses thousands of them.
     if length.isascii() and length.isdigit() and (len(length) > MAX_LENGTH_DIGITS or int(length) > max_bytes):

@@ -76,7 +76,7 @@ async def on_afd_error(request: Request, error: Exception) -> Response:
 async def on_http_error(request: Request, error: Exception) -> Response:
     """FastAPI handler of routing errors: says which path or method it was."""
     assert isinstance(error, HTTPException)
-    path = request.url.path
+    path = request.scope["path"]  # a URL made of it would take //name for a host
     if error.status_code == http.HTTPStatus.NOT_FOUND:
         return error_response(RequestError(f"there is nothing at {path}", code="unknown_path", status=404))
     if error.status_code == http.HTTPStatus.METHOD_NOT_ALLOWED:

@@ -282,7 +282,7 @@ async def test_chat_content_parts_and_roles():
     async with gateway(MODEL) as rig:
         messages = [
             {"role": "developer", "content": "be brief"},
-            {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+            {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "output_text", "text": "b"}]},
         ]
         await rig.client.post("/v1/chat/completions", json={"messages": messages, "max_tokens": 1})
         (submit,) = rig.worker.submits()

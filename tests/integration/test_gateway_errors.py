@@ -117,6 +117,9 @@ async def test_bodies_that_are_not_a_json_object(body):
 async def test_paths_and_methods():
     async with gateway(MODEL, num_workers=0) as rig:
         assert_error(await rig.client.get("/v2/nothing"), 404, code="unknown_path")
+        strange = await rig.client.get("http://localhost//v1/models")
+        assert_error(strange, 404, code="unknown_path")
+        assert "//v1/models" in strange.json()["error"]["message"]
         answer = await rig.client.get(CHAT)
         assert_error(answer, 405, code="method_not_allowed")
         assert answer.headers["allow"] == "POST"
@@ -133,6 +136,17 @@ async def test_body_limit():
                 yield b"x" * 100
 
         assert_error(await rig.client.post(CHAT, content=pieces()), 413, code="body_too_large")
+
+
+@async_test
+@pytest.mark.parametrize("encoding", ["gzip", "br", "deflate, gzip", "x" * 100])
+async def test_compressed_bodies_are_called_so(encoding):
+    async with gateway(MODEL, num_workers=0) as rig:
+        answer = await rig.client.post(CHAT, content=b"\x1f\x8b", headers={"Content-Encoding": encoding})
+        assert_error(answer, 415, code="unsupported_encoding")
+        assert encoding[:32] in answer.json()["error"]["message"]
+        plain = await rig.client.post(CHAT, content=b"{", headers={"Content-Encoding": "Identity"})
+        assert_error(plain, 400, code="invalid_json")
 
 
 @async_test

@@ -26,6 +26,7 @@ MAX_STOP_CHARS = 1024
 MAX_STOP_TOKEN_IDS = 128
 MAX_LOGIT_BIAS = 1024
 MAX_LOGIT_BIAS_VALUE = 100.0
+_TEXT_PARTS = ("text", "input_text", "output_text")  # the last two are those of the Responses API
 
 
 def chat_job(
@@ -125,7 +126,7 @@ def template_messages(messages: list[ChatMessage]) -> list[Message]:
         if isinstance(message.content, list):
             texts = []
             for part_idx, part in enumerate(message.content):
-                if part.type not in ("text", "input_text") or part.text is None:
+                if part.type not in _TEXT_PARTS or part.text is None:
                     kind = {"image_url": "image", "input_image": "image"}.get(part.type, part.type)
                     raise RequestError(
                         f"this model takes text only: it cannot read content of type {kind!r}",
@@ -282,7 +283,10 @@ def _logit_bias(bias: dict[str, float], model: ServedModel) -> tuple[tuple[int, 
         raise RequestError(f"logit_bias has {len(bias)} entries; at most {MAX_LOGIT_BIAS}", param="logit_bias")
     pairs = []
     for key, value in bias.items():
-        if not (key.isascii() and key.isdigit() and len(key) < 10 and int(key) < model.vocab_size):
+        # One spelling of each id: "5" and "05" would be two wishes for one token.
+        if not (
+            key.isascii() and key.isdigit() and len(key) < 10 and str(int(key)) == key and int(key) < model.vocab_size
+        ):
             raise RequestError(f"logit_bias key {key[:32]!r} is not a token id of this model", param="logit_bias")
         if abs(value) > MAX_LOGIT_BIAS_VALUE:
             raise RequestError("logit_bias values lie between -100 and 100", param="logit_bias")

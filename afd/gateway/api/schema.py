@@ -24,7 +24,7 @@ Positive = Annotated[int, Meta(ge=1, le=1 << 31)]
 Seed = Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
 TokenIdField = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
 _FLOAT_FOR_INTEGER = re.compile(r"Expected `[^`]*\bint\b[^`]*`, got `float`")
-Role = Annotated[str, Meta(pattern=r"^[\w.-]{1,64}$")]
+Role = Annotated[str, Meta(pattern=r"^[\w.-]{1,64}$(?!\n)")]  # Python's $ matches before a last newline, too
 
 
 class StreamOptions(msgspec.Struct):

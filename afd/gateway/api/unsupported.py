@@ -22,6 +22,11 @@ _SHARED: Fields = {
     "guided_regex": (),
     "guided_choice": (),
     "guided_grammar": (),
+    "regex": (),
+    "json_schema": (),
+    "ebnf": (),
+    "grammar": ("",),
+    "stop_regex": ([],),
     "allowed_token_ids": (),
     "bad_words": ([],),
     "thinking_token_budget": (-1,),
@@ -29,19 +34,36 @@ _SHARED: Fields = {
     # how it is found
     "use_beam_search": (False,),
     "length_penalty": (1,),
+    "no_repeat_ngram_size": (0,),
+    "typical_p": (1,),
+    "repeat_penalty": (1,),
+    "mirostat": (0,),
+    "dry_multiplier": (0,),
+    "xtc_probability": (0,),
+    "dynatemp_range": (0,),
+    "logits_processors": ([],),
+    "custom_logit_processor": (),
+    "lora_path": (),
     # what comes with it
     "prompt_logprobs": (),
     "logprob_token_ids": ([],),
     "return_token_offsets": (False,),
+    "return_hidden_states": (False,),
+    "n_probs": (0,),
     # what happens to the prompt
     "truncate_prompt_tokens": (),
     "truncation_side": (),
     "cache_salt": (),
+    # how long it is, in other words
+    "n_predict": (-1,),
+    "max_new_tokens": (),
+    "min_new_tokens": (0,),
 }
 CHAT: Fields = _SHARED | {
     "reasoning_effort": (),
     "include_reasoning": (True,),
     "echo": (False,),
+    "best_of": (1,),
     "chat_template": (),
     "documents": ([],),
     "return_prompt_text": (False,),
@@ -56,6 +78,10 @@ TOKENIZE: Fields = {"chat_template": ()}
 _HINTS = {
     "chat_template": "the model's own is used",
     "documents": "a template that reads them takes them from chat_template_kwargs",
+    "max_new_tokens": "it is max_tokens here",
+    "min_new_tokens": "it is min_tokens here",
+    "n_predict": "it is max_tokens here",
+    "repeat_penalty": "it is repetition_penalty here",
     "reasoning_effort": "a template that reads it takes it from chat_template_kwargs",
 }
 
