@@ -17,8 +17,12 @@ from afd.types import MAX_STREAMS, DispatchMode, FfnParallel, Topology
 
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 Positive = Annotated[float, msgspec.Meta(gt=0, le=1e9)]  # finite: clocks and waits must take it
-PositiveInt = Annotated[int, msgspec.Meta(ge=1)]
-NonNegativeInt = Annotated[int, msgspec.Meta(ge=0)]
+MAX_COUNT = 1 << 31
+MAX_THREADS = 1024
+MAX_CORE_DIGITS = 5
+PositiveInt = Annotated[int, msgspec.Meta(ge=1, le=MAX_COUNT)]
+NonNegativeInt = Annotated[int, msgspec.Meta(ge=0, le=MAX_COUNT)]
+NumThreads = Annotated[int, msgspec.Meta(ge=0, le=MAX_THREADS)]
 WILDCARD_HOSTS = frozenset({"0.0.0.0", "::", "[::]", "*"})
 
 ANY_CORE = "any"
@@ -136,9 +140,9 @@ class AttentionConfig(Listener, frozen=True):
     """Size of the KV cache in GiB, where num_blocks is 0."""
     prefix_cache: bool = True
     """Requests share the KV blocks of common prefixes."""
-    threads: NonNegativeInt = 0
+    threads: NumThreads = 0
     """Threads that compute; 0 = a fair share of the machine's cores."""
-    threads_alone: NonNegativeInt = 0
+    threads_alone: NumThreads = 0
     """The same while the FFN workers wait for this one (one stream); 0 = `afd up` shares out this host's cores among
     the workers of a role, elsewhere `threads`."""
     cores: str = ""
@@ -163,9 +167,9 @@ class AttentionConfig(Listener, frozen=True):
 class FfnConfig(Listener, frozen=True):
     """FFN workers."""
 
-    threads: NonNegativeInt = 0
+    threads: NumThreads = 0
     """As `attention.threads`."""
-    threads_alone: NonNegativeInt = 0
+    threads_alone: NumThreads = 0
     """As `attention.threads_alone`."""
     cores: str = ""
     """As `attention.cores`."""
@@ -226,13 +230,13 @@ class GatewayConfig(Listener, frozen=True):
     """Prompt tokens of all choices of one request together; at least a context is allowed."""
     max_body_bytes: PositiveInt = 8 << 20
     """Body of one request."""
-    max_waiting_bytes: PositiveInt = 256 << 20
+    max_waiting_bytes: Annotated[int, msgspec.Meta(ge=1, le=1 << 40)] = 256 << 20
     """Bodies of all requests that are being received or wait to be read; at least one of the largest is allowed."""
     max_n: PositiveInt = 16
     """Choices of one request."""
     max_stop: PositiveInt = 4
     """Stop strings of one request."""
-    reader_processes: PositiveInt = 3
+    reader_processes: Annotated[int, msgspec.Meta(ge=1, le=64)] = 3
     """Processes beside the gateway that read and tokenise long requests."""
     request_timeout_s: Positive = 600.0
     """A request ends with an error after so long."""
@@ -361,9 +365,12 @@ def parse_cores(text: str) -> set[int]:
     cores: set[int] = set()
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()) or int(last or first) < int(first):
+        numbers = [
+            int(number) for number in (first, last or first) if number.isdecimal() and len(number) <= MAX_CORE_DIGITS
+        ]
+        if len(numbers) < 2 or (dash and not last) or numbers[1] < numbers[0]:
             raise ConfigError(f"cores: {text!r} is neither a list of core numbers such as 0,2-3 nor {ANY_CORE!r}")
-        cores.update(range(int(first), int(last or first) + 1))
+        cores.update(range(numbers[0], numbers[1] + 1))
     return cores
 
 

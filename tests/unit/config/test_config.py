@@ -49,6 +49,11 @@ def test_a_file_sets_and_an_override_wins(tmp_path: Path) -> None:
         ('[cluster]\ndispatch = "dense"\n', r"cluster\.dispatch"),
         ("[cluster]\nranks_per_instance = 8\n", "ranks_per_instance"),
         ("not toml", "is not valid TOML"),
+        (f"[gateway]\nmax_queue = {10**12}\n", r"gateway\.max_queue"),
+        (f"[gateway]\nreader_processes = {10**6}\n", r"gateway\.reader_processes"),
+        (f"[attention]\nthreads = {10**6}\n", r"attention\.threads"),
+        ('[attention]\ncores = "0-99999999999"\n', r"attention\.cores: '0-99999999999' is neither"),
+        (f"[ffn]\ncores = '{'9' * 5000}'\n", r"ffn\.cores"),
     ],
 )
 def test_what_is_wrong_is_named_with_its_file(tmp_path: Path, text: str, message: str) -> None:
