@@ -31,7 +31,8 @@ typedef struct {
 static inline void *sm_out_rows(const SmLane *lane, uint64_t seq) { return lane->out_slots[seq & 1] + SM_HEADER_BYTES; }
 static inline const void *sm_in_rows(const SmLane *lane, uint64_t seq) { return lane->in_slots[seq & 1] + SM_HEADER_BYTES; }
 
-/* Which good frame goes on where: twins of answers, follows and begins in stepmesh/wire.py, which a test holds against them. */
+/* Which good frame native code takes on a lane. What each has to say stands in stepmesh/wire.py (answers, follows, begins),
+   against which tests/unit/stepmesh/test_native.py holds these three. */
 
 static inline int sm_answers(const SmHeader *frame, const SmHeader *sent)
 {

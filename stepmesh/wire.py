@@ -140,8 +140,10 @@ def check_answer(frame: Header, sent: Dispatched) -> None:
         raise FrameError(f"combine of {frame.num_tokens} rows for a dispatch of {sent.num_tokens}")
 
 
-# Which good frame native code takes on a lane, in the place and with the seq that come next; it leaves others to the
-# mesh, where they may be in order, too. The reference of lane.h's sm_answers, sm_follows and sm_begins.
+# Which good frame native code takes on a lane (lanes.py), in the place and with the seq that come next. It leaves every
+# other frame to the mesh, whose windows (window.py) may well take it. Native code calls sm_answers, sm_follows and
+# sm_begins of lane.h. These three say in Python what each of those must answer: tests/unit/stepmesh/test_native.py
+# feeds both the same headers. A rule is changed here and in lane.h, and nowhere else.
 
 
 def answers(frame: Header, sent: Header) -> bool:

@@ -264,31 +264,33 @@ class AttentionEngine:
                 return []
         fetch = self._path.fetch(idx, head.results) if head.seqs else None
         if fetch is None:
-            return self._finish(idx, begun_s)
+            return self._finish(idx, begun_s, head.results)
         self._fetches[idx] = fetch
         self.stages.launched(idx)
         return []
 
     def _finish_fetched(self, idx: int) -> list[Output]:
         fetch = self._fetches.pop(idx)
-        self._heads[idx].results = [tensor for tensor in fetch.tensors if tensor is not None]
-        return self._finish(idx, self.stages.landed(idx) - fetch.device_s)
+        results = [tensor for tensor in fetch.tensors if tensor is not None]
+        return self._finish(idx, self.stages.landed(idx) - fetch.device_s, results)
 
-    def _finish(self, idx: int, begun_s: float) -> list[Output]:
-        """Sampling and commit. begun_s: what is left of the head."""
+    def _finish(self, idx: int, begun_s: float, results: abc.Sequence[Tensor]) -> list[Output]:
+        """Sample and commit. begun_s: when what is left of the head began.  results: the head's, on the host."""
         step, head = self._steps.pop(idx), self._heads.pop(idx)
-        sampled, failed = self._sample(head)
+        sampled, failed = self._sample(head, results)
         progress = self.scheduler.commit(step.micro_batch, {req_id: token for req_id, (token, _) in sampled.items()})
         more = not self.scheduler.idle
         self.stages.finish(idx, step.micro_batch, begun_s, started_s=step.started_s, more=more)
         return [Output(p, sampled[p.seq.req_id][1]) for p in progress] + failed
 
-    def _sample(self, head: Head) -> tuple[dict[str, tuple[int, TokenLogprobs | None]], list[Output]]:
+    def _sample(
+        self, head: Head, results: abc.Sequence[Tensor]
+    ) -> tuple[dict[str, tuple[int, TokenLogprobs | None]], list[Output]]:
         """(token, logprobs) by request id; and the requests that end here because their logits are not finite."""
         seqs = head.seqs
         if not seqs:
             return {}, []
-        result = head.sample(self._sampler)
+        result = head.sample(self._sampler, results)
         failed = []
         for row in result.invalid:
             seq = seqs[row]

@@ -41,20 +41,17 @@ class Head:
 
     @property
     def results(self) -> tuple[Tensor, ...]:
-        """What `sample` looks at, where it was computed."""
+        """What `sample` looks at, in the memory of the device that computed it."""
         return self.found if isinstance(self.found, RowMax) else (self.found,)
 
-    @results.setter
-    def results(self, tensors: Seq[Tensor]) -> None:
-        self.found = RowMax(*tensors) if isinstance(self.found, RowMax) else tensors[0]
-
-    def sample(self, sampler: Sampler) -> SampledBatch:
-        """The next token of every sequence."""
+    def sample(self, sampler: Sampler, results: Seq[Tensor]) -> SampledBatch:
+        """The next token of every sequence. results: `results`, or copies of them on the host."""
         if isinstance(self.found, RowMax):
-            return sampler.largest(self.found)
+            return sampler.largest(RowMax(*results))
         needs_history = any(seq.sampling.needs_history for seq in self.seqs)
+        [logits] = results
         return sampler.sample(
-            self.found,
+            logits,
             [seq.sampling for seq in self.seqs],
             [seq.num_output for seq in self.seqs],
             [(seq.prompt_ids(), seq.output_ids()) for seq in self.seqs] if needs_history else None,

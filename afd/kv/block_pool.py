@@ -110,7 +110,7 @@ class BlockPool:
             self._hash_of_block[block] = content_hash
 
     def check(self, held: Sequence[Sequence[int]]) -> None:
-        """Integrity: reference counts equal the holders' lists, every other block is free (tests, idle times)."""
+        """Raise AssertionError unless the reference counts are those of the holders' lists, and all else is free."""
         count = [0] * len(self._ref)
         for blocks in held:
             for block in blocks:

@@ -41,6 +41,7 @@ MAX_TPOT_S = 1e4
 MAX_ID_CHARS = 256
 MAX_INTERRUPTIONS = SUSPECT + 1
 STATS_MIN_S, STATS_MAX_S = 0.1, 0.5  # between two reports: when something has changed, and anyhow
+CHECK_S = 60.0  # at least, between two checks of the idle scheduler's books
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +93,8 @@ class WorkerCore:
         self._patience_until_s: float | None = None  # while FFN workers are out of reach
         self._stats: WorkerStats | None = None
         self._stats_due_s = self._stats_overdue_s = 0.0
+        self._check_due_s = 0.0
+        self._checked_step = 0
 
     # -- what comes in ------------------------------------------------------------------------------------
 
@@ -114,12 +117,19 @@ class WorkerCore:
             self._refuse(gateway, message, "unknown", detail)
 
     def tick(self, now: float) -> None:
-        """Call it many times a second, after `receive`: ended leases, and FFN workers that did not come back."""
+        """Call it many times a second, after `receive`: ended leases, and FFN workers that did not come back.
+
+        Raises AssertionError if a block or a sequence got lost: found while idle, when a new start costs no token.
+        """
         for gateway in self._leases.ended(now):
             num_aborted = self._keep(gateway, ())
             log.warning("a gateway went silent: %d of its requests aborted", num_aborted)
         if not self.ready and self._patience_until_s is not None and now >= self._patience_until_s:
             self._give_up()
+        step = self.scheduler.num_steps
+        if self.scheduler.idle and step != self._checked_step and now >= self._check_due_s:
+            self._checked_step, self._check_due_s = step, now + CHECK_S
+            self.scheduler.check()
 
     def adopt(self, view: ClusterView) -> None:
         """A new view of the cluster: its plan counts from each stream's next step on."""
@@ -191,16 +201,6 @@ class WorkerCore:
         messages, self._outbox = self._outbox, []
         messages.extend(self._ledger.take_unsent())
         return messages
-
-    @property
-    def num_records(self) -> int:
-        """Requests whose tokens can be sent again: live ones, and a bounded number of ended ones."""
-        return len(self._ledger)
-
-    @property
-    def gateways(self) -> Leases:
-        """Those that live."""
-        return self._leases
 
     # -- details ------------------------------------------------------------------------------------------
 

@@ -21,14 +21,6 @@ class Leases:
         """Gateways whose lease lasts."""
         return iter(tuple(self._end_s))
 
-    def __len__(self) -> int:
-        return len(self._end_s)
-
-    @property
-    def last_end_s(self) -> float:
-        """When every gateway of today is forgotten unless it renews; -inf without any."""
-        return max(self._end_s.values(), default=-math.inf)
-
     def renew(self, gateway: bytes, ttl_s: float, now: float) -> None:
         """The gateway's lease ends `ttl_s` from now; NaN counts as 0."""
         self._end_s[gateway] = now + min(max(0.0, ttl_s), MAX_LEASE_S)

@@ -34,10 +34,6 @@ class Ledger:
         self._unsent: dict[bytes, list[TokenChunk]] = {}
         self._resent: set[str] = set()  # requests whose tokens are in `_unsent` once more
 
-    def __len__(self) -> int:
-        """Requests on record."""
-        return len(self._records)
-
     def open(self, req_id: str, gateway: bytes, attempt: int, first_idx: int) -> None:
         """Start recording an attempt, whose first token will have output index `first_idx`."""
         self._finished.pop(req_id, None)

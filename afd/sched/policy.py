@@ -68,13 +68,10 @@ class Outlook:
 
     places_s: until each of the next typical requests would be admitted, one after another; empty = all of them now.
     prefill_token_s: from a place to the first token, per token of the prompt, beside what runs.
-    headroom_s: the tightest target less the predicted cycle.  cycle_s: with all that is admitted.
     """
 
     places_s: tuple[float, ...]
     prefill_token_s: float
-    headroom_s: float
-    cycle_s: float
 
 
 @dataclass(slots=True)
@@ -207,7 +204,7 @@ class Admission:
         Nothing with policy off; no wait with observe, which makes nobody wait.
         """
         if self.policy == "off":
-            return Outlook((), 0.0, 0.0, 0.0)
+            return Outlook((), 0.0)
         shares = [self._share_of(seq) for seq in self._scheduler.sequences()]
         crowd = self._crowd(shares)
         cycle_s = self.cycle_s = self._cycle_s(crowd)
@@ -218,7 +215,7 @@ class Admission:
             typical = self._share(num_prompt, 0, num_output, held=0, target_s=self._tpot_s)
             course = self._course(shares, crowd, cycle_s, typical.num_pending)
             places, prefill_token_s = self._usual(self._places_s(course, typical), course.pace)
-        return Outlook(places, prefill_token_s, min(self._tpot_s, crowd.target_s) - cycle_s, cycle_s)
+        return Outlook(places, prefill_token_s)
 
     # -- decisions ----------------------------------------------------------------------------------------
 

@@ -262,7 +262,7 @@ class Scheduler:
         self.max_step_tokens = min(max_tokens, self.config.max_step_tokens)
 
     def check(self) -> None:
-        """Integrity of blocks and lists (tests, idle times)."""
+        """Raise AssertionError unless blocks and lists are whole. Costs more the more blocks ever were in use."""
         doomed = [s for seqs in self._running for s in seqs if s.doomed is not None]
         live = [*self._by_id.values(), *doomed]
         self.pool.check([s.blocks for s in live])

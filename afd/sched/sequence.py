@@ -40,7 +40,6 @@ class Sequence:
     sampling: SamplingParams
     priority: int
     arrival: int  # order of arrival at this worker
-    arrival_s: float = 0.0
     tpot_s: float = 0.0
     state: SequenceState = SequenceState.WAITING
     stream: int = -1

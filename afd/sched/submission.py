@@ -24,7 +24,6 @@ def admit(message: Submit, admission: Admission, *, owner: bytes, arrival: int, 
         message.sampling,
         message.priority,
         arrival,
-        arrival_s=now,
         tpot_s=admission.target_of(message.tpot_s),
     )
 

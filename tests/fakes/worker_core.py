@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from afd.kv.block_pool import BlockPool
 from afd.messages.membership import ClusterView, Member, Plan, WorkerInfo
-from afd.messages.serving import GatewayMessage, Refused, Submit, TokenChunk, Tokens, WorkerMessage
+from afd.messages.serving import GatewayMessage, Refused, Submit, TokenChunk, Tokens, WorkerMessage, WorkerStats
 from afd.sched.core import CoreLimits, WorkerCore
 from afd.sched.latency import LatencyModel
 from afd.sched.policy import Admission, Policy
@@ -76,6 +76,11 @@ class ScriptedWorker:
 
     def refusals(self) -> list[Refused]:
         return [message for message in self.heard() if isinstance(message, Refused)]
+
+    def listeners(self) -> set[bytes]:
+        """Gateways that are told the load now: those that live. Half a second after the last look at the earliest."""
+        self.core.report(self.now)
+        return {to for to, message in self.core.take_outbox() if isinstance(message, WorkerStats)}
 
     def begin(self) -> None:
         """A micro-batch for every empty stream."""
