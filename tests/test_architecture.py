@@ -40,6 +40,15 @@ LIGHT = {  # what must start without what is slow to import, or not there
     ),
     "import stepmesh, stepmesh.cli.main, stepmesh.compat, stepmesh.rendezvous": "torch pyverbs afd zmq msgspec grpc",
 }
+WORKERS = ("afd/attention", "afd/ffn", "afd/worker")
+NAMED_TUPLE = {"_fields", "_make", "_replace", "_asdict"}
+FOREIGN_WORDS = {  # pattern: where it must not occur
+    r"\b(is_cpu|native_kernels|Packed)\b": "afd/model",  # what computes is chosen in afd/ops/select.py
+    r"(?i)relay": (
+        "afd/attention/engine.py afd/attention/stages.py afd/attention/exchange.py afd/attention/mesh_exchange.py"
+        " afd/ffn/engine.py afd/model afd/ops"
+    ),  # a leg is a leg, whoever goes it
+}
 WALL_CLOCK = {"time": {"time", "time_ns", "localtime", "gmtime"}, "datetime": {"now", "utcnow", "today"}}
 TOLD = {
     "afd/telemetry/log.py": "log lines",
@@ -155,6 +164,57 @@ def test_the_map_of_the_rooms_is_whole() -> None:
     page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
     rooms = {f"afd/{path.parent.name}" for path in (ROOT / "afd").glob("*/__init__.py")}
     assert set(re.findall(r"afd/\w+(?=\s)", page.split("```")[1])) == rooms
+
+
+# --- workers ----------------------------------------------------------------------------------------------
+
+
+def test_a_worker_has_all_its_parts_from_the_start() -> None:
+    """Parts are built before anybody sees one (`build.py`): none is None until later."""
+    found = []
+    for path in files(*WORKERS, suffixes={".py"}):
+        for node in ast.walk(syntax_of(path)):
+            if isinstance(node, ast.Assert) and re.search(r" is not None\b", ast.unparse(node.test)):
+                found.append(f"{name_of(path)}:{node.lineno}")
+    assert found == []
+
+
+def test_a_worker_is_put_together_and_inherits_nothing() -> None:
+    bases = set()
+    for path in files(*WORKERS, suffixes={".py"}):
+        for node in ast.walk(syntax_of(path)):
+            if isinstance(node, ast.ClassDef):
+                bases.update(map(ast.unparse, node.bases))
+    assert bases <= {"Protocol", "NamedTuple", "msgspec.Struct", "Collector"}
+
+
+def private_names(module: ast.Module) -> set[str]:
+    """Methods and attributes of its classes that are nobody else's business."""
+    defined = {node.name for node in ast.walk(module) if isinstance(node, ast.FunctionDef)}
+    used = {node.attr for node in ast.walk(module) if isinstance(node, ast.Attribute)}
+    return {name for name in defined | used if re.match("_[a-z]", name)} - set(dir(tuple)) - NAMED_TUPLE
+
+
+def test_tests_see_of_a_worker_what_its_callers_see() -> None:
+    paths = (*files(*WORKERS, suffixes={".py"}), ROOT / "afd/sched/core.py", ROOT / "afd/sched/scheduler.py")
+    private = set().union(*(private_names(syntax_of(path)) for path in paths))
+    assert {"_turn", "_run_stages", "_leases", "_running"} & private
+    found = []
+    for path in files("tests", suffixes={".py"}):
+        modules = {node.module or "" for node in ast.walk(syntax_of(path)) if isinstance(node, ast.ImportFrom)}
+        if not any(module.startswith(("afd.attention", "afd.ffn", "afd.worker", "afd.sched")) for module in modules):
+            continue
+        for node in ast.walk(syntax_of(path)):
+            if isinstance(node, ast.Attribute) and node.attr in private and ast.unparse(node.value) != "self":
+                found.append(f"{name_of(path)}:{node.lineno} {ast.unparse(node)}")
+    assert found == []
+
+
+@pytest.mark.parametrize(("word", "rooms"), FOREIGN_WORDS.items())
+def test_a_room_does_not_know_the_business_of_another(word: str, rooms: str) -> None:
+    places = [path for room in rooms.split() for path in (files(room) if (ROOT / room).is_dir() else [ROOT / room])]
+    assert places
+    assert [name_of(path) for path in places if re.search(word, path.read_text("utf-8"))] == []
 
 
 # --- settings ---------------------------------------------------------------------------------------------

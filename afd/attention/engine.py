@@ -235,7 +235,7 @@ class AttentionEngine:
             if item.samples and item.seq.doomed is None:
                 seqs.append(item.seq)
                 rows.append(end - 1)
-        x = step.residual
+        x = step.x
         if len(rows) < end:
             x = x[to_device(torch.tensor(rows, dtype=torch.int64), self._half.device)]
         normed = self._half.head_rows(x)
@@ -271,8 +271,7 @@ class AttentionEngine:
 
     def _finish_fetched(self, idx: int) -> list[Output]:
         fetch = self._fetches.pop(idx)
-        results = [tensor for tensor in fetch.tensors if tensor is not None]
-        return self._finish(idx, self.stages.landed(idx) - fetch.device_s, results)
+        return self._finish(idx, self.stages.landed(idx) - fetch.device_s, fetch.tensors)
 
     def _finish(self, idx: int, begun_s: float, results: abc.Sequence[Tensor]) -> list[Output]:
         """Sample and commit. begun_s: when what is left of the head began.  results: the head's, on the host."""

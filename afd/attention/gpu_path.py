@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -27,13 +28,19 @@ from stepmesh.types import WireDtype
 PATIENCE_S = 2e-3
 """Longest `poll` while anything is launched: the inner poll may return early for events that are no answers."""
 
+WIRE_PARTS = ("rows", "scales", "expert_ids", "expert_weights")
+"""Fields of a `Dispatch` that leave this process."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Launch:
-    """A layer on the GPU. download: rows in the wire's type, scales, expert ids and weights; or nothing."""
+    """A layer on the GPU."""
 
     step: Step
     dispatch: Dispatch
+    """What it computes, in the GPU's memory."""
+    parts: tuple[str, ...]
+    """Fields of the dispatch that are downloaded."""
     download: Download
     typical: bool
 
@@ -85,7 +92,7 @@ class GpuPath:
 
     def end(self, step: Step, answer: Combined) -> None:
         placed = self._placed(answer)
-        self._half.combine(step.residual, placed.partials, placed.row_idx)
+        self._half.combine(step.x, placed.partials, placed.row_idx)
 
     def fetch(self, stream: int, results: Sequence[Tensor]) -> Download:
         self._heads.append(self._device.download(results))
@@ -123,18 +130,20 @@ class GpuPath:
         """The step's next layer, and copies of what the exchange needs behind it."""
         layer, graphs, num_captured = step.layer + 1, self._graphs, 0
         if graphs is None or not graphs.takes(step.batch):
-            dispatch = self._half.layer(layer, step.residual, step.batch, self._cache, partials)
+            dispatch = self._half.layer(layer, step.x, step.batch, self._cache, partials)
         else:
             num_captured = -graphs.num_captured
-            step.x, dispatch = graphs.layer(step.stream, layer, step.residual, step.batch, partials)
+            step.x, dispatch = graphs.layer(step.stream, layer, step.x, step.batch, partials)
             num_captured += graphs.num_captured
-        results: tuple[Tensor | None, ...] = ()
+        parts: dict[str, Tensor] = {}
         if self._wire is not None:
             rows, scales = encode_rows(dispatch.rows, self._wire)
-            results = (rows, scales, dispatch.expert_ids, dispatch.expert_weights)
-        download = self._device.download(results)
+            dispatch = replace(dispatch, rows=rows, scales=scales)
+            parts = {name: part for name in WIRE_PARTS if (part := getattr(dispatch, name)) is not None}
+        download = self._device.download(list(parts.values()))
         # A capture waits for the GPU, which later steps do not.
-        self._launched[step.stream] = _Launch(step, dispatch, download, typical=num_captured == 0)
+        typical = num_captured == 0
+        self._launched[step.stream] = _Launch(step, dispatch, tuple(parts), download, typical)
 
     def _computing(self) -> bool:
         """Send what the GPU has come to the end of; whether it computes anything else."""
@@ -144,11 +153,9 @@ class GpuPath:
         return bool(self._launched or self._heads)
 
     def _send(self, launch: _Launch) -> None:
-        step, dispatch = launch.step, launch.dispatch
-        if self._wire is not None:
-            rows, scales, expert_ids, expert_weights = launch.download.tensors
-            assert rows is not None
-            dispatch = Dispatch(dispatch.layer, rows, expert_ids, expert_weights, scales=scales)
+        step = launch.step
+        on_host: dict[str, Any] = dict(zip(launch.parts, launch.download.tensors, strict=True))
+        dispatch = replace(launch.dispatch, **on_host)
         self._exchange.send(step.stream, step.micro_batch.step, dispatch)
         sent_s = self._clock()
         begun_s = sent_s - launch.download.device_s

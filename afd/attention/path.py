@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -28,8 +28,10 @@ class Step:
     started_s: float
     layer: int = -1
     """The newest layer that was dispatched; -1 = none yet."""
-    x: Tensor | None = None
-    """Residual [num_tokens, hidden]: untouched between a dispatch and the leg that adds its answer."""
+    x: Tensor = field(init=False, repr=False)
+    """Residual [num_tokens, hidden], set by the path's `begin`: untouched between a dispatch and the leg that adds its
+    answer.
+    """
     alone: bool = False
     """No other step is in flight, so a leg may take as long as it likes: nobody waits for this thread."""
     sent_s: float = 0.0
@@ -38,12 +40,6 @@ class Step:
     @property
     def stream(self) -> int:
         return self.micro_batch.stream
-
-    @property
-    def residual(self) -> Tensor:
-        """x of a step that has begun."""
-        assert self.x is not None, "a step begins with its embedding"
-        return self.x
 
 
 class Lap(NamedTuple):
@@ -104,7 +100,7 @@ class Fetch(Protocol):
     """Results on their way to host memory."""
 
     @property
-    def tensors(self) -> Sequence[Tensor | None]:
+    def tensors(self) -> Sequence[Tensor]:
         """On the host; may be read once `done`."""
 
     @property

@@ -61,13 +61,13 @@ class PythonPath:
     def layer(self, step: Step, begun_s: float, entered_s: float, partials: Sequence[Tensor]) -> Leg:
         """The step's next layer, which adds `partials` first. begun_s, entered_s: of what came before it."""
         layer = step.layer + 1
-        dispatch = self._half.layer(layer, step.residual, step.batch, self._cache, partials)
+        dispatch = self._half.layer(layer, step.x, step.batch, self._cache, partials)
         computed_s = self._clock()
         self._exchange.send(step.stream, step.micro_batch.step, dispatch)
         return leg_of_one(step.stream, layer, (begun_s, entered_s, computed_s, self._clock()))
 
     def end(self, step: Step, answer: Combined) -> None:
-        self._half.combine(step.residual, answer.partials, answer.row_idx)
+        self._half.combine(step.x, answer.partials, answer.row_idx)
 
     def fetch(self, stream: int, results: Sequence[Tensor]) -> Fetch | None:
         return None
@@ -97,7 +97,7 @@ def combined_or_left(half: AttentionHalf, step: Step, answer: Combined) -> Seque
     """Partials that the next layer adds by itself; those of some rows only are added here, then none are left."""
     if answer.row_idx is None:
         return answer.partials
-    half.combine(step.residual, answer.partials, answer.row_idx)
+    half.combine(step.x, answer.partials, answer.row_idx)
     return ()
 
 

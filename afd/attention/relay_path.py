@@ -65,7 +65,7 @@ class RelayPath:
         """As far as native code gets; where that is nowhere, the next layer."""
         if not self._takes(step) or (lane := self._exchange.lane(step.stream)) is None:
             return self._inner.resume(step, answer)
-        done = self._layers.run(step.layer + 1, step.residual, answer.partials, step.batch, lane)
+        done = self._layers.run(step.layer + 1, step.x, answer.partials, step.batch, lane)
         if not done.num_laps:
             return self._inner.resume(step, answer)
         if not done.on_time:

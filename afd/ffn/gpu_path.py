@@ -58,7 +58,6 @@ class GpuPath:
 
     def _answered(self, batch: GangBatch, download: Download) -> Leg:
         [rows] = download.tensors
-        assert rows is not None
         computed_s = self._clock()
         begun_s = max(computed_s - download.device_s, self._booked_until_s)
         self._booked_until_s = computed_s

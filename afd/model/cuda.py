@@ -29,14 +29,14 @@ DEADLINE_S = 30.0
 
 
 class Download:
-    """Results on their way to host memory. tensors: on the host, to be read once `done`; None where there was none.
+    """Results on their way to host memory. tensors: on the host, to be read once `done`.
 
     device_s: from the stage's beginning to the end of the copies, by the GPU's clock; it includes what other streams'
     stages took of the GPU meanwhile. Known once `done`.
     """
 
-    def __init__(self, results: Sequence[Tensor | None], begun: torch.cuda.Event):
-        self.tensors = [None if result is None else _begin_copy(result) for result in results]
+    def __init__(self, results: Sequence[Tensor], begun: torch.cuda.Event):
+        self.tensors = [_begin_copy(result) for result in results]
         self.device_s = 0.0
         self._results = list(results)  # their memory is not anybody else's until the copies are over
         self._begun = begun
@@ -72,7 +72,7 @@ class CudaDevice:
             self._begun = _event()
             yield
 
-    def download(self, results: Sequence[Tensor | None]) -> Download:
+    def download(self, results: Sequence[Tensor]) -> Download:
         """Queue copies of the stage's results behind it; call inside `stage`, once."""
         assert self._begun is not None, "downloads belong to a stage"
         return Download(results, self._begun)
