@@ -66,8 +66,8 @@ def stats(rank=0, **fields):
 class Scene:
     """A dispatcher with workers a, b, ... that have all reported at time 0."""
 
-    def __init__(self, names="a", **limits):
-        self.port = Port()
+    def __init__(self, names="a", port=None, **limits):
+        self.port = port or Port()
         self.dispatcher = Dispatcher("gateway", DispatchLimits(**limits), self.port)
         self.members = {name: member(name, rank) for rank, name in enumerate(names)}
         self.publish(0.0)

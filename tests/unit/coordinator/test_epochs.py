@@ -27,13 +27,6 @@ def test_a_worker_without_addresses_has_a_rank_but_is_not_published() -> None:
     assert scenario.view.epoch == 1 and scenario.ranks("ffn") == {"f0": 0}
 
 
-def test_a_late_attention_worker_raises_the_epoch_and_gets_the_next_rank() -> None:
-    scenario = formed("1A1F")
-    assert scenario.register("a1").rank == 1
-    assert scenario.view.epoch == 2
-    assert scenario.ranks("attention") == {"a0": 0, "a1": 1}
-
-
 def test_losing_an_attention_worker_raises_the_epoch_at_once() -> None:
     scenario = formed("2A1F")
     scenario.silent.add("a1")
@@ -41,16 +34,6 @@ def test_losing_an_attention_worker_raises_the_epoch_at_once() -> None:
     assert scenario.view.epoch == 2 and scenario.view.formed
     assert scenario.ranks("attention") == {"a0": 0}
     assert "attention/1 lost: no heartbeat" in scenario.log()
-
-
-def test_losing_an_ffn_worker_waits_for_a_replacement_then_raises_the_epoch() -> None:
-    scenario = formed("1A2F")
-    scenario.silent.add("f0")
-    scenario.wait(2.0)
-    assert scenario.view.epoch == 1 and not scenario.view.formed
-    assert scenario.register("f2").rank == 0, "the free rank goes to the newcomer"
-    assert scenario.view.epoch == 2 and scenario.view.formed
-    assert scenario.ranks("ffn") == {"f1": 1, "f2": 0}
 
 
 def test_losing_both_kinds_is_one_epoch_when_complete_again() -> None:

@@ -44,16 +44,6 @@ def test_the_lost_one_is_told_and_may_not_come_back() -> None:
     assert "declared lost" in scenario.register("a1", again=True).error
 
 
-def test_a_worker_with_work_that_makes_no_progress_is_stalled() -> None:
-    scenario = formed("2A1F")
-    scenario.sync("a1", pending=True, progress=7)
-    scenario.wait(TIMING.stall_timeout_s - BEAT_S)
-    assert "a1" in scenario.ranks("attention")
-    scenario.wait(3 * BEAT_S)
-    assert "a1" not in scenario.ranks("attention")
-    assert "no progress" in scenario.lost.get("a1", scenario.sync("a1").reason)
-
-
 def test_an_idle_worker_or_one_that_moves_is_not_stalled() -> None:
     scenario = formed("2A1F")
     scenario.sync("a0", pending=False, progress=7)
@@ -70,16 +60,6 @@ def test_the_time_before_work_arrived_does_not_count_as_a_stall() -> None:
     scenario.sync("a1", pending=True)
     scenario.wait(TIMING.stall_timeout_s - BEAT_S)
     assert "a1" in scenario.ranks("attention")
-
-
-def test_of_a_broken_pair_the_end_with_more_broken_pairs_leaves() -> None:
-    scenario = formed("3A2F")
-    for name in ("a0", "a1", "a2"):
-        scenario.report(name, "ffn/1")
-    scenario.wait(TIMING.lost_after_s + 2 * BEAT_S)
-    assert scenario.ranks("ffn") == {"f0": 0}
-    assert len(scenario.ranks("attention")) == 3
-    assert "links to attention/0, attention/1, attention/2 are broken (link error)" in scenario.log()
 
 
 def test_a_tie_goes_against_the_attention_worker() -> None:

@@ -30,18 +30,6 @@ def test_the_cluster_goes_on_in_the_same_epoch_with_the_same_ranks() -> None:
     assert all(member.ready for member in scenario.view.members)
 
 
-def test_nobody_is_lost_before_the_grace_is_over() -> None:
-    scenario = formed("2A1F")
-    scenario.restart_coordinator()
-    come_back(scenario, "a0", "f0")
-    scenario.silent.add("a1")
-    scenario.wait(TIMING.restart_grace_s - BEAT_S)
-    assert "a1" in scenario.ranks("attention") and scenario.view.epoch == 1
-    scenario.wait(2 * BEAT_S)
-    assert "a1" not in scenario.ranks("attention") and scenario.view.epoch == 2
-    assert "did not come back" in scenario.log()
-
-
 def test_a_newcomer_gets_no_rank_of_a_worker_that_has_yet_to_report() -> None:
     scenario = formed("2A1F")
     scenario.restart_coordinator()

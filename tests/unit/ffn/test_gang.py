@@ -1,4 +1,4 @@
-"""Gangs by scripted scenarios (tests/sim has the simulation)."""
+"""Gangs: single rules, and whatever comes. Stories stand in tests/scenarios/gangs, tests/sim has the simulation."""
 
 import copy
 import sys
@@ -76,33 +76,6 @@ def test_streams_are_active_from_the_first_dispatch_until_all_are_idle_or_lost()
     assert gangs.num_active_streams == 0
 
 
-def test_a_newcomer_is_parked_until_the_gangs_next_layer_zero_and_joins_there():
-    gangs = table()
-    gangs.arrive(arrival(0))
-    first = gangs.next_batch(0.0)
-    assert ranks(first) == [0] and first.mask == 0b1
-    gangs.arrive(arrival(1, at=0.001))
-    assert gangs.next_batch(0.002) is None, "the gang is under way: the newcomer waits"
-    gangs.arrive(arrival(0, 1, at=0.002, gang=first.gang_id, mask=first.mask))
-    assert ranks(gangs.next_batch(0.002)) == [0]
-    gangs.arrive(arrival(0, at=0.003))
-    joint = gangs.next_batch(0.003)
-    assert ranks(joint) == [0, 1] and joint.mask == 0b11 and joint.gang_id != first.gang_id
-
-
-def test_a_newcomer_loses_patience_after_one_predicted_step_and_runs_alone():
-    gangs = table(max_window_s=0.005)
-    gangs.arrive(arrival(0))
-    gangs.next_batch(0.0)
-    gangs.arrive(arrival(1, at=0.0))
-    assert gangs.next_batch(0.004) is None
-    assert gangs.deadline() == pytest.approx(0.005)
-    alone = gangs.next_batch(0.005)
-    assert ranks(alone) == [1] and alone.mask == 0b10
-    gangs.arrive(arrival(1, 1, at=0.006, gang=alone.gang_id, mask=alone.mask))
-    assert ranks(gangs.next_batch(0.006)) == [1], "its own gang waits for nobody else"
-
-
 def form_pair(gangs):
     """A gang of ranks 0 and 1 that has just been formed; its steps take 0.1 s."""
     for start in (0.0, 0.1, 0.2):
@@ -122,43 +95,11 @@ def test_later_layers_wait_for_exactly_the_mask():
     assert ranks(gangs.next_batch(0.31)) == [0, 1], "rank order, whatever the arrival order"
 
 
-def test_members_get_a_window_at_layer_zero_and_the_late_one_is_left_out_for_a_step():
-    gangs = table(max_window_s=0.005)
-    form_pair(gangs)
-    gangs.arrive(arrival(0, at=0.3))
-    assert gangs.next_batch(0.304) is None
-    batch = gangs.next_batch(0.3051)
-    assert ranks(batch) == [0]
-    gangs.arrive(arrival(1, at=0.306))
-    assert gangs.next_batch(0.307) is None
-    gangs.arrive(arrival(0, 1, at=0.31, gang=batch.gang_id, mask=batch.mask))
-    assert ranks(gangs.next_batch(0.31)) == [0]
-    gangs.arrive(arrival(0, at=0.32))
-    assert ranks(gangs.next_batch(0.32)) == [0, 1]
-
-
-def test_an_idle_member_is_not_waited_for():
-    gangs = table()
-    form_pair(gangs)
-    gangs.idle(1, 0)
-    gangs.arrive(arrival(0, at=0.3))
-    assert ranks(gangs.next_batch(0.3)) == [0]
-
-
 def test_a_stale_idle_notice_does_not_hide_a_pending_dispatch():
     gangs = table()
     gangs.arrive(arrival(0))
     gangs.idle(0, 0)
     assert ranks(gangs.next_batch(0.0)) == [0]
-
-
-def test_a_lost_member_is_not_waited_for():
-    gangs = table()
-    pair = form_pair(gangs)
-    gangs.arrive(arrival(0, 1, at=0.3, gang=pair.gang_id, mask=pair.mask))
-    assert gangs.next_batch(0.3) is None
-    gangs.lost(1)
-    assert ranks(gangs.next_batch(0.3)) == [0]
 
 
 def test_a_straggler_is_detached_after_the_bound_and_rejoins_at_layer_zero():

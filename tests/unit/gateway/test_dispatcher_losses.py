@@ -1,7 +1,7 @@
 """The dispatcher, scripted: lost workers, failures, lost messages."""
 
 from afd.errors import PeerLostError
-from afd.gateway.dispatcher import MAX_LOSSES, PROBE_S, WorkerError
+from afd.gateway.dispatcher import MAX_LOSSES
 from afd.messages.serving import Abort, Lease, Refused, Resend, Submit, TokenChunk, Tokens
 from afd.types import FinishReason
 from tests.fakes.dispatch_scene import Scene, member, stats
@@ -22,34 +22,6 @@ def test_a_worker_that_leaves_hands_its_requests_to_another():
     scene.tokens("b", request, [7], 0.3, FinishReason.LENGTH)
     assert request.sink.ids == [5, 6, 7]
     assert scene.dispatcher.counters.migrated == 1
-
-
-def test_without_another_worker_the_request_waits_for_a_successor():
-    scene = Scene(recovery_timeout_s=20.0)
-    request = scene.submit()
-    scene.tokens("a", request, [5, 6], 0.1)
-    del scene.members["a"]
-    scene.publish(0.2)
-    scene.dispatcher.tick(15.0)
-    assert request.sink.error is None
-    scene.members["b"] = member("b", 0, ready=False)
-    scene.publish(15.1)
-    scene.members["b"] = member("b", 0)
-    scene.publish(15.2)
-    scene.say("b", stats(0), 15.3)
-    *_, (key, message) = scene.port.take(Submit)
-    assert (key, message.attempt, message.output_ids) == ("b", 1, [5, 6])
-
-
-def test_a_successor_that_never_comes_is_not_waited_for_for_ever():
-    scene = Scene(recovery_timeout_s=20.0)
-    request = scene.submit()
-    del scene.members["a"]
-    scene.publish(0.2)
-    scene.dispatcher.tick(20.1)
-    assert request.sink.error is None
-    scene.dispatcher.tick(20.3)
-    assert isinstance(request.sink.error, PeerLostError)
 
 
 def test_a_queued_request_waits_for_a_worker_that_is_away_for_a_while():
@@ -100,18 +72,6 @@ def test_what_a_worker_failed_is_tried_there_again_where_there_is_no_other():
     assert request.attempt == 1
 
 
-def test_what_a_worker_failed_that_cannot_serve_ends_with_the_reason_where_there_is_no_other():
-    """The worker has waited for its FFN workers as long as it may: another such wait would help nobody."""
-    scene = Scene()
-    request = scene.submit()
-    scene.members["a"] = member("a", ready=False)
-    scene.publish(0.05)
-    scene.tokens("a", request, [5], 0.1, FinishReason.ERROR, error="ffn/0 is lost", retryable=True)
-    assert isinstance(request.sink.error, PeerLostError)
-    assert "ffn/0 is lost" in str(request.sink.error)
-    assert scene.submits() == [("a", "r1")]
-
-
 def test_what_a_worker_failed_that_cannot_serve_waits_for_one_that_may():
     scene = Scene("ab")
     for name, rank in (("a", 0), ("b", 1)):
@@ -149,24 +109,6 @@ def test_requests_that_workers_forgot_in_our_pauses_are_never_given_up():
     assert request.sink.error is None and request.attempt == 3 * MAX_LOSSES - 1
 
 
-def test_a_silent_worker_is_lost_and_told_so():
-    scene = Scene("ab", silence_s=2.0)
-    request = scene.submit()
-    for tenth in range(1, 25):
-        if tenth == 20:
-            assert scene.port.take(Abort) == []
-        scene.say("b", stats(1), tenth / 10)
-        scene.dispatcher.tick(tenth / 10)
-    assert scene.port.take(Abort) == [("a", Abort(["r1"]))]
-    assert scene.submits()[-1] == ("b", "r1")
-    scene.tokens("b", request, [1], 2.5)
-    assert request.sink.ids == [1]
-    late = TokenChunk("r1", 0, 0, [9])
-    scene.say("a", Tokens([late]), 2.6)  # it comes back: its old tokens count no more, its room does
-    assert request.sink.ids == [1]
-    assert scene.dispatcher.workers["a"].serving
-
-
 def test_a_pause_of_our_own_is_not_the_workers_silence():
     scene = Scene()
     scene.submit()
@@ -177,24 +119,6 @@ def test_a_pause_of_our_own_is_not_the_workers_silence():
     for tenth in range(102, 102 + int(scene.dispatcher.limits.silence_s * 10) + 1):
         scene.dispatcher.tick(tenth / 10)
     assert not scene.dispatcher.workers["a"].serving
-
-
-def test_a_retryable_failure_moves_the_request_away_from_that_worker():
-    scene = Scene("ab")
-    request = scene.submit()
-    scene.tokens("a", request, [5], 0.1)
-    scene.tokens("a", request, [6], 0.2, FinishReason.ERROR, error="ffn lost", retryable=True)
-    assert request.sink.ids == [5, 6]
-    assert request.sink.finish is None
-    assert scene.submits()[-1] == ("b", "r1")
-
-
-def test_a_final_failure_carries_the_workers_words():
-    scene = Scene("ab")
-    request = scene.submit()
-    scene.tokens("a", request, [], 0.1, FinishReason.ERROR, error="NaN in layer 3", retryable=False)
-    assert isinstance(request.sink.error, WorkerError)
-    assert "NaN in layer 3" in str(request.sink.error)
 
 
 def test_a_request_that_fails_everywhere_is_given_up():
@@ -280,22 +204,6 @@ def test_a_gap_is_asked_for_once_in_a_while():
     assert scene.port.take(Resend) == [("a", Resend("r1", 0, 1)), ("a", Resend("r1", 0, 1))]
     scene.say("a", Tokens([TokenChunk("r1", 0, 1, [6, 7, 8])]), 1.0)
     assert request.sink.ids == [5, 6, 7, 8]
-
-
-def test_a_silent_request_is_asked_after():
-    scene = Scene()
-    scene.submit()
-    for tenth in range(1, int(PROBE_S * 10) + 20):
-        scene.alive(tenth / 10)
-    assert scene.port.take(Resend) == [("a", Resend("r1", 0, 0))]
-
-
-def test_a_lost_submit_is_sent_again_as_a_new_attempt():
-    scene = Scene()
-    request = scene.submit()
-    scene.refuse("a", request, 6.0, reason="unknown")
-    assert [m.attempt for _, m in scene.port.take(Submit)] == [0, 1]
-    assert request.sink.error is None
 
 
 def test_words_of_unknown_workers_and_requests_are_ignored():

@@ -131,17 +131,6 @@ def test_a_repeated_submit_is_ignored_and_a_newer_attempt_replaces(worker):
     assert worker.core.scheduler.get("r").attempt == 1, "an old attempt must not replace a newer one"
 
 
-def test_tokens_of_a_replaced_attempt_that_were_not_published_yet_are_dropped(worker):
-    worker.tell(submit())
-    worker.begin()
-    worker.commit()
-    worker.tell(submit(attempt=1))
-    worker.core.publish()
-    assert worker.heard() == []
-    worker.step()
-    assert [(c.attempt, c.first_idx) for c in worker.chunks()] == [(1, 0)]
-
-
 def test_under_enforcement_a_full_worker_refuses_and_says_when_to_come_again():
     worker = ScriptedWorker.make(policy="enforce")
     worker.tell(submit("first", max_tokens=3))
@@ -186,20 +175,6 @@ def test_an_aborted_request_in_flight_brings_no_token(worker):
     worker.core.scheduler.check()
 
 
-def test_a_silent_gateway_loses_its_requests_and_nobody_elses(worker):
-    worker.now = 10.0
-    worker.core.tick(10.0)
-    worker.tell(Lease("gw", 3.0), submit("a"))
-    worker.tell(Lease("other", 60.0), submit("b"), gateway=b"other")
-    for tenths in range(101, 131):
-        worker.core.tick(tenths / 10)
-    assert len(worker.core.scheduler.sequences()) == 2
-    worker.core.tick(13.1)
-    assert [seq.req_id for seq in worker.core.scheduler.sequences()] == ["b"]
-    worker.now = 13.1
-    assert worker.listeners() == {b"other"}
-
-
 def test_time_in_which_this_process_stood_still_is_nobodys_silence(worker):
     worker.core.tick(0.0)
     worker.tell(Lease("gw", 3.0), submit())
@@ -236,38 +211,6 @@ def test_a_lease_ends_whatever_was_asked_for(worker, ttl_s):
 
 
 # -- FFN workers out of reach ---------------------------------------------------------------------------------
-
-
-def test_requests_wait_for_the_ffn_workers_and_end_when_these_do_not_come_back(worker):
-    worker.tell(Lease("gw", 60.0), submit("a"), submit("b"))
-    worker.step()
-    worker.heard()
-    worker.begin()
-    worker.fail()
-    worker.core.set_ready(False, "ffn/0 is lost", 0.0)
-    worker.core.tick(9.9)
-    assert worker.chunks() == []
-    worker.core.tick(10.0)
-    assert {(c.req_id, c.finish, c.error) for c in worker.chunks()} == {
-        ("a", FinishReason.ERROR, "ffn/0 is lost; no recovery in time"),
-        ("b", FinishReason.ERROR, "ffn/0 is lost; no recovery in time"),
-    }
-    assert worker.core.scheduler.idle
-    worker.core.scheduler.check()
-
-
-def test_an_interrupted_step_runs_again_when_they_are_back(worker):
-    worker.tell(Lease("gw", 60.0), submit())
-    worker.begin()
-    worker.fail()
-    worker.core.set_ready(False, "ffn/0 is lost", 0.0)
-    worker.core.set_ready(True, "", 5.0)
-    worker.core.set_ready(False, "ffn/0 is lost", 6.0)
-    worker.core.tick(15.9)  # the second loss has a patience of its own
-    worker.core.set_ready(True, "", 15.9)
-    for _ in range(3):
-        worker.step()
-    assert [c.first_idx for c in worker.chunks()] == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
@@ -320,20 +263,6 @@ def fail_whenever(worker: ScriptedWorker, *poison: str) -> list[TokenChunk]:
         chunks += worker.chunks()
         worker.core.scheduler.check()
     raise AssertionError("requests did not end")
-
-
-def test_a_step_that_is_always_lost_ends_its_requests_with_the_reason_and_nothing_else():
-    worker = ScriptedWorker.make(num_streams=3, num_blocks=64)
-    worker.tell(submit("good"), submit("bad"), submit("fine"))
-    chunks = fail_whenever(worker, "bad")
-    ended = {chunk.req_id: (chunk.finish, chunk.error) for chunk in chunks if chunk.finish is not None}
-    assert ended == {
-        "good": (FinishReason.LENGTH, None),
-        "bad": (FinishReason.ERROR, "its step was interrupted 3 times: ffn/0 is lost: rejected a frame"),
-        "fine": (FinishReason.LENGTH, None),
-    }
-    for name in ("good", "fine"):
-        assert [i for chunk in chunks if chunk.req_id == name for i in chunk.ids] == [5, 5, 5]
 
 
 @hypothesis_settings(max_examples=60, deadline=None, derandomize=True)
@@ -426,18 +355,6 @@ def test_the_load_is_told_when_it_changes_and_anyhow_after_a_while(worker):
     worker.now = 0.7
     worker.core.drain()
     assert [stats.draining for stats in reports(worker)] == [True]
-
-
-def test_every_gateway_that_lives_hears_the_load(worker):
-    worker.core.tick(0.0)
-    worker.tell(Lease("g1", 3.0), gateway=b"g1")
-    worker.tell(Lease("g2", 9.0), gateway=b"g2")
-    worker.core.report(0.0)
-    assert {gateway for gateway, _ in worker.core.take_outbox()} == {b"g1", b"g2"}
-    for tenths in range(1, 40):
-        worker.core.tick(tenths / 10)
-    worker.core.report(4.0)
-    assert {gateway for gateway, _ in worker.core.take_outbox()} == {b"g2"}
 
 
 def test_a_plan_bounds_the_tokens_of_a_step():
