@@ -101,6 +101,7 @@ class ClosedFormPath:
             self._form(idx)
 
     def lose_ffn(self) -> None:
+        self._move_on(self._events.now)
         self._gangs.clear()
         self._loads.clear()
         self._new_epoch()
@@ -166,7 +167,6 @@ class ClosedFormPath:
         occupied_s = back_s if self._transfers == "sender" else ffn_s
         layer_s = self._layer_s(steps, ffn_s)
         share = self._layers * occupied_s / ((self._layers - 1) * layer_s + back_s)
-        self._results.ffn_busy_s += self._weight(batch.layer) * occupied_s
         left_s = back_s
         if batch.layer == 0 and self._layers > 1:
             left_s += (self._layers - 2) * layer_s + _out_s(steps)
@@ -184,11 +184,13 @@ class ClosedFormPath:
         return _out_s(steps) + ffn_s + max(step.to_attention_s for step in steps)
 
     def _move_on(self, now: float) -> None:
-        """Book how far every gang has come."""
-        passed_s = now - self._moved_at
+        """Book how far every gang has come, and what the FFN was kept busy with."""
+        passed_s, busy = now - self._moved_at, 0.0
         self._moved_at = now
         for gang in self._gangs:
             gang.left_s -= passed_s / gang.stretch
+            busy += gang.share / gang.stretch
+        self._results.ffn_busy_s += busy * passed_s
 
     def _plan(self, now: float) -> None:
         """Stretch every gang by what it shares now; the next one to be through is looked at then."""

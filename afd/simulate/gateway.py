@@ -127,9 +127,9 @@ class Gateway:
     def failed(self, client: _Client, error: AfdError) -> None:
         """Turned away (503), or lost on the way."""
         if isinstance(error, UnavailableError):
-            self._results.refused(error.code)
+            self._results.refused(self._events.now, error.code)
         else:
-            self._results.lost(str(error))
+            self._results.lost(self._events.now, str(error))
         self._ended(client)
 
     def _ended(self, client: _Client) -> None:

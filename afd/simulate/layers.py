@@ -94,13 +94,11 @@ class LayerPath:
             self._run_head(device, step)
             return
         seconds = step.attention_s + (step.to_ffn_s if self._sender_waits else 0.0)
-        self._results.attention_busy(worker.rank, seconds)
-        self._events.after(seconds, self._computed, device, step)
+        self._events.after(seconds, self._computed, device, step, seconds)
 
-    def _computed(self, device: _Device, step: Step) -> None:
-        if step.void:
+    def _computed(self, device: _Device, step: Step, seconds: float) -> None:
+        if not self._ran(device, step, seconds):
             return
-        device.busy = False
         step.layer += 1
         step.missing, step.sent_s = len(self._ranks), self._events.now
         self._events.at(self._over(device.out, step.to_ffn_s), self._arrived, step)
@@ -118,20 +116,25 @@ class LayerPath:
         end = slice_end(step.head_rows, vocab, int(step.load.num_samples), alone=alone)
         seconds = step.head_s * (end - step.head_rows) / vocab
         step.head_rows = end
-        self._results.attention_busy(device.worker.rank, seconds)
-        self._events.after(seconds, self._finished if end == vocab else self._sliced, device, step)
+        self._events.after(seconds, self._finished if end == vocab else self._sliced, device, step, seconds)
 
-    def _sliced(self, device: _Device, step: Step) -> None:
+    def _ran(self, device: _Device, step: Step, seconds: float) -> bool:
+        """Book a stage that is over; False where its worker was lost meanwhile."""
         if step.void:
-            return
+            return False
         device.busy = False
+        self._results.attention_busy(device.worker.rank, seconds)
+        return True
+
+    def _sliced(self, device: _Device, step: Step, seconds: float) -> None:
+        if not self._ran(device, step, seconds):
+            return
         device.ready.append(step)
         self._turn(device)
 
-    def _finished(self, device: _Device, step: Step) -> None:
-        if step.void:
+    def _finished(self, device: _Device, step: Step, seconds: float) -> None:
+        if not self._ran(device, step, seconds):
             return
-        device.busy = False
         device.worker.finish(step, self._events.now)
         self._turn(device)
 
@@ -195,19 +198,20 @@ class LayerPath:
         if self._sender_waits:
             busy_s += max(_step(arrival).to_attention_s for arrival in batch.arrivals)
         if rank is self._ranks[0]:
-            self._results.ffn_busy_s += busy_s
             self._results.gang(batch, [_step(arrival).attention_s for arrival in batch.arrivals])
-        self._events.after(busy_s, self._answered, rank, batch, seconds, self._epoch)
+        self._events.after(busy_s, self._answered, rank, batch, seconds, busy_s, self._epoch)
 
     def _deadline(self, rank: _Rank, planned_s: float) -> None:
         if rank.wakes_at == planned_s:
             rank.wakes_at = float("inf")
             self._serve(rank)
 
-    def _answered(self, rank: _Rank, batch: GangBatch, seconds: float, epoch: int) -> None:
+    def _answered(self, rank: _Rank, batch: GangBatch, seconds: float, busy_s: float, epoch: int) -> None:
         if epoch != self._epoch:
             return
         rank.busy = False
+        if rank is self._ranks[0]:
+            self._results.ffn_busy_s += busy_s
         former = self._ranks[batch.stream % len(self._ranks)]
         for arrival in batch.arrivals:
             step = _step(arrival)

@@ -36,7 +36,7 @@ class Spread:
 class Report:
     """The result of a simulation.
 
-    duration_s: first arrival to last answer, simulated.
+    duration_s: first arrival to the end of the last request (answered, refused or lost), simulated.
     num_good: answered within both targets.
     attention_busy, ffn_busy: share of the duration.
     attention_bubble, ffn_bubble: idle share while a step was in flight on that worker, or anywhere.
@@ -134,13 +134,15 @@ class Results:
         self._input_tokens += num_prompt
         self._output_tokens += num_output
 
-    def refused(self, code: str) -> None:
+    def refused(self, now: float, code: str) -> None:
         self.num_news += 1
+        self._ended_at = now
         self._num_failed += 1
         self._refused[code] += 1
 
-    def lost(self, reason: str) -> None:
+    def lost(self, now: float, reason: str) -> None:
         self.num_news += 1
+        self._ended_at = now
         self._num_failed += 1
         self._lost[reason] += 1
 

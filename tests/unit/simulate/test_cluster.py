@@ -84,6 +84,15 @@ def test_an_ffn_worker_that_does_not_return_in_time_costs_what_runs(detail):
     assert all("ffn/0 was lost at 0.5 s" in reason for reason in report.lost)
 
 
+@pytest.mark.parametrize("detail", ["layers", "ends"])
+def test_workers_are_busy_for_a_share_of_the_run_also_where_nobody_is_answered(detail):
+    crowd = OpenLoop(60, 200.0, 1.0, Lengths(60), Lengths(400), seed=0)
+    report = Simulation(settings("2A1F", TIMES, detail=detail, failures=fail("ffn:0@0.4")), crowd).run()
+    assert report.num_answered == 0 and ended(report) == 60
+    assert 2.4 <= report.duration_s <= 2.5, "the last ones are given up after the recovery timeout"
+    assert 0.1 < report.attention_busy < 0.2 and 0.1 < report.ffn_busy < 0.2, "busy for 0.4 s of 2.4"
+
+
 def test_the_gateways_queue_is_bounded():
     crowd = OpenLoop(200, 2000.0, 1.0, Lengths(60), Lengths(60), seed=0)
     tight = settings(
@@ -138,5 +147,7 @@ def test_each_request_ends_exactly_once(topology, detail, policy, streams, burst
     report = simulation.run()
     assert report.num_requests == ended(report) == 25
     assert report.max_live <= 25 and report.max_queue <= 30 + 25
+    assert 0.0 <= report.attention_busy <= 1.0 and 0.0 <= report.ffn_busy <= 1.0
+    assert 0.0 <= report.attention_bubble <= 1.0 and 0.0 <= report.ffn_bubble <= 1.0
     for worker in simulation.workers:
         worker.scheduler.check()
