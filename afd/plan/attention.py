@@ -60,10 +60,10 @@ class AttentionGroup(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
         """FLOPs of updating and reading that state for one token, one layer."""
         return 0
 
-    def _keys(self, context: int) -> int:
+    def _keys(self, context: float) -> float:
         return min(context, self.window) if self.window else context
 
-    def resident_bytes(self, context: int, kv_bytes: float | None = None) -> float:
+    def resident_bytes(self, context: float, kv_bytes: float | None = None) -> float:
         """Bytes one request of `context` tokens holds, all layers of the group.
 
         kv_bytes: None = as published.
@@ -71,11 +71,11 @@ class AttentionGroup(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
         cached = self.kv_elements * self._keys(context) * (self.kv_bytes if kv_bytes is None else kv_bytes)
         return self.layers * (cached + self.state_elements * LIGHTNING_STATE_BYTES)
 
-    def moved_bytes(self, context: int, kv_bytes: float | None = None) -> float:
+    def moved_bytes(self, context: float, kv_bytes: float | None = None) -> float:
         """Bytes one decoded token moves between memory and chip: the cache once, the state twice."""
         return self.resident_bytes(context, kv_bytes) + self.layers * self.state_elements * LIGHTNING_STATE_BYTES
 
-    def core_flops(self, context: int) -> int:
+    def core_flops(self, context: float) -> float:
         """FLOPs of one decoded token's scores and values, all layers of the group."""
         return self.layers * (self.flops_per_key * self._keys(context) + self.state_flops)
 

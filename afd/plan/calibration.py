@@ -24,7 +24,7 @@ import numpy as np
 
 from afd.errors import ConfigError
 from afd.plan.deployment import Deployment
-from afd.plan.stages import StageModel, StageTimes
+from afd.plan.stages import Prefill, StageModel, StageTimes
 from afd.types import Topology
 
 SCHEMA = "afd-calibration/1"
@@ -189,7 +189,14 @@ class CalibratedStages:
             jitter=calibration.jitter,
         )
 
-    def times(self, deployment: Deployment, context: int, num_tokens: float) -> StageTimes:
+    def times(
+        self, deployment: Deployment, context: int, num_tokens: float, prefill: Prefill | None = None
+    ) -> StageTimes:
+        """The measured curves know rows and what they attend to: prefill rows count as they did when measured."""
+        if prefill is not None:
+            pairs = num_tokens * context + prefill.num_tokens * prefill.context
+            num_tokens += prefill.num_tokens
+            context = max(1, round(pairs / num_tokens))
         here = self.base.times(deployment, context, num_tokens)
         there = self.base.times(self.measured, context, num_tokens)
         # The FFN's roofline is compared at the same gang batch, which the measured topology reaches with other tokens

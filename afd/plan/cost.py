@@ -30,7 +30,7 @@ class CostRow:
     ffn_usd_per_mtok: float
     total_usd_per_mtok: float
     kv_bytes: int
-    attention_flops: int
+    attention_flops: float
     linear_flops: int
     ffn_flops: int
 

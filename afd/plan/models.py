@@ -106,7 +106,7 @@ class ModelShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
         """KV (and state) bytes one request holds."""
         return sum(group.resident_bytes(context, kv_bytes) for group in self.attention)
 
-    def attention_flops(self, context: int) -> int:
+    def attention_flops(self, context: float) -> float:
         return sum(group.core_flops(context) for group in self.attention)
 
     @cached_property

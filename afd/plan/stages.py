@@ -37,6 +37,35 @@ class StageTimes:
         return self.to_ffn_s + self.to_attention_s
 
 
+@dataclass(frozen=True, slots=True)
+class Prefill:
+    """Prefill rows of a micro-batch, beside its decodes. Numbers are means: any above 0.
+
+    A decode reads the whole cache of its sequence for one row. A chunk of a prompt reads it once for all its rows, and
+    computes with it for each of them.
+
+    num_tokens: rows.
+    context: tokens that one of them attends to.
+    num_chunks: prompts that they are pieces of.
+    span: cached tokens that a chunk attends to, its own included.
+    """
+
+    num_tokens: float
+    context: float
+    num_chunks: float
+    span: float
+
+    @classmethod
+    def of_prompts(cls, num_tokens: float, prompt: float, chunk: float) -> Prefill:
+        """The mean over all chunks of prompts of `prompt` tokens each, computed `chunk` at a time."""
+        chunk = min(chunk, prompt)
+        return cls(num_tokens, (prompt + 1) / 2, num_tokens / chunk, (prompt + chunk) / 2)
+
+    def split(self, parts: int) -> Prefill:
+        """One of `parts` equal shares."""
+        return Prefill(self.num_tokens / parts, self.context, self.num_chunks / parts, self.span)
+
+
 class StageModel(Protocol):
     """The source of stage times: rooflines, or a calibration on top of them."""
 
@@ -45,8 +74,13 @@ class StageModel(Protocol):
         """Share by which the mean TPOT exceeds the sum of the stages."""
         ...
 
-    def times(self, deployment: Deployment, context: int, num_tokens: float) -> StageTimes:
-        """Stage times of `num_tokens` (a mean: any number above 0) a rank and `context` cached ones each."""
+    def times(
+        self, deployment: Deployment, context: int, num_tokens: float, prefill: Prefill | None = None
+    ) -> StageTimes:
+        """Stage times of `num_tokens` decodes a rank with `context` cached tokens each, and of `prefill` beside them.
+
+        Numbers are means; the rows of both together are more than none.
+        """
         ...
 
 
@@ -60,11 +94,14 @@ class RooflineStages:
     def jitter(self) -> float:
         return self.efficiency.jitter
 
-    def times(self, deployment: Deployment, context: int, num_tokens: float) -> StageTimes:
-        to_ffn_s, to_attention_s = transfer_times(deployment, self.efficiency, num_tokens)
+    def times(
+        self, deployment: Deployment, context: int, num_tokens: float, prefill: Prefill | None = None
+    ) -> StageTimes:
+        rows = num_tokens if prefill is None else num_tokens + prefill.num_tokens
+        to_ffn_s, to_attention_s = transfer_times(deployment, self.efficiency, rows)
         return StageTimes(
-            attention_s=attention_time(deployment, self.efficiency, context, num_tokens),
-            ffn_s=ffn_time(deployment, self.efficiency, num_tokens),
+            attention_s=attention_time(deployment, self.efficiency, context, num_tokens, prefill),
+            ffn_s=ffn_time(deployment, self.efficiency, rows),
             to_ffn_s=to_ffn_s,
             to_attention_s=to_attention_s,
             head_s=head_time(deployment, self.efficiency, num_tokens),
@@ -82,18 +119,32 @@ def gemm_time(
 def core_time(
     chip: Chip, efficiency: Efficiency, group: AttentionGroup, context: int, num_tokens: float, kv_bytes: float | None
 ) -> float:
-    """Attention core of all layers of a group, one chip. A 16-bit cache computes at the 16-bit peak."""
+    """Attention core of decodes, all layers of a group, one chip. A 16-bit cache computes at the 16-bit peak."""
+    decodes = Prefill(num_tokens, context, num_tokens, context)  # each a chunk of one row
+    return chunks_time(chip, efficiency, group, decodes, kv_bytes)
+
+
+def chunks_time(
+    chip: Chip, efficiency: Efficiency, group: AttentionGroup, prefill: Prefill, kv_bytes: float | None
+) -> float:
+    """Attention core of prefill chunks, all layers of a group, one chip: bytes of each chunk, FLOPs of each row."""
     width = group.kv_bytes if kv_bytes is None else kv_bytes
     peak = chip.peak_flops if width <= 1 else chip.bf16_flops
-    moved = num_tokens * group.moved_bytes(context, width) / chip.memory_bytes_per_s / efficiency.core_bandwidth(width)
-    return max(moved, num_tokens * group.core_flops(context) / peak / efficiency.core_flops)
+    moved = prefill.num_chunks * group.moved_bytes(prefill.span, width)
+    moved_s = moved / chip.memory_bytes_per_s / efficiency.core_bandwidth(width)
+    return max(moved_s, prefill.num_tokens * group.core_flops(prefill.context) / peak / efficiency.core_flops)
 
 
-def attention_time(deployment: Deployment, efficiency: Efficiency, context: int, num_tokens: float) -> float:
+def attention_time(
+    deployment: Deployment, efficiency: Efficiency, context: int, num_tokens: float, prefill: Prefill | None = None
+) -> float:
     """Core, projections, and the sum of the FFN instances' partial rows into the residual stream."""
     model, chip = deployment.model, deployment.attention_chip
     kv_bytes = deployment.kv_dtype.bytes_per_element
     core_s = sum(core_time(chip, efficiency, group, context, num_tokens, kv_bytes) for group in model.attention)
+    if prefill is not None:
+        core_s += sum(chunks_time(chip, efficiency, group, prefill, kv_bytes) for group in model.attention)
+        num_tokens += prefill.num_tokens
     linear_s = gemm_time(
         chip, efficiency, model.linear_weights, num_tokens * model.linear_flops, deployment.weight_bytes
     )

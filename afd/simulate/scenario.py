@@ -11,9 +11,9 @@ from afd.plan.calibration import CalibratedStages, load_calibration
 from afd.plan.catalog import find, find_model, load_chips, load_models
 from afd.plan.deployment import Deployment
 from afd.plan.efficiency import Efficiency
-from afd.plan.estimate import Estimator, Objective
 from afd.plan.memory import max_requests, require_weights_fit
 from afd.plan.pipeline import PipelineKind
+from afd.plan.request_rate import BatchLimits, RequestShape, served_rate
 from afd.plan.search import SearchSpace
 from afd.plan.stages import RooflineStages, StageModel
 from afd.sched.scheduler import SchedulerConfig
@@ -164,17 +164,25 @@ def _arrivals(
 def _capacity(
     arguments: argparse.Namespace, deployment: Deployment, stages: StageModel, efficiency: Efficiency
 ) -> float:
-    """Requests/s of the planner's best batch, each costing a row for every token of prompt and answer."""
+    """Requests/s of the busiest steady state within the TPOT target and the limits of the service."""
     if arguments.stages is not None:
         raise ConfigError("--stages are constant, so no batch is the best: give --rate or --concurrency")
-    context = arguments.input_len + arguments.output_len // 2
-    kind = PipelineKind.CONSERVATIVE if arguments.transfers == "sender" else PipelineKind.OPTIMISTIC
-    objective = Objective(context, arguments.sla_tpot_ms / 1e3, kind)
-    best = Estimator(stages, efficiency).best(deployment, objective)
-    if best is None:
+    ranks = deployment.ranks_per_instance
+    served = served_rate(
+        stages,
+        efficiency,
+        deployment,
+        RequestShape(arguments.input_len, arguments.output_len),
+        BatchLimits(
+            (arguments.max_num_seqs or RANK_NUM_SEQS * ranks) / ranks,
+            (arguments.max_step_tokens or RANK_STEP_TOKENS * ranks) / ranks,
+        ),
+        arguments.sla_tpot_ms / 1e3,
+        PipelineKind.CONSERVATIVE if arguments.transfers == "sender" else PipelineKind.OPTIMISTIC,
+    )
+    if served is None:
         raise ConfigError(
             f"{deployment.topology} does not hold a TPOT of {arguments.sla_tpot_ms:g} ms at any batch: "
             f"give --rate or --concurrency"
         )
-    num_rows: int = arguments.input_len + arguments.output_len
-    return best.batch / best.tpot_s / num_rows
+    return served.rate

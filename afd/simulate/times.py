@@ -1,21 +1,25 @@
 """Stage times of the micro-batches that a simulation makes, from a StageModel of the planner.
 
-A stage model prices one layer for `num_tokens` rows on each rank, all of one context. Here a worker stands for an
-instance of `ranks_per_instance` ranks that share its rows evenly, and its rows have their mean context. Sizes are
-rounded to seven significant bits (0.8 %) and prices remembered, since a model costs more than a simulated step.
+A stage model prices one layer for `num_tokens` decodes of one context on each rank, and prefill beside them. Here a
+worker stands for an instance of `ranks_per_instance` ranks that share its rows evenly, and its decodes have their mean
+context. Sizes are rounded to seven significant bits (0.8 %), those of prefill to five (3 %), and prices remembered,
+since a model costs more than a simulated step.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from afd.errors import ConfigError
 from afd.plan.deployment import Deployment
-from afd.plan.stages import StageModel, StageTimes
-from afd.sched.latency import StepLoad
+from afd.plan.stages import Prefill, StageModel, StageTimes
+from afd.sched.latency import StepLoad, attended
+from afd.sched.sequence import BatchItem
 from afd.types import Topology
 
-_BITS = 7
+_BITS, _PREFILL_BITS = 7, 5
+_MAX_MIXED = 20_000  # prices of steps with prefill that are remembered
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +29,9 @@ class ConstantStages:
     stage: StageTimes
     jitter: float = 0.0
 
-    def times(self, deployment: Deployment, context: int, num_tokens: float) -> StageTimes:
+    def times(
+        self, deployment: Deployment, context: int, num_tokens: float, prefill: Prefill | None = None
+    ) -> StageTimes:
         return self.stage
 
     @classmethod
@@ -63,16 +69,43 @@ class StepTimes:
         self._ranks = deployment.ranks_per_instance
         self._slack = 1.0 + stages.jitter
         self._attention: dict[tuple[int, int], float] = {}
+        self._mixed: dict[tuple[int, ...], float] = {}
         self._head: dict[int, float] = {}
         self._ffn: dict[int, float] = {}
         self._transfer: dict[tuple[int, int], tuple[float, float]] = {}
 
-    def attention_s(self, load: StepLoad) -> float:
-        """Combine, attention and dispatch of one layer of a worker's micro-batch."""
+    def attention_s(self, load: StepLoad, chunks: Sequence[BatchItem] = ()) -> float:
+        """Combine, attention and dispatch of one layer of a worker's micro-batch. chunks: of its items, prefill."""
+        if chunks:
+            return self._mixed_s(load, chunks)
         key = (rounded(load.num_tokens), rounded(load.context_tokens / load.num_tokens))
         seconds = self._attention.get(key)
         if seconds is None:
             seconds = self._attention[key] = self._slack * self._times(key[0], max(1, key[1])).attention_s
+        return seconds
+
+    def _mixed_s(self, load: StepLoad, chunks: Sequence[BatchItem]) -> float:
+        num_rows = pairs = span = 0.0
+        for item in chunks:
+            num_rows += item.num_new
+            pairs += attended(item.start, item.num_new)
+            span += item.start + item.num_new
+        num_decodes = load.num_tokens - num_rows
+        context = (load.context_tokens - pairs) / num_decodes if num_decodes else 0.0
+        key = (
+            rounded(num_decodes),
+            rounded(context),
+            *(rounded(value, _PREFILL_BITS) for value in (num_rows, pairs / num_rows, span / len(chunks))),
+            len(chunks),
+        )
+        seconds = self._mixed.get(key)
+        if seconds is None:
+            if len(self._mixed) == _MAX_MIXED:
+                self._mixed.clear()
+            decodes, decode_context, rows, row_context, chunk_span, num_chunks = key
+            prefill = Prefill(rows, row_context, num_chunks, chunk_span).split(self._ranks)
+            times = self._stages.times(self._deployment, max(1, decode_context), decodes / self._ranks, prefill)
+            seconds = self._mixed[key] = self._slack * times.attention_s
         return seconds
 
     def head_s(self, num_samples: float) -> float:
@@ -114,10 +147,10 @@ class StepTimes:
         return self._stages.times(self._deployment, context, num_tokens / self._ranks)
 
 
-def rounded(value: float) -> int:
-    """The nearest whole number of at most seven significant bits; at least 1 for what is above 0."""
+def rounded(value: float, bits: int = _BITS) -> int:
+    """The nearest whole number of at most so many significant bits; at least 1 for what is above 0."""
     number = max(1, int(value + 0.5)) if value > 0.0 else 0
-    if number < 1 << _BITS:
+    if number < 1 << bits:
         return number
-    shift = number.bit_length() - _BITS
+    shift = number.bit_length() - bits
     return ((number + (1 << (shift - 1))) >> shift) << shift

@@ -194,7 +194,9 @@ class AttentionWorker:
                 continue
             self.announced_idle.discard(stream)
             load = StepLoad.of(batch)
-            step = Step(self, batch, load, now, self._times.attention_s(load), self._times.head_s(load.num_samples))
+            chunks = [item for item in batch.items if item.num_new > 1] if load.num_tokens > len(batch.items) else ()
+            attention_s, head_s = self._times.attention_s(load, chunks), self._times.head_s(load.num_samples)
+            step = Step(self, batch, load, now, attention_s, head_s)
             step.meet(self._gang_tokens.get(stream, 0), self._times)
             if not self.flying:
                 self._results.took_off(self.rank, now)
