@@ -106,7 +106,7 @@ def _at(
     chunk = max(1.0, ranks * (limits.max_step_tokens - num_decodes))
     prefill = Prefill.of_prompts(num_rows - num_decodes, shape.prompt, chunk)
     stage = stages.times(deployment, shape.context, num_decodes, prefill)
-    beat = cycle(stage, deployment.streams, kind)
-    tpot_s = step_time(stage, beat.seconds, deployment.streams, num_layers) * (1.0 + stages.jitter)
+    tpot_s = step_time(stage, deployment.streams, num_layers, kind) * (1.0 + stages.jitter)
     rows_per_s = num_rows * deployment.streams * deployment.attention_ranks / tpot_s
+    beat = cycle(stage, deployment.streams, kind)
     return ServedRate(rows_per_s / shape.num_rows, num_rows, num_decodes, tpot_s, stage, beat)
