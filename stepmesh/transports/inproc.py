@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 import random
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -72,6 +73,11 @@ class InprocNetwork:
     def fabric(self, config: MeshConfig) -> InprocFabric:
         """The outside world of one more rank."""
         return InprocFabric(self, config)
+
+    @property
+    def next_due(self) -> float:
+        """When the next frame arrives, or the next timer ends."""
+        return self._due[0][0] if self._due else math.inf
 
     def advance(self, seconds: float) -> None:
         """Move the clock and carry out what falls due, earliest first."""

@@ -53,6 +53,7 @@ SECRET = b"a cluster secret"
 RDMA_DEVICES = tuple(filter(None, os.environ.get("STEPMESH_TEST_RDMA_DEVICES", "").split(",")))
 LIMIT_S = 20.0  # of waiting, virtual or real; only a failing test takes that long
 STEP_S = 0.0005  # virtual time between two rounds
+MAX_STEP_S = 0.005  # the same where nothing falls due before: a time-out is waited for in fewer rounds
 
 
 def attention(rank: int) -> RankId:
@@ -141,9 +142,14 @@ class World:
                 self.events[rank_id].extend(events)
                 quiet = quiet and not events
         if self.virtual:
-            self.network.advance(STEP_S)
+            self.advance()
         elif quiet:
             time.sleep(0.0002)  # leave the core to the I/O and heartbeat threads
+
+    def advance(self) -> None:
+        """The virtual clock moves on by one round."""
+        until_next = self.network.next_due - self.network.now
+        self.network.advance(min(max(until_next, STEP_S), MAX_STEP_S))
 
     def until(self, condition: Callable[[], object], limit_s: float = LIMIT_S) -> None:
         """Turn until the condition holds."""

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from stepmesh import CombineArrived, DispatchArrived, Event, PeerDown, SlotBusyError, StaleArrivalError
 from stepmesh.transports.inproc import Faults
 from stepmesh.types import DispatchParts, RankId
-from tests.contract.world import STEP_S, World, assert_same, attention, expected_answer, ffn, make_parts
+from tests.contract.world import World, assert_same, attention, expected_answer, ffn, make_parts
 
 A0 = attention(0)
 NUM_STREAMS = 2
@@ -105,7 +105,7 @@ def run(faults: Faults, seed: int, *, num_attention: int = 1, num_ffn: int = 2, 
             for event in events:
                 if isinstance(event, DispatchArrived):
                     serve(world, rank_id, event)
-        world.network.advance(STEP_S)
+        world.advance()
     return world
 
 

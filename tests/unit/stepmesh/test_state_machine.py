@@ -81,7 +81,7 @@ class LossyMesh(RuleBasedStateMachine):
         for rank_id in (A0, *SERVERS):
             self.world.add(rank_id, **overrides)
         self.world.form(1)
-        self.pass_time(20)
+        self.pass_time(0.01)
         self.world.network.faults = Faults(drop, duplicate, reorder, corrupt, disconnect, delay)
 
     # What the attention engine does
@@ -93,7 +93,7 @@ class LossyMesh(RuleBasedStateMachine):
             seq = self.world.dispatch(A0, peers, parts, stream=stream)
             for peer in peers:
                 self.note(peer, stream, seq, Sent(parts, None))
-        self.pass_time(1)
+        self.pass_time(STEP_S)
 
     @rule(stream=streams, choice=st.lists(st.tuples(st.booleans(), st.booleans()), max_size=9))
     def dispatch_sparse(self, stream: int, choice: list[tuple[bool, bool]]) -> None:
@@ -105,7 +105,7 @@ class LossyMesh(RuleBasedStateMachine):
             for peer, wanted in zip(SERVERS, rows, strict=True):
                 dense = DispatchParts(*(None if part is None else part[wanted] for part in parts[:4]))
                 self.note(peer, stream, seq, Sent(dense._replace(row_idx=wanted), wanted))
-        self.pass_time(1)
+        self.pass_time(STEP_S)
 
     @rule(stream=streams)
     def idle(self, stream: int) -> None:
@@ -126,21 +126,22 @@ class LossyMesh(RuleBasedStateMachine):
             mine[:] = [one for one in mine if one.arrival.header.stream != header.stream]
             if which != "all":
                 break
-        self.pass_time(1)
+        self.pass_time(STEP_S)
 
     # What the network does
 
-    @rule(turns=st.sampled_from([3, 40, 400]))
-    def pass_time(self, turns: int) -> None:
-        for _ in range(turns):
+    @rule(seconds=st.sampled_from([0.0015, 0.02, 0.2]))
+    def pass_time(self, seconds: float) -> None:
+        end = self.world.now() + seconds
+        while self.world.now() < end:
             for rank_id in (A0, *SERVERS):
                 self.heed(rank_id)
-            self.world.network.advance(STEP_S)
+            self.world.advance()
 
     @rule(peer=servers, trouble=st.sampled_from(["heal", "cut", "sever", "heal"]))
     def trouble(self, peer: RankId, trouble: str) -> None:
         getattr(self.world.network if trouble != "cut" else self.world, trouble)(A0, peer)
-        self.pass_time(1)
+        self.pass_time(STEP_S)
 
     # What always holds
 
@@ -212,7 +213,7 @@ class LossyMesh(RuleBasedStateMachine):
                     self.generation = dict(self.up)
                     for peer in SERVERS:
                         self.note(peer, stream, seq, Sent(parts, None))
-            self.pass_time(1)
+            self.pass_time(STEP_S)
             for peer in SERVERS:
                 self.answer(peer, "newest")
 
