@@ -5,23 +5,26 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SERVE_ARGS ?=
-# Test processes at a time, each with whole files, slow ones first; 0 = all in one process.
-TEST_JOBS ?= 2
+# Test processes at a time, each with whole files, slow ones first; 0 = all in one process. One more than two cores: many
+# tests wait for processes, time-outs and clocks.
+TEST_JOBS ?= 3
 # Tests start processes by the dozen, which would compile every module anew.
 unexport PYTHONDONTWRITEBYTECODE
 PYTEST := $(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder
 RDMA_TESTS ?= tests/rdma tests/contract tests/unit/stepmesh/test_processes.py
+RDMA_LIMIT_S ?= 540
 FUZZ_SEED ?= $(shell date +%s)
 # Decisions, protocols over the in-process transport, gangs: no other processes, no model, no simulated clusters,
 # searches or pictures.
 FAST := tests/test_architecture.py tests/sim tests/contract tests/unit -k "not (shm or tcp or verbs)" $(addprefix --ignore=tests/unit/,model ops \
 	simulate cli/test_simulate_command.py attention/test_engine.py attention/test_gpu_path.py plan/test_plan_search.py stepmesh/cli stepmesh/test_native.py \
 	stepmesh/test_processes.py plan/test_plan_figures.py trace/test_trace_picture.py)
-# Long demonstrations of single subjects: a release in network namespaces, every family, overload, hostile input.
-LONG := tests/k8s tests/fuzz tests/e2e/test_families.py \
-	tests/integration/test_overload.py tests/integration/test_config_keys_oracle.py
+# Long demonstrations of single subjects: a release in network namespaces, every family, hostile input.
+CAMPAIGNS := tests/k8s tests/fuzz tests/e2e/test_families.py tests/integration/test_config_keys_oracle.py
+# Promises in milliseconds: nothing runs beside.
+PUNCTUAL := tests/integration/test_overload.py
 
-.PHONY: setup serve test test-long test-fast test-matrix test-gpu test-rdma bench-rdma fuzz lint format clean
+.PHONY: setup serve test test-long test-campaigns test-punctual test-fast test-matrix test-gpu test-rdma bench-rdma fuzz lint format clean
 
 setup: $(STAMP)
 
@@ -38,10 +41,15 @@ serve: setup
 	$(BIN)/afd up $(SERVE_ARGS)
 
 test: setup
-	$(PYTEST) $(addprefix --ignore=,$(LONG))
+	$(PYTEST) $(addprefix --ignore=,$(CAMPAIGNS) $(PUNCTUAL))
 
-test-long: setup
-	$(PYTEST) $(LONG)
+test-long: test-campaigns test-punctual
+
+test-campaigns: setup
+	$(PYTEST) $(CAMPAIGNS)
+
+test-punctual: setup
+	$(BIN)/python -m pytest $(PUNCTUAL)
 
 test-fast: setup
 	$(PYTEST) $(FAST)
@@ -60,7 +68,7 @@ fuzz: setup
 
 # The verbs transport over a real RDMA stack, in a QEMU guest of Debian's (root, apt-get; nothing of .venv is used).
 test-rdma:
-	$(PYTHON) tests/rdma/guest/boot.py run --limit 540 --set STEPMESH_TEST_RDMA_DEVICES=rxe0,rxe1 -- \
+	$(PYTHON) tests/rdma/guest/boot.py run --limit $(RDMA_LIMIT_S) --set STEPMESH_TEST_RDMA_DEVICES=rxe0,rxe1 -- \
 		/usr/bin/python3 -m pytest $(RDMA_TESTS) -k verbs
 
 # The same guest; ratios only, it is emulated.
