@@ -1,4 +1,4 @@
-"""Streams over a cluster in which one process is stopped (SIGSTOP) for a while and goes on."""
+"""Streams over a cluster in which processes are stopped (SIGSTOP) for a while and go on."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ import time
 from dataclasses import dataclass, field
 
 import httpx
+import psutil
 
 from tests.e2e.conftest import Reference
 from tests.e2e.local_cluster import LocalCluster, eventually
 
 NUM_STREAMS = 4
+EVERYTHING = "everything"  # the supervisor too: a machine that was frozen, or moved to another host
 
 
 @dataclass
@@ -45,21 +47,30 @@ def read_stream(cluster: LocalCluster, outcome: Outcome, num_tokens: int) -> Non
 
 
 def streams_over_a_pause(
-    cluster: LocalCluster, role: str, pause_s: float, num_tokens: int, vocab: int = 1000
+    cluster: LocalCluster, roles: str, pause_s: float, num_tokens: int, vocab: int = 1000
 ) -> list[Outcome]:
-    """Start streams, stop the newest process of `role` once all run, let it go on after `pause_s`, wait for all."""
+    """Start streams, stop the newest process of each of `roles` once all run, go on after `pause_s`, wait for all.
+
+    roles: names, with spaces, or `EVERYTHING`.
+    """
     outcomes = [Outcome([(7 * idx + k * k) % vocab + 1 for k in range(5 + idx)]) for idx in range(NUM_STREAMS)]
     clients = [threading.Thread(target=read_stream, args=(cluster, outcome, num_tokens)) for outcome in outcomes]
     for client in clients:
         client.start()
     for outcome in outcomes:
         assert outcome.running.wait(30), "the stream did not begin"
-    pid = cluster.pid_of(role)
-    os.kill(pid, signal.SIGSTOP)
+    if roles == EVERYTHING:
+        supervisor = psutil.Process(cluster.process.pid)
+        pids = [process.pid for process in (supervisor, *supervisor.children(recursive=True))]
+    else:
+        pids = [cluster.pid_of(role) for role in roles.split()]
     try:
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
         time.sleep(pause_s)  # the pause itself, not a wait for something
     finally:
-        os.kill(pid, signal.SIGCONT)
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
     for client in clients:
         client.join(150)
         assert not client.is_alive(), "the stream did not end"
@@ -67,12 +78,12 @@ def streams_over_a_pause(
 
 
 def check_pause(
-    cluster: LocalCluster, reference: Reference, model: str, role: str, pause_s: float, num_tokens: int
+    cluster: LocalCluster, reference: Reference, model: str, roles: str, pause_s: float, num_tokens: int
 ) -> None:
     """All streams end complete, with the tokens of an undisturbed run; then the cluster is whole again."""
     num_members = len(members_of(cluster))
-    for outcome in streams_over_a_pause(cluster, role, pause_s, num_tokens):
-        assert outcome.finished and outcome.error is None, f"{role}: {outcome.error!r}"
+    for outcome in streams_over_a_pause(cluster, roles, pause_s, num_tokens):
+        assert outcome.finished and outcome.error is None, f"{roles}: {outcome.error!r}"
         reference.check(model, outcome.prompt, outcome.ids, num_tokens)
 
     def whole() -> bool:
@@ -80,7 +91,7 @@ def check_pause(
         ready = httpx.get(f"{cluster.url}/readyz", timeout=10).status_code == 200
         return ready and len(members) == num_members and all(member["ready"] for member in members)
 
-    eventually(whole, 60, f"the cluster is whole again after a pause of {role}")
+    eventually(whole, 60, f"the cluster is whole again after a pause of {roles}")
 
 
 def members_of(cluster: LocalCluster) -> list[dict]:
