@@ -24,6 +24,7 @@ from stepmesh.types import Role
 log = logging.getLogger(__name__)
 
 MESSAGES_S = 0.02  # of each turn
+PAUSE_S = 1.0  # from one turn to the next: a machine that was frozen, or one very long stage
 SetReady = Callable[[bool, str], None]
 Clock = Callable[[], float]
 
@@ -65,6 +66,7 @@ class AttentionWorker:
         self._seat = seat
         self._set_ready = set_ready
         self._clock = clock
+        self._turned_at_s = clock()
 
     def run(self, stop: threading.Event, drain_s: float) -> None:
         """Serve until `stop`; then finish what runs, at most `drain_s` long; at once when declared lost: others have
@@ -86,6 +88,9 @@ class AttentionWorker:
         """Everything that is due, then steps for about TURN_S."""
         core, link, ffn = self._core, self._link, self._parts.ffn
         self._parts.health.num_turns += 1
+        if now - self._turned_at_s > PAUSE_S:
+            core.stood_still(now - self._turned_at_s)
+        self._turned_at_s = now
         for news in ffn.tick(now):
             self._seat.membership.report_pair(*news)
         view = self._seat.new_view()

@@ -131,6 +131,11 @@ class WorkerCore:
             self._checked_step, self._check_due_s = step, now + CHECK_S
             self.scheduler.check()
 
+    def stood_still(self, seconds: float) -> None:
+        """This process did not look for so long: an FFN worker that came back meanwhile has not been seen yet."""
+        if self._patience_until_s is not None:
+            self._patience_until_s += seconds
+
     def adopt(self, view: ClusterView) -> None:
         """A new view of the cluster: its plan counts from each stream's next step on."""
         others = (member for member in view.of_role("attention") if member.rank != self.rank)

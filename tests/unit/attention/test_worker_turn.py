@@ -49,8 +49,8 @@ class Link:
 
 
 class Engine:
-    """Each `run_once` plays the next move of the script: "begin", "commit STREAM", "stage" or "lost"; a second passes
-    once it is over."""
+    """Each `run_once` plays the next move of the script: "begin", "commit STREAM", "stage", "lost" or "pause", which is
+    "lost" behind a minute in which this process stood still; a second passes once the script is over."""
 
     def __init__(self, scene: Scene, scripted: ScriptedWorker):
         self._scene = scene
@@ -72,7 +72,9 @@ class Engine:
             return []
         move = self.script.pop(0)
         self._log.append(move)
-        if move == "lost":
+        if move == "pause":
+            self._scene.now += 60.0
+        if move in ("lost", "pause"):
             raise PeerLostError("ffn/0 is lost")
         if move == "begin":
             self._scripted.begin()
@@ -189,6 +191,19 @@ def test_a_lost_peer_holds_no_token_back_and_the_step_runs_again():
     assert scene.turn("begin", "lost") == ["begin", "send r0", "learn", "lost", "fail"]
     assert scene.turn("begin", "commit") == ["begin", "commit"]
     assert scene.turn("begin", "commit") == ["begin", "send r1", "learn", "commit", "send r2", "learn", "learn"]
+
+
+def test_a_pause_of_its_own_takes_none_of_the_time_that_a_lost_peer_has_to_come_back():
+    scene = Scene()
+    scene.turn("begin", "commit", tell=[submit()])
+    scene.turn("begin", "pause")  # longer than recovery_timeout_s
+    scene.cluster.views.append(view(epoch=0))
+    scene.turn(tell=[Lease("gw", 600.0)])
+    scene.now += 60.0  # it stands still once more, in the midst of waiting
+    scene.turn()
+    assert scene.core.scheduler.get("r") is not None
+    scene.cluster.views.append(view(attention(0)))
+    assert scene.turn("begin", "commit") == ["begin", "commit"]
 
 
 def test_readiness_follows_the_ffn_side():
