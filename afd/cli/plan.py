@@ -9,6 +9,7 @@ from afd.cli.parser import one_of, positive, positive_number
 from afd.plan import commands
 from afd.plan.deployment import Dispatch, KvDtype
 from afd.plan.pipeline import PipelineKind
+from afd.plan.weights import BYTES_OF
 from afd.types import MAX_STREAMS
 
 Command = Callable[[argparse.Namespace], int]
@@ -36,6 +37,12 @@ def _build(parser: argparse.ArgumentParser) -> None:
     _add_catalog(parser, default=True)
     _add_target(parser)
     parser.add_argument("--max-gpus", type=positive, default=256, metavar="N", help="chips in all (256)")
+    parser.add_argument(
+        "--inventory",
+        default=None,
+        metavar="CHIP:N,..",
+        help="the chips there are: h20:32,h800:16 (no --max-gpus then)",
+    )
     parser.add_argument(
         "--heterogeneous", action="store_true", help="also try every pair of the named and of the report's four chips"
     )
@@ -109,9 +116,18 @@ def _add_target(parser: argparse.ArgumentParser) -> None:
         help="KV cache and core (auto)",
     )
     parser.add_argument(
-        "--weight-dtype", choices=("fp8", "int8", "bf16"), default="fp8", help="projections and experts (fp8)"
+        "--weight-dtype", choices=tuple(BYTES_OF), default=None, help="projections and experts (as published)"
     )
-    parser.add_argument("--streams", type=_streams, default=[3], metavar="M[,M]", help="micro-batches in flight (3)")
+    parser.add_argument(
+        "--streams",
+        type=_streams,
+        default=list(range(1, MAX_STREAMS + 1)),
+        metavar="M[,M]",
+        help=f"micro-batches in flight (the best of 1 to {MAX_STREAMS})",
+    )
+    parser.add_argument(
+        "--network-gbit", default=None, metavar="GBIT[/server]", help="Gbit/s of a chip's link, or of a server's"
+    )
     parser.add_argument(
         "--ranks-per-instance", type=positive, default=0, metavar="N", help="chips of an instance (a server's)"
     )

@@ -8,6 +8,7 @@ import time
 
 from afd.cli.parser import not_negative, one_of, positive, positive_number, ratio
 from afd.plan.deployment import KvDtype
+from afd.plan.weights import BYTES_OF
 
 _DESCRIPTION = """\
 Simulate a whole cluster under load: the service's own dispatcher, schedulers, admission and gang tables, with stage
@@ -56,7 +57,7 @@ def _add_cluster(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--attention", default="h800", metavar="CHIP", help="(h800)")
     group.add_argument("--ffn", default="h800", metavar="CHIP", help="(h800)")
     group.add_argument("--attention-dtype", type=one_of(KvDtype), choices=list(KvDtype), default=KvDtype.AUTO)
-    group.add_argument("--weight-dtype", choices=("fp8", "int8", "bf16"), default="fp8")
+    group.add_argument("--weight-dtype", choices=tuple(BYTES_OF), default=None)
     group.add_argument(
         "--ranks-per-instance", type=positive, default=0, metavar="N", help="chips of an instance (a server's)"
     )

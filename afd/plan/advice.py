@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from afd.plan.colocated import Colocated, ColocatedModel, server_sizes
-from afd.plan.deployment import Deployment
+from afd.plan.baselines import SideBySide, colocated_on, side_by_side
+from afd.plan.colocated import Colocated
+from afd.plan.deployment import Deployment, KvDtype
 from afd.plan.estimate import Estimate, Estimator, Objective
 from afd.plan.memory import max_requests
-from afd.plan.pipeline import analytic_ratio, disaggregation_gain
+from afd.plan.pipeline import analytic_ratio
 from afd.plan.search import SearchSpace, search
 from afd.plan.tcp import TcpFallback, tcp_fallback
 from afd.types import Topology
+
+RANKS_TODAY = 1
+"""Ranks of an instance that the workers can be started with so far."""
+
+MAX_MISS_FFN = 64
+"""FFN instances up to which the topology that misses the SLA by least is looked for."""
+
+LEAST_SLOPE = 0.02
+"""Of the FFN's time: what another attention instance must add to it for a ratio of both to mean anything."""
 
 FIRST_CONTEXT, LAST_CONTEXT = 1024, 131072
 """The break-even is looked for at contexts doubling between these, as far as the model serves them."""
@@ -21,7 +32,8 @@ FIRST_CONTEXT, LAST_CONTEXT = 1024, 131072
 
 @dataclass(frozen=True, slots=True)
 class ContextPoint:
-    """Both designs at one context. tgs 0 = cannot hold the SLA; usd None = that, or a price is missing."""
+    """Both designs at one context, colocated on the comparison's chip. tgs 0 = cannot hold the SLA; usd None = that, or
+    a price is missing."""
 
     context: int
     topology: str | None
@@ -65,12 +77,23 @@ class Advice:
     """What the planner recommends, and how it compares.
 
     plans: best first, empty when nothing holds the SLA, and then `reason` says how far off the closest is.
+    today: the best that the software can start: instances of one rank. None where nothing such holds the SLA.
+    colocated: the cheapest per token of `baselines` (the fastest per chip without prices).
+    baselines: without AFD on the same chips, by name.
+    other_kv: the other width of the KV cache and AFD's gain with it; None where either side then misses the SLA.
+    copies: of the best plan within the inventory; 0 without one.
+    all_chips: the whole inventory without AFD.
     """
 
     plans: tuple[Estimate, ...]
     reason: str
+    today: Estimate | None
     comparison: Comparison | None
     colocated: Colocated | None
+    baselines: tuple[Colocated, ...]
+    other_kv: tuple[KvDtype, float] | None
+    copies: int
+    all_chips: SideBySide | None
     analytic_ratio: float | None
     tcp: tuple[TcpFallback, ...]
 
@@ -78,29 +101,47 @@ class Advice:
 def advise(space: SearchSpace, estimator: Estimator, objective: Objective) -> Advice:
     """Searches, and judges the winner. Pure."""
     plans = search(space, estimator, objective)
-    baseline = _best_colocated(space, estimator, objective)
-    if not plans:
-        return Advice((), _nearest_miss(space, estimator, objective), None, baseline, None, ())
-    best = plans[0]
+    baselines = [c for chip in space.chips for c in colocated_on(space, estimator, objective, chip)]
+    baseline = _cheapest(baselines)
+    best = plans[0] if plans else None
     return Advice(
         plans=tuple(plans),
-        reason="",
-        comparison=None if baseline is None else _compare(space, estimator, best, baseline),
+        reason="" if best else _nearest_miss(space, estimator, objective),
+        today=_today(space, estimator, objective, best),
+        comparison=None if best is None or baseline is None else _compare(space, estimator, best, baseline),
         colocated=baseline,
-        analytic_ratio=closed_form_ratio(estimator, best),
-        tcp=tuple(tcp_fallback(best, estimator)),
+        baselines=tuple(sorted(baselines, key=lambda c: -c.tgs)),
+        other_kv=None if best is None or baseline is None else _with_other_kv(space, estimator, objective),
+        copies=space.copies(best.deployment) if best and space.inventory else 0,
+        all_chips=side_by_side(space, estimator, objective),
+        analytic_ratio=None if best is None else closed_form_ratio(estimator, best),
+        tcp=() if best is None else tuple(tcp_fallback(best, estimator)),
     )
 
 
-def _best_colocated(space: SearchSpace, estimator: Estimator, objective: Objective) -> Colocated | None:
-    """The best deployment on the named chip that is cheapest per token, or fastest per chip without prices."""
-    found = []
-    for chip in {chip.name: chip for chip in (*space.attention_chips, *space.ffn_chips)}.values():
-        template = space.deployment(chip, chip, Topology(1, 1), streams=1)
-        sizes = server_sizes(template.ranks_per_instance, space.max_chips)
-        best = ColocatedModel(template, estimator.efficiency).best(objective, sizes)
-        if best is not None:
-            found.append(best)
+def _today(space: SearchSpace, estimator: Estimator, objective: Objective, best: Estimate | None) -> Estimate | None:
+    if best is not None and best.deployment.ranks_per_instance == RANKS_TODAY:
+        return best
+    plans = search(dataclasses.replace(space, ranks_per_instance=RANKS_TODAY), estimator, objective)
+    return plans[0] if plans else None
+
+
+def _with_other_kv(space: SearchSpace, estimator: Estimator, objective: Objective) -> tuple[KvDtype, float] | None:
+    """Which design is ahead may depend on the cache's width, so both are asked."""
+    other = dataclasses.replace(space, kv_dtype=KvDtype.FP8 if space.kv_dtype is KvDtype.BF16 else KvDtype.BF16)
+    plans = search(other, estimator, objective)
+    baseline = _cheapest([c for chip in other.chips for c in colocated_on(other, estimator, objective, chip)])
+    return (other.kv_dtype, _gain(plans[0], baseline)) if plans and baseline is not None else None
+
+
+def _gain(plan: Estimate, baseline: Colocated) -> float:
+    """Tokens per USD over the baseline's, or per chip and second without prices."""
+    if plan.usd_per_mtok is not None and baseline.usd_per_mtok is not None:
+        return baseline.usd_per_mtok / plan.usd_per_mtok
+    return plan.tgs / baseline.tgs
+
+
+def _cheapest(found: Sequence[Colocated]) -> Colocated | None:
     return min(found, key=lambda c: 1 / c.tgs if c.usd_per_mtok is None else c.usd_per_mtok, default=None)
 
 
@@ -109,14 +150,10 @@ def _compare(space: SearchSpace, estimator: Estimator, plan: Estimate, baseline:
     batch_ratio = plan.requests_per_chip / baseline.requests_per_chip
     attention_share = deployment.attention_ranks / deployment.num_chips
     step_ratio = baseline.tpot_s / plan.tpot_s
-    if plan.usd_per_mtok is not None and baseline.usd_per_mtok is not None:
-        gain = baseline.usd_per_mtok / plan.usd_per_mtok
-    else:
-        gain = disaggregation_gain(batch_ratio, attention_share, step_ratio)
-    curve = _curve(space, estimator, plan)
+    curve = _curve(space, estimator, plan, baseline)
     return Comparison(
         colocated=baseline,
-        gain=gain,
+        gain=_gain(plan, baseline),
         batch_ratio=batch_ratio,
         attention_share=attention_share,
         step_ratio=step_ratio,
@@ -126,15 +163,15 @@ def _compare(space: SearchSpace, estimator: Estimator, plan: Estimate, baseline:
     )
 
 
-def _curve(space: SearchSpace, estimator: Estimator, plan: Estimate) -> tuple[ContextPoint, ...]:
-    """Both designs over contexts, on the winner's chips."""
+def _curve(space: SearchSpace, estimator: Estimator, plan: Estimate, baseline: Colocated) -> tuple[ContextPoint, ...]:
+    """Both designs over contexts: AFD on the winner's chips, colocated on the baseline's."""
     attention, ffn = plan.deployment.attention_chip, plan.deployment.ffn_chip
     narrowed = dataclasses.replace(space, attention_chips=[attention], ffn_chips=[ffn])
     points, context = [], min(FIRST_CONTEXT, space.model.max_context)
     while context <= min(space.model.max_context, LAST_CONTEXT):
         objective = dataclasses.replace(plan.objective, context=context)
         plans = search(narrowed, estimator, objective)
-        colocated = _best_colocated(narrowed, estimator, objective)
+        colocated = _cheapest(colocated_on(space, estimator, objective, baseline.chip))
         points.append(
             ContextPoint(
                 context=context,
@@ -152,7 +189,8 @@ def _curve(space: SearchSpace, estimator: Estimator, plan: Estimate) -> tuple[Co
 def closed_form_ratio(estimator: Estimator, plan: Estimate) -> float | None:
     """r* of arXiv 2601.21351 at the plan's micro-batch: t_F linearised in the number of attention instances.
 
-    None when another attention instance costs the FFN nothing (its weights are read anyway): no finite ratio is best.
+    None when another attention instance costs the FFN next to nothing (its weights are read anyway): no finite ratio is
+    best.
     """
     deployment, y = plan.deployment, plan.deployment.topology.num_ffn
     one, two = (
@@ -160,7 +198,10 @@ def closed_form_ratio(estimator: Estimator, plan: Estimate) -> float | None:
         for x in (1, 2)
     )
     slope = two - one
-    ratio = analytic_ratio(plan.stage.attention_s, plan.stage.transfer_s, one - slope, slope)
+    if slope < LEAST_SLOPE * one:
+        return None
+    link_s = max(plan.stage.to_ffn_s, plan.stage.to_attention_s)
+    ratio = analytic_ratio(plan.stage.attention_s, link_s, one - slope, slope)
     return ratio if math.isfinite(ratio) else None
 
 
@@ -172,7 +213,7 @@ def _nearest_miss(space: SearchSpace, estimator: Estimator, objective: Objective
     closest: Estimate | None = None
     for attention, ffn in space.pairs():
         ranks = space.deployment(attention, ffn, Topology(1, 1), space.streams[0]).ranks_per_instance
-        for num_ffn in range(1, space.max_chips // ranks):
+        for num_ffn in range(1, 1 + min(MAX_MISS_FFN, space.limit(ffn) // ranks, space.max_chips // ranks - 1)):
             for streams in space.streams:
                 deployment = space.deployment(attention, ffn, Topology(1, num_ffn), streams)
                 if max_requests(deployment, estimator.efficiency, objective.context) < streams:

@@ -46,6 +46,11 @@ class AttentionGroup(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
         return 0
 
     @property
+    def kv_shards(self) -> int:
+        """Chips over which tensor parallelism can spread the cache; further ones hold copies."""
+        return self.heads
+
+    @property
     def flops_per_key(self) -> int:
         """FLOPs of one query token against one cached token, one layer."""
         return 0
@@ -98,6 +103,10 @@ class Gqa(AttentionGroup, frozen=True, kw_only=True, tag="gqa"):
         return 2 * self.kv_heads * self.head_dim
 
     @property
+    def kv_shards(self) -> int:
+        return self.kv_heads
+
+    @property
     def flops_per_key(self) -> int:
         return 4 * self.heads * self.head_dim
 
@@ -115,6 +124,10 @@ class Mfa(AttentionGroup, frozen=True, kw_only=True, tag="mfa"):
     @property
     def kv_elements(self) -> int:
         return 2 * self.kv_heads * self.head_dim
+
+    @property
+    def kv_shards(self) -> int:
+        return self.kv_heads
 
     @property
     def flops_per_key(self) -> int:
@@ -146,6 +159,10 @@ class Mla(AttentionGroup, frozen=True, kw_only=True, tag="mla"):
     @property
     def kv_elements(self) -> int:
         return self.kv_rank + self.rope_dim
+
+    @property
+    def kv_shards(self) -> int:
+        return 1
 
     @property
     def flops_per_key(self) -> int:

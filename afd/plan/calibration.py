@@ -179,7 +179,6 @@ class CalibratedStages:
                 ffn_chip=deployment.ffn_chip,
                 topology=Topology.parse(calibration.topology),
                 kv_dtype=deployment.kv_dtype,
-                weight_bytes=deployment.weight_bytes,
                 ranks_per_instance=calibration.ranks_per_instance,
             ),
             attention=Curve.through(calibration.t_A),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
@@ -68,7 +68,14 @@ def _read_hf_config(path: Path) -> ModelShape:
         raise ConfigError(f"model config {path} is not JSON: {error}") from None
     if not isinstance(config, dict):
         raise ConfigError(f"model config {path}: expected a JSON object")
-    return shape_from_hf_config(config, name=path.parent.name or path.stem, where=str(path))
+    return shape_from_hf_config(config, name=_config_name(config, path), where=str(path))
+
+
+def _config_name(config: dict[str, Any], path: Path) -> str:
+    """What the config calls itself, else its file, else (config.json) its folder."""
+    own = str(config.get("_name_or_path") or "").rstrip("/").rpartition("/")[2]
+    stem = path.stem if path.stem != "config" else path.resolve().parent.name
+    return own or stem or str(config.get("model_type") or "model")
 
 
 def _load_entries(cls: type[Entry], shipped: str, option: str, user_files: Sequence[str]) -> dict[str, Entry]:
@@ -81,17 +88,21 @@ def _load_entries(cls: type[Entry], shipped: str, option: str, user_files: Seque
             raise ConfigError(f"{option} {name}: {error.strerror or error}") from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{option} {name} is not TOML: {error}") from None
-        entries.update(_parse(cls, table, f"{option} {name}"))
+        entries.update(_parse(cls, table, f"{option} {name}", entries))
     return entries
 
 
-def _parse(cls: type[Entry], table: dict[str, Any], where: str) -> dict[str, Entry]:
-    entries = {}
+def _parse(
+    cls: type[Entry], table: dict[str, Any], where: str, known: Mapping[str, Entry] | None = None
+) -> dict[str, Entry]:
+    """The tables of a file. One of a name in `known` changes the fields that it gives, and no others."""
+    entries: dict[str, Entry] = {}
     for name, fields in table.items():
         if not isinstance(fields, dict):
             raise ConfigError(f"{where}: {name!r} must be a table such as [{name}]")
         try:
-            entries[name] = msgspec.convert({"name": name, **fields}, cls)
+            former = msgspec.to_builtins(known[name]) if known and name in known else {}
+            entries[name] = msgspec.convert({**former, "name": name, **fields}, cls)
         except msgspec.ValidationError as error:
             raise ConfigError(f"{where}: [{name}]: {error}") from None
     return entries

@@ -6,44 +6,66 @@ with one, nothing overlaps but the weights are read once a layer instead of twic
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from afd.plan.deployment import Deployment
 from afd.plan.efficiency import Efficiency
 from afd.plan.estimate import MAX_BATCH, Objective
+from afd.plan.hardware import Chip
 from afd.plan.memory import HEAD_BYTES
-from afd.plan.stages import attention_time, collective_times, dispatch_row_bytes, gemm_time, head_time
+from afd.plan.stages import GemmWork, attention_time, collective_times, dispatch_row_bytes, head_time
 from afd.types import Topology
 
 MICRO_BATCHES = (1, 2)
 """Micro-batches per chip that are tried."""
 
+MAX_STAGES = 8
+"""Pipeline stages (PP) that are tried, in powers of two."""
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Colocated:
-    """Best colocated deployment of one size. requests_per_chip: decoding at once on one chip."""
+    """One colocated deployment at its best batch.
 
-    chip: str
+    layout: "EP40", "TP8 x PP2", ...
+    micro_batches: per chip.
+    batch: requests decoding at once, over all chips.
+    """
+
+    layout: str
+    chip: Chip
     num_chips: int
     micro_batches: int
-    requests_per_chip: int
+    batch: int
     tpot_s: float
-    compute_s: float
-    transfer_s: float
-    usd_per_mtok: float | None
+
+    @property
+    def requests_per_chip(self) -> float:
+        return self.batch / self.num_chips
 
     @property
     def tgs(self) -> float:
+        """Output tokens per chip and second."""
         return self.requests_per_chip / self.tpot_s
+
+    @property
+    def usd_per_mtok(self) -> float | None:
+        price = self.chip.usd_per_hour
+        return None if price is None else price / 3600 / self.tgs * 1e6
 
 
 @dataclass(frozen=True, slots=True)
 class ColocatedModel:
-    """Colocated times of the model and attention chip of `template`; its topology and streams are ignored."""
+    """Colocated EP of the model and attention chip of `template`; its topology and streams are ignored.
+
+    stages: pipeline stages, each of the given number of chips. They divide the weights, and leave a step as long as it
+    is: while one stage computes its layers of a micro-batch, the others compute theirs of others.
+    """
 
     template: Deployment
     efficiency: Efficiency
+    stages: int = 1
 
     def _servers(self, num_chips: int) -> Deployment:
         return self.template.replace(topology=Topology(max(1, num_chips // self.template.ranks_per_instance), 1))
@@ -53,29 +75,33 @@ class ColocatedModel:
 
         Routed experts are spread over all chips (at least one each), the shared expert is whole on every chip, dense
         FFN layers are sliced over a server, whose collectives show as much as an FFN instance's. Rows to experts of the
-        same server cross its interconnect, the others the NIC, at the same time.
+        same server cross its interconnect, the others the NIC, at the same time. The fullest chip counts.
         """
         deployment, model, efficiency = self._servers(num_chips), self.template.model, self.efficiency
         chip, ranks, layers = deployment.attention_chip, deployment.ranks_per_instance, model.num_layers
-        hidden = model.hidden
-        weights = flops = 0.0
+        hidden, work = model.hidden, GemmWork(deployment.attention_chip)
         for group in model.ffn:
-            fixed = group.fixed_weights(hidden)
-            if group.experts:
-                hit = group.experts_hit(num_tokens * num_chips) / min(num_chips, group.experts)
-                weights += group.layers * (fixed + hit * group.expert_weights(hidden))
-            else:
-                weights += group.layers * fixed / ranks
-            flops += group.layers * 2 * group.active_weights(hidden) * num_tokens
+            fixed = group.layers * group.fixed_weights(hidden)
+            if not group.experts:
+                work.add(model.weights.shared, fixed / ranks, num_tokens * ranks)
+                continue
+            work.add(model.weights.shared, fixed, num_tokens)
+            share = _held(group.experts, num_chips) / group.experts
+            crowd = max(1.0, share * num_chips if num_chips <= group.experts else 1.0)  # beyond, experts have replicas
+            rows = num_tokens * group.top_k * crowd * efficiency.expert_imbalance
+            weights = group.layers * group.expert_weights(hidden)
+            work.add_experts(model.weights.routed, weights, share * group.experts_hit(num_tokens * num_chips), rows)
         dense_share = sum(group.layers for group in model.ffn if not group.experts) / layers
         collective_s = dense_share * sum(collective_times(deployment, efficiency, num_tokens * ranks))
-        ffn_s = gemm_time(chip, efficiency, weights, flops, deployment.weight_bytes) / layers + efficiency.launch_s
+        ffn_s = work.seconds(efficiency) / layers + efficiency.launch_s
         ffn_s += efficiency.collective_exposed * collective_s
         compute_s = attention_time(deployment, efficiency, context, num_tokens) + ffn_s
         routed = sum(group.layers * group.top_k for group in model.ffn) / layers
         row_bytes = routed * num_tokens * (dispatch_row_bytes(deployment) + 2 * hidden)
         remote_s = row_bytes * (num_chips - ranks) / num_chips / (chip.network_bytes_per_s * efficiency.network)
         link = chip.interconnect_bytes_per_s * efficiency.interconnect
+        if num_chips <= chip.chips_per_domain:
+            return compute_s, row_bytes * (num_chips - 1) / num_chips / link
         return compute_s, max(remote_s, row_bytes * (ranks - 1) / num_chips / link)
 
     def tpot(self, num_chips: int, context: int, num_tokens: int, micro_batches: int) -> float:
@@ -84,18 +110,20 @@ class ColocatedModel:
         busy_s = compute_s + transfer_s if micro_batches == 1 else micro_batches * max(compute_s, transfer_s)
         head_s = micro_batches * head_time(self._servers(num_chips), self.efficiency, num_tokens)
         layers_s = self.template.model.num_layers * busy_s * self.efficiency.colocated_stretch
-        return (layers_s + head_s) * (1.0 + self.efficiency.jitter)
+        hops_s = hops_time(self.template, self.efficiency, self.stages, micro_batches * num_tokens)
+        return (layers_s + head_s + hops_s) * (1.0 + self.efficiency.jitter)
 
     def capacity(self, num_chips: int, context: int) -> int:
         """Requests of `context` tokens one chip holds beside its weights."""
         template, model = self.template, self.template.model
         chip, ranks = template.attention_chip, template.ranks_per_instance
-        weights = model.linear_weights * template.weight_bytes + model.embedding_weights * HEAD_BYTES / ranks
+        weights = model.linear_weights * model.weights.linear
         for group in model.ffn:
-            fixed = group.layers * group.fixed_weights(model.hidden) * template.weight_bytes
+            fixed = group.layers * group.fixed_weights(model.hidden) * model.weights.shared
             weights += fixed if group.experts else fixed / ranks
-            held = -(-group.experts // num_chips)
-            weights += group.layers * held * group.expert_weights(model.hidden) * template.weight_bytes
+            held = _held(group.experts, num_chips)
+            weights += group.layers * held * group.expert_weights(model.hidden) * model.weights.routed
+        weights = weights / self.stages + model.embedding_weights * HEAD_BYTES / ranks
         free = chip.memory_bytes * self.efficiency.memory - weights - self.efficiency.workspace_bytes
         kv_bytes = model.kv_resident_bytes(context, template.kv_dtype.bytes_per_element)
         return max(0, int(free // kv_bytes)) if kv_bytes else MAX_BATCH
@@ -116,21 +144,36 @@ class ColocatedModel:
                 high = middle - 1
         if not low:
             return None
-        tpot_s = self.tpot(num_chips, context, low, micro_batches)
-        compute_s, transfer_s = self.times(num_chips, context, low)
-        requests, price = micro_batches * low, self.template.attention_chip.usd_per_hour
         return Colocated(
-            chip=self.template.attention_chip.name,
-            num_chips=num_chips,
+            layout=f"EP{num_chips}" + (f" x PP{self.stages}" if self.stages > 1 else ""),
+            chip=self.template.attention_chip,
+            num_chips=num_chips * self.stages,
             micro_batches=micro_batches,
-            requests_per_chip=requests,
-            tpot_s=tpot_s,
-            compute_s=compute_s,
-            transfer_s=transfer_s,
-            usd_per_mtok=None if price is None else price / 3600 * tpot_s / requests * 1e6,
+            batch=micro_batches * low * num_chips * self.stages,
+            tpot_s=self.tpot(num_chips, context, low, micro_batches),
         )
+
+
+def stage_counts(num_chips: int, max_chips: int) -> Iterator[int]:
+    """Numbers of pipeline stages of `num_chips` chips each within `max_chips`."""
+    stages = 1
+    while stages <= MAX_STAGES and stages * num_chips <= max_chips:
+        yield stages
+        stages *= 2
+
+
+def hops_time(template: Deployment, efficiency: Efficiency, stages: int, num_tokens: float) -> float:
+    """Seconds in which 16-bit rows go from stage to stage and from the last to the first, once a step."""
+    if stages == 1:
+        return 0.0
+    link = template.attention_chip.network_bytes_per_s * efficiency.network
+    return stages * (efficiency.wire_s + num_tokens * 2 * template.model.hidden / link)
 
 
 def server_sizes(ranks_per_instance: int, max_chips: int) -> list[int]:
     """Whole servers up to `max_chips` chips."""
     return list(range(ranks_per_instance, max_chips + 1, ranks_per_instance))
+
+
+def _held(experts: int, num_chips: int) -> int:
+    return -(-experts // num_chips)

@@ -13,6 +13,7 @@ from afd.plan import text
 from afd.plan.advice import advise
 from afd.plan.calibration import CalibratedStages, load_calibration
 from afd.plan.catalog import find, find_model, load_chips, load_models
+from afd.plan.chips import parse_inventory, with_network
 from afd.plan.cost import cheapest_split, homogeneous_costs
 from afd.plan.deployment import Deployment
 from afd.plan.efficiency import Efficiency
@@ -31,8 +32,6 @@ EXIT_OK = 0
 EXIT_INFEASIBLE = 1
 """The answer is "no": printed as any other answer."""
 
-_WEIGHT_BYTES = {"fp8": 1.0, "int8": 1.0, "bf16": 2.0}
-
 
 def run_search(arguments: argparse.Namespace) -> int:
     """`afd plan`: ranked topologies, AFD against colocated EP, TCP, how to start the winner."""
@@ -43,7 +42,7 @@ def run_search(arguments: argparse.Namespace) -> int:
         payload = advice_payload(advice, estimator, arguments.model, arguments.top)
         _print_json({**_question(arguments, space.model), **payload, "efficiency": _factors(estimator)})
     else:
-        print(text.advice_text(advice, arguments.model, arguments.top))
+        print(text.advice_text(advice, arguments.model, arguments.top, measured=estimator.measured))
         print(f"\n{_assumptions(arguments, estimator)}")
     return EXIT_OK if advice.plans else EXIT_INFEASIBLE
 
@@ -61,9 +60,7 @@ def run_tgs(arguments: argparse.Namespace) -> int:
     deployments[0].check_context(objective.context)
     require_weights_fit(deployments[0], estimator.efficiency)
     if arguments.batch is not None:
-        if len(deployments) > 1:
-            raise ConfigError("--batch needs one --streams value")
-        best = estimator.at_batch(deployments[0], objective, arguments.batch)
+        best = _quickest(deployments, estimator, objective, arguments.batch)
     else:
         best = _best_of(deployments, estimator, objective)
     if arguments.json:
@@ -78,9 +75,6 @@ def run_cost(arguments: argparse.Namespace) -> int:
     """`afd plan cost`: the report's cost tables, for any model, chip and context."""
     chips = _chips(arguments, arguments.chip or REPORT_CHIPS)
     models = [_model(arguments, name) for name in arguments.model or REPORT_MODELS]
-    for model in models:
-        for context in arguments.context:
-            _check_context(model, context)
     if arguments.deployment == "afd":
         rows = [cheapest_split(model, chips, context) for model in models for context in arguments.context]
     else:
@@ -90,6 +84,9 @@ def run_cost(arguments: argparse.Namespace) -> int:
     else:
         print(text.cost_table(rows))
         print("\nUSD per 1e6 decoded tokens; bytes and FLOPs per token. A floor: chips at their peaks, network hidden.")
+        for model in models:
+            if max(arguments.context) > model.max_context:
+                print(f"{model.name} serves {model.max_context} tokens: what it would cost beyond that.")
     return EXIT_OK
 
 
@@ -124,6 +121,19 @@ def run_figures(arguments: argparse.Namespace) -> int:
     return EXIT_OK
 
 
+def _quickest(deployments: Sequence[Deployment], estimator: Estimator, objective: Objective, batch: int) -> Estimate:
+    """The depth with the shortest step among those over which `batch` divides; ConfigError when there is none."""
+    found, refusal = [], None
+    for deployment in deployments:
+        try:
+            found.append(estimator.at_batch(deployment, objective, batch))
+        except ConfigError as error:
+            refusal = refusal or error
+    if not found and refusal is not None:
+        raise refusal
+    return min(found, key=lambda estimate: estimate.tpot_s)
+
+
 def _best_of(deployments: Sequence[Deployment], estimator: Estimator, objective: Objective) -> Estimate:
     """The stream count with the highest throughput under the SLA, else the least bad one at one token."""
     found = [e for d in deployments if (e := estimator.best(d, objective)) is not None]
@@ -142,17 +152,24 @@ def _best_of(deployments: Sequence[Deployment], estimator: Estimator, objective:
 def _space(arguments: argparse.Namespace) -> SearchSpace:
     if arguments.model is None:
         raise ConfigError("say which model: --model NAME or --model PATH (to a config.json)")
-    attention, ffn = arguments.attention or ["h800"], arguments.ffn or ["h800"]
+    catalog = with_network(load_chips(arguments.hardware_file, arguments.price), arguments.network_gbit)
+    inventory = {}
+    if getattr(arguments, "inventory", None) is not None:
+        inventory = parse_inventory(arguments.inventory, catalog)
+    attention = arguments.attention or list(inventory) or ["h800"]
+    ffn = arguments.ffn or list(inventory) or ["h800"]
     if getattr(arguments, "heterogeneous", False):
         attention = ffn = list(dict.fromkeys((*attention, *ffn, *REPORT_CHIPS)))
+    if inventory and (missing := {*attention, *ffn} - {*inventory}):
+        raise ConfigError(f"--inventory has no {', '.join(sorted(missing))}")
     return SearchSpace(
-        model=_model(arguments, arguments.model),
-        attention_chips=_chips(arguments, attention),
-        ffn_chips=_chips(arguments, ffn),
-        max_chips=getattr(arguments, "max_gpus", 1 << 30),
+        model=_model(arguments, arguments.model).weighted(arguments.weight_dtype),
+        attention_chips=[find(catalog, name, "chip") for name in attention],
+        ffn_chips=[find(catalog, name, "chip") for name in ffn],
+        max_chips=sum(inventory.values()) or getattr(arguments, "max_gpus", 1 << 30),
+        inventory=inventory,
         streams=tuple(arguments.streams),
         kv_dtype=arguments.attention_dtype,
-        weight_bytes=_WEIGHT_BYTES[arguments.weight_dtype],
         ranks_per_instance=arguments.ranks_per_instance,
         dispatch=arguments.dispatch,
     )
@@ -180,11 +197,6 @@ def _model(arguments: argparse.Namespace, name: str) -> ModelShape:
 def _chips(arguments: argparse.Namespace, names: Sequence[str]) -> list[Chip]:
     catalog = load_chips(arguments.hardware_file, arguments.price)
     return [find(catalog, name, "chip") for name in names]
-
-
-def _check_context(model: ModelShape, context: int) -> None:
-    if context > model.max_context:
-        raise ConfigError(f"context {context} is past the limit of {model.name}: {model.max_context} tokens")
 
 
 def _question(arguments: argparse.Namespace, model: ModelShape) -> dict[str, Any]:

@@ -38,12 +38,14 @@ class CostRow:
 def attention_usd(model: ModelShape, chip: Chip, context: int) -> float:
     """USD per token: core at its roofline (bytes or FLOPs), projections compute bound."""
     core = max(model.attention_flops(context) * chip.usd_per_flop, model.kv_bytes(context) * chip.usd_per_byte)
-    return core + model.linear_flops * chip.usd_per_flop
+    return core + model.linear_flops * chip.usd_per_flop_at(model.weights.linear)
 
 
 def ffn_usd(model: ModelShape, chip: Chip) -> float:
     """USD per token, compute bound through batching."""
-    return model.ffn_flops * chip.usd_per_flop
+    shared = 2 * sum(group.layers * group.fixed_weights(model.hidden) for group in model.ffn)
+    routed = model.ffn_flops - shared
+    return shared * chip.usd_per_flop_at(model.weights.shared) + routed * chip.usd_per_flop_at(model.weights.routed)
 
 
 def split_cost(model: ModelShape, attention: Chip, ffn: Chip, context: int) -> CostRow:

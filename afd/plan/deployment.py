@@ -38,7 +38,7 @@ class Dispatch(StrEnum):
 class Deployment:
     """A model on an xAyF topology of two chips, and how it runs.
 
-    weight_bytes: per weight of projections and experts (1 = fp8 or int8); embedding and LM head are 16-bit.
+    The widths of weights are the model's (`ModelShape.weights`); embedding and LM head are 16-bit.
 
     ranks_per_instance: chips of one instance; both roles have the same number (rank i talks to rank i).
     streams: micro-batches in flight, the pipeline's depth.
@@ -50,7 +50,6 @@ class Deployment:
     topology: Topology
     streams: int = 3
     kv_dtype: KvDtype = KvDtype.AUTO
-    weight_bytes: float = 1.0
     ranks_per_instance: int = 8
     dispatch: Dispatch = Dispatch.BROADCAST
 
@@ -100,6 +99,16 @@ class Deployment:
             attention_chip=attention_chip or self.attention_chip,
             ffn_chip=ffn_chip or self.ffn_chip,
         )
+
+    def fullest_share(self, experts: int) -> float:
+        """Share of a layer's experts on the FFN instance that holds most: experts are whole, sliced only within one."""
+        return -(-experts // self.topology.num_ffn) / experts if experts else 1.0 / self.topology.num_ffn
+
+    @property
+    def one_domain(self) -> bool:
+        """Both roles lie within one domain of a fast interconnect, which then carries their rows."""
+        chip = self.attention_chip
+        return chip.name == self.ffn_chip.name and self.num_chips <= chip.chips_per_domain
 
     def sent_share(self) -> float:
         """Share of rows that one FFN instance receives: 1 for broadcast, else the chance that it is hit.

@@ -31,6 +31,7 @@ class Efficiency(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     network: Share = 0.80  # NIC line rate
     interconnect: Share = 0.80  # chip-to-chip bandwidth inside a server
     collective_exposed: Fraction = 0.30  # of an FFN instance's gather + scatter, what its GEMMs do not hide
+    expert_imbalance: Annotated[float, msgspec.Meta(ge=1)] = 1.0  # rows of the busiest holder of experts over the mean
     launch_s: Seconds = 35e-6  # per role and layer: launches, norms, router, quantisation
     wire_s: Seconds = 5e-6  # per transfer and direction: posting and flight
     jitter: Seconds = 0.036  # mean TPOT over a peak minute's, which is the sum of the stages

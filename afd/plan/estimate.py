@@ -10,7 +10,7 @@ from afd.plan.deployment import Deployment
 from afd.plan.efficiency import Efficiency
 from afd.plan.memory import attention_memory, ffn_memory, max_requests, require_weights_fit
 from afd.plan.pipeline import Bound, Cycle, PipelineKind, barrier_step_time, cycle, step_time
-from afd.plan.stages import StageModel, StageTimes
+from afd.plan.stages import RooflineStages, StageModel, StageTimes
 
 MAX_BATCH = 1 << 14
 """Tokens per attention chip and micro-batch beyond which nothing is tried (tiny models, tiny contexts)."""
@@ -72,6 +72,11 @@ class Estimate:
         return None if usd_per_hour is None else usd_per_hour / 3600 * self.tpot_s / self.batch * 1e6
 
     @property
+    def stage_budget_s(self) -> float:
+        """Seconds that a layer's longest stage may take for the SLA, heads and jitter left out."""
+        return self.objective.sla_tpot_s / self.deployment.streams / self.deployment.model.num_layers
+
+    @property
     def holds_sla(self) -> bool:
         return self.tpot_s <= self.objective.sla_tpot_s
 
@@ -87,12 +92,13 @@ class Estimator:
     def __init__(self, stages: StageModel, efficiency: Efficiency):
         self._stages = stages
         self.efficiency = efficiency
+        self.measured = not isinstance(stages, RooflineStages)
 
     def estimate(self, deployment: Deployment, objective: Objective, num_tokens: int) -> Estimate:
         """The deployment at a given micro-batch, whether or not it fits or holds the SLA."""
         stage = self._stages.times(deployment, objective.context, num_tokens)
         beat = cycle(stage, deployment.streams, objective.pipeline)
-        slack, layers = 1.0 + self._stages.jitter, deployment.model.num_layers
+        slack, layers = self._slack(deployment), deployment.model.num_layers
         return Estimate(
             deployment=deployment,
             objective=objective,
@@ -111,17 +117,28 @@ class Estimator:
         """
         capacity = max_requests(deployment, self.efficiency, objective.context) // deployment.streams
         low, high = 0, min(capacity, MAX_BATCH)
-        best: Estimate | None = None
         while low < high:
             middle = (low + high + 1) // 2
-            estimate = self.estimate(deployment, objective, middle)
-            if estimate.holds_sla:
-                low, best = middle, estimate
+            if self._tpot(deployment, objective, middle) <= objective.sla_tpot_s:
+                low = middle
             else:
                 high = middle - 1
-        if best is not None and low == capacity and self.estimate(deployment, objective, capacity + 1).holds_sla:
+        if not low:
+            return None
+        best = self.estimate(deployment, objective, low)
+        if low == capacity and self._tpot(deployment, objective, capacity + 1) <= objective.sla_tpot_s:
             return dataclasses.replace(best, bound=Bound.MEMORY)
         return best
+
+    def _tpot(self, deployment: Deployment, objective: Objective, num_tokens: int) -> float:
+        stage = self._stages.times(deployment, objective.context, num_tokens)
+        return self._slack(deployment) * step_time(
+            stage, deployment.streams, deployment.model.num_layers, objective.pipeline
+        )
+
+    def _slack(self, deployment: Deployment) -> float:
+        """Mean seconds per token over those of a step of a peak minute."""
+        return 1.0 + self._stages.jitter
 
     def at_batch(self, deployment: Deployment, objective: Objective, batch: int) -> Estimate:
         """The deployment with `batch` requests in all; ConfigError when they do not divide or do not fit."""

@@ -9,11 +9,13 @@ import msgspec
 from afd.errors import ConfigError
 
 PositiveFloat = Annotated[float, msgspec.Meta(gt=0)]
+NonNegative = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class Chip(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One accelerator. Fields are in the units of the data file (data/hardware.toml); properties are SI.
 
+    chips_per_domain: chips that the interconnect joins across servers (NVL72: 72); 0 = those of one server.
     fp8_tflops None: 8-bit weights and KV take the same bytes, arithmetic runs at the 16-bit peak (report 4.2).
     """
 
@@ -25,6 +27,7 @@ class Chip(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     network_gbit_per_s: PositiveFloat
     interconnect_gb_per_s: PositiveFloat
     source: str
+    chips_per_domain: NonNegative = 0
     fp8_tflops: PositiveFloat | None = None
     usd_per_hour: PositiveFloat | None = None
     price_source: str = ""
@@ -38,6 +41,10 @@ class Chip(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     @property
     def bf16_flops(self) -> float:
         return self.bf16_tflops * 1e12
+
+    def flops_at(self, width: float) -> float:
+        """FLOP/s with values of `width` bytes. 4-bit weights are widened to 16 bit, as weight-only kernels do."""
+        return self.peak_flops if width == 1 else self.bf16_flops
 
     @property
     def memory_bytes(self) -> float:
@@ -73,6 +80,10 @@ class Chip(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     def usd_per_flop(self) -> float:
         """Report Table 5."""
         return self.price / 3600 / self.peak_flops
+
+    def usd_per_flop_at(self, width: float) -> float:
+        """With values of `width` bytes."""
+        return self.price / 3600 / self.flops_at(width)
 
     @property
     def usd_per_byte(self) -> float:

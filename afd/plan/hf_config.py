@@ -1,7 +1,7 @@
 """Hugging Face config.json -> ModelShape. Reads what decides bytes and FLOPs; ignores the rest.
 
-Families differ in key names more than in shapes, so each fact has one ordered list of the keys it goes by. A layer
-kind whose cost is not modelled is refused by name rather than priced wrongly.
+Families differ in key names more than in shapes, so each fact has one ordered list of the keys it goes by. What is not
+modelled is refused by the key's or the layer kind's name rather than priced wrongly (`hf_unmodelled`).
 """
 
 from __future__ import annotations
@@ -16,19 +16,24 @@ from afd.errors import ConfigError
 from afd.plan.attention import AnyAttention, Gqa, Lightning, Mfa, Mla
 from afd.plan.hf_ffn import ffn_groups
 from afd.plan.hf_keys import Keys
+from afd.plan.hf_unmodelled import refuse_unmodelled
+from afd.plan.hf_weights import weight_bytes_of
 from afd.plan.models import FfnGroup, ModelShape
 
 _FULL = {"full_attention", "full", "attention", 1, "1"}
 _WINDOWED = {"sliding_attention", "sliding_window", "local_attention", "local"}
 _CHUNKED = {"chunked_attention"}
+_KV_HEADS = ("num_key_value_heads", "num_attention_groups", "multi_query_group_num", "num_kv_heads", "n_head_kv")
 _LIGHTNING = {"linear_attention", "lightning", 0, "0"}
 
 
 def shape_from_hf_config(config: Mapping[str, Any], name: str, where: str) -> ModelShape:
     """The decoder of a config (its text_config when nested); ConfigError naming `where` and the key at fault."""
     text = config.get("text_config") or config.get("llm_config")
-    keys = Keys({**config, **text} if isinstance(text, Mapping) else config, where)
+    merged = {**config, **text} if isinstance(text, Mapping) else config
+    keys = Keys(merged, where)
     model_type = str(keys.value("model_type") or "unknown")
+    refuse_unmodelled(merged, where, model_type)
     layers = keys.integer("num_hidden_layers", "n_layer", "num_layers")
     hidden = keys.integer("hidden_size", "n_embd", "d_model")
     try:
@@ -36,13 +41,14 @@ def shape_from_hf_config(config: Mapping[str, Any], name: str, where: str) -> Mo
             name=name,
             title=name,
             hidden=hidden,
-            vocab=keys.integer("vocab_size"),
+            vocab=keys.integer("vocab_size", "padded_vocab_size"),
             max_context=keys.integer(
                 "max_position_embeddings", "max_position_embedding", "max_seq_len", "n_positions", "seq_length"
             ),
             attention=_attention_groups(keys, model_type, layers, hidden),
             ffn=_merged(ffn_groups(keys, model_type, layers)),
             tied=bool(keys.value("tie_word_embeddings")),
+            weights=weight_bytes_of(merged, where),
             source=where,
         )
     except (ValueError, msgspec.ValidationError) as error:
@@ -78,6 +84,11 @@ def _layer_kinds(keys: Keys, model_type: str, layers: int) -> list[Any]:
     if "sliding_window_pattern" in keys and "sliding_window" in keys:
         pattern = max(1, keys.integer("sliding_window_pattern"))
         return ["full_attention" if (i + 1) % pattern == 0 else "sliding_attention" for i in range(layers)]
+    if model_type.startswith("gemma2"):
+        return ["full_attention" if i % 2 else "sliding_attention" for i in range(layers)]
+    if "max_window_layers" in keys and keys.value("use_sliding_window"):
+        full = keys.integer("max_window_layers")
+        return ["full_attention" if i < full else "sliding_attention" for i in range(layers)]
     if model_type.startswith("llama4") and "attention_chunk_size" in keys:
         step = max(1, keys.integer("no_rope_layer_interval", default=4))
         return ["full_attention" if (i + 1) % step == 0 else "chunked_attention" for i in range(layers)]
@@ -90,7 +101,7 @@ def _cached_attention(
     keys: Keys, model_type: str, count: int, hidden: int, window: int, sliding: bool = False
 ) -> AnyAttention:
     heads, head_dim = _heads(keys), _head_dim(keys, hidden)
-    kv_heads = keys.integer("num_key_value_heads", "num_attention_groups", "multi_query_group_num", default=heads)
+    kv_heads = keys.integer(*_KV_HEADS, default=1 if keys.value("multi_query") else heads)
     if "kv_lora_rank" in keys:
         return Mla(
             layers=count,

@@ -56,6 +56,9 @@ def _moe_layers(keys: Keys, model_type: str, layers: int) -> list[bool]:
     if listed is not None:
         chosen = _indices(listed, keys.where)
         return [i in chosen for i in range(layers)]
+    kinds = keys.value("mlp_layer_types")
+    if isinstance(kinds, list) and len(kinds) >= layers:
+        return [kind == "sparse" for kind in kinds[:layers]]
     if model_type.startswith("step3"):
         return [i > 0 for i in range(layers)]  # the engines' rule when moe_layers_enum is absent
     if "interleave_moe_layer_step" in keys:
@@ -68,6 +71,8 @@ def _moe_layers(keys: Keys, model_type: str, layers: int) -> list[bool]:
         return [start <= i <= last and (i + 1) % max(1, interval) == 0 for i in range(layers)]
     dense_first = keys.integer("first_k_dense_replace", "num_dense_layers", default=0)
     frequency = keys.value("moe_layer_freq", "decoder_sparse_step")
+    if isinstance(frequency, list) and len(frequency) >= layers:
+        return [bool(chosen) for chosen in frequency[:layers]]
     step = frequency if isinstance(frequency, int) and frequency > 0 else 1
     dense_only = _indices(keys.value("mlp_only_layers") or [], keys.where)
     # DeepSeek counts its stride from 0, Qwen from 1; with a stride of 1 they are the same.

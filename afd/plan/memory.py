@@ -28,14 +28,18 @@ def attention_memory(deployment: Deployment, efficiency: Efficiency, context: in
     """`num_requests` resident requests of `context` tokens on one attention chip."""
     model = deployment.model
     head = model.embedding_weights * HEAD_BYTES / deployment.ranks_per_instance
-    weights = model.linear_weights * deployment.weight_bytes + head
+    weights = model.linear_weights * model.weights.linear + head
     kv_bytes = num_requests * model.kv_resident_bytes(context, deployment.kv_dtype.bytes_per_element)
     return _use(deployment.attention_chip, efficiency, weights, kv_bytes)
 
 
 def ffn_memory(deployment: Deployment, efficiency: Efficiency) -> MemoryUse:
-    """One FFN chip: its shard of the experts."""
-    weights = deployment.model.ffn_weights * deployment.weight_bytes / deployment.ffn_ranks
+    """One FFN chip of the instance that holds most experts."""
+    model, weights = deployment.model, 0.0
+    for group in model.ffn:
+        weights += group.layers * group.fixed_weights(model.hidden) * model.weights.shared / deployment.ffn_ranks
+        held = deployment.fullest_share(group.experts) * group.experts / deployment.ranks_per_instance
+        weights += group.layers * held * group.expert_weights(model.hidden) * model.weights.routed
     return _use(deployment.ffn_chip, efficiency, weights, 0.0)
 
 

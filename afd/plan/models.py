@@ -12,6 +12,7 @@ from typing import Annotated
 import msgspec
 
 from afd.plan.attention import AnyAttention, NonNegative, Positive
+from afd.plan.weights import BYTES_OF, WeightBytes
 
 
 class FfnGroup(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -70,6 +71,7 @@ class ModelShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     """A decoder as counts, each summed once.
 
     activated_params: what the publisher quotes, in 1e9; 0 = not quoted.
+    weights: as published, or as the deployment that is planned for has them.
     """
 
     name: str
@@ -81,6 +83,7 @@ class ModelShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     ffn: tuple[FfnGroup, ...]
     source: str
     tied: bool = False
+    weights: WeightBytes = WeightBytes()
     activated_params: Annotated[float, msgspec.Meta(ge=0)] = 0.0
 
     def __post_init__(self) -> None:
@@ -92,6 +95,10 @@ class ModelShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     @cached_property
     def num_layers(self) -> int:
         return sum(group.layers for group in self.attention)
+
+    def weighted(self, dtype: str | None) -> ModelShape:
+        """With all weights of the given `--weight-dtype`; None = as they are."""
+        return self if dtype is None else msgspec.structs.replace(self, weights=WeightBytes.all(BYTES_OF[dtype]))
 
     # One decoded token at `context` cached tokens.
 

@@ -7,6 +7,9 @@ import shlex
 from dataclasses import asdict
 from typing import Any
 
+import msgspec
+
+from afd.plan.accuracy import Accuracy, accuracy_of
 from afd.plan.advice import Advice
 from afd.plan.colocated import Colocated
 from afd.plan.estimate import Estimate, Estimator
@@ -17,6 +20,7 @@ def estimate_payload(estimate: Estimate, estimator: Estimator) -> dict[str, Any]
     deployment, stage = estimate.deployment, estimate.stage
     cycle_s = estimate.cycle.seconds
     memory = estimator.memory_report(estimate)
+    usd_per_hour = deployment.usd_per_hour
     return {
         "tgs": estimate.tgs,
         "tpot_ms": estimate.tpot_s * 1e3,
@@ -30,6 +34,10 @@ def estimate_payload(estimate: Estimate, estimator: Estimator) -> dict[str, Any]
         "chips": deployment.num_chips,
         "ranks_per_instance": deployment.ranks_per_instance,
         "context": estimate.objective.context,
+        "tokens_per_s": estimate.tgs * deployment.num_chips,
+        "usd_per_hour": usd_per_hour,
+        "weight_bytes": msgspec.structs.asdict(deployment.model.weights),
+        "forecast_range": None if estimator.measured else _range_payload(accuracy_of(estimate)),
         "attention_dtype": str(deployment.kv_dtype),
         "streams": deployment.streams,
         "micro_batch": estimate.micro_batch,
@@ -44,11 +52,12 @@ def estimate_payload(estimate: Estimate, estimator: Estimator) -> dict[str, Any]
             "to_attention": stage.to_attention_s * 1e6,
             "head": stage.head_s * 1e6,
             "cycle": cycle_s * 1e6,
+            "budget": estimate.stage_budget_s * 1e6,
         },
         "utilisation": {
             "attention": stage.attention_s / cycle_s,
             "ffn": stage.ffn_s / cycle_s,
-            "network": stage.transfer_s / cycle_s,
+            "network": max(stage.to_ffn_s, stage.to_attention_s) / cycle_s,
         },
         "headroom": {
             "sla": estimate.headroom,
@@ -69,6 +78,9 @@ def advice_payload(advice: Advice, estimator: Estimator, model_argument: str, to
         "plans": [estimate_payload(plan, estimator) for plan in advice.plans[:top]],
         "num_plans": len(advice.plans),
         "reason": advice.reason,
+        "today": None if advice.today is None else estimate_payload(advice.today, estimator),
+        "inventory": inventory_payload(advice),
+        "baselines": [colocated_payload(c) for c in advice.baselines],
         "colocated": None if advice.colocated is None else colocated_payload(advice.colocated),
         "comparison": comparison_payload(advice),
         "analytic_ratio": advice.analytic_ratio,
@@ -79,15 +91,36 @@ def advice_payload(advice: Advice, estimator: Estimator, model_argument: str, to
 
 def colocated_payload(colocated: Colocated) -> dict[str, Any]:
     return {
-        "chip": colocated.chip,
+        "layout": colocated.layout,
+        "chip": colocated.chip.name,
         "chips": colocated.num_chips,
         "micro_batches": colocated.micro_batches,
         "requests_per_chip": colocated.requests_per_chip,
         "tgs": colocated.tgs,
         "tpot_ms": colocated.tpot_s * 1e3,
-        "compute_us": colocated.compute_s * 1e6,
-        "transfer_us": colocated.transfer_s * 1e6,
         "usd_per_mtok": colocated.usd_per_mtok,
+    }
+
+
+def inventory_payload(advice: Advice) -> dict[str, Any] | None:
+    """All chips of an inventory: copies of the best plan, and what they do without AFD."""
+    if not advice.copies:
+        return None
+    best, others = advice.plans[0] if advice.plans else None, advice.all_chips
+    return {
+        "copies": advice.copies,
+        "tokens_per_s": 0.0 if best is None else advice.copies * best.tgs * best.deployment.num_chips,
+        "chips_used": 0 if best is None else advice.copies * best.deployment.num_chips,
+        "colocated_tokens_per_s": None if others is None else others.tokens_per_s,
+        "colocated": None if others is None else others.text,
+    }
+
+
+def _range_payload(accuracy: Accuracy) -> dict[str, Any]:
+    return {
+        "tgs": [accuracy.low_tgs, accuracy.high_tgs],
+        "tpot_ms": [accuracy.low_tpot_s * 1e3, accuracy.high_tpot_s * 1e3],
+        "reason": accuracy.reason,
     }
 
 
@@ -103,6 +136,7 @@ def comparison_payload(advice: Advice) -> dict[str, Any] | None:
         "step_ratio": comparison.step_ratio,
         "break_even_batch_ratio": comparison.break_even_batch_ratio,
         "break_even_context": comparison.break_even_context,
+        "other_kv": None if advice.other_kv is None else dict(zip(("dtype", "afd_gain"), advice.other_kv, strict=True)),
         "by_context": [{**asdict(point), "afd_ahead": point.afd_ahead} for point in comparison.curve],
     }
 

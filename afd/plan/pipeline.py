@@ -106,13 +106,3 @@ def analytic_ratio(attention_s: float, transfer_s: float, ffn_base_s: float, ffn
         return math.inf
     balance = max(attention_s, transfer_s) - ffn_base_s
     return max(balance / ffn_slope_s, math.sqrt(max(ffn_base_s, 0.0) / ffn_slope_s))
-
-
-def disaggregation_gain(batch_ratio: float, attention_share: float, step_ratio: float) -> float:
-    """Throughput per chip over the colocated deployment's (FastAFD's identity).
-
-    batch_ratio: requests per attention chip over requests per colocated chip.
-    attention_share: attention chips over all chips, M / (M + N).
-    step_ratio: colocated step time over AFD step time.
-    """
-    return batch_ratio * attention_share * step_ratio

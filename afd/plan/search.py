@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from afd.errors import ConfigError
 from afd.plan.deployment import Deployment, Dispatch, KvDtype
 from afd.plan.estimate import Estimate, Estimator, Objective
 from afd.plan.hardware import Chip
 from afd.plan.models import ModelShape
-from afd.types import Topology
+from afd.types import MAX_STREAMS, Topology
 
 MAX_ATTENTION = 128
 """Attention instances of one cluster (the gang member mask's width)."""
@@ -21,8 +21,8 @@ TIE = 0.01
 PRUNE = 0.5
 """Topologies this much worse than a smaller neighbour are neither listed nor followed further."""
 
-DEFAULT_STREAMS = (3,)
-"""The report's three-stage pipeline, and the depth that a plan names by default."""
+EVERY_COUNT = 48
+"""Up to so many instances every count of a role is tried, beyond it steps of an eighth and then the neighbours."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +30,7 @@ class SearchSpace:
     """The deployments among which the planner searches.
 
     max_chips: of attention and FFN together.
+    inventory: chips that there are, by the chip's name; empty = as many as `max_chips` of any.
     ranks_per_instance: 0 = the chips of one server.
     """
 
@@ -37,9 +38,9 @@ class SearchSpace:
     attention_chips: Sequence[Chip]
     ffn_chips: Sequence[Chip]
     max_chips: int = 256
-    streams: Sequence[int] = DEFAULT_STREAMS
+    inventory: Mapping[str, int] = field(default_factory=dict)
+    streams: Sequence[int] = range(1, MAX_STREAMS + 1)
     kv_dtype: KvDtype = KvDtype.AUTO
-    weight_bytes: float = 1.0
     ranks_per_instance: int = 0
     dispatch: Dispatch = Dispatch.BROADCAST
 
@@ -58,7 +59,6 @@ class SearchSpace:
             topology=topology,
             streams=streams,
             kv_dtype=self.kv_dtype,
-            weight_bytes=self.weight_bytes,
             ranks_per_instance=ranks,
             dispatch=self.dispatch,
         )
@@ -66,35 +66,88 @@ class SearchSpace:
     def pairs(self) -> list[tuple[Chip, Chip]]:
         return [(attention, ffn) for attention in self.attention_chips for ffn in self.ffn_chips]
 
+    @property
+    def chips(self) -> list[Chip]:
+        """Every kind once."""
+        return list({chip.name: chip for chip in (*self.attention_chips, *self.ffn_chips)}.values())
+
+    def limit(self, chip: Chip) -> int:
+        """Chips of this kind that a deployment may have."""
+        return min(self.max_chips, self.inventory.get(chip.name, self.max_chips))
+
+    def copies(self, deployment: Deployment) -> int:
+        """Deployments like this one within the inventory; 1 without one."""
+        if not self.inventory:
+            return 1
+        used = {deployment.attention_chip.name: deployment.attention_ranks}
+        used[deployment.ffn_chip.name] = used.get(deployment.ffn_chip.name, 0) + deployment.ffn_ranks
+        return min(self.inventory.get(name, 0) // count for name, count in used.items())
+
+    def tokens_per_s(self, estimate: Estimate) -> float:
+        """Output tokens per second of all copies that fit the inventory."""
+        return self.copies(estimate.deployment) * estimate.deployment.num_chips * estimate.tgs
+
 
 def search(space: SearchSpace, estimator: Estimator, objective: Objective) -> list[Estimate]:
     """Topologies that hold the SLA, best first, each at its best stream count and batch.
 
-    Ranked by USD per token when every chip has a price, else by tokens per chip and second. Empty when nothing holds
-    the SLA: a result, not an error. Raises ConfigError when `max_chips` holds no topology at all.
+    Ranked by the inventory's tokens per second, else by USD per token when every chip has a price, else by tokens per
+    chip and second. Empty when nothing holds the SLA: a result, not an error. Raises ConfigError when the chips hold no
+    topology at all.
     """
     found: list[Estimate] = []
+    smallest: list[Deployment] = []
     for attention, ffn in space.pairs():
         probe = space.deployment(attention, ffn, Topology(1, 1), streams=min(space.streams))
-        if probe.num_chips > space.max_chips:
-            raise ConfigError(f"--max-gpus {space.max_chips}: the smallest topology, 1A1F, has {probe.num_chips}")
         probe.check_context(objective.context)
-        found += _search_pair(space, estimator, objective, probe)
-    return rank(found)
+        smallest.append(probe)
+        if _fits(space, probe):
+            found += _search_pair(space, estimator, objective, probe)
+    if not any(_fits(space, probe) for probe in smallest):
+        given = f"--max-gpus {space.max_chips}"
+        if space.inventory:
+            given = "--inventory " + ",".join(f"{name}:{count}" for name, count in space.inventory.items())
+        raise ConfigError(f"{given}: the smallest topology, 1A1F, has {min(p.num_chips for p in smallest)}")
+    return rank(found, space)
 
 
-def _search_pair(
-    space: SearchSpace, estimator: Estimator, objective: Objective, probe: Deployment
+def _fits(space: SearchSpace, deployment: Deployment) -> bool:
+    return deployment.num_chips <= space.max_chips and space.copies(deployment) > 0
+
+
+def _search_pair(space: SearchSpace, estimator: Estimator, objective: Objective, probe: Deployment) -> list[Estimate]:
+    """One pair of chips: every count where they are few, else a coarse grid and the best one's neighbourhood."""
+    ranks = probe.ranks_per_instance
+    most_ffn = space.limit(probe.ffn_chip) // ranks
+    most_attention = min(space.limit(probe.attention_chip) // ranks, MAX_ATTENTION)
+    counts = _counts(max(most_ffn, most_attention))
+    found = list(_scan(space, estimator, objective, probe, counts, counts))
+    if not found or len(counts) == max(most_ffn, most_attention):
+        return found
+    best = rank(found, space)[0].deployment.topology
+    seen = {estimate.deployment.topology for estimate in found}
+    near = [_near(count, counts) for count in (best.num_attention, best.num_ffn)]
+    return found + [e for e in _scan(space, estimator, objective, probe, *near) if e.deployment.topology not in seen]
+
+
+def _scan(
+    space: SearchSpace,
+    estimator: Estimator,
+    objective: Objective,
+    probe: Deployment,
+    attention_counts: Sequence[int],
+    ffn_counts: Sequence[int],
 ) -> Iterator[Estimate]:
-    """One pair of chips. For a given FFN count throughput per chip rises with the attention count up to the balance
-    and falls after it, and likewise over FFN counts: a side is left once it is PRUNE times worse than its best."""
-    instances = space.max_chips // probe.ranks_per_instance
+    """For a given FFN count throughput per chip rises with the attention count up to the balance and falls after it,
+    and likewise over FFN counts: a side is left once it is PRUNE times worse than its best."""
     best_of_all = 0.0
-    for num_ffn in range(1, instances):
+    for num_ffn in ffn_counts:
         best = 0.0
-        for num_attention in range(1, min(instances - num_ffn, MAX_ATTENTION) + 1):
-            shape = Topology(num_attention, num_ffn)
-            options = [estimator.best(probe.replace(topology=shape, streams=m), objective) for m in space.streams]
+        for num_attention in attention_counts:
+            shape = probe.replace(topology=Topology(num_attention, num_ffn))
+            if num_attention > MAX_ATTENTION or not _fits(space, shape):
+                break
+            options = [estimator.best(shape.replace(streams=m), objective) for m in space.streams]
             fastest = max((e for e in options if e is not None), key=lambda e: e.tgs, default=None)
             if fastest is None or fastest.tgs < PRUNE * best:
                 break  # more attention instances only load the FFN more
@@ -105,17 +158,32 @@ def _search_pair(
         best_of_all = max(best_of_all, best)
 
 
-def rank(estimates: Sequence[Estimate]) -> list[Estimate]:
+def _counts(most: int) -> list[int]:
+    counts = list(range(1, min(most, EVERY_COUNT if most <= EVERY_COUNT else 16) + 1))
+    while counts and counts[-1] < most:
+        counts.append(min(most, counts[-1] + counts[-1] // 8))
+    return counts
+
+
+def _near(count: int, counts: Sequence[int]) -> list[int]:
+    """Counts between the neighbours of `count` in the grid."""
+    place = counts.index(count)
+    return list(range(counts[max(0, place - 1)], counts[min(len(counts) - 1, place + 1)] + 1))
+
+
+def rank(estimates: Sequence[Estimate], space: SearchSpace | None = None) -> list[Estimate]:
     """Best first; of those within TIE of the best, the one with the fewest chips leads."""
-    ordered = sorted(estimates, key=_badness)
+
+    def badness(estimate: Estimate) -> float:
+        """Seconds per token of the inventory, USD per token, or chip-seconds per token: smaller is better."""
+        if space is not None and space.inventory:
+            return 1.0 / space.tokens_per_s(estimate)
+        usd = estimate.usd_per_mtok
+        return 1.0 / estimate.tgs if usd is None else usd
+
+    ordered = sorted(estimates, key=badness)
     if not ordered:
         return []
-    tied = [e for e in ordered if _badness(e) <= _badness(ordered[0]) * (1.0 + TIE)]
-    lead = min(tied, key=lambda e: (e.deployment.num_chips, _badness(e)))
+    tied = [e for e in ordered if badness(e) <= badness(ordered[0]) * (1.0 + TIE)]
+    lead = min(tied, key=lambda e: (e.deployment.num_chips, badness(e)))
     return [lead, *(e for e in ordered if e is not lead)]
-
-
-def _badness(estimate: Estimate) -> float:
-    """USD per token, or chip-seconds per token without prices: smaller is better."""
-    usd = estimate.usd_per_mtok
-    return 1.0 / estimate.tgs if usd is None else usd

@@ -111,9 +111,9 @@ class RooflineStages:
 def gemm_time(
     chip: Chip, efficiency: Efficiency, num_weights: float, flops: float, bytes_per_weight: float = 1.0
 ) -> float:
-    """Seconds to stream the weights or to compute `flops`, whichever is longer. 16-bit weights compute in 16 bit."""
-    peak = chip.peak_flops if bytes_per_weight <= 1 else chip.bf16_flops
-    return max(num_weights * bytes_per_weight / chip.memory_bytes_per_s, flops / peak) / efficiency.gemm
+    """Seconds to stream the weights or to compute `flops`, whichever is longer (`Chip.flops_at`)."""
+    read_s = num_weights * bytes_per_weight / chip.memory_bytes_per_s
+    return max(read_s, flops / chip.flops_at(bytes_per_weight)) / efficiency.gemm
 
 
 def core_time(
@@ -145,30 +145,55 @@ def attention_time(
     if prefill is not None:
         core_s += sum(chunks_time(chip, efficiency, group, prefill, kv_bytes) for group in model.attention)
         num_tokens += prefill.num_tokens
-    linear_s = gemm_time(
-        chip, efficiency, model.linear_weights, num_tokens * model.linear_flops, deployment.weight_bytes
-    )
+    linear_s = gemm_time(chip, efficiency, model.linear_weights, num_tokens * model.linear_flops, model.weights.linear)
     rows = deployment.topology.num_ffn + 2  # partials read, residual read and written
     combine_s = num_tokens * 2 * model.hidden * rows / chip.memory_bytes_per_s / efficiency.core_16bit
     return (core_s + linear_s) / model.num_layers + combine_s + efficiency.launch_s
 
 
 def ffn_time(deployment: Deployment, efficiency: Efficiency, num_tokens: float) -> float:
-    """Experts on the weight shard of one rank, plus what shows of the all-gather before and reduce-scatter after.
+    """A rank of the fullest FFN instance, plus what shows of the all-gather before and reduce-scatter after.
 
-    Both collectives run over the server's interconnect beside other micro-batches' GEMMs; an instance can still not
-    be faster than its busier direction.
+    Experts are whole in an instance and sliced over its ranks; what every token uses is sliced over all of them. Both
+    collectives run over the server's interconnect beside other micro-batches' GEMMs; an instance can still not be
+    faster than its busier direction.
     """
-    model, chip, ranks = deployment.model, deployment.ffn_chip, deployment.ffn_ranks
+    model, chip, ranks = deployment.model, deployment.ffn_chip, deployment.ranks_per_instance
     batch = num_tokens * deployment.attention_ranks
-    touched = sum(
-        g.layers * (g.fixed_weights(model.hidden) + g.experts_hit(batch) * g.expert_weights(model.hidden))
-        for g in model.ffn
-    )
-    gemm_s = gemm_time(chip, efficiency, touched / ranks, batch * model.ffn_flops / ranks, deployment.weight_bytes)
+    work = GemmWork(chip)
+    for group in model.ffn:
+        fixed, expert = group.fixed_weights(model.hidden), group.expert_weights(model.hidden)
+        work.add(model.weights.shared, group.layers * fixed / deployment.ffn_ranks, batch)
+        if group.experts:
+            share = deployment.fullest_share(group.experts)
+            rows = min(1.0, share * efficiency.expert_imbalance) * batch * group.top_k
+            work.add_experts(
+                model.weights.routed, group.layers * expert / ranks, share * group.experts_hit(batch), rows
+            )
     gather_s, scatter_s = collective_times(deployment, efficiency, batch)
-    busy_s = gemm_s / model.num_layers + efficiency.launch_s
+    busy_s = work.seconds(efficiency) / model.num_layers + efficiency.launch_s
     return max(busy_s + efficiency.collective_exposed * (gather_s + scatter_s), gather_s, scatter_s)
+
+
+@dataclass(slots=True)
+class GemmWork:
+    """GEMMs that one chip runs one after the other: weights read, and what computing takes at the peaks."""
+
+    chip: Chip
+    num_bytes: float = 0.0
+    computing_s: float = 0.0
+
+    def add(self, width: float, num_weights: float, num_rows: float) -> None:
+        """`num_rows` rows through weights of `width` bytes."""
+        self.add_experts(width, num_weights, 1.0, num_rows)
+
+    def add_experts(self, width: float, num_weights: float, num_hit: float, num_rows: float) -> None:
+        """`num_hit` of several experts of `num_weights` each are read; `num_rows` go through one of them."""
+        self.num_bytes += num_hit * num_weights * width
+        self.computing_s += 2 * num_rows * num_weights / self.chip.flops_at(width)
+
+    def seconds(self, efficiency: Efficiency) -> float:
+        return max(self.num_bytes / self.chip.memory_bytes_per_s, self.computing_s) / efficiency.gemm
 
 
 def collective_times(deployment: Deployment, efficiency: Efficiency, num_rows: float) -> tuple[float, float]:
@@ -190,14 +215,20 @@ def transfer_times(deployment: Deployment, efficiency: Efficiency, num_tokens: f
     topology = deployment.topology
     share = deployment.sent_share()
     per_row = max(
-        topology.num_ffn / deployment.attention_chip.network_bytes_per_s,
-        topology.num_attention / deployment.ffn_chip.network_bytes_per_s,
+        topology.num_ffn / _link_bytes_per_s(deployment, deployment.attention_chip, efficiency),
+        topology.num_attention / _link_bytes_per_s(deployment, deployment.ffn_chip, efficiency),
     )
-    seconds_per_byte = num_tokens * share * per_row / efficiency.network
+    seconds_per_byte = num_tokens * share * per_row
     return (
         efficiency.wire_s + seconds_per_byte * dispatch_row_bytes(deployment),
         efficiency.wire_s + seconds_per_byte * 2 * deployment.model.hidden,
     )
+
+
+def _link_bytes_per_s(deployment: Deployment, chip: Chip, efficiency: Efficiency) -> float:
+    if deployment.one_domain:
+        return chip.interconnect_bytes_per_s * efficiency.interconnect
+    return chip.network_bytes_per_s * efficiency.network
 
 
 def head_time(deployment: Deployment, efficiency: Efficiency, num_tokens: float) -> float:

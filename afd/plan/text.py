@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from afd.plan.advice import Advice, Comparison, describe
+from afd.plan.accuracy import accuracy_of
+from afd.plan.advice import RANKS_TODAY, Advice, Comparison, describe
+from afd.plan.colocated import Colocated
 from afd.plan.cost import CostRow
 from afd.plan.deployment import Deployment
 from afd.plan.efficiency import Efficiency
@@ -31,7 +33,7 @@ def _usd(value: float | None) -> str:
 
 
 def plans_table(plans: Sequence[Estimate]) -> str:
-    headers = ["topology", "chips", "streams", "batch", "tok/s/chip", "TPOT ms", "A us", "F us", "net us", "bound"]
+    headers = ["topology", "chips", "streams", "batch", "tok/s/chip", "TPOT ms", "A us", "F us", "link us", "bound"]
     names = {chip.name for p in plans for chip in (p.deployment.attention_chip, p.deployment.ffn_chip)}
     rows = []
     for plan in plans:
@@ -47,7 +49,7 @@ def plans_table(plans: Sequence[Estimate]) -> str:
                 f"{plan.tpot_s * 1e3:.1f}",
                 f"{plan.stage.attention_s * 1e6:.0f}",
                 f"{plan.stage.ffn_s * 1e6:.0f}",
-                f"{plan.stage.transfer_s * 1e6:.0f}",
+                f"{max(plan.stage.to_ffn_s, plan.stage.to_attention_s) * 1e6:.0f}",
                 str(plan.bound),
                 _usd(plan.usd_per_mtok),
             ]
@@ -60,7 +62,12 @@ def estimate_text(estimate: Estimate) -> str:
     cycle_s, stage = estimate.cycle.seconds, estimate.stage
     busy = ", ".join(
         f"{name} {seconds * 1e6:.0f} us ({seconds / cycle_s:.0%})"
-        for name, seconds in (("A", stage.attention_s), ("F", stage.ffn_s), ("network", stage.transfer_s))
+        for name, seconds in (
+            ("A", stage.attention_s),
+            ("F", stage.ffn_s),
+            ("out", stage.to_ffn_s),
+            ("back", stage.to_attention_s),
+        )
     )
     verdict = "holds" if estimate.holds_sla else "misses"
     cost = "" if estimate.usd_per_mtok is None else f", {estimate.usd_per_mtok:.3f} USD per 1e6 tokens"
@@ -71,24 +78,41 @@ def estimate_text(estimate: Estimate) -> str:
             f"TPOT {estimate.tpot_s * 1e3:.1f} ms {verdict} {estimate.objective.sla_tpot_s * 1e3:g} ms "
             f"({estimate.headroom:+.1%}); batch {estimate.batch} = {estimate.deployment.streams} micro-batches of "
             f"{estimate.micro_batch}, {estimate.num_tokens} tokens per attention chip",
-            f"per layer: {busy}; {estimate.cycle.kind} pipeline, bound by {estimate.bound}",
+            f"per layer: {busy} of a cycle of {cycle_s * 1e6:.0f} us (budget {estimate.stage_budget_s * 1e6:.0f} us); "
+            f"bound by {estimate.bound}",
+            _precision_text(estimate.deployment),
         ]
     )
 
 
-def advice_text(advice: Advice, model_argument: str, top: int) -> str:
+def _precision_text(deployment: Deployment) -> str:
+    width = deployment.kv_dtype.bytes_per_element
+    widths = sorted({group.kv_bytes if width is None else width for group in deployment.model.attention})
+    kv = " and ".join(f"{8 * value:g}" for value in widths)
+    return f"{deployment.model.weights.text}, KV cache of {kv} bits"
+
+
+def _range_text(estimate: Estimate) -> str:
+    """The error bar of a forecast from data sheets."""
+    accuracy = accuracy_of(estimate)
+    return (
+        f"forecast range: {accuracy.low_tgs:,.0f} to {accuracy.high_tgs:,.0f} tokens/s per chip, TPOT "
+        f"{accuracy.low_tpot_s * 1e3:.0f} to {accuracy.high_tpot_s * 1e3:.0f} ms ({accuracy.reason})"
+    )
+
+
+def advice_text(advice: Advice, model_argument: str, top: int, *, measured: bool = False) -> str:
     """The whole answer of `afd plan`."""
     if not advice.plans:
         lines = [advice.reason]
-        if advice.colocated is not None:
-            other = advice.colocated
-            lines.append(
-                f"colocated EP on {other.num_chips} x {other.chip} would: {other.tgs:,.0f} tokens/s per chip "
-                f"at {other.tpot_s * 1e3:.1f} ms"
-            )
+        if advice.baselines:
+            lines.append(f"without AFD: {_colocated_text(advice.baselines[0])} would")
         return "\n".join(lines)
     best = advice.plans[0]
-    parts = [plans_table(advice.plans[:top]), estimate_text(best)]
+    parts = [_today_text(advice), plans_table(advice.plans[:top])]
+    parts.append("\n".join([estimate_text(best), *([] if measured else [_range_text(best)])]))
+    if advice.copies:
+        parts.append(_inventory_text(advice, best))
     if advice.analytic_ratio is not None:
         x, y = best.deployment.topology.num_attention, best.deployment.topology.num_ffn
         parts.append(f"A:F ratio {x / y:.2f}; the closed form without an SLA says {advice.analytic_ratio:.2f}")
@@ -96,21 +120,64 @@ def advice_text(advice: Advice, model_argument: str, top: int) -> str:
     parts.append("\n".join(tcp_sentence(fallback) for fallback in advice.tcp))
     deploy = deploy_payload(best, model_argument)
     parts.append(f"start it:    {deploy['command']}\nHelm values:\n{deploy['helm_yaml'].rstrip()}")
-    note = _engine_note(best.deployment)
-    return "\n\n".join([*parts, note] if note else parts)
+    return "\n\n".join(parts)
+
+
+def _today_text(advice: Advice) -> str:
+    """What can be started, before what could be."""
+    best, today = advice.plans[0].deployment, advice.today
+    if best.ranks_per_instance == RANKS_TODAY:
+        return "instances of one chip, as `afd up` and the chart start them today:"
+    wanted = f"the plans below need instances of {best.ranks_per_instance} chips, which `afd up` does not start yet"
+    if today is None:
+        return f"runs today (instances of one chip): nothing holds the SLA; {wanted}"
+    gain = ""
+    if advice.colocated is not None:
+        gain = f", {today.tgs / advice.colocated.tgs:.2f} x {advice.colocated.layout} on {advice.colocated.chip.title}"
+    return (
+        f"runs today (instances of one chip): {describe(today.deployment)}, {today.deployment.streams} streams: "
+        f"{today.tgs:,.0f} tokens/s per chip{gain}; {wanted}"
+    )
+
+
+def _inventory_text(advice: Advice, best: Estimate) -> str:
+    deployment, copies = best.deployment, advice.copies
+    total = copies * deployment.num_chips * best.tgs
+    usd = deployment.usd_per_hour
+    rent = "" if usd is None else f" for {copies * usd:,.2f} USD an hour"
+    lines = [
+        f"your chips: {copies} x {deployment.topology} = {copies * deployment.num_chips} chips, "
+        f"{total:,.0f} tokens/s in all{rent}"
+    ]
+    if advice.all_chips is not None:
+        other = advice.all_chips
+        lines.append(
+            f"without AFD: {other.text}: {other.tokens_per_s:,.0f} tokens/s in all; AFD gives "
+            f"{total / other.tokens_per_s:.2f} x that"
+        )
+    return "\n".join(lines)
+
+
+def _colocated_text(c: Colocated) -> str:
+    return (
+        f"{c.layout} on {c.num_chips} x {c.chip.title}, {c.requests_per_chip:,.0f} requests per chip: "
+        f"{c.tgs:,.0f} tokens/s per chip at {c.tpot_s * 1e3:.1f} ms"
+    )
 
 
 def _comparison_text(advice: Advice) -> str:
     comparison = advice.comparison
     if comparison is None:
-        return f"colocated EP: no size holds the SLA, so AFD is the only way here ({advice.plans[0].tgs:,.0f} tokens/s)"
+        return f"without AFD no layout holds the SLA here ({advice.plans[0].tgs:,.0f} tokens/s per chip with it)"
     best, verdict = comparison.colocated, "pays" if comparison.gain > 1 else "does not pay"
-    lines = [
-        f"AFD {verdict}: {comparison.gain:.2f} x colocated EP ({best.num_chips} x {best.chip}, "
-        f"{best.requests_per_chip} requests per chip, {best.tgs:,.0f} tokens/s per chip, {best.tpot_s * 1e3:.1f} ms)"
-    ]
+    lines = [f"AFD {verdict}: {comparison.gain:.2f} x {best.layout} on {best.chip.title}. Without AFD:"]
+    lines += [f"  {_colocated_text(c)}" for c in advice.baselines]
+    if advice.other_kv is not None:
+        width, gain = advice.other_kv
+        changes = "" if (gain > 1) == (comparison.gain > 1) else ": the verdict depends on it"
+        lines.append(f"  with a KV cache in {width} on both sides AFD gives {gain:.2f} x{changes}")
     deployment = advice.plans[0].deployment
-    if deployment.attention_chip.name == deployment.ffn_chip.name == best.chip:
+    if deployment.attention_chip.name == deployment.ffn_chip.name == best.chip.name:
         lines.append(
             f"  = {comparison.batch_ratio:.2f} (requests per attention chip) x {comparison.attention_share:.2f} (share "
             f"of attention chips) x {comparison.step_ratio:.2f} (step time); breaks even at a batch ratio of "
@@ -120,7 +187,14 @@ def _comparison_text(advice: Advice) -> str:
 
 
 def _curve_table(comparison: Comparison) -> str:
-    headers = ["context", "AFD", "tok/s/chip", "USD/Mtok", "EP tok/s/chip", "USD/Mtok"]
+    headers = [
+        "context",
+        "AFD",
+        "tok/s/chip",
+        "USD/Mtok",
+        f"colocated on {comparison.colocated.chip.title}",
+        "USD/Mtok",
+    ]
     rows = [
         [
             str(point.context),
@@ -154,15 +228,6 @@ def tcp_sentence(fallback: TcpFallback) -> str:
     return (
         f"{rate}: cannot hold the SLA ({fallback.tpot_ms:.0f} ms); it could with a micro-batch of "
         f"{fallback.micro_batch} tokens, {fallback.tgs:,.0f} tokens/s per chip"
-    )
-
-
-def _engine_note(deployment: Deployment) -> str:
-    if deployment.ranks_per_instance == 1:
-        return ""
-    return (
-        f"note: the plan's instances are servers of {deployment.ranks_per_instance} chips; `afd up` starts instances "
-        "of one rank so far (ranks_per_instance = 1)"
     )
 
 

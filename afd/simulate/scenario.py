@@ -25,7 +25,6 @@ from afd.types import Topology
 
 RANK_NUM_SEQS = RANK_STEP_TOKENS = 256  # the service's defaults
 AUTO_STREAMS = 3
-WEIGHT_BYTES = {"fp8": 1.0, "int8": 1.0, "bf16": 2.0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,13 +101,12 @@ def _deployment(arguments: argparse.Namespace) -> Deployment:
     attention, ffn = find(chips, arguments.attention, "chip"), find(chips, arguments.ffn, "chip")
     streams = arguments.streams or AUTO_STREAMS
     space = SearchSpace(
-        model=find_model(load_models(arguments.model_file), arguments.model),
+        model=find_model(load_models(arguments.model_file), arguments.model).weighted(arguments.weight_dtype),
         attention_chips=[attention],
         ffn_chips=[ffn],
         max_chips=1 << 30,
         streams=(streams,),
         kv_dtype=arguments.attention_dtype,
-        weight_bytes=WEIGHT_BYTES[arguments.weight_dtype],
         ranks_per_instance=arguments.ranks_per_instance,
     )
     return space.deployment(attention, ffn, topology, streams)

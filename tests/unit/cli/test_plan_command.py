@@ -57,6 +57,32 @@ def test_cost_of_afd_and_of_chosen_models(run_json):
     assert round(rows[0]["ffn_usd_per_mtok"], 3) == 0.030
 
 
+def test_cost_beyond_a_models_limit_is_computed_and_said_to_be(run, run_json):
+    """Report Fig. 3: Step-3 at 128K, 0.700 USD on H800 (61 x 131072 x 512 B of cache)."""
+    _, rows = run_json("cost", "--model", "step3", "--chip", "h800", "--context", "131072")
+    assert rows[0]["total_usd_per_mtok"] == pytest.approx(0.700, abs=0.001)
+    code, out, _ = run("cost", "--context", "131072")
+    assert code == 0
+    assert "step3 serves 65536 tokens" in out
+
+
+def test_an_inventory_and_a_network_as_text(run):
+    code, out, _ = run(
+        "--model", "step3", "--context", "8192", "--inventory", "h20:32,h800:16", "--network-gbit", "100/server"
+    )
+    assert code == 0
+    assert out.startswith("runs today (instances of one chip)")
+    for expected in (
+        "your chips: ",
+        "USD an hour",
+        "without AFD: ",
+        "forecast range: ",
+        "KV cache of 8 bits",
+        "budget",
+    ):
+        assert expected in out
+
+
 def test_cost_as_text(run):
     code, out, _ = run("cost", "--model", "step3", "--context", "8192")
     assert code == 0
@@ -77,7 +103,7 @@ def test_tgs_of_table_8(run_json, topology, context, dtype, batch, tgs):
 
 
 def test_tgs_at_a_given_batch_and_as_text(run, run_json):
-    _, plan = run_json("tgs", "--topology", "2A2F", "--model", "step3", "--batch", "4800")
+    _, plan = run_json("tgs", "--topology", "2A2F", "--model", "step3", "--batch", "4800", "--streams", "3")
     assert (plan["batch"], plan["micro_batch"]) == (4800, 1600)
     code, out, _ = run("tgs", "--topology", "2A2F", "--model", "step3")
     assert code == 0
@@ -200,7 +226,7 @@ def test_calibrated_tgs(run, run_json, tmp_path):
     arguments = [
         "tgs", "--topology", "1A1F", "--model", "smollm2-135m-instruct", "--context", "512",
         "--ranks-per-instance", "1", "--attention", "l4", "--ffn", "l4", "--calibrate", str(path),
-        "--sla-tpot-ms", "500", "--batch", "96",
+        "--sla-tpot-ms", "500", "--batch", "96", "--streams", "3",
     ]  # fmt: skip
     _, plan = run_json(*arguments)
     stage_s = 1e-3 + 1e-5 * 32
@@ -228,11 +254,12 @@ def test_calibrated_tgs(run, run_json, tmp_path):
         (["tgs", "--model", "step3", "--topology", "2x2"], "not of the form xAyF"),
         (["tgs", "--model", "step3", "--topology", "mono"], "mono"),
         (["tgs", "--model", "step3", "--topology", "1A1F", "--ffn", "l4"], "GB of ffn weights per L4"),
-        (["tgs", "--model", "step3", "--topology", "2A2F", "--batch", "7"], "multiple of 48"),
+        (["tgs", "--model", "step3", "--topology", "2A2F", "--batch", "7"], "multiple of 16"),
         (["tgs", "--model", "step3", "--topology", "2A2F", "--attention", "h800,h20"], "takes one"),
-        (["tgs", "--model", "step3", "--topology", "2A2F", "--batch", "48", "--streams", "1,2"], "one --streams"),
         (["cost", "--model", "nope"], "unknown model"),
-        (["cost", "--model", "step3", "--context", "131072"], "past the limit"),
+        (["--model", "step3", "--inventory", "h20"], "CHIP:COUNT"),
+        (["--model", "step3", "--inventory", "h20:16", "--ffn", "h800"], "--inventory has no h800"),
+        (["--model", "step3", "--network-gbit", "fast"], "Gbit/s per chip"),
         (["cost", "--chip", "l20"], "no price"),
         (["limits", "--chip", "tpu"], "unknown chip"),
     ],
@@ -251,7 +278,7 @@ def test_a_request_too_long_for_the_chip_is_named(run, tmp_path):
         'network_gbit_per_s = 100\ninterconnect_gb_per_s = 50\nsource = "test"\n'
     )
     small = ["--hardware-file", str(hardware), "--attention", "small", "--context", "65536"]
-    code, _, err = run("tgs", "--model", "step3", "--topology", "2A2F", *small)
+    code, _, err = run("tgs", "--model", "step3", "--topology", "2A2F", "--streams", "3", *small)
     assert code == 2
     assert "a Small does not hold 3 requests of 65536 tokens" in err
 

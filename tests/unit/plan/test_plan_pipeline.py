@@ -12,7 +12,6 @@ from afd.plan.pipeline import (
     analytic_ratio,
     barrier_step_time,
     cycle,
-    disaggregation_gain,
     step_time,
 )
 from afd.plan.stages import StageTimes
@@ -98,11 +97,6 @@ def test_analytic_ratio_by_hand():
     assert analytic_ratio(attention_s=10, transfer_s=40, ffn_base_s=20, ffn_slope_s=10) == 2
     assert analytic_ratio(attention_s=10, transfer_s=5, ffn_base_s=90, ffn_slope_s=10) == 3  # sqrt(b_F / (a_F B))
     assert analytic_ratio(attention_s=10, transfer_s=5, ffn_base_s=90, ffn_slope_s=0) == math.inf
-
-
-def test_disaggregation_gain_of_fastafd():
-    """1.5 times the batch on seven of eight chips, at a slightly longer step."""
-    assert disaggregation_gain(1.5, 7 / 8, 1.05) == pytest.approx(1.378, abs=1e-3)
 
 
 @settings(max_examples=200, derandomize=True, deadline=None)

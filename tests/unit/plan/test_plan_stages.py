@@ -204,7 +204,7 @@ def test_weights_that_do_not_fit_name_the_role():
         require_weights_fit(step3("1A1F", ffn_chip=CHIPS["l4"]), Efficiency())
     small = msgspec.structs.replace(CHIPS["l4"], memory_gib=16)
     with pytest.raises(ConfigError, match=r"attention weights per L4"):
-        require_weights_fit(step3("1A4F", attention_chip=small, weight_bytes=2.0), Efficiency())
+        require_weights_fit(step3("1A4F", attention_chip=small, model=MODELS["step3"].weighted("bf16")), Efficiency())
     assert max_requests(step3("1A1F", ffn_chip=CHIPS["l4"]), Efficiency(), 4096) == 0
     require_weights_fit(step3(), Efficiency())
 
