@@ -61,8 +61,8 @@ class ModelConfig(Section, frozen=True):
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of weights and activations; the residual is float32 in any case."""
     weights: Literal["auto", "int8", "int8-all"] = "auto"
-    """auto = in dtype; int8 = those of the FFN rounded to 8 bits when loaded, a scale for each output channel;
-    int8-all = attention projections (but MLA's) and the LM head too."""
+    """How weights are held. auto = in dtype; int8 = those of the FFN rounded to 8 bits when loaded, a scale for each
+    output channel; int8-all = attention projections (but MLA's) and the LM head too."""
     max_context: NonNegativeInt = 0
     """Tokens of prompt and output together; 0 = the model's own limit."""
 
@@ -75,8 +75,8 @@ class TopologyConfig(Section, frozen=True):
     ranks_per_instance: Literal[1] = 1
     """Ranks (devices) of one worker instance."""
     transport: Literal["auto", "shm", "verbs", "tcp"] = "auto"
-    """Of the data plane. auto = shared memory on one host, RDMA between hosts that both have an active port (verbs),
-    else TCP."""
+    """What carries rows between workers. auto = shared memory on one host, RDMA between hosts that both have an active
+    port (verbs), else TCP."""
     wire: Literal["auto", "fp8", "bf16", "fp32"] = "auto"
     """Type of the rows from attention to FFN. auto = model.dtype, fp8 = e4m3 with a scale for each 128 columns. Answers
     come back in model.dtype, or in bf16 or fp32 where that is set."""
@@ -87,7 +87,7 @@ class TopologyConfig(Section, frozen=True):
     """Which rows an FFN worker is sent at an MoE layer. sparse = only those that it works on, for ffn_parallel ep and,
     where the model has no shared expert, hybrid."""
     checksum: bool = False
-    """A CRC-32 on every frame."""
+    """Whether every frame carries a CRC-32."""
     secret_file: str = ""
     """The cluster's secret. "" with `afd up` = a fresh one for this run, handed to the children by pipe."""
     recovery_timeout_s: Positive = 60.0
@@ -99,23 +99,23 @@ class VerbsConfig(Section, frozen=True):
     """RDMA connections of the data plane: `stepmesh.config.VerbsOptions`, key for key ([rdma](rdma.md))."""
 
     device: str = ""
-    """`mlx5_0` or `mlx5_0:2`; "" = chosen."""
+    """Device, and port if not the first one: `mlx5_0` or `mlx5_0:2`; "" = chosen."""
     near: str = ""
     """PCI address of the GPU whose nearest port is wanted."""
     gid_index: Annotated[int, msgspec.Meta(ge=-1, le=255)] = -1
-    """-1 = RoCE v2, IPv4 first."""
+    """Index of the port's address; -1 = RoCE v2, IPv4 first."""
     mtu_bytes: Literal[0, 256, 512, 1024, 2048, 4096] = 0
-    """0 = what both ports have."""
+    """Largest packet; 0 = what both ports have."""
     service_level: Annotated[int, msgspec.Meta(ge=0, le=15)] = 0
-    """InfiniBand's, and RoCE's priority where traffic_class does not set it."""
+    """Service level of InfiniBand, and priority of RoCE where traffic_class does not set it."""
     traffic_class: Annotated[int, msgspec.Meta(ge=0, le=255)] = 0
-    """The IP header's, DSCP in its upper six bits."""
+    """Traffic class of the IP header, with the DSCP in its upper six bits."""
     timeout: Annotated[int, msgspec.Meta(ge=0, le=31)] = 14
     """A packet without an acknowledgement is sent again after 4.096 us * 2^timeout (14: 67 ms)."""
     retry_count: Annotated[int, msgspec.Meta(ge=0, le=7)] = 6
-    """How often it is, before the connection fails."""
+    """How often a packet is sent again before the connection fails."""
     rnr_retry: Annotated[int, msgspec.Meta(ge=0, le=7)] = 6
-    """How often, where the peer has no receive posted (which our peers always have)."""
+    """How often a packet is sent again where the peer has no receive posted (ours always has)."""
 
 
 class AttentionConfig(Listener, frozen=True):
@@ -139,48 +139,48 @@ class AttentionConfig(Listener, frozen=True):
     kv_cache_gib: Positive = 2.0
     """Size of the KV cache in GiB, where num_blocks is 0."""
     prefix_cache: bool = True
-    """Requests share the KV blocks of common prefixes."""
+    """Whether requests share the KV blocks of common prefixes."""
     threads: NumThreads = 0
     """Threads that compute; 0 = a fair share of the machine's cores."""
     threads_alone: NumThreads = 0
-    """The same while the FFN workers wait for this one (one stream); 0 = `afd up` shares out this host's cores among
-    the workers of a role, elsewhere `threads`."""
+    """Threads that compute while the FFN workers wait for this one (one stream); 0 = `afd up` shares out this host's
+    cores among the workers of a role, elsewhere `threads`."""
     cores: str = ""
-    """Of the main thread, such as `0,2-3`; `any` = the kernel decides; "" = `afd up` shares out this host's, where each
-    worker can have one."""
+    """Cores that the main thread may use, such as `0,2-3`; `any` = the kernel decides; "" = `afd up` shares out this
+    host's cores, where each worker can have one."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """Where it computes."""
+    """What computes."""
     cuda_graphs: bool = False
-    """With device cuda, a layer of a decode step is captured once for each size and replayed
+    """Whether, with device cuda, a layer of a decode step is captured once for each size and replayed
     ([GPUs](operations.md#gpus))."""
     modelled: str = ""
-    """Not "" = no model: a step takes base_ms + token_us * tokens + context_us * KV entries read, tokens are hashes,
-    such as `base_ms=4,token_us=150,context_us=0.2` (topology mono; for tests of everything but the model)."""
+    """A model of times alone, for tests of everything else (topology mono): tokens are hashes, and a step takes base_ms
+    + token_us * tokens + context_us * KV entries read. Such as `base_ms=4,token_us=150,context_us=0.2`; "" = off."""
     port: Port = 0
-    """Of the gateways' connections (ZeroMQ); 0 = any."""
+    """Port at which gateways connect (ZeroMQ); 0 = any."""
     mesh_port: Port = 0
-    """Of the data plane; 0 = any."""
+    """Port at which other workers connect (data plane); 0 = any."""
     metrics_port: Port = 0
-    """Of metrics, probes and traces; 0 = any."""
+    """Port of metrics, probes and traces; 0 = any."""
 
 
 class FfnConfig(Listener, frozen=True):
     """FFN workers."""
 
     threads: NumThreads = 0
-    """As `attention.threads`."""
+    """Threads that compute; see `attention.threads`."""
     threads_alone: NumThreads = 0
-    """As `attention.threads_alone`."""
+    """Threads that compute while all attention workers wait for this one; see `attention.threads_alone`."""
     cores: str = ""
-    """As `attention.cores`."""
+    """Cores that the main thread may use; see `attention.cores`."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """Where it computes."""
+    """What computes."""
     gang_window_ms: Annotated[float, msgspec.Meta(ge=0, le=100)] = 10.0
     """Upper bound of the wait for other attention workers at layer 0 (a quarter of a step at most)."""
     mesh_port: Port = 0
-    """Of the data plane; 0 = any."""
+    """Port at which other workers connect (data plane); 0 = any."""
     metrics_port: Port = 0
-    """Of metrics, probes and traces; 0 = any."""
+    """Port of metrics, probes and traces; 0 = any."""
 
 
 class CoordinatorConfig(Section, frozen=True):
@@ -189,7 +189,7 @@ class CoordinatorConfig(Section, frozen=True):
     address: str = "127.0.0.1:0"
     """host:port of the coordinator, as the other roles reach it (port 0 with `afd up` = any)."""
     heartbeat_s: Positive = 0.25
-    """Between two heartbeats of a member."""
+    """Time between two heartbeats of a member."""
     lost_after_s: Positive = 2.5
     """A member without heartbeats for so long is lost; at least three heartbeats."""
     stall_timeout_s: Positive = 5.0
@@ -200,22 +200,22 @@ class CoordinatorConfig(Section, frozen=True):
     register_timeout_s: Positive = 600.0
     """A member gives up when no coordinator answers for so long at its start."""
     metrics_port: Port = 0
-    """Of metrics and probes; 0 = any."""
+    """Port of metrics and probes; 0 = any."""
     tls_cert_file: str = ""
-    """PEM: the coordinator's certificate."""
+    """The coordinator's certificate (PEM)."""
     tls_key_file: str = ""
-    """PEM: its key."""
+    """The coordinator's private key (PEM)."""
     tls_ca_file: str = ""
-    """PEM: whom the other roles trust."""
+    """Certificates of the authorities that the other roles trust (PEM)."""
 
 
 class GatewayConfig(Listener, frozen=True):
     """HTTP. Limits protect the process: what is beyond one is answered with 400 or 503 and the limit's name."""
 
     port: Port = 8000
-    """Of HTTP; 0 = any."""
+    """Port of the HTTP API; 0 = any."""
     api_keys_file: str = ""
-    """One key a line; "" = everybody is served."""
+    """File of API keys, one a line; "" = everybody is served."""
     allowed_hosts: str = ""
     """Names, with commas, under which clients may reach a gateway without keys. "" = those of this host where it
     listens on loopback, else any."""
@@ -229,9 +229,9 @@ class GatewayConfig(Listener, frozen=True):
     max_request_tokens: PositiveInt = 1 << 20
     """Prompt tokens of all choices of one request together; at least a context is allowed."""
     max_body_bytes: PositiveInt = 8 << 20
-    """Body of one request."""
+    """Bytes of one request's body."""
     max_waiting_bytes: Annotated[int, msgspec.Meta(ge=1, le=1 << 40)] = 256 << 20
-    """Bodies of all requests that are being received or wait to be read; at least one of the largest is allowed."""
+    """Bytes of all bodies that are being received or wait to be read; at least one of the largest is allowed."""
     max_n: PositiveInt = 16
     """Choices of one request."""
     max_stop: PositiveInt = 4

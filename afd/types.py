@@ -19,7 +19,7 @@ class FinishReason(StrEnum):
 
 
 class FfnParallel(StrEnum):
-    """How an FFN layer is cut over the FFN ranks (DESIGN: FFN sharding)."""
+    """How an FFN layer is cut over the FFN ranks."""
 
     HYBRID = "hybrid"  # routed experts whole per rank (EP); dense FFN and shared expert sliced (TP)
     TP = "tp"  # everything sliced along the intermediate dimension
@@ -42,7 +42,9 @@ MIN_TEMPERATURE = 1e-5  # below, no second token has a chance, and float32 could
 class SamplingParams:
     """How one request's tokens are drawn. The seed is always set (the gateway draws one if none is given).
 
-    temperature: 0 (or next to it) = greedy.  top_k: 0 = off.  logprobs: -1 = none, k >= 0 = sampled token plus top k.
+    temperature: 0 (or next to it) = greedy.
+    top_k: 0 = off.
+    logprobs: -1 = none, k >= 0 = sampled token plus top k.
     stop_token_ids: ends the request when sampled (the model's EOS ids are already in it unless ignore_eos).
     choice: index among the `n` choices of one HTTP request; part of the sampler's key.
     """

@@ -150,7 +150,7 @@ class Dialler:
 
 
 class Doorman:
-    """FFN side: carries handshakes with whoever connects, and turns strangers away."""
+    """FFN side: carries handshakes with those who connect, and turns strangers away."""
 
     def __init__(self, env: Environment, stats: MeshStats, epochs: Epochs) -> None:
         self._env = env

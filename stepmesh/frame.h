@@ -1,5 +1,5 @@
 /* Frames in slots and posts on boards, as docs/protocol.md has them, for native code: stepmesh's own (`_native.c`) and that
-   of whoever drives a lane (`lane.h`). C and C++; Python's twins are in wire.py and transports/shm.py. */
+   of code that drives a lane (`lane.h`). C and C++; Python's twins are in wire.py and transports/shm.py. */
 #pragma once
 
 #include <errno.h>

@@ -306,7 +306,7 @@ class GpuChannel(Channel):
         return self._inner.incoming(stream, parity)
 
     def rows_address(self, posted: Posted) -> int:
-        """Where the host slot of a post has its rows."""
+        """Address of the rows in the host slot of a post."""
         return _address(self._inner.outgoing(posted.stream, posted.parity)) + HEADER_BYTES
 
     def post(self, stream: int, parity: int, seq: int, frame_bytes: int) -> None:

@@ -48,7 +48,7 @@ class AddressedBoard(Protocol):
     """A board of the compiled half."""
 
     def address(self) -> int:
-        """Of its SmBoard (frame.h), which goes with it."""
+        """Address of its SmBoard (frame.h), which lives as long as the board."""
 
 
 class LaneMemory(NamedTuple):
@@ -68,9 +68,11 @@ class LaneMemory(NamedTuple):
 class Trips(NamedTuple):
     """Exchanges on a lane, in order. Seconds; points in time are the rank's monotonic clock's.
 
-    num_sent, num_answered: the last one alone may still be awaited (attention).  waited_s: for answers, in all.
-    last_s: when the last one began.  times: (begun, answered) of each, for traces; attention: posted and taken, None if
-    it is awaited; FFN: taken and posted.
+    num_sent, num_answered: the last one alone may still be awaited (attention).
+    waited_s: for answers, in all.
+    last_s: when the last one began.
+    times: (begun, answered) of each, for traces; attention: posted and taken, None if it is awaited; FFN: taken and
+    posted.
     """
 
     num_sent: int
@@ -109,12 +111,12 @@ class Lane:
         self.last_address = ctypes.addressof(self._packed)  # SmHeader of frame.h
 
     def follow(self, last: Header) -> None:
-        """What native code goes on from."""
+        """Let native code go on from this dispatch."""
         self.last = last
         HEADER.pack_into(self._packed, 0, *last)
 
     def newest(self) -> Header:
-        """Of the dispatch with which native code has ended: the newest that it sent or answered, else `last`."""
+        """Header of the dispatch with which native code has ended: the newest that it sent or answered, else `last`."""
         return Header._make(HEADER.unpack(self._packed))
 
 

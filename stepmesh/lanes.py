@@ -29,7 +29,9 @@ class Lanes:
     """Main thread only, which asks the mesh for nothing between a call that gives a lane and `book`."""
 
     def __init__(self, roster: Roster, newest_seq: Callable[[int], int], booked: Callable[[int, int], None]):
-        """newest_seq: of a stream, attention side.  booked: told the stream and how many dispatches left on it."""
+        """newest_seq: of a stream, attention side.
+        booked: told the stream and how many dispatches left on it.
+        """
         self._roster = roster
         self._newest_seq = newest_seq
         self._booked = booked

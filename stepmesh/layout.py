@@ -121,7 +121,7 @@ class PayloadLayout:
 
 
 def trailer_offset(payload_bytes: int) -> int:
-    """Where the trailing seq stands in a slot."""
+    """Offset of the trailing seq in a slot."""
     return HEADER_BYTES + (payload_bytes + TRAILER_BYTES - 1 & -TRAILER_BYTES)
 
 

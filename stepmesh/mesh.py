@@ -74,7 +74,7 @@ class Mesh:
 
     @property
     def address(self) -> Address:
-        """Where others reach this rank; pass it on in its `Member`."""
+        """The address where others reach this rank; pass it on in its `Member`."""
         return self._fabric.address
 
     @property

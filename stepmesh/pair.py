@@ -297,7 +297,7 @@ class FfnPair(Pair):
         return not self._parked and self.window.is_settled(header) and self.epochs.hold(header.epoch)
 
     def combine_slot(self, arrival: DispatchArrived) -> CombineView:
-        """Where to write the answer. Raises StaleArrivalError."""
+        """The slot to write the answer into. Raises StaleArrivalError."""
         header = arrival.header
         self.window.check_answerable(header)
         return self.tx_slot(header.stream, header.seq).combine(header.num_tokens)

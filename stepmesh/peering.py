@@ -1,4 +1,4 @@
-"""From a link to a pair: the handshake carried out. `Dialling` is the attention rank's end, `Visit` the FFN rank's.
+"""Makes a pair of a link by carrying out the handshake. `Dialling` is the attention rank's end, `Visit` the FFN rank's.
 
 Both are attempts with a deadline: `advance` reads what has come and returns the pair once it is up; it raises a
 MeshError when the attempt has failed, after which `abandon` frees everything. Main thread only.
@@ -180,7 +180,7 @@ class Visit(_Attempt):
 
     @property
     def awaits_channel(self) -> bool:
-        """Only the channel's other half is missing; its coming does not show on the link."""
+        """Whether only the channel's other half is missing, whose coming does not show on the link."""
         return self._attached
 
     def advance(self) -> FfnPair | None:

@@ -89,7 +89,7 @@ class Epochs:
         return _difference(before, self.members())
 
     def of(self, rank_id: RankId, incarnation: str) -> PeerEpochs:
-        """Where dispatches of that process may be, until the members change again."""
+        """The epochs in which dispatches of that process may be, until the members change again."""
         without = [
             epoch
             for epoch, table in self._epochs.items()

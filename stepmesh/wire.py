@@ -94,7 +94,7 @@ def check_header(header: Header, rules: HeaderRules) -> None:
 
 
 def _look_closer(memory: memoryview, rules: HeaderRules, posted: tuple[int, int, int], to: type[Header]) -> None:
-    """Where the native twin is missing every frame is read, checked and judged by the functions above and below."""
+    """Stands for a missing native twin: the functions above and below read, check and judge every frame."""
 
 
 # The header of a frame without checksum that passes `check_header` and `check_frame` (for the payload size that it

@@ -28,7 +28,7 @@ LIGHT = {  # what must start without what is slow to import, or not there
     "import afd.cluster.supervisor, afd.cli.status, afd.cli as m; m.main(['up', '--dry-run'])": (
         "torch transformers matplotlib grpc fastapi"
     ),
-    "import afd.cli.main as m; m.build_parser('status')": "torch numpy asyncio grpc gguf tokenizers",
+    "from afd.cli.main import build_parser as build; build('status')": "torch numpy asyncio grpc gguf tokenizers",
     "import afd.gateway.serve, afd.gateway.intake.child": "torch transformers matplotlib grpc",
     "import afd.coordinator.service, afd.membership.thread": "torch transformers matplotlib numpy fastapi",
     "import afd.worker.seat, afd.worker.data_plane": "torch transformers matplotlib fastapi",

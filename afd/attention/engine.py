@@ -160,7 +160,7 @@ class AttentionEngine:
         """Give every empty stream its next micro-batch; tell the FFN side of streams that have none."""
         if not self._path.ready:
             return
-        for idx in range(self.scheduler.num_slots):  # closed streams too: the FFN side shall not wait for them
+        for idx in range(self.scheduler.num_slots):  # closed streams too, so that the FFN side does not wait for them
             if idx in self._steps:
                 continue
             micro_batch = self.scheduler.schedule(idx)
@@ -274,7 +274,11 @@ class AttentionEngine:
         return self._finish(idx, self.stages.landed(idx) - fetch.device_s, fetch.tensors)
 
     def _finish(self, idx: int, begun_s: float, results: abc.Sequence[Tensor]) -> list[Output]:
-        """Sample and commit. begun_s: when what is left of the head began.  results: the head's, on the host."""
+        """Sample and commit.
+
+        begun_s: when what is left of the head began.
+        results: the head's, on the host.
+        """
         step, head = self._steps.pop(idx), self._heads.pop(idx)
         sampled, failed = self._sample(head, results)
         progress = self.scheduler.commit(step.micro_batch, {req_id: token for req_id, (token, _) in sampled.items()})

@@ -42,7 +42,7 @@ class Combined:
     """Rows of the micro-batch that each partial answers, [rows of it] int64; None = all of them, for all ranks."""
     gang: Gang = NO_GANG
     compute_s: float = 0.0
-    """Of the FFN ranks, the longest."""
+    """Seconds for which the slowest FFN rank computed."""
     local: bool = False
     """Computed in this process, inside `poll`."""
 

@@ -36,7 +36,7 @@ class FfnSide(Protocol):
 
 
 class LocalFfn:
-    """In this process (topology mono): there as soon as the cluster is."""
+    """The FFN half in this process (topology mono): it serves as soon as the cluster does."""
 
     wakes = False
     down_reason = "waiting for the coordinator's first view"

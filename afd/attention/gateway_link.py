@@ -27,8 +27,10 @@ LINGER_MS = 200  # for what was sent last
 class GatewayLink:
     """Owns the socket. Main thread only, but for `repeat_reports`. ConfigError where it cannot be bound.
 
-    endpoint: "tcp://host:port", port "*" = any.  max_bytes: of one message.  context: its I/O threads; None = one of
-    its own.  received_at, reported_at: when `receive` was called last, and when load reports were sent.
+    endpoint: "tcp://host:port", port "*" = any.
+    max_bytes: of one message.
+    context: its I/O threads; None = one of its own.
+    received_at, reported_at: when `receive` was called last, and when load reports were sent.
     """
 
     def __init__(
@@ -55,7 +57,7 @@ class GatewayLink:
 
     @property
     def address(self) -> str:
-        """Where it listens: "tcp://host:port"."""
+        """The endpoint where gateways connect: "tcp://host:port"."""
         return str(self._socket.getsockopt_string(zmq.LAST_ENDPOINT))
 
     @property

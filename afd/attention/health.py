@@ -15,8 +15,10 @@ from afd.telemetry.recent import RecentSums
 
 @dataclass(frozen=True, slots=True)
 class AttentionPipeline:
-    """bubble: share of the wall clock spent waiting with work in flight.  exposed: share of a step that is exposed
-    transfer.  gang_size: attention workers in a batch, mean; 0 when nothing ran."""
+    """bubble: share of the wall clock spent waiting with work in flight.
+    exposed: share of a step that is exposed transfer.
+    gang_size: attention workers in a batch, mean; 0 when nothing ran.
+    """
 
     bubble: float
     exposed: float
@@ -59,7 +61,7 @@ class AttentionHealth:
         self.num_turns = 0
 
     def fields(self) -> SyncFields:
-        """As it is now."""
+        """What the next heartbeat says of this worker."""
         stages, scheduler, admission = self._engine.stages, self._core.scheduler, self._core.admission
         totals, recent = stages.totals, self._recent.look()
         return SyncFields(

@@ -16,7 +16,10 @@ _Identity = list[tuple[object, int, int, int, int, int]]
 
 
 class LookAhead:
-    """One of each engine.  build: the batch of (stream, items)."""
+    """One of each engine.
+
+    build: the batch of (stream, items).
+    """
 
     def __init__(self, scheduler: Scheduler, build: Callable[[int, Sequence[BatchItem]], AttentionBatch]):
         self._scheduler = scheduler
@@ -37,7 +40,7 @@ class LookAhead:
         return len(items)
 
     def batch(self, begun: MicroBatch) -> AttentionBatch:
-        """That of a step that begins."""
+        """The batch of a step that begins: the one that was prepared, if that is what begins."""
         foreseen = self._next.pop(begun.stream, None)
         if foreseen is not None and foreseen[0] == _identity(begun.items):
             return foreseen[1]

@@ -41,7 +41,8 @@ from stepmesh.types import (
 class _InFlight:
     """One stream's step. gang_id, mask: from the former's layer-0 answer, echoed for the rest of the step.
 
-    epoch, peers: what the step began with.  open: a step is under way (its epoch must stay live).
+    epoch, peers: what the step began with.
+    open: a step is under way (its epoch must stay live).
     """
 
     epoch: int = 0
@@ -161,7 +162,7 @@ class MeshExchange:
         return flight
 
     def begin_lane(self, stream: int, step: int, num_tokens: int) -> Lane | None:
-        """For native code that makes layer 0 of a step by itself, dense rows for one FFN rank: see `lane`."""
+        """A lane for native code that makes layer 0 of a step by itself; None where `lane` would give none."""
         if len(self._peers) != 1 or self._selection is not None:
             return None
         flight = self._flight(stream, step, 0, num_tokens)
@@ -169,9 +170,9 @@ class MeshExchange:
         return self._mesh.lanes.after_answer(flight.peers[0], before, num_tokens)
 
     def lane(self, stream: int) -> Lane | None:
-        """For native code that goes on from the stream's newest exchange, one of dense rows with one FFN rank.
+        """A lane for native code that goes on from the stream's newest exchange; `book` must be told what it did there.
 
-        None: go on with `send`. What native code does on the lane is to be told to `book`.
+        None: go on with `send`. There are lanes for dense rows to a single FFN rank only.
         """
         flight = self._streams[stream]
         if len(flight.peers) != 1 or flight.waiting or self._selection is not None:
@@ -179,7 +180,7 @@ class MeshExchange:
         return self._mesh.lanes.after_answer(flight.peers[0], flight.meta(stream), flight.num_tokens)
 
     def book(self, lane: Lane, trips: Trips) -> None:
-        """What native code did on the lane, at least one exchange. `poll` brings an answer that is still to come."""
+        """Count what native code did on the lane, one exchange at least. An answer still to come comes by `poll`."""
         self._mesh.lanes.book(lane, trips)
         flight, newest = self._streams[lane.stream], lane.newest()
         flight.seq, flight.layer = newest.seq, newest.layer

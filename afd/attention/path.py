@@ -74,7 +74,7 @@ class Spans(NamedTuple):
     ffn_s: float = 0.0
     """The FFN side's computing of them, as the answers tell it."""
     exposed_s: float = 0.0
-    """Of wait_s, what no FFN computed for this worker."""
+    """The part of wait_s in which no FFN worker computed for this one."""
     open_wait_s: float = 0.0
     """Waiting behind ended_s for an answer that did not come."""
     gang: Gang = NO_GANG
@@ -101,7 +101,7 @@ class Fetch(Protocol):
 
     @property
     def tensors(self) -> Sequence[Tensor]:
-        """On the host; may be read once `done`."""
+        """The results in host memory, to be read once `done`."""
 
     @property
     def device_s(self) -> float:

@@ -62,7 +62,7 @@ class RelayPath:
         return self._booked(step, lane, done, NO_GANG, begun_s, entered_s - begun_s)
 
     def resume(self, step: Step, answer: Combined) -> Leg:
-        """As far as native code gets; where that is nowhere, the next layer."""
+        """Native code goes on as far as it gets. Where that is nowhere, Python computes the next layer."""
         if not self._takes(step) or (lane := self._exchange.lane(step.stream)) is None:
             return self._inner.resume(step, answer)
         done = self._layers.run(step.layer + 1, step.x, answer.partials, step.batch, lane)

@@ -40,5 +40,9 @@ class ReportRepeater:
 
 
 def is_due(silent_s: float, stalled_s: float, patience_s: float) -> bool:
-    """Whether to repeat reports. silent_s: since the newest was sent.  stalled_s: since the main loop turned."""
+    """Whether to repeat reports.
+
+    silent_s: since the newest was sent.
+    stalled_s: since the main loop turned.
+    """
     return silent_s >= OVERDUE_S and stalled_s <= patience_s

@@ -21,8 +21,9 @@ EMA = 0.2  # weight of the newest step in moving averages
 class StageTotals:
     """Seconds and counts since start. wait_s: waiting with work in flight (the bubble).
 
-    exposed_s: of wait_s, what no FFN computed for this worker.  other_s: between stages while there is work:
-    scheduling, publishing, events, and whatever the operating system does with the core.
+    exposed_s: of wait_s, what no FFN computed for this worker.
+    other_s: between stages while there is work: scheduling, publishing, events, and whatever the operating system does
+    with the core.
     ahead_s: preparing next steps while rows are away.
     step_s, step_exposed_s: steps' durations, and what was exposed within them, summed over all streams' steps.
     """
@@ -45,7 +46,10 @@ class StageTotals:
 
 @dataclass(slots=True)
 class _StepSums:
-    """Seconds of one stream's step so far.  among: streams at work at any time of it, itself included."""
+    """Seconds of one stream's step so far.
+
+    among: streams at work at any time of it, itself included.
+    """
 
     among: set[int]
     attention_s: float = 0.0
@@ -229,7 +233,7 @@ class StageClock:
         return self._ended_s
 
     def _covered(self, compute_s: float) -> None:
-        """Of the waiting since the last answer, the FFN computed this one's rows during the last `compute_s`."""
+        """An answer has come: all of the waiting for it was exposed, but for the `compute_s` that the FFN computed."""
         self.totals.exposed_s += max(0.0, self._unanswered_s - compute_s)
         self._unanswered_s = 0.0
 

@@ -47,7 +47,10 @@ class StopSequence:
         return self._killing
 
     def step(self, alive: Iterable[tuple[str, str]], now: float) -> list[tuple[str, signal.Signals]]:
-        """The signals to send now.  alive: (name, role) of each living child."""
+        """The signals to send now.
+
+        alive: (name, role) of each living child.
+        """
         alive = list(alive)
         if self._killing:
             return []

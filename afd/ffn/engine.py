@@ -24,7 +24,11 @@ MAX_WAIT_S = 0.1  # longest block on file descriptors
 
 @dataclass(slots=True)
 class FFNTotals:
-    """Sums since start. busy_s: computing.  answer_s: writing answers.  other_s: events, gangs, merging: neither.
+    """Sums since start.
+
+    busy_s: computing.
+    answer_s: writing answers.
+    other_s: events, gangs, merging: neither.
 
     wait_s: blocked while a step was under way somewhere (the bubble); of it, gang_wait_s with rows here whose gang was
     not complete.
@@ -107,7 +111,7 @@ class FFNEngine:
             self._book(leg)
 
     def _wait(self, timeout_s: float) -> float:
-        """Until something happens, a gang's patience ends, or the time is over; seconds blocked."""
+        """Wait until something happens, a gang's patience ends, or the time is over -> seconds blocked."""
         begun_s = self._clock()
         deadline_s = self.gangs.deadline()
         if deadline_s is not None:
@@ -138,7 +142,7 @@ class FFNEngine:
         return blocked_s
 
     def _arrived(self, event: DispatchArrived) -> None:
-        """To the gangs; or, when it names what does not exist, the end of this connection with the peer."""
+        """Hand a dispatch to the gangs. One that names what does not exist ends the connection with its peer."""
         header, ids = event.header, event.parts.expert_ids
         if ids is not None:  # a peer in shared memory could write into its slot again: check what will be computed
             ids = ids.copy()

@@ -24,8 +24,8 @@ from typing import NamedTuple
 import msgspec
 
 WINDOW_SHARE = 0.25
-"""Of the measured step: how long members may wait for one that is late. Going without it costs the late one a whole
-step (it is parked until the next layer 0), so waiting pays for as long as less than half a step is to be expected."""
+"""Share of the measured step for which members may wait for one that is late. Going without it costs the late one a
+whole step (it is parked until the next layer 0), so waiting pays while less than half a step is to be expected."""
 
 
 class Arrival(msgspec.Struct, frozen=True):
@@ -75,7 +75,9 @@ class ReservedGang(NamedTuple):
 class _Group:
     """Arrivals that are computed together. ranks: mask of those that are here; mask: of those that ought to come.
 
-    alone: of one that is detached.  first_s: when the first came.  regular_s: likewise of members of the last gang.
+    alone: of one that is detached.
+    first_s: when the first came.
+    regular_s: likewise of members of the last gang.
     """
 
     layer: int

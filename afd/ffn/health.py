@@ -1,4 +1,4 @@
-"""How well this FFN worker's side of the pipeline has run of late: what `afd status` and /metrics show. Any thread."""
+"""How well this FFN worker's side of the pipeline has run lately: what `afd status` and /metrics show. Any thread."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from afd.telemetry.recent import RecentSums
 
 @dataclass(frozen=True, slots=True)
 class FFNPipeline:
-    """bubble: share of the wall clock spent waiting while a step was under way.  gang_size: attention workers in a
-    batch, mean; 0 when nothing ran.  stragglers: score by attention rank (`afd.ffn.lateness`)."""
+    """bubble: share of the wall clock spent waiting while a step was under way.
+    gang_size: attention workers in a batch, mean; 0 when nothing ran.
+    stragglers: score by attention rank (`afd.ffn.lateness`).
+    """
 
     bubble: float
     gang_size: float

@@ -33,7 +33,7 @@ class Lateness:
             self._layers_s[rank] = self._layers_s.get(rank, 0.0) + layer_s
 
     def sums(self) -> dict[str, float]:
-        """For `RecentSums`."""
+        """Sums that only rise, for `RecentSums` to tell the last seconds from."""
         late, layers = dict(self.late_s), dict(self._layers_s)
         return {f"{_LATE}{rank}": s for rank, s in late.items()} | {f"{_LAYERS}{rank}": s for rank, s in layers.items()}
 

@@ -30,7 +30,7 @@ class Leg(NamedTuple):
     stream: int
     first_layer: int
     num_layers: int
-    """0 where a path waited for a step in vain."""
+    """Layers of the leg; 0 where a path waited for a step that did not come."""
     num_tokens: int
     """Rows of each batch."""
     num_members: int

@@ -75,7 +75,7 @@ class FfnWorker:
         self._warn_of_silent_experts(time.monotonic())
 
     def fields(self) -> SyncFields:
-        """For heartbeats. Any thread."""
+        """What the next heartbeat says of this worker. Any thread."""
         totals, recent = self._engine.totals, self._parts.recent.look()
         return SyncFields(
             progress=self._num_turns,

@@ -8,8 +8,8 @@ from collections.abc import Collection
 from afd.gateway.sequence import ClientSequence
 from afd.messages.serving import WorkerStats
 
-# Whoever is let in shall not wait in vain: the prediction may take this share of the time there is, less what reports
-# and probes are old.
+# Nobody is let in to wait for nothing: the prediction may take this share of the time there is, less the age of reports
+# and probes.
 PLANNED = 0.7
 STALENESS_S = 0.1
 LEARN = 0.2  # weight of the newest wait in the correction of forecasts
@@ -17,9 +17,10 @@ CORRECTION_LIMITS = (0.2, 3.0)
 
 
 def predicted_wait_s(workers: Collection[WorkerStats], num_ahead: int, *, at_least_s: float = 0.0) -> float:
-    """Until a sequence with `num_ahead` others before it gets a place at one of the workers, as these tell.
+    """Seconds until a sequence with `num_ahead` others before it gets a place at one of the workers, by their reports.
 
-    A worker that tells of no places has room now.  at_least_s: what somebody who knows better than the reports says.
+    A worker that reports no places to come has room now.
+    at_least_s: a bound that somebody gave who knows better than the reports.
     """
     if not all(stats.places_s for stats in workers):
         return at_least_s
@@ -38,12 +39,12 @@ def is_too_long(wait_s: float, patience_s: float) -> bool:
 
 
 def prefill_s(workers: Collection[WorkerStats], num_prompt: int) -> float:
-    """From a place to the first token, at the quickest worker."""
+    """Seconds from a place to the first token, at the quickest worker."""
     return num_prompt * min((stats.prefill_token_s for stats in workers), default=0.0)
 
 
 class Correction:
-    """Of predicted times: what they took of late beside what had been predicted for them."""
+    """Corrects predicted times by what things took lately, compared with what had been predicted for them."""
 
     def __init__(self) -> None:
         self._factor = 1.0

@@ -17,7 +17,10 @@ MAX_LENGTH_DIGITS = 18
 
 
 class Receipt:
-    """One body in a `BodyRoom`: num_bytes of it are here.  whole: nothing more is to come."""
+    """One body in a `BodyRoom`: num_bytes of it are here.
+
+    whole: nothing more is to come.
+    """
 
     def __init__(self, room: BodyRoom, client: str, limit: asyncio.Timeout):
         self.client = client

@@ -25,7 +25,7 @@ class BrowserGuard:
 
     @classmethod
     def of(cls, config: GatewayConfig) -> BrowserGuard:
-        """For a gateway without keys: names are checked where it listens on loopback, or where some are configured."""
+        """The guard of a gateway without keys: it checks names where that listens on loopback or some are set."""
         named = frozenset(name.strip().lower() for name in config.allowed_hosts.split(",") if name.strip())
         if not named and not _is_loopback(config.host):
             return cls(None)
@@ -55,7 +55,7 @@ class BrowserGuard:
 
 
 def _is_cross_site(host: str, headers: Mapping[bytes, bytes]) -> bool:
-    """By what browsers say and pages cannot forge; clients that are no browsers say neither."""
+    """Whether another site's page sent it. Browsers say so, pages cannot forge it, and other clients say nothing."""
     site = headers.get(b"sec-fetch-site")
     if site is not None:
         return site not in (b"same-origin", b"none")

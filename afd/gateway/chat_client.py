@@ -80,7 +80,8 @@ def run_chat(
 ) -> int:
     """Talk until end of input. Exit code: 0, or 1 when the server cannot be reached.
 
-    model: None = the one that the server serves.  sampling: fields of every request.
+    model: None = the one that the server serves.
+    sampling: fields of every request.
     read_line, out: the terminal, replaceable in tests.
     """
     out = out if out is not None else sys.stdout

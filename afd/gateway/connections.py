@@ -17,7 +17,8 @@ class Evictable(Protocol):
 class Connections:
     """Open connections, at most `limit`: those that wait for their client, by how long, and those that are served.
 
-    on_room: called when a newcomer that found no room should try again.  clock: in seconds.
+    on_room: called when a newcomer that found no room should try again.
+    clock: in seconds.
     """
 
     def __init__(self, limit: int, clock: Callable[[], float]):
@@ -35,14 +36,14 @@ class Connections:
         self._waiting[connection] = self._clock()
 
     def waits(self, connection: Evictable) -> None:
-        """From now on it is the client's turn: to send a head, a body, or to close."""
+        """The connection waits for its client from now on: to send a head or a body, or to close."""
         self._served.discard(connection)
         self._waiting.pop(connection, None)
         self._waiting[connection] = self._clock()
         self._try_again()
 
     def served(self, connection: Evictable) -> None:
-        """A whole request is being answered: nobody takes its place."""
+        """A whole request of the connection is being answered: nobody takes its place."""
         self._waiting.pop(connection, None)
         self._served.add(connection)
 

@@ -48,7 +48,10 @@ class ResponseFormat(Protocol):
     """JSON of one request's answer. `chunk` and `usage_chunk` give whole SSE events (bytes with the blank line)."""
 
     def chunk(self, delta: Delta, usage: dict[str, Any] | None) -> bytes:
-        """A delta as an event; b"" when there is nothing in it for the client.  usage: of the moment, if wanted."""
+        """A delta as an event; b"" when there is nothing in it for the client.
+
+        usage: of the moment, if wanted.
+        """
         ...
 
     def logprobs(self, delta: Delta) -> dict[str, list[Any]] | None:

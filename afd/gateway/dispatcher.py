@@ -136,7 +136,8 @@ class Dispatcher:
     ) -> tuple[float, float | None]:
         """How long the sequences of a request may wait, and how long they will, as far as anybody predicts it.
 
-        num_prompt: tokens of the longest prompt.  target_s: until the first token.  UnavailableError: no place in time.
+        num_prompt: tokens of the longest prompt.
+        target_s: until the first token.  UnavailableError: no place in time.
         """
         serving = [worker for worker in self.workers.values() if worker.serving]
         if not serving:
@@ -447,7 +448,7 @@ class Dispatcher:
             self._fail(sequence, self._too_late(self._wait_of_newcomer_s(), now - sequence.created_at))
 
     def _wait_of_newcomer_s(self) -> float:
-        """Behind the whole line; a second at least."""
+        """Predicted wait of one who comes now, behind the whole line; a second at least."""
         return max(1.0, self._waits.apply(predicted_wait_s(self._serving_reports(), len(self.queue))))
 
     def _serving_reports(self) -> list[WorkerStats]:

@@ -22,8 +22,10 @@ class ClientGoneError(AfdError):
 class GenerationJob:
     """A checked request, ready to run: each prompt gets `num_choices` sequences, numbered prompt by prompt.
 
-    own_stop_ids: the client's stop_token_ids (also part of each `SamplingParams`).  skip_special_tokens: they are no
-    part of the text.  ttft_s: None = the cluster's target.  tpot_s: 0 = the cluster's.
+    own_stop_ids: the client's stop_token_ids (also part of each `SamplingParams`).
+    skip_special_tokens: they are no part of the text.
+    ttft_s: None = the cluster's target.
+    tpot_s: 0 = the cluster's.
     """
 
     prompts: list[tuple[list[int], SamplingParams]]

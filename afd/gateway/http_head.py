@@ -20,7 +20,8 @@ _MAX_LENGTH_DIGITS = 18
 def check_head(method: bytes, target: bytes, version: str, headers: Headers) -> None:
     """RequestError with the status that RFC 9110 names; the connection must be closed then.
 
-    target: as it came, "/path?query", "*" or an absolute URI.  version: "major.minor".
+    target: as it came, "/path?query", "*" or an absolute URI.
+    version: "major.minor".
     """
     if version not in ("1.0", "1.1"):
         raise _refused(f"HTTP/{version} is not served here, only HTTP/1.1 and HTTP/1.0", 505)

@@ -278,7 +278,7 @@ class StrictHttpProtocol(HttpToolsProtocol):
         self._turn_timer = self.loop.call_later(limit_s, self._too_slow, turn[0], limit_s)
 
     def _whose_turn(self) -> tuple[_Turn, object]:
-        """And of which request: the next one has its own time."""
+        """Who must do something next, and for which request: each request has a time of its own."""
         if self._cycles:
             oldest = self._cycles[0]
             return (_Turn.BODY if oldest.more_body and self._reading else _Turn.SERVER), oldest
@@ -312,7 +312,7 @@ class StrictHttpProtocol(HttpToolsProtocol):
 
 
 def _hang_up(cycle: RequestResponseCycle) -> None:
-    """As far as the application can tell, the client has gone."""
+    """Let the application see a client that has gone."""
     if not cycle.response_complete:
         cycle.disconnected = True
         cycle.message_event.set()

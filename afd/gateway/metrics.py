@@ -134,7 +134,9 @@ class DispatchCollector(Collector):
     """Everything that is known without observing: workers' load, queue, counters, SLA. Rendered at scrape time."""
 
     def __init__(self, dispatcher: Dispatcher, links: LinkCounters, model_name: str, sla: SlaWindow, block_size: int):
-        """links: to the workers.  block_size: tokens of a KV block."""
+        """links: to the workers.
+        block_size: tokens of a KV block.
+        """
         self._dispatcher = dispatcher
         self._links = links
         self._labels = {"model_name": model_name, "engine": "0"}

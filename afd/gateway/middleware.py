@@ -25,7 +25,8 @@ _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 class RequestGate:
     """Outermost ASGI application.
 
-    guard: None where keys are asked for.  paths: the routes counted by name; all others count as "other".
+    guard: None where keys are asked for.
+    paths: the routes counted by name; all others count as "other".
     """
 
     def __init__(

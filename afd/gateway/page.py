@@ -18,7 +18,7 @@ def load_page() -> tuple[bytes, dict[str, str]]:
 
 
 def content_policy(page: str) -> str:
-    """Only the page's own scripts and styles, by their hashes; requests to this server only; in nobody's frame."""
+    """Content-Security-Policy: the page's own scripts and styles only, by hash; this server only; in nobody's frame."""
     hashes: dict[str, list[str]] = {"script": [], "style": []}
     for kind, text in _INLINE.findall(page):
         digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

@@ -17,9 +17,11 @@ PROBE_CREDITS = (
 class Worker:
     """What the gateway knows of one attention worker (one incarnation).
 
-    heard_at: last message of any kind; None before the first.  lost: silent too long (it may come back).
-    cooling_until, credits: after a refusal nothing is sent until then, and then `credits` sequences at most;
-    credits None = no limit.  burst: how many those were at first.
+    heard_at: last message of any kind; None before the first.
+    lost: silent too long (it may come back).
+    cooling_until, credits: after a refusal nothing is sent until then, and then `credits` sequences at most; credits
+    None = no limit.
+    burst: how many those were at first.
     """
 
     key: str

@@ -24,8 +24,8 @@ _COMPLETE = (FinishReason.STOP, FinishReason.LENGTH)  # after ERROR and ABORT th
 class Delta:
     """What one or more token messages add to a choice.
 
-    ids, logprobs: of the same tokens (logprobs empty when not asked for).  text: what may be shown now; it can lag
-    behind the tokens (unfinished character, possible stop string).
+    ids, logprobs: of the same tokens (logprobs empty when not asked for).
+    text: what may be shown now; it can lag behind the tokens (unfinished character, possible stop string).
     stop_reason: the stop string or the client's own stop token id that ended it.
     """
 

@@ -23,8 +23,8 @@ log = logging.getLogger(__name__)
 class ServedModel:
     """names: the first is what responses say, the others are accepted too.  tokenizer None: token ids only.
 
-    template None: no chat, and template_problem says why if the model has one.  is_foreign: the template is a program
-    from a stranger, so it runs only where it can be stopped.
+    template None: no chat, and template_problem says why if the model has one.
+    is_foreign: the template is a program from a stranger, so it runs only where it can be stopped.
     """
 
     names: tuple[str, ...]

@@ -6,7 +6,9 @@ from typing import NamedTuple
 
 
 class StopResult(NamedTuple):
-    """text: safe to show.  matched: the stop string that ended the text, None while none has."""
+    """text: safe to show.
+    matched: the stop string that ended the text, None while none has.
+    """
 
     text: str
     matched: str | None
@@ -20,7 +22,9 @@ class StopMatcher:
     """
 
     def __init__(self, stops: tuple[str, ...], *, include: bool = False):
-        """stops: not empty, each at least one character.  include: the matched string is part of the text."""
+        """stops: not empty, each at least one character.
+        include: the matched string is part of the text.
+        """
         self._stops = stops
         self._include = include
         self._held = ""

@@ -1,4 +1,4 @@
-"""From a running generation to bytes on the connection: one JSON answer, or server-sent events.
+"""Turns a running generation into bytes on the connection: one JSON answer, or server-sent events.
 
 Headers are held back until the first output, so that a refusal is still a proper HTTP error; after that an error is an
 event, followed by [DONE]. A client that goes away aborts everything.
@@ -48,7 +48,9 @@ class GenerationResponse:
         include_usage: bool = False,
         continuous_usage: bool = False,
     ):
-        """num_choices: per prompt.  include_usage: one more event with the usage, and null in the others."""
+        """num_choices: per prompt.
+        include_usage: one more event with the usage, and null in the others.
+        """
         self._generation = generation
         self._format = response_format
         self._metrics = metrics

@@ -49,7 +49,10 @@ def check_template(
 
 
 def child(limit_s: int) -> None:
-    """Read sources and special tokens from standard input, write what is wrong with them.  limit_s: if nobody waits."""
+    """Read sources and special tokens from standard input, write what is wrong with them.
+
+    limit_s: if nobody waits.
+    """
     signal.alarm(limit_s)
     with contextlib.suppress(ValueError, OSError):  # not on every system
         resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))

@@ -29,8 +29,9 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 class Piece(NamedTuple):
     """What one token adds to a text.
 
-    text: what it completes; an unfinished character is none of it.  num_before: characters at the beginning of `text`
-    that earlier tokens began in vain (bytes that are no character), so that the token's own text comes after them.
+    text: what it completes; an unfinished character is none of it.
+    num_before: characters at the beginning of `text` that earlier tokens began and did not finish (bytes that
+    are no character), so that the token's own text comes after them.
     """
 
     text: str
@@ -157,7 +158,7 @@ class TextTokenizer:
         return byte if byte is not None else token.replace("\u2581", " ").encode()
 
     def shown_bytes(self, token_id: int) -> bytes:
-        """As `token_bytes`, but nothing for special tokens: what the token adds to an output's text."""
+        """What the token adds to an output's text: its `token_bytes`, and nothing for special tokens."""
         shown = self._shown_bytes.get(token_id)
         if shown is None:
             shown = b"" if token_id in self._special_ids else self.token_bytes(token_id)
@@ -170,7 +171,7 @@ class TextTokenizer:
 
 
 class ByteDetokenizer:
-    """For byte-level vocabularies: bytes of each token through an incremental UTF-8 decoder."""
+    """Detokenizer of byte-level vocabularies: bytes of each token go through an incremental UTF-8 decoder."""
 
     def __init__(self, tokenizer: TextTokenizer, prompt_ids: Sequence[int] = (), *, skip_special_tokens: bool = True):
         self._bytes_of = tokenizer.shown_bytes if skip_special_tokens else tokenizer.token_bytes
@@ -195,7 +196,7 @@ class ByteDetokenizer:
 
 
 class WindowDetokenizer:
-    """For every other decoder: decode a short window with and without the new token; the difference is its text.
+    """Detokenizer of every other vocabulary: the text of a short window with the new token, less that without it.
 
     Byte tokens are put together apart from that: the library makes U+FFFD of a whole run of them for one bad byte.
     """

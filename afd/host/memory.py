@@ -21,7 +21,7 @@ from stepmesh.layout import align
 PIECE_BYTES = 64 << 20
 ALIGNMENT = 64  # a cache line, a vector
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-"""Of version 2 and 1, as a container sees its own."""
+"""Files with the memory limit of control groups, version 2 and 1, as a container sees its own."""
 
 
 def zeroed(num_bytes: int) -> Tensor:

@@ -78,7 +78,9 @@ class KVCache:
 
 @dataclass(frozen=True, slots=True)
 class BlockCounts:
-    """full: blocks of all layers, or of those without a window.  windowed: of sliding-window layers; 0 = none apart."""
+    """full: blocks of all layers, or of those without a window.
+    windowed: of sliding-window layers; 0 = none apart.
+    """
 
     full: int
     windowed: int = 0
@@ -90,7 +92,8 @@ def count_blocks(
     """How many blocks fit into `num_bytes`.
 
     most_windowed: the windowed blocks with which no sequence ever lacks one. If there is not room for so many, both
-    kinds of layer get the same number.  num_full: the count of blocks, whatever `num_bytes` is; 0 = what fits.
+    kinds of layer get the same number.
+    num_full: the count of blocks, whatever `num_bytes` is; 0 = what fits.
     """
     full, windowed = (
         block_size * dtype.itemsize * sum(_elements(a) for a in spec.attention_layers if bool(a.window) is kind)
@@ -105,7 +108,10 @@ def count_blocks(
 
 
 def too_small_for_context(num_tokens: int, max_context: int, gib: float) -> str:
-    """What a KV cache of `num_tokens` means for users, and what to set.  gib: its size; 0 = given in blocks."""
+    """What a KV cache of `num_tokens` means for users, and what to set.
+
+    gib: its size; 0 = given in blocks.
+    """
     text = (
         f"a request can have {num_tokens} tokens, prompt and answer together: the KV cache holds no more, "
         f"the model's context is {max_context}"
@@ -117,7 +123,7 @@ def too_small_for_context(num_tokens: int, max_context: int, gib: float) -> str:
 
 
 def _elements(layer: KVLayer) -> int:
-    """Of one token in one layer."""
+    """Numbers that the cache holds of one token in one layer."""
     return layer.num_kv_heads * (layer.cached_k_dim + layer.cached_v_dim)
 
 

@@ -12,11 +12,13 @@ from collections.abc import Sequence
 from afd.kv.block_pool import BlockPool
 
 DROPPED = -1
-"""In place of a block that no token can see any more."""
+"""Stands in place of a block that no token can see any more."""
 
 
 class WindowedBlocks:
-    """window: of the widest windowed layer, the token itself included.  max_step_tokens: the largest chunk."""
+    """window: of the widest windowed layer, the token itself included.
+    max_step_tokens: the largest chunk.
+    """
 
     def __init__(self, pool: BlockPool, window: int, max_step_tokens: int):
         self.pool = pool
@@ -68,7 +70,7 @@ class WindowedBlocks:
 
 
 def kept(held: Sequence[int]) -> list[int]:
-    """The blocks that are not dropped."""
+    """The blocks of these that are not dropped."""
     return [block for block in held if block != DROPPED]
 
 

@@ -171,7 +171,10 @@ def summarise(
     goals: Goals,
     concurrency: int | None,
 ) -> Summary:
-    """Figures of a whole run.  concurrency: of a closed loop; None = open loop."""
+    """Figures of a whole run.
+
+    concurrency: of a closed loop; None = open loop.
+    """
     completed = [record for record in records if record.completed]
     num_output_tokens = sum(record.num_output_tokens for record in completed)
     num_input_tokens = sum(record.num_prompt_tokens for record in completed)

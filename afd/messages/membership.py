@@ -50,7 +50,8 @@ class WorkerInfo(msgspec.Struct, frozen=True):
 class Plan(msgspec.Struct, frozen=True):
     """Pipeline plan: changes without an epoch; a worker adopts it at each stream's next layer 0.
 
-    max_streams: most that a worker may use.  max_step_tokens: of one micro-batch.
+    max_streams: most that a worker may use.
+    max_step_tokens: of one micro-batch.
     gang_window_s: longest wait at layer 0 for the members of the last gang.
     """
 
@@ -137,9 +138,12 @@ Cost = Annotated[float, Meta(ge=0, le=1e6)]
 class StepCosts(msgspec.Struct, frozen=True):
     """An attention worker's cost curves (`afd.sched.latency`), in seconds a step, summed over layers; and what it runs.
 
-    attention: base, per token, per KV entry read.  head: base, per row.  ffn: base, per token of the gang.
+    attention: base, per token, per KV entry read.
+    head: base, per row.
+    ffn: base, per token of the gang.
     tokens, context, rows: a step of all its num_seqs running sequences together, as in `StepLoad`; 0 while it is idle.
-    corrections: measured over modelled cycle, by number of streams.  num_steps: behind the curves.
+    corrections: measured over modelled cycle, by number of streams.
+    num_steps: behind the curves.
     gang_size: mean attention workers in the FFN's batches, wait_share: of its time with nothing to compute although
     work was in flight; both since its last report.
     """
@@ -162,7 +166,8 @@ class StepCosts(msgspec.Struct, frozen=True):
 class SyncRequest(msgspec.Struct, frozen=True):
     """Heartbeat. progress: main-loop counter; pending: work is waiting (a counter that then stands still = stalled).
 
-    loading: 0..1 while the model loads.  stats: flat counters and gauges for `afd status`.
+    loading: 0..1 while the model loads.
+    stats: flat counters and gauges for `afd status`.
     pairs: every pair of this worker that is broken now (the whole list each time, so a lost call loses nothing).
     silent_experts: ffn: those that receive tokens and give nothing, found since its start; at most the first ones.
     costs: attention: what its pipeline costs, once it has measured it.
@@ -226,7 +231,9 @@ class Forecast(msgspec.Struct, frozen=True):
 
 
 class StatusReply(msgspec.Struct, frozen=True):
-    """events: newest last, bounded.  forecasts: by number of streams, as far as the plan may go; [] = not known yet."""
+    """events: newest last, bounded.
+    forecasts: by number of streams, as far as the plan may go; [] = not known yet.
+    """
 
     view: ClusterView
     members: list[MemberStatus]

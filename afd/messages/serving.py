@@ -56,7 +56,8 @@ class Submit(msgspec.Struct, tag="submit", frozen=True):
     req_id: unique for the cluster's life; one HTTP request with n choices is n of them.
     attempt: 0 first, +1 at each resubmission after a lost worker.
     output_ids: tokens already delivered to the client; the worker goes on at output index len(output_ids).
-    priority: lower runs first (0 default).  ttft_deadline_s: seconds until its first token is due; 0 = none.
+    priority: lower runs first (0 default).
+    ttft_deadline_s: seconds until its first token is due; 0 = none.
     """
 
     req_id: str
@@ -115,7 +116,8 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
 class TokenChunk(msgspec.Struct, frozen=True, omit_defaults=True):
     """New tokens of one request. `ids` start at output index `first_idx` (which counts resubmitted output too).
 
-    finish: set on the last chunk.  error: text for the client when finish is ERROR.
+    finish: set on the last chunk.
+    error: text for the client when finish is ERROR.
     retryable: the request ended for the worker's sake, not for its own: another attention worker can go on with it.
     cached_tokens: prompt tokens found in the prefix cache (on the first chunk of an attempt).
     preempted: how often the request was preempted so far.
@@ -158,7 +160,8 @@ class WorkerStats(msgspec.Struct, tag="stats", frozen=True):
     """Load of one attention worker: sent on every change of note, at most every 100 ms, at least every second.
 
     places_s: until each of the next typical requests would be admitted, one after another, in ascending order; empty =
-    all of them now.  max_tokens: prompt and output together, of the longest sequence that can run here; 0 = not known.
+    all of them now.
+    max_tokens: prompt and output together, of the longest sequence that can run here; 0 = not known.
     """
 
     rank: int

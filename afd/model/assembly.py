@@ -182,15 +182,15 @@ class _Reader:
         return out
 
     def matrix(self, parts: tuple[str, ...], layer: int) -> Weight:
-        """As `stack`, for a matrix that only `Ops.linear` and `Ops.embed` use."""
+        """Load a matrix that only `Ops.linear` and `Ops.embed` use; see `stack`."""
         return self.ops.prepare(self.stack(parts, layer))
 
     def projection(self, parts: tuple[str, ...], layer: int, slices: Slices = ()) -> Weight:
-        """As `weight`, for one matrix that only `Ops.linear` uses."""
+        """Load a matrix that only `Ops.linear` uses, and that may be rounded to 8 bits; see `weight`."""
         return self.ops.prepare(self.weight(parts, layer, slices))
 
     def weight(self, parts: tuple[str, ...], layer: int, slices: Slices, dim: int = 0) -> Tensor | Int8Weight:
-        """As `stack`, for matrices that may be rounded to 8 bits."""
+        """Load matrices that may be rounded to 8 bits; see `stack`."""
         if not self.int8:
             return self.stack(parts, layer, slices, dim)
         out = int8_in(self.room(self._shape(parts, layer, slices, dim), torch.int8))

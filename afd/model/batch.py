@@ -51,7 +51,7 @@ class AttentionBatch:
         device: torch.device = _CPU,
         window_blocks: Sequence[Sequence[int]] | None = None,
     ) -> AttentionBatch:
-        """From (start_pos, num_new, block_ids) of each sequence, in the order of the tokens in the batch.
+        """Make a batch of (start_pos, num_new, block_ids) of each sequence, in the order of the tokens in the batch.
 
         window_blocks: each sequence's blocks in sliding-window layers, where those have blocks of their own.
         """
@@ -87,9 +87,9 @@ class AttentionBatch:
         return batch
 
     def with_room(self, num_seqs: int, columns: int) -> AttentionBatch:
-        """For decodes on a GPU: memory of its own for so many sequences with so many blocks each, at least as this has.
+        """A batch of decodes on a GPU with memory of its own, for as many sequences and blocks as this has, or more.
 
-        `assign` fills it, but for the host's copies of lengths: those stay, and nothing of decodes reads them.
+        `assign` fills it, but for the host's copies of lengths: those stay, and no decode reads them.
         """
         missing = num_seqs - self.num_seqs
 

@@ -25,7 +25,7 @@ LOOK_S = 50e-6
 """Longest block of a loop on anything else while a GPU computes, which rings no descriptor."""
 
 DEADLINE_S = 30.0
-"""Of one stage: far beyond any, the first one's loading of kernels included."""
+"""Bound of one stage: far beyond any, the first one's loading of kernels included."""
 
 
 class Download:
@@ -89,7 +89,7 @@ class CudaDevice:
 
 
 def _event() -> torch.cuda.Event:
-    """Behind what the current CUDA stream has queued."""
+    """An event behind what the current CUDA stream has queued."""
     event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
     event.record()
     return event

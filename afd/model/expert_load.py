@@ -14,15 +14,16 @@ SAMPLE_EVERY = 64
 """Batches between two measurements of output sizes: a measurement costs each active expert some microseconds."""
 
 SILENT_SHARE = 0.01
-"""Of the layer's median output: below it an expert that receives tokens gives nothing."""
+"""Share of the layer's median output below which an expert that receives tokens counts as giving nothing."""
 
 
 @dataclass(slots=True)
 class ExpertLoad:
     """Entry e of the lists is expert first_expert + e.
 
-    num_tokens: rows computed.  squares, num_sampled: sum of mean squares, and rows, of the measured outputs: the
-    experts' own, before routing weights; with tensor-parallel experts, this rank's part of them.
+    num_tokens: rows computed.
+    squares, num_sampled: sum of mean squares, and rows, of the measured outputs: the experts' own, before routing
+    weights; with tensor-parallel experts, this rank's part of them.
     """
 
     first_expert: int
@@ -36,7 +37,7 @@ class ExpertLoad:
         self.num_sampled = [0] * len(self.num_tokens)
 
     def begin_batch(self) -> bool:
-        """Count a batch; true when its outputs shall be measured."""
+        """Count a batch; true when its outputs are to be measured."""
         self.num_batches += 1
         return self.num_batches % SAMPLE_EVERY == 1
 

@@ -32,10 +32,10 @@ MAX_ROWS = 256
 """Sequences of the largest batch: with more, a layer computes longer than its launches take."""
 
 MAX_SHAPES = 24
-"""Of one pipeline stream; the one that was used least recently makes room."""
+"""Captured shapes of one pipeline stream at most; the one that was used least recently makes room."""
 
 LAUNCHED_STEPS = 4
-"""Of a shape, before it is captured, which waits for the GPU once a layer."""
+"""Steps of a shape before it is captured, which waits for the GPU once a layer."""
 
 
 def rounded(size: int) -> int:
@@ -56,7 +56,8 @@ class _Stage:
 class _Shape:
     """Fixed memory of one pipeline stream's batches of a size.
 
-    batch: block tables of `columns` blocks.  x [rows, hidden].  partials: as many as there were at a time.
+    batch: block tables of `columns` blocks.  x [rows, hidden].
+    partials: as many as there were at a time.
     results: by whether experts are chosen: what all layers of that kind write to.
     stages: by layer and number of partials.
     """
@@ -69,9 +70,12 @@ class _Shape:
 
 
 class DecodeGraphs:
-    """Of one attention worker. Main thread only, within `CudaDevice.stage` of the stream, in torch.inference_mode().
+    """Captured decode steps of one attention worker.
 
-    cache: with a spare block.  launched_steps: see LAUNCHED_STEPS; at least 1.
+    Main thread only, within `CudaDevice.stage` of the stream, in torch.inference_mode().
+
+    cache: with a spare block.
+    launched_steps: see LAUNCHED_STEPS; at least 1.
     """
 
     def __init__(self, half: AttentionHalf, cache: KVCache, launched_steps: int = LAUNCHED_STEPS):
@@ -92,7 +96,7 @@ class DecodeGraphs:
     def layer(
         self, stream: int, layer_idx: int, x: Tensor, batch: AttentionBatch, partials: Sequence[Tensor]
     ) -> tuple[Tensor, Dispatch]:
-        """As `AttentionHalf.layer`, which see; also the residual [n, hidden], which has moved if the step began here.
+        """What `AttentionHalf.layer` returns; and the residual [n, hidden], which has moved if the step began here.
 
         The results are overwritten by the stream's next layer.
         """

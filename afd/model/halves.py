@@ -26,7 +26,10 @@ __all__ = ["AttentionBatch", "AttentionHalf", "AttentionLayer", "Dispatch", "FFN
 
 @dataclass(slots=True)
 class AttentionLayer:
-    """attn_norm, ffn_norm: [hidden] float32.  router: None on dense layers.  fused: attention and norms in one call."""
+    """attn_norm, ffn_norm: [hidden] float32.
+    router: None on dense layers.
+    fused: attention and norms in one call.
+    """
 
     attn_norm: Tensor
     attention: Attention

@@ -18,7 +18,10 @@ _INT8_SCALE_BYTES = 4
 
 @dataclass(frozen=True, slots=True)
 class LayerGroup:
-    """All layers of one shape.  kv_elements: of one token in one of them."""
+    """All layers of one shape.
+
+    kv_elements: of one token in one of them.
+    """
 
     layers: tuple[int, ...]
     attention: str
@@ -38,8 +41,8 @@ class RoleMemory:
 class ModelReport:
     """kv_elements, kv_bytes: of one token of context over all layers, the latter by KV dtype.
 
-    windowed_kv_bytes: the part of kv_bytes in `dtype` that belongs to sliding-window layers.  serves: "chat", "text"
-    (a tokenizer without chat template) or "token ids".
+    windowed_kv_bytes: the part of kv_bytes in `dtype` that belongs to sliding-window layers.
+    serves: "chat", "text" (a tokenizer without chat template) or "token ids".
     """
 
     name: str
@@ -132,7 +135,7 @@ def _is_projection(spec: ModelSpec, tensor: TensorSpec) -> bool:
 
 
 def _int8_bytes(shape: tuple[int, ...]) -> int:
-    """Of matrices with a float32 scale for each row."""
+    """Bytes of 8-bit matrices with a float32 scale for each row."""
     return prod(shape[:-1]) * (shape[-1] + _INT8_SCALE_BYTES)
 
 

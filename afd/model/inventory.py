@@ -21,7 +21,9 @@ class Half(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """shape: [out, in] for matrices, [experts, out, in] for packed experts.  layer: -1 outside the layers."""
+    """shape: [out, in] for matrices, [experts, out, in] for packed experts.
+    layer: -1 outside the layers.
+    """
 
     part: str
     layer: int

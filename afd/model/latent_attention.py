@@ -19,7 +19,7 @@ from afd.ops.ops import Ops, Rotary, Weight
 from afd.ops.rope import rotate
 
 LATENT_NORM_EPS = 1e-6
-"""Of q_norm and kv_norm: fixed by the architecture, whatever rms_norm_eps says of the other norms."""
+"""Epsilon of q_norm and kv_norm, fixed by the architecture, whatever rms_norm_eps is for the other norms."""
 
 
 @dataclass(slots=True)

@@ -46,8 +46,9 @@ QUANT_NAME = "hf_quant_config.json"
 class ModelFolder:
     """A model found and checked, nothing loaded.
 
-    path: the folder or .gguf file; None for a dummy.  tokenizer_path: a .gguf file or a tokenizer.json; None = this
-    model serves token ids only.  fingerprint: equal on two hosts exactly if they would serve the same model.
+    path: the folder or .gguf file; None for a dummy.
+    tokenizer_path: a .gguf file or a tokenizer.json; None = this model serves token ids only.
+    fingerprint: equal on two hosts exactly if they would serve the same model.
     """
 
     name: str
@@ -87,7 +88,9 @@ def _resolve(name_or_path: str) -> ModelFolder:
 def load_attention_half(
     folder: ModelFolder, ops: Ops, progress: Progress | None = None, weights: str = "auto"
 ) -> AttentionHalf:
-    """Load embedding, attention, norms, routers and head; reads no FFN weight.  ops: of `afd.ops.select.select`.
+    """Load embedding, attention, norms, routers and head; reads no FFN weight.
+
+    ops: of `afd.ops.select.select`.
 
     weights: "auto" and "int8" = in the dtype of `ops`, "int8-all" = projections (but MLA's) and head rounded to 8 bits.
     """

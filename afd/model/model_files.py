@@ -58,7 +58,7 @@ def read_file(folder: Path, name: str, max_bytes: int) -> bytes | None:
 
 
 def read_text(folder: Path, name: str, max_bytes: int) -> str | None:
-    """As `read_file`, decoded, every line ending as \\n; ModelError when it is not UTF-8."""
+    """The text of a file, with every line ending as \\n; see `read_file`. ModelError when it is not UTF-8."""
     data = read_file(folder, name, max_bytes)
     try:
         return None if data is None else data.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")

@@ -65,7 +65,9 @@ def reference_generate(
     params: SamplingParams,
     chunk: int | None = None,
 ) -> ReferenceOutput:
-    """Generate alone, without scheduler or transport.  chunk: prefill in pieces of so many tokens; None = at once.
+    """Generate alone, without scheduler or transport.
+
+    chunk: prefill in pieces of so many tokens; None = at once.
 
     Stops at max_tokens, at a stop token (which is in the output, as a worker reports it), or at the model's context.
     """

@@ -17,7 +17,10 @@ from afd.types import FfnParallel
 
 
 class RowSelection:
-    """For `num_ranks` FFN ranks that cut `spec` by `parallel`, a combination that `check_sparse` has let pass."""
+    """Which rows each FFN rank needs.
+
+    The ranks cut `spec` by `parallel`, a combination that `check_sparse` has let pass.
+    """
 
     def __init__(self, spec: ModelSpec, num_ranks: int, parallel: FfnParallel):
         self._num_ranks = num_ranks
@@ -26,7 +29,7 @@ class RowSelection:
         self._has_shared = [layer.ffn.shared_intermediate > 0 for layer in spec.layers]
 
     def rows_of_ranks(self, layer: int, expert_ids: npt.NDArray[np.int32] | None) -> list[npt.NDArray[np.intp]] | None:
-        """Of each FFN rank the rows that it needs, rising; None: every rank needs every row.
+        """The rows that each FFN rank needs, rising; None: every rank needs every row.
 
         expert_ids: [num_tokens, top_k], None at a dense layer.
         """

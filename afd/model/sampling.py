@@ -24,7 +24,9 @@ __all__ = ["History", "RowLogprobs", "SampledBatch", "Sampler", "takes_largest"]
 
 @dataclass(frozen=True, slots=True)
 class SampledBatch:
-    """One entry per row.  ids: -1 where the logits hold NaN or no finite value (`invalid` lists those rows).
+    """One entry per row.
+
+    ids: -1 where the logits hold NaN or no finite value (`invalid` lists those rows).
 
     top2_gaps: difference of the two largest raw logits, where asked for (the equality rule's measure).
     """
@@ -61,7 +63,9 @@ class Sampler:
         *,
         with_gaps: bool = False,
     ) -> SampledBatch:
-        """logits [m, vocab] float32, not changed.  positions: output index of the token that each row draws.
+        """logits [m, vocab] float32, not changed.
+
+        positions: output index of the token that each row draws.
 
         histories: needed where any row has `needs_history`; may be None otherwise.
         """

@@ -61,7 +61,10 @@ def sampling_defaults(folder: ModelFolder) -> SamplingDefaults:
 
 
 def defaults_of_gguf(metadata: Mapping[str, Any], where: str) -> SamplingDefaults:
-    """The keys general.sampling.*.  where: the file. ModelError as of `sampling_defaults`."""
+    """The keys general.sampling.*.
+
+    where: the file. ModelError as of `sampling_defaults`.
+    """
     return _checked({name: metadata.get(f"general.sampling.{key}") for key, name in _GGUF_KEYS.items()}, where)
 
 

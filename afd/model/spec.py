@@ -13,7 +13,7 @@ from typing import Literal
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 WEIGHT_TYPES = ("auto", "int8", "int8-all")
-"""Of `model.weights`: all in the compute dtype; the FFN's in int8; attention projections and LM head too, but MLA's."""
+"""Values of `model.weights`: all in the compute dtype; the FFN's in int8; attention's (not MLA's) and head's too."""
 
 
 class AttentionKind(StrEnum):
@@ -36,9 +36,11 @@ class RouterRule(StrEnum):
 class RopeScaling:
     """Stretching of the rotary frequencies for long contexts.
 
-    linear: every frequency / factor.  llama3: low frequencies / factor, high ones kept, smooth in between
-    (thresholds as wavelengths: original_max_position / {low,high}_freq_factor).  yarn: the same with a ramp over the
-    dimensions that turn beta_fast to beta_slow times in the original context; cos and sin are times attention_factor.
+    linear: every frequency / factor.
+    llama3: low frequencies / factor, high ones kept, smooth in between (thresholds
+    as wavelengths: original_max_position / {low,high}_freq_factor).
+    yarn: the same with a ramp over the dimensions that turn beta_fast to beta_slow times in the original context; cos
+    and sin are times attention_factor.
     """
 
     kind: Literal["linear", "llama3", "yarn"]
@@ -71,10 +73,13 @@ class RopeSpec:
 class AttentionSpec:
     """One layer's attention.
 
-    head_dim: of queries and keys, rotary part included.  window: a query sees keys j with i - j < window; 0 = all.
-    q_rank: width of the low-rank query (MFA, MLA); 0 = none.  kv_rank: of MLA's latent, without the rotary part.
-    qk_norm: RMSNorm of each query and key head before the rotation.  head_gate: each head's output is multiplied by
-    the sigmoid of a linear function of the layer's input.  temperature: times head_dim**-0.5 in the scores' scale.
+    head_dim: of queries and keys, rotary part included.
+    window: a query sees keys j with i - j < window; 0 = all.
+    q_rank: width of the low-rank query (MFA, MLA); 0 = none.
+    kv_rank: of MLA's latent, without the rotary part.
+    qk_norm: RMSNorm of each query and key head before the rotation.
+    head_gate: each head's output is multiplied by the sigmoid of a linear function of the layer's input.
+    temperature: times head_dim**-0.5 in the scores' scale.
     """
 
     kind: AttentionKind
@@ -118,7 +123,8 @@ class RouterSpec:
     dtype: of the logits; "activation" = the model's compute dtype. Scores are float32 always.
     selection_bias: a stored bias joins the scores for the choice; weights are the scores without it.
     num_groups, top_groups: with more than one group the choice is among the experts of the top_groups groups whose two
-    best (biased) scores add up to most.  renormalise: weights are divided by their sum, at least norm_min.
+    best (biased) scores add up to most.
+    renormalise: weights are divided by their sum, at least norm_min.
     scaling: times every weight.
     """
 
@@ -134,7 +140,8 @@ class RouterSpec:
 
 @dataclass(frozen=True, slots=True)
 class FfnSpec:
-    """intermediate: width of the dense FFN, or of one routed expert.  shared_intermediate: 0 = no shared expert.
+    """intermediate: width of the dense FFN, or of one routed expert.
+    shared_intermediate: 0 = no shared expert.
 
     limit, shared_limit: bounds of the clamped SwiGLU, min(silu(gate), limit) * clamp(up, -limit, limit); 0 = none.
     """
@@ -157,7 +164,8 @@ class LayerSpec:
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """eos_token_ids: every id that ends a text.  torch_dtype: what the checkpoint was trained in, a hint only.
+    """eos_token_ids: every id that ends a text.
+    torch_dtype: what the checkpoint was trained in, a hint only.
 
     zero_centred_norms: norm weights are stored as offsets from 1.
     """

@@ -51,8 +51,9 @@ _END_NAMES = frozenset((
 class TokenizerFiles:
     """chat_templates: Jinja source by name; empty = the model has none.
 
-    special_tokens: their text by name ("bos_token"), which templates use.  eos_token_ids: tokens that end a text by the
-    tokenizer's files (config.json and generation_config.json may name more).
+    special_tokens: their text by name ("bos_token"), which templates use.
+    eos_token_ids: tokens that end a text by the tokenizer's files (config.json and generation_config.json may name
+    more).
     """
 
     tokenizer: Tokenizer
@@ -154,7 +155,8 @@ def _add_tokens(
     """Add the tokens that the files beside tokenizer.json name; the text of the named ones ("bos_token").
 
     added_tokens_decoder of tokenizer_config.json is the whole list where it is there. Without it the older files count,
-    special_tokens_map.json (over tokenizer_config.json) and added_tokens.json.  own: those of tokenizer.json.
+    special_tokens_map.json (over tokenizer_config.json) and added_tokens.json.
+    own: those of tokenizer.json.
     """
     present = tokenizer.get_added_tokens_decoder().values()
     settings = dict(config)
@@ -203,7 +205,9 @@ def _listed(settings: Mapping[str, Any]) -> Sequence[Any]:
 
 
 def _merged(extra: Sequence[Any], more: Any) -> Any:
-    """extra: of tokenizer_config.json.  more: of special_tokens_map.json; an object of named tokens takes its place."""
+    """extra: of tokenizer_config.json.
+    more: of special_tokens_map.json; an object of named tokens takes its place.
+    """
     return more if isinstance(more, Mapping) else [*extra, *(token for token in more if token not in extra)]
 
 
@@ -223,7 +227,9 @@ def _added_token(token: Any) -> AddedToken:
 
 
 def read_gguf_tokenizer(metadata: Mapping[str, Any], path: Path) -> TokenizerFiles:
-    """metadata: a GGUF file's.  path: the file, for messages. ModelError for an unknown or broken vocabulary."""
+    """metadata: a GGUF file's.
+    path: the file, for messages. ModelError for an unknown or broken vocabulary.
+    """
     model, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
     if model != "gpt2" or pre not in _PRE_TOKENIZERS:
         raise ModelError(

@@ -191,7 +191,10 @@ class LayerWeights:
 
 @dataclass(frozen=True, slots=True)
 class LayerShape:
-    """rotary_half: half of the rotated dimensions.  q_rank: 0 unless MFA.  window: 0 = none."""
+    """rotary_half: half of the rotated dimensions.
+    q_rank: 0 unless MFA.
+    window: 0 = none.
+    """
 
     num_heads: int
     num_kv_heads: int

@@ -26,7 +26,9 @@ LOG2_E = 1.4426950408889634
 
 
 class SampleRow(NamedTuple):
-    """How the token of one row is drawn.  position: the output index of that token.
+    """How the token of one row is drawn.
+
+    position: the output index of that token.
 
     prompt_ids, output_ids: the tokens so far; needed where `params.needs_history`.
     """
@@ -53,7 +55,10 @@ class SampleRow(NamedTuple):
 
 
 class SampledRows(NamedTuple):
-    """One entry per row.  ids: -1 where the logits hold a NaN or no finite largest one."""
+    """One entry per row.
+
+    ids: -1 where the logits hold a NaN or no finite largest one.
+    """
 
     ids: list[int]
     logprobs: list[RowLogprobs | None]

@@ -1,6 +1,6 @@
 """Consecutive dense layers of one micro-batch whose exchanges native code makes by itself: calls of src/relay.h.
 
-Over a lane of stepmesh, with whoever relays the other half of the same layers at its other end; or answers as ever.
+Over a lane of stepmesh, with a peer that relays the other half of the same layers, or answers by the ordinary path.
 bfloat16 rows on the wire; everything else as in `afd.ops.cpu.layer`.
 """
 
@@ -137,8 +137,11 @@ def check_interface(library: ctypes.CDLL) -> None:
 
 
 class Bounds(NamedTuple):
-    """How long a relay may take. until_ns: at most, by the monotonic clock.  patience_ns: with each frame that is
-    awaited.  step_patience_ns: with the first one of a step (FFN).
+    """How long a relay may take.
+
+    until_ns: at most, by the monotonic clock.
+    patience_ns: with each frame that is awaited.
+    step_patience_ns: with the first one of a step (FFN).
     """
 
     until_ns: int
@@ -149,9 +152,12 @@ class Bounds(NamedTuple):
 class Relayed(NamedTuple):
     """What a relay did. Seconds; began_s, ended_s of the monotonic clock, the others sums over the layers.
 
-    num_laps: layers that were sent (attention) or answered (FFN).  num_answered: of the attention side, the last may
-    be missing.  gang_tokens: rows of the FFN's batch, by its last answer.  ffn_s: its computing, by all of them.
-    exposed_s: of wait_s, what was longer than that.  open_wait_s: behind ended_s, for what did not come (attention).
+    num_laps: layers that were sent (attention) or answered (FFN).
+    num_answered: of the attention side, the last may be missing.
+    gang_tokens: rows of the FFN's batch, by its last answer.
+    ffn_s: its computing, by all of them.
+    exposed_s: of wait_s, what was longer than that.
+    open_wait_s: behind ended_s, for what did not come (attention).
     record: of all laps, for `laps`.
     """
 
@@ -309,7 +315,7 @@ class FfnRelayCall:
         return self._relay(first, lane, bounds)
 
     def begin(self, lane: Lane, bounds: Bounds, max_tokens: int) -> Relayed:
-        """From layer 0 on, another step of at most so many rows, in the gang that lane.last names."""
+        """Answer from layer 0 on another step of at most so many rows, in the gang that lane.last names."""
         return self._relay(0, lane, bounds, max_tokens)
 
     def _relay(self, first: int, lane: Lane, bounds: Bounds, max_tokens: int = 0) -> Relayed:

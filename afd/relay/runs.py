@@ -33,7 +33,7 @@ MAX_RELAY_TOKENS = 256
 
 
 def _bounds() -> Bounds:
-    """Of a relay that begins now."""
+    """Time limits of a relay that begins now."""
     return Bounds(time.monotonic_ns() + int(RELAY_S * 1e9), int(PATIENCE_S * 1e9), int(STEP_PATIENCE_S * 1e9))
 
 
@@ -64,7 +64,7 @@ class AttentionRelay:
 
     @classmethod
     def of(cls, half: AttentionHalf, cache: KVCache) -> AttentionRelay | None:
-        """For the half's dense layers; None without kernels that compute a whole layer of bfloat16 rows."""
+        """Runs over the half's dense layers; None without kernels that compute a whole layer of bfloat16 rows."""
         ops = half.ops
         if not isinstance(ops, CpuOps) or half.dtype is not torch.bfloat16:
             return None
@@ -97,7 +97,7 @@ class AttentionRelay:
         return self._calls[0].begin(x, self._batches(batch), lane, _bounds())
 
     def run(self, layer: int, x: Tensor, partials: Sequence[Tensor], batch: AttentionBatch, lane: Lane) -> Relayed:
-        """From `layer` on, which adds the answer to lane.last (at most one partial): as far as it goes, for RELAY_S."""
+        """Compute layer after layer for RELAY_S at most. The first adds the answer to lane.last (at most one)."""
         run, place = self._runs.place(layer)
         partial = partials[0] if partials else None
         return self._calls[run](place, x, partial, self._batches(batch), lane, _bounds())

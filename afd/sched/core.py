@@ -72,7 +72,9 @@ class WorkerCore:
         chooser: StreamChooser | None = None,
         reporter: CostReporter | None = None,
     ):
-        """chooser: of the number of streams; None = it stays.  reporter: of costs; None = nobody plans with them."""
+        """chooser: of the number of streams; None = it stays.
+        reporter: of costs; None = nobody plans with them.
+        """
         self.rank = rank
         self.scheduler = scheduler
         self.admission = admission

@@ -54,7 +54,7 @@ class Curve:
 
     @property
     def coefficients(self) -> tuple[float, ...]:
-        """Of the line, and of the further feature."""
+        """Coefficients of the line and of the further feature."""
         return tuple(self._values)
 
     def __call__(self, *features: float) -> float:

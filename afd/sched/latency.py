@@ -25,8 +25,9 @@ TRANSFER_FALL, TRANSFER_RISE = 0.3, 0.1
 class StepLoad(msgspec.Struct, frozen=True):
     """Size of one stream's step; fractions stand for an even split over streams.
 
-    num_tokens: rows computed.  context_tokens: KV entries read, one for each pair of a row and a position that it
-    attends to.  num_samples: rows that go through the head.
+    num_tokens: rows computed.
+    context_tokens: KV entries read, one for each pair of a row and a position that it attends to.
+    num_samples: rows that go through the head.
     """
 
     num_tokens: float
@@ -69,8 +70,10 @@ def attended(start: float, num_new: float) -> float:
 class StepSample:
     """One finished step of one stream, in seconds summed over its layers.
 
-    exchange_s: dispatch sent to combine seen; ffn_s of it the slowest FFN rank computed.  took_s: first to last stage.
-    gang_tokens: rows of the merged batch, of all attention workers.  in_flight: streams at work at any time of it.
+    exchange_s: dispatch sent to combine seen; ffn_s of it the slowest FFN rank computed.
+    took_s: first to last stage.
+    gang_tokens: rows of the merged batch, of all attention workers.
+    in_flight: streams at work at any time of it.
     """
 
     stream: int
@@ -152,7 +155,7 @@ class LatencyModel:
 
     @property
     def attention(self) -> Curve:
-        """Of several streams, as `head` and `ffn`; of a single one until those were seen."""
+        """The curve of several streams, and of a single one until several were seen; so are `head` and `ffn`."""
         return self._costs(2).attention
 
     @property
@@ -164,7 +167,7 @@ class LatencyModel:
         return self._costs(2).ffn
 
     def _learning(self, num_streams: int) -> _Costs:
-        """What a step beside so many streams, itself included, is to teach."""
+        """The costs that a step beside so many streams, itself included, corrects."""
         own, known = self._own(num_streams), self._costs(num_streams)
         if known is not own:
             own.begin_from(known, *self.slowdowns(num_streams))
@@ -201,7 +204,7 @@ class LatencyModel:
     def cycle_s(self, loads: Iterable[StepLoad]) -> float:
         """Seconds in which each of these streams makes one step; 0 for none.
 
-        max(sum of A, sum of F, the longest stream's A + F + C), times what such cycles took more or less of late.
+        max(sum of A, sum of F, the longest stream's A + F + C), corrected by what such cycles took lately.
         """
         loads = [load for load in loads if load.num_tokens]
         return self._ideal_cycle_s(loads) * self.correction(len(loads)) if loads else 0.0
@@ -239,7 +242,7 @@ class LatencyModel:
         return cycle_s([sum_a, sum_f], [a + f + self.transfer_s for a, f in steps])
 
     def _observe_transfer(self, seconds: float, *, alone: bool) -> None:
-        """With other streams at work an answer also waits for them: then the figure is only an upper bound."""
+        """Learn a transfer time. With other streams at work an answer waits for them too: an upper bound."""
         if seconds < self.transfer_s:
             self.transfer_s += TRANSFER_FALL * (seconds - self.transfer_s)
         elif alone:

@@ -21,9 +21,12 @@ def places_s(
 ) -> tuple[float, ...]:
     """Seconds until each of the next `count` requests of typical size finds a place, in order.
 
-    leaving_s: when each running sequence leaves.  num_free: places that are free now.  first_s: no place comes before.
-    backlog_s: of prefill that the running ones still need.  prefill_s, decode_s: what a newcomer takes of each; it
-    leaves after both.  allowed_s: of prefill that may lie before a newcomer when it gets its place.
+    leaving_s: when each running sequence leaves.
+    num_free: places that are free now.
+    first_s: no place comes before.
+    backlog_s: of prefill that the running ones still need.
+    prefill_s, decode_s: what a newcomer takes of each; it leaves after both.
+    allowed_s: of prefill that may lie before a newcomer when it gets its place.
     """
     leaving = list(leaving_s)
     heapq.heapify(leaving)

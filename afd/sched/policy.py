@@ -39,7 +39,8 @@ LINE_WAIT_S = 1.0  # nobody is held back for a request whose place is farther aw
 class Ask:
     """What admission knows of a request before it runs.
 
-    num_output: tokens of earlier attempts that come with it.  tpot_s: its own target; 0 = the cluster's.
+    num_output: tokens of earlier attempts that come with it.
+    tpot_s: its own target; 0 = the cluster's.
     first_due_s: seconds until its first token is due; 0 = the cluster's TTFT target from now on.
     resumed: it ran elsewhere before, so it is not new: only want of KV space refuses it.
     """
@@ -78,8 +79,11 @@ class Outlook:
 class _Share:
     """One sequence's part in the cycles to come: a decode at its final length, and until then its prefill.
 
-    context: KV entries that the decode reads.  num_pending: prompt tokens to be computed; 0 = it decodes.
-    num_left: output tokens to come.  num_blocks: KV blocks that it still has to get.  num_held: those it has.
+    context: KV entries that the decode reads.
+    num_pending: prompt tokens to be computed; 0 = it decodes.
+    num_left: output tokens to come.
+    num_blocks: KV blocks that it still has to get.
+    num_held: those it has.
     """
 
     context: int
@@ -111,7 +115,11 @@ class _Crowd:
 
 @dataclass(frozen=True, slots=True)
 class _Pace:
-    """Cycles that are filled up with prefill. cycle_s: of one of them.  token_s: for each prefill token."""
+    """Cycles that are filled up with prefill.
+
+    cycle_s: of one of them.
+    token_s: for each prefill token.
+    """
 
     cycle_s: float
     token_s: float
@@ -121,7 +129,8 @@ class _Pace:
 class _Course:
     """What becomes of the sequences that run, if nobody comes. pace: of prefill until their prompts are computed.
 
-    cycle_s: of their decodes alone.  computed_s, left_s: seconds until each has computed its prompt, and has left.
+    cycle_s: of their decodes alone.
+    computed_s, left_s: seconds until each has computed its prompt, and has left.
     """
 
     shares: Sequence[_Share]
@@ -199,7 +208,7 @@ class Admission:
         self._lengths.add(seq.num_output)
 
     def outlook(self) -> Outlook:
-        """For the gateways, a few times a second: its cost grows with the number of sequences.
+        """What gateways are told a few times a second; the cost grows with the number of sequences.
 
         Nothing with policy off; no wait with observe, which makes nobody wait.
         """
@@ -220,7 +229,7 @@ class Admission:
     # -- decisions ----------------------------------------------------------------------------------------
 
     def _ahead_of(self, ask: Ask, now: float) -> list[_Share]:
-        """Who was refused before it and still asks: small requests shall not pass a large one until it gives up."""
+        """Who was refused before it and still asks: small requests do not pass a large one until it gives up."""
         self._line = {req_id: other for req_id, other in self._line.items() if now - other.asked_at <= LINE_S}
         own = self._line.get(ask.req_id)
         rank_key = own.rank_key if own is not None else (ask.priority, self._num_refusals + 1)
@@ -247,8 +256,10 @@ class Admission:
     ) -> str | None:
         """Why the candidate cannot be served as promised beside the crowd, which it is added to; or None.
 
-        due_s: seconds until its first token is due.  num_freed: blocks free by then besides.  pace: of prefill beside
-        them, if it was found out before.  most_s: a cycle that is no obstacle although it is beyond the target.
+        due_s: seconds until its first token is due.
+        num_freed: blocks free by then besides.
+        pace: of prefill beside them, if it was found out before.
+        most_s: a cycle that is no obstacle although it is beyond the target.
         """
         num_before = crowd.num_pending
         crowd.add(candidate)

@@ -42,7 +42,7 @@ def worker_stats(rank: int, scheduler: Scheduler, admission: Admission, *, drain
 
 
 class CostReporter:
-    """Cost curves, load, waits and gang sizes; waits and gang sizes are those since the last report."""
+    """Reports cost curves, load, waits and gang sizes."""
 
     def __init__(self, model: LatencyModel, scheduler: Scheduler, sums: StepSums):
         self._model = model
@@ -55,7 +55,7 @@ class CostReporter:
         self._gang_size = 1.0
 
     def report(self, now: float) -> StepCosts:
-        """As it is now."""
+        """What the coordinator is told now; waits and gang sizes are those since the last call."""
         sums = self._sums
         exchanges = sums.num_exchanges - self._num_exchanges
         if exchanges:  # else what is known of the gangs stays

@@ -1,6 +1,6 @@
 """Continuous batching over pipeline streams: two calls a step, `schedule(stream)` and `commit(batch, tokens)`.
 
-Rules (DESIGN: Pipeline): running decodes first, then the prefill that still fits; a sequence is in at most one
+Rules: running decodes first, then the prefill that still fits; a sequence is in at most one
 stream and one micro-batch; blocks are shared only from commit on; abort and preemption of a sequence in flight only
 mark it, and are carried out at that commit; a stream that finds no block sits out; a victim is never older
 or of higher priority than the requester; a step that was lost twice in a row runs a third time with nothing beside it,
@@ -275,7 +275,7 @@ class Scheduler:
     # -- details ------------------------------------------------------------------------------------------
 
     def _on_trial(self, running: Seq[Sequence]) -> list[Sequence]:
-        """Those of a stream's sequences that may run now: its suspects, once nothing is in flight."""
+        """The sequences of a stream that may run now: its suspects, once nothing is in flight."""
         if any(seq.in_flight for seqs in self._running for seq in seqs):
             return []
         return [seq for seq in running if seq in self._suspects]
@@ -339,7 +339,7 @@ class Scheduler:
 
     def _lightest(self) -> int:
         """Open stream with the fewest sequences, then the fewest context tokens; empty ones in order, since workers
-        that have a sequence or two shall meet in one gang."""
+        that have a sequence or two should meet in one gang."""
         num_streams, first = self.num_streams, self.config.first_stream
 
         def load(i: int) -> tuple[int, int, int]:
@@ -474,11 +474,11 @@ def _extend(held: list[int], pool: BlockPool, missing: int) -> None:
 
 
 def _decoding(seqs: Seq[Sequence]) -> list[Sequence]:
-    """Those past their prefill."""
+    """The sequences past their prefill."""
     return [seq for seq in seqs if seq.decoding]
 
 
 def _decode_load(seqs: Seq[Sequence]) -> StepLoad:
-    """One decode of each."""
+    """The load of a step with one decode of each."""
     lengths = [len(seq.tokens) for seq in seqs]
     return StepLoad(len(lengths), sum(attended(length - 1, 1) for length in lengths), len(lengths))

@@ -21,14 +21,17 @@ class SequenceState(Enum):
 class Sequence:
     """Tokens and KV of one request.
 
-    tokens: prompt followed by output, resubmitted output included.  num_prompt: length of the prompt part.
+    tokens: prompt followed by output, resubmitted output included.
+    num_prompt: length of the prompt part.
     num_computed: leading tokens whose KV is in the cache (committed).
     window_blocks: likewise of sliding-window layers, DROPPED behind the window; empty for models without.
     blocks: KV blocks in order; the first num_published of them can be found by others.
     hashes: prefix-chain hashes of its first full blocks, as far as they were computed: its text never changes.
     tpot_s: its TPOT target; 0 = none.
-    stream: place in the pipeline, -1 while waiting.  in_flight: part of a micro-batch that is not committed.
-    doomed: set by abort while in flight: carried out at that commit.  evicted: likewise for preemption.
+    stream: place in the pipeline, -1 while waiting.
+    in_flight: part of a micro-batch that is not committed.
+    doomed: set by abort while in flight: carried out at that commit.
+    evicted: likewise for preemption.
     num_interrupted: steps in a row that were lost with an FFN worker; see `Scheduler.fail_stream`.
     """
 

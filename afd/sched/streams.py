@@ -40,7 +40,11 @@ class StreamChooser:
         return step >= (self._decided_at + DECIDE_EVERY if self._trial_until is None else self._trial_until)
 
     def choose(self, step: int, current: int, limit: int, num_seqs: int, load: StepLoad) -> int:
-        """step: steps so far.  current: streams in use.  limit: most allowed.  load: one step of all sequences."""
+        """step: steps so far.
+        current: streams in use.
+        limit: most allowed.
+        load: one step of all sequences.
+        """
         limit = max(1, min(limit, MAX_STREAMS))
         if current > limit:
             self._trial_until = None

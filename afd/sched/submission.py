@@ -10,7 +10,9 @@ from afd.sched.sequence import Sequence
 def admit(message: Submit, admission: Admission, *, owner: bytes, arrival: int, now: float) -> Sequence | Refused:
     """The sequence to add to the scheduler, or admission's refusal; call once per submission.
 
-    owner: the gateway.  arrival: its place in the order of arrivals here.  now: seconds of the caller's clock.
+    owner: the gateway.
+    arrival: its place in the order of arrivals here.
+    now: seconds of the caller's clock.
     """
     refusal = admission.judge(_ask(message), now)
     if refusal is not None:

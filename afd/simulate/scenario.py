@@ -1,4 +1,4 @@
-"""From flags to what is simulated: deployment, stage times, limits, arrivals. ConfigError says what does not fit."""
+"""Makes what is simulated of flags: deployment, stage times, limits, arrivals. ConfigError says what does not fit."""
 
 from __future__ import annotations
 

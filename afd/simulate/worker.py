@@ -100,8 +100,8 @@ class DataPath(Protocol):
 class AttentionWorker:
     """The core, and the steps in flight.
 
-    say: sends a message to the gateway.  targets: output tokens of each live request, by which its stop token is
-    sampled.
+    say: sends a message to the gateway.
+    targets: output tokens of each live request, by which its stop token is sampled.
     """
 
     def __init__(

@@ -147,7 +147,7 @@ class _Site:
         self._maker.shutdown()
 
     def stop(self) -> None:
-        """Also before `serve`."""
+        """Stop serving, also where that has not begun."""
         self._stopped.set()
 
     def admit(self, client: _Client) -> None:

@@ -37,7 +37,9 @@ Progress = Callable[[int, int], None]
 class WorkerProcess:
     """What a worker has before it has a seat, and how it takes one and serves. Main thread only; close it at the end.
 
-    role: attention or FFN.  stop: set when the process shall end.  announce: news for the supervisor.
+    role: attention or FFN.
+    stop: set when the process is to end.
+    announce: news for the supervisor.
     """
 
     def __init__(

@@ -42,7 +42,7 @@ class Seat:
         return self._fresh.pop() if self._fresh else None
 
     def follow(self) -> None:
-        """From now on `new_view` has something to give."""
+        """Let `new_view` give views from now on."""
         self.membership.on_view(self._on_view)
 
     def _on_view(self, view: ClusterView) -> None:  # side thread
@@ -72,7 +72,8 @@ def take_seat(
 ) -> Seat | None:
     """Register, get a rank, bind the mesh, publish its address. None when `stop` was set meanwhile.
 
-    agreed: config hash (hex).  info: what the worker says of itself; incarnation, hash and mesh address are filled in.
+    agreed: config hash (hex).
+    info: what the worker says of itself; incarnation, hash and mesh address are filled in.
     """
     info = msgspec.structs.replace(info, incarnation=uuid.uuid4().hex, config_hash=agreed)
     membership = join(info, fields)

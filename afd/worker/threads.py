@@ -1,8 +1,8 @@
 """How many threads compute: a worker's share while the other side works beside it, all cores while that waits for it.
 
-With one stream in flight the halves take turns: whoever computes has the machine to itself. On a shared host the other
-side's cores are then free, and half of every GEMM can run there. The kernels' results do not depend on the number of
-threads.
+With one stream in flight the halves take turns: the one that computes has the machine to itself. On a shared host
+the other side's cores are then free, and half of every GEMM can run there. The kernels' results do not depend on the
+number of threads.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ def alone_ratio(shared: int, alone: int) -> float:
 class ThreadShare:
     """Thread counts of one worker's process. Main thread only.
 
-    shared: threads while the other side computes, too.  alone: threads while it waits for us, at least as many.
+    shared: threads while the other side computes, too.
+    alone: threads while it waits for us, at least as many.
     """
 
     def __init__(self, shared: int, alone: int):

@@ -12,7 +12,7 @@ from tests.oracles.hf import load_hf_llama
 
 
 def gguf_file() -> str:
-    """As it is installed: 4-bit weights."""
+    """The installed model file, with 4-bit weights."""
     return str(resolve_model(DEFAULT_MODEL).path)
 
 

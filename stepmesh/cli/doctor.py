@@ -52,7 +52,7 @@ def findings(facts: Facts) -> list[Finding]:
 
 
 def text(found: list[Finding]) -> str:
-    """For people: problems stand out, each with its fix."""
+    """The findings for people: problems stand out, each with its fix."""
     lines = []
     for finding in found:
         lines.append(f"{finding.level:>5}  {finding.what}: {finding.found}")

@@ -32,7 +32,7 @@ class Experiment:
     def parse(
         cls, *, ranks: str, transports: str, sizes: str, back: str, count: int, host: str, timeout_s: float
     ) -> Experiment:
-        """From the command line's words. Raises ConfigError."""
+        """Read an experiment from the command line's words. Raises ConfigError."""
         sides = ranks.split("x")
         if len(sides) != 2 or not all(side.isdecimal() and 1 <= int(side) <= MAX_ATTENTION_RANKS for side in sides):
             raise ConfigError(f"ranks {ranks!r}: say MxN with numbers in 1..{MAX_ATTENTION_RANKS}, such as 2x2")

@@ -90,7 +90,7 @@ def as_dict(host: Host) -> dict[str, Any]:
 
 
 def text(host: Host) -> str:
-    """For people."""
+    """The report for people."""
     lines = [f"NUMA nodes: {host.num_numa_nodes}", "accelerators:"]
     for one in host.accelerators:
         near = nearest(one, host.ports)

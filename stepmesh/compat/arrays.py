@@ -61,7 +61,7 @@ class Described(NamedTuple):
 
 
 def describe(tensor: Any) -> Described:
-    """Of a torch tensor or a numpy array. Raises ConfigError for anything else."""
+    """Describe a torch tensor or a numpy array. Raises ConfigError for anything else."""
     if isinstance(tensor, np.ndarray):
         described = "numpy", tensor.dtype.str, tensor.shape
     elif _is_torch(tensor):

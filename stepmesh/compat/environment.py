@@ -109,7 +109,7 @@ class Environment:
 
     @property
     def name(self) -> str:
-        """Of this process, in the rendezvous and in messages: "worker 1 gpu 0"."""
+        """Name of this process in the rendezvous and in messages: "worker 1 gpu 0"."""
         return f"{self.role} {self.node_rank} gpu {self.gpu}"
 
     @property

@@ -31,7 +31,7 @@ _SIOCGIFADDR = 0x8915
 
 
 class ExchangeTimeout(MeshError, TimeoutError):
-    """Not everything came in time; nothing is lost by it, one may wait again."""
+    """The time was over before everything came. Nothing is lost by it: one may wait again."""
 
     retryable = True
 

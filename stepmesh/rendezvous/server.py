@@ -67,7 +67,7 @@ class Gatherings:
         return [Answer(other, {"name": name, "brought": brought}) for other in brought]
 
     def leave(self, participant: str) -> list[Answer]:
-        """A participant has gone: whoever waits with it waits in vain, and is told so."""
+        """A participant has gone: those who wait with it wait for nothing, and are told so."""
         answers = []
         for name, gathering in list(self._open.items()):
             if participant in gathering.brought:

@@ -54,7 +54,7 @@ class NameResolver:
         self._lookups: dict[tuple[str, int], _LookUp] = {}
 
     def look_up(self, host: str, port: int) -> Endpoint | None:
-        """Where to connect; None: ask again, the name is being looked up. Raises TransportError.
+        """The address to connect to; None: the name is being looked up, ask again. Raises TransportError.
 
         An answer is given once: a name may stand for another address the next time.
         """

@@ -130,7 +130,7 @@ class TcpIo:
                     channel.send_queued()
 
     def _receive(self) -> None:
-        """For a main thread that is busy otherwise."""
+        """Receive what comes while the main thread is busy otherwise."""
         news = False
         for fd, _ in self._data.poll(0):
             if (channel := self._channels.get(fd)) is not None:

@@ -55,7 +55,7 @@ class AdminRoutes:
         return Response(generate_latest(self._service.registry), media_type=CONTENT_TYPE_LATEST)
 
     async def version(self, request: Request) -> Response:
-        """Of this software."""
+        """This software's version."""
         return _json_response({"version": __version__})
 
     async def cluster(self, request: Request) -> Response:

@@ -26,9 +26,11 @@ class ChatFormat:
         tokens_as_ids: bool = False,
         skip_special_tokens: bool = True,
     ):
-        """top_logprobs: -1 = no log-probabilities.  include_usage: chunks carry "usage" (null until the last).
+        """top_logprobs: -1 = no log-probabilities.
+        include_usage: chunks carry "usage" (null until the last).
 
-        tokens_as_ids: tokens of log-probabilities are called "token_id:5".  skip_special_tokens: the text is without.
+        tokens_as_ids: tokens of log-probabilities are called "token_id:5".
+        skip_special_tokens: the text is without.
         """
         self._envelope = {"id": response_id, "object": "chat.completion", "created": created, "model": model}
         chunk_envelope = json({**self._envelope, "object": "chat.completion.chunk"})

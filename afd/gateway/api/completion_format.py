@@ -29,9 +29,11 @@ class CompletionFormat:
         tokens_as_ids: bool = False,
         skip_special_tokens: bool = True,
     ):
-        """num_logprobs: -1 = none.  echoed: the prompts' texts, to be put before the output; None = not asked for.
+        """num_logprobs: -1 = none.
+        echoed: the prompts' texts, to be put before the output; None = not asked for.
 
-        tokens_as_ids: tokens of log-probabilities are called "token_id:5".  skip_special_tokens: the text is without.
+        tokens_as_ids: tokens of log-probabilities are called "token_id:5".
+        skip_special_tokens: the text is without.
         """
         self._envelope = {"id": response_id, "object": "text_completion", "created": created, "model": model}
         self._head = b"data: " + json(self._envelope)[:-1] + b',"choices":['

@@ -37,7 +37,10 @@ def answers(
 ) -> dict[str, Any]:
     """Arguments of `add_api_route` for a GET of JSON.
 
-    shape: of the answer.  events: of a stream's.  errors: statuses beside 200.  is_open: no key is needed.
+    shape: of the answer.
+    events: of a stream's.
+    errors: statuses beside 200.
+    is_open: no key is needed.
     """
     content: dict[str, Any] = {"application/json": {"schema": _reference(shape)}}
     if events is not None:

@@ -1,4 +1,4 @@
-"""From a decoded body to a `GenerationJob`: defaults, limits and rules that span fields. Pure.
+"""Makes a `GenerationJob` of a decoded body: defaults, limits and rules that span fields. Pure.
 
 Every refusal is a RequestError (400) with the parameter's name.
 """

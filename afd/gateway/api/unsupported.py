@@ -95,7 +95,10 @@ class UnsupportedFields:
         self._decoder: msgspec.json.Decoder[Any] = msgspec.json.Decoder(record)
 
     def check(self, data: bytes) -> None:
-        """RequestError (400) with the name of a field that asks for what is not done.  data: a JSON object."""
+        """RequestError (400) with the name of a field that asks for what is not done.
+
+        data: a JSON object.
+        """
         record = self._decoder.decode(data)
         for name, harmless in self.fields.items():
             value = getattr(record, name)

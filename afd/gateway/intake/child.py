@@ -30,11 +30,11 @@ _requests = msgspec.msgpack.Decoder(RawRequest)
 
 
 class _TooSlow(BaseException):
-    """Not an Exception: templates are foreign code, and what they raise is caught."""
+    """Raised inside a template by the alarm. It is no Exception: templates are foreign code, which may catch those."""
 
 
 class TimedTemplate(ChatTemplate):
-    """One that comes to an end. Main thread only; what no signal can interrupt is the gateway's to kill."""
+    """A template that comes to an end. Main thread only; what no signal can interrupt is the gateway's to kill."""
 
     def render(self, messages: Sequence[Message], **how: Any) -> str:
         previous = signal.signal(signal.SIGALRM, _too_slow)

@@ -23,7 +23,7 @@ class TooSlowError(Exception):
 
 
 def encode_bounded(tokenizer: Encoder, text: str, max_tokens: int, *, add_special_tokens: bool) -> list[int]:
-    """At most `max_tokens` ids, exactly those of the whole text.
+    """Encode a text that may have at most `max_tokens` ids.
 
     Work is bounded by `max_tokens`, not by the text: a text with more characters than that is first counted piece by
     piece until the count passes the bound. TooManyTokensError, TooSlowError.

@@ -61,7 +61,8 @@ class Intake:
     ) -> Prepared:
         """RequestError, UnavailableError.
 
-        client: who asks; clients take turns.  on_turn: called when the wait for a turn ends.
+        client: who asks; clients take turns.
+        on_turn: called when the wait for a turn ends.
         """
         given = {name: headers[name] for name in JOB_HEADERS if name in headers}
         request = RawRequest(route, body, given, max_context)

@@ -29,7 +29,9 @@ _BODIES: dict[str, type[ChatBody | CompletionBody]] = {"chat": ChatBody, "comple
 
 
 class Setup(msgspec.Struct, array_like=True):
-    """A `ServedModel` and the limits, as values.  model: without tokenizer and template, which come as text.
+    """A `ServedModel` and the limits, as values.
+
+    model: without tokenizer and template, which come as text.
 
     tokenizer: its JSON, and whether it splits special tokens.
     """
@@ -75,8 +77,9 @@ class Refusal(msgspec.Struct, array_like=True):
 
 
 class Reply(msgspec.Struct, array_like=True):
-    """failed: the child could not read it, through a fault of ours.  job: without its prompts' ids and with the first
-    one's sampling parameters, of which only max_tokens differs between prompts.
+    """failed: the child could not read it, through a fault of ours.
+    job: without its prompts' ids and with the first one's sampling parameters, of which only max_tokens differs between
+    prompts.
     """
 
     refusal: Refusal | None = None
@@ -105,7 +108,7 @@ def pack(prepared: Prepared) -> tuple[Reply, bytes]:
 
 
 def unpack(route: str, reply: Reply, ids: memoryview) -> Iterator[Prepared | None]:
-    """In steps that are each short (None); the last one is what came."""
+    """Unpack a reply in short steps: None after each, at the end what came."""
     if reply.refusal is not None:
         raise reply.refusal.error()
     if reply.failed:

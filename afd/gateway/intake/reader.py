@@ -50,7 +50,8 @@ _SMALL = (bool, int, float, StreamOptions, type(None))
 class RawRequest(msgspec.Struct, array_like=True, frozen=True):
     """A request as it came.
 
-    headers: those that a job depends on.  max_context: tokens that a request can have at this moment.
+    headers: those that a job depends on.
+    max_context: tokens that a request can have at this moment.
     """
 
     route: str

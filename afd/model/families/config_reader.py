@@ -23,7 +23,10 @@ _MAX_SHOWN = 80
 
 @dataclass(frozen=True, slots=True)
 class ConfigReader:
-    """values: config.json's object, or GGUF metadata.  where: the file, for messages.  asked: keys read so far."""
+    """values: config.json's object, or GGUF metadata.
+    where: the file, for messages.
+    asked: keys read so far.
+    """
 
     values: Mapping[str, Any]
     where: str

@@ -48,7 +48,7 @@ NAMES = {
 
 
 _CONTEXT = 4096
-"""Where none is named, as in transformers' class."""
+"""Context of a configuration that names none, as in transformers' class."""
 
 
 def parse(config: ConfigReader, name: str) -> ModelSpec:

@@ -74,7 +74,9 @@ class Naming:
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """model_types, architectures: of config.json.  read: (configuration, model name) -> spec."""
+    """model_types, architectures: of config.json.
+    read: (configuration, model name) -> spec.
+    """
 
     name: str
     model_types: tuple[str, ...]

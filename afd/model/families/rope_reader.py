@@ -17,8 +17,8 @@ def read_rope(
 ) -> tuple[float, RopeScaling | None]:
     """(theta, scaling) from rope_theta with rope_scaling, or from one rope_parameters object.
 
-    context: max_position_embeddings, the trained context where none is named.  also: further keys of the object that
-    the family reads itself.
+    context: max_position_embeddings, the trained context where none is named.
+    also: further keys of the object that the family reads itself.
     """
     inner = _object(config)
     theta = inner.positive("rope_theta", config.positive("rope_theta", default_theta))

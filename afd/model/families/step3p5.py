@@ -38,7 +38,7 @@ from afd.model.spec import (
 )
 
 _CONTEXT = 128000
-"""Where none is named, as in transformers' class."""
+"""Context of a configuration that names none, as in transformers' class."""
 
 NAMES = {
     **TRUNK_NAMES,
@@ -142,7 +142,7 @@ class _Attention:
         return attention
 
     def _rope(self, layer: int, head_dim: int) -> RopeSpec:
-        """Of one layer, from one rope_parameters object for each layer type, or from lists with an entry each."""
+        """Rotation of one layer, read from one rope_parameters object for each layer type, or from lists by layer."""
         config, kind = self._config, self._types[layer]
         if self._by_type is not None:
             settings = dict(self._by_type[kind])

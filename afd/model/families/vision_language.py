@@ -18,7 +18,7 @@ VISION_TENSORS = (
     r"(model\.)?(vit_large_projector|multi_modal_projector|mm_projector|connector|audio_projector)\..*",
     r"(model\.)?image_newline",
 )
-"""Of the parts that turn images and sounds into embeddings: nothing in them is read for text."""
+"""Names of parts that turn images and sounds into embeddings: nothing in them is read for text."""
 
 LANGUAGE_MODEL_ALIASES = (
     (r"^(model\.)?(language_model|text_model)\.lm_head\.", "lm_head."),

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 SCALE_SUFFIX = "_scale_inv"
-"""Of the scale tensor's name: "weight" -> "weight_scale_inv"."""
+"""Suffix of the scale tensor's name: "weight" -> "weight_scale_inv"."""
 
 
 def _e4m3_values() -> npt.NDArray[np.float32]:
@@ -22,7 +22,7 @@ E4M3_VALUES = _e4m3_values()
 
 
 def scale_shape(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:
-    """Of the scale tensor that belongs to a matrix, or to a stack of matrices, of `shape`."""
+    """Shape of the scale tensor that belongs to a matrix, or to a stack of matrices, of `shape`."""
     return (*shape[:-2], -(-shape[-2] // block[0]), -(-shape[-1] // block[1]))
 
 
@@ -39,7 +39,8 @@ def apply_scales(
 ) -> npt.NDArray[np.float32]:
     """values [..., rows, columns] times the scales of their blocks.
 
-    first: row and column of values[..., 0, 0] in the whole matrix.  scales: of the blocks that `block_range` names.
+    first: row and column of values[..., 0, 0] in the whole matrix.
+    scales: of the blocks that `block_range` names.
     """
     for axis, start, size in ((-2, first[0], block[0]), (-1, first[1], block[1])):
         positions = np.arange(start, start + values.shape[axis])

@@ -23,7 +23,9 @@ COMPARED_ELEMENTS = 1 << 22
 
 
 class Checkpoint:
-    """Reads a model's tensors by part; holds headers and metadata, no open file.  where: the file or folder.
+    """Reads a model's tensors by part; holds headers and metadata, no open file.
+
+    where: the file or folder.
 
     block: rows and columns of one scale, where matrices are stored in float8.
     """

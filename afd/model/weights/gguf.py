@@ -26,7 +26,7 @@ MAX_HEADER_BYTES = 256 << 20
 MAX_DIMENSIONS = 4
 MAX_KEYS = 1 << 16
 MAX_ITEMS = 1 << 22
-"""Of all arrays together: four times what the largest vocabulary with its merges, scores and types has."""
+"""Items of all arrays together: four times what the largest vocabulary with merges, scores and types has."""
 
 _LEAST_KEY_BYTES = 8 + 4 + 1
 _LEAST_TENSOR_BYTES = 8 + 4 + 8 + 4 + 8
@@ -66,7 +66,7 @@ class GgufSource(TensorSource):
 
     @property
     def readable_dtypes(self) -> frozenset[str]:
-        """Those of the file's types that the gguf package dequantises, found by asking it for one block."""
+        """Types in the file that the gguf package dequantises, found by asking it for one block."""
         return frozenset(dtype for dtype in {t.dtype for t in self.tensors.values()} if _can_dequantize(dtype))
 
     def read(self, name: str, slices: Slices = ()) -> RawTensor:

@@ -20,12 +20,13 @@ Progress = Callable[[int, int], None]
 """Called as (tensors done, tensors in all) while a half loads."""
 
 MAX_TENSORS = 400_000
-"""Of a checkpoint, three times what those with most experts have."""
+"""Tensors of a checkpoint at most: three times what those with most experts have."""
 
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """dtype: the format's own name for it ("BF16", "Q4_1").  file: that holds it.
+    """dtype: the format's own name for it ("BF16", "Q4_1").
+    file: that holds it.
 
     listed: False for a tensor that the folder's index does not name: read if the model has it, else left alone.
     """

@@ -126,7 +126,7 @@ class CpuOps(TorchOps):
         return AngleTable(frequencies, factor)
 
     def rope_write_kv(self, q: Tensor, write: KvWrite, rotation: Rotation) -> Tensor:
-        """Where the kernels take the cache, q is rotated in place, and a negative slot skips the token."""
+        """See `Ops`. Where the kernels take the cache, q is rotated in place, and a negative slot skips the token."""
         if not checks.takes_cache(write.k_cache, write.v_cache):
             return super().rope_write_kv(q, write, rotation)
         checks.check_rope_write_kv(q, write, rotation)
@@ -134,7 +134,7 @@ class CpuOps(TorchOps):
         return q
 
     def paged_attention(self, args: AttentionArgs) -> Tensor:
-        """Where the kernels take the cache, block table entries that no query may see are not read."""
+        """See `Ops`. Where the kernels take the cache, block table entries that no query may see are not read."""
         if not checks.takes_cache(args.k_cache, args.v_cache):
             return attend_in_turn(args)
         checks.check_attention(args)

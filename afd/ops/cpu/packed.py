@@ -23,9 +23,9 @@ class Int8Order(NamedTuple):
 
 
 PAIRS = Int8Order(INT8_PANEL_ROWS, 2)
-"""For src/gemm_int8.h."""
+"""The layout that src/gemm_int8.h reads."""
 QUADS = Int8Order(INT8_PANEL_ROWS, 4)
-"""For src/gemm_vnni.h: values are stored as unsigned bytes, 128 more than they mean."""
+"""The layout that src/gemm_vnni.h reads: values are stored as unsigned bytes, 128 more than they mean."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,8 @@ class PackedInt8:
     """A matrix [n, k] of int8, row i of which is to be multiplied by scales[i]; `pack` makes it.
 
     data: bytes [panels, ceil(k / INT8_DEPTH) * INT8_DEPTH / columns, panel rows, columns] of an `Int8Order`,
-    contiguous; rows and columns beyond [n, k] mean zero.  scales: float32 [panels * panel rows], zeros beyond n.
+    contiguous; rows and columns beyond [n, k] mean zero.
+    scales: float32 [panels * panel rows], zeros beyond n.
     """
 
     data: Tensor

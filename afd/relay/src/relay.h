@@ -37,7 +37,7 @@ struct AfdRelayed {
     int32_t num_laps, num_answered, outcome, gang_tokens;  // gang_tokens: of the last answer
     int64_t began_ns, ended_ns;
     // Sums over the laps: computing here, posting, waiting for the other side; the FFN's computing as its answers say, and
-    // what of the waiting was longer than it (attention). Behind ended_ns, in vain: open_wait_ns (attention).
+    // what of the waiting was longer than it (attention). Behind ended_ns, for an answer that did not come: open_wait_ns (attention).
     int64_t compute_ns, post_ns, wait_ns, ffn_ns, exposed_ns, open_wait_ns;
 };
 struct AfdRelayLayer {

@@ -159,7 +159,7 @@ class VerbsChannel(Channel):
         return self._rx.slots[NUM_PARITIES * stream + parity]
 
     def post(self, stream: int, parity: int, seq: int, frame_bytes: int, rows: RowSource | None = None) -> None:
-        """With `rows`: the payload's first bytes come from there, which must not change until it is answered."""
+        """Post a frame. rows: memory of the payload's first bytes, which must not change until it is answered."""
         qp = self._qp
         if qp is None or self._failure is not None:
             return

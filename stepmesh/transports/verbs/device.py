@@ -343,7 +343,7 @@ def _explained(what: str) -> Iterator[None]:
 
 
 def _failure(what: str, error: Exception) -> TransportError:
-    """With what to do about the common one."""
+    """The failure as an error; for the common one, what to do about it."""
     advice = ""
     if getattr(error, "error_code", 0) == errno.ENOMEM:
         advice = " (locked-memory limit? see `ulimit -l`, LimitMEMLOCK=, or the container's ulimits)"
