@@ -3,17 +3,18 @@ forecast of how long one waits in it. Pure."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from bisect import bisect_left, bisect_right
+from collections.abc import Collection, Sequence
 
 from afd.gateway.sequence import ClientSequence
-from afd.messages.serving import WorkerStats
+from afd.messages.serving import PLACE_RANKS, WorkerStats
 
 # Nobody is let in to wait for nothing: the prediction may take this share of the time there is, less the age of reports
 # and probes.
 PLANNED = 0.7
 STALENESS_S = 0.1
 LEARN = 0.2  # weight of the newest wait in the correction of forecasts
-CORRECTION_LIMITS = (0.2, 3.0)
+CORRECTION_LIMITS = (0.2, 5.0)
 
 
 def predicted_wait_s(workers: Collection[WorkerStats], num_ahead: int, *, at_least_s: float = 0.0) -> float:
@@ -24,13 +25,35 @@ def predicted_wait_s(workers: Collection[WorkerStats], num_ahead: int, *, at_lea
     """
     if not all(stats.places_s for stats in workers):
         return at_least_s
-    places = sorted(place_s for stats in workers for place_s in stats.places_s)
-    if not places:
+    moments = sorted(place_s for stats in workers for place_s in stats.places_s)
+    if not moments:
         return at_least_s
-    wait_s = places[min(num_ahead, len(places) - 1)]
-    if num_ahead >= len(places):
-        wait_s += (num_ahead + 1 - len(places)) * places[-1] / len(places)
+    num = float(num_ahead + 1)
+    num_told = _num_places(workers, moments[-1])
+    if num_told >= num:
+        wait_s = moments[bisect_left(moments, num, key=lambda moment_s: _num_places(workers, moment_s))]
+    else:
+        wait_s = moments[-1] + (num - num_told) / sum(1.0 / _interval_s(stats.places_s) for stats in workers)
     return max(at_least_s, wait_s)
+
+
+def _num_places(workers: Collection[WorkerStats], until_s: float) -> float:
+    """How many requests find a place at these workers until then; beyond what one tells, as many a second as before."""
+    total = 0.0
+    for stats in workers:
+        idx = bisect_right(stats.places_s, until_s)
+        if idx == len(stats.places_s):
+            total += PLACE_RANKS[idx - 1] + 1 + (until_s - stats.places_s[-1]) / _interval_s(stats.places_s)
+        else:
+            total += PLACE_RANKS[idx]
+    return total
+
+
+def _interval_s(places_s: Sequence[float]) -> float:
+    """Between two places, on average of those that are told."""
+    first_s, last_s, last = places_s[0], places_s[-1], PLACE_RANKS[len(places_s) - 1]
+    interval_s: float = (last_s - first_s) / last if last_s > first_s else last_s / (last + 1)
+    return interval_s if interval_s > 1e-6 else 1e-6
 
 
 def is_too_long(wait_s: float, patience_s: float) -> bool:
@@ -44,10 +67,14 @@ def prefill_s(workers: Collection[WorkerStats], num_prompt: int) -> float:
 
 
 class Correction:
-    """Corrects predicted times by what things took lately, compared with what had been predicted for them."""
+    """Corrects predicted times by what things took lately, compared with what had been predicted for them.
 
-    def __init__(self) -> None:
+    caution: 0.5 = on average; nearer to 1: so that few take longer, for what has to be over in time.
+    """
+
+    def __init__(self, caution: float = 0.5) -> None:
         self._factor = 1.0
+        self._learn_up, self._learn_down = 2 * LEARN * caution, 2 * LEARN * (1 - caution)
 
     def apply(self, predicted_s: float) -> float:
         """The time to be expected where `predicted_s` is predicted."""
@@ -57,7 +84,8 @@ class Correction:
         """Something took so long that had been predicted to take `predicted_s`."""
         low, high = CORRECTION_LIMITS
         ratio = (took_s + STALENESS_S) / (predicted_s + STALENESS_S)
-        self._factor += LEARN * (min(high, max(low, ratio)) - self._factor)
+        ratio = min(high, max(low, ratio))
+        self._factor += (self._learn_up if ratio > self._factor else self._learn_down) * (ratio - self._factor)
 
     def took_longer(self, than_s: float, predicted_s: float) -> None:
         """Something was given up after so long."""

@@ -38,6 +38,7 @@ PROBE_INTERVAL_S = 1.0
 COOLING_MIN_S, COOLING_MAX_S = 0.05, 1.0
 PAUSE_S = 0.5  # between two ticks: this process stood still, and could hear nobody meanwhile
 MAX_LOSSES = 5  # a request that takes so many workers down with it is not tried again
+CAUTION = 0.9  # a place that is found just in time is no use when the prompt takes longer than predicted
 SCOUT = 3.0  # the first in line is not turned away before the forecast says so many times the time that it has
 
 
@@ -94,7 +95,7 @@ class Dispatcher:
         self.workers: dict[str, Worker] = {}
         self.queue = AdmissionQueue(limits.max_queue)
         self.counters = DispatchCounters()
-        self._waits, self._prefills = Correction(), Correction()
+        self._waits, self._prefills = Correction(), Correction(CAUTION)
         self._gateway_id = gateway_id
         self._port = port
         self._num_submitted = 0

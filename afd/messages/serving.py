@@ -8,9 +8,10 @@ and asks again (`Resend`). A message lost on the way therefore loses nothing.
 
 from __future__ import annotations
 
-from typing import Union
+from typing import Annotated, Union
 
 import msgspec
+from msgspec import Meta
 
 from afd.config import ClusterConfig
 from afd.errors import ConfigError
@@ -156,11 +157,17 @@ class Refused(msgspec.Struct, tag="refused", frozen=True):
     retry_after_s: float = 1.0
 
 
+PLACE_RANKS = (
+    *range(16), *range(16, 32, 2), *range(32, 64, 4), *range(64, 128, 8), *range(128, 256, 16), *range(256, 513, 32)
+)  # fmt: skip
+"""Which of the next requests `WorkerStats.places_s` tells of (0 = the next one): far ones need not be told apart."""
+
+
 class WorkerStats(msgspec.Struct, tag="stats", frozen=True):
     """Load of one attention worker: sent on every change of note, at most every 100 ms, at least every second.
 
-    places_s: until each of the next typical requests would be admitted, one after another, in ascending order; empty =
-    all of them now.
+    places_s: until typical requests would be admitted, one after another: those of PLACE_RANKS, as many as are worth
+    telling; ascending; empty = all of them now.
     max_tokens: prompt and output together, of the longest sequence that can run here; 0 = not known.
     """
 
@@ -170,7 +177,7 @@ class WorkerStats(msgspec.Struct, tag="stats", frozen=True):
     kv_blocks_total: int
     kv_blocks_free: int
     draining: bool = False
-    places_s: list[float] = []
+    places_s: Annotated[list[float], Meta(max_length=len(PLACE_RANKS))] = []
     prefix_hits: int = 0  # prompt tokens, cumulative
     prefix_queries: int = 0
     num_preemptions: int = 0

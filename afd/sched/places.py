@@ -5,8 +5,6 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable
 
-MAX_PLACES = 32  # told to the gateways
-
 
 def places_s(
     leaving_s: Iterable[float],
@@ -17,9 +15,9 @@ def places_s(
     prefill_s: float,
     decode_s: float,
     allowed_s: float,
-    count: int = MAX_PLACES,
+    count: int,
 ) -> tuple[float, ...]:
-    """Seconds until each of the next `count` requests of typical size finds a place, in order.
+    """Seconds until each of the next `count` requests of typical size finds a place, in order: O(count log running).
 
     leaving_s: when each running sequence leaves.
     num_free: places that are free now.

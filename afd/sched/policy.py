@@ -8,16 +8,17 @@ prompts before it, in what those cycles leave for prefill, do not keep it from i
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Literal
 
-from afd.messages.serving import NEVER_S
+from afd.messages.serving import NEVER_S, PLACE_RANKS
 from afd.sched.forecast import LengthForecast
 from afd.sched.latency import LatencyModel, StepLoad
-from afd.sched.places import MAX_PLACES, places_s
+from afd.sched.places import places_s
 from afd.sched.prefill import PrefillBudget
 from afd.sched.rules import HEADROOM
 from afd.sched.scheduler import MAX_PAUSES, Scheduler
@@ -32,6 +33,9 @@ SIZE_EMA = 0.2
 LINE_S = 0.3  # a refused request that asks again so soon keeps its place before smaller ones that came later
 MAX_LINE = 32
 NUM_OUTLOOKS = 15  # over which what gateways are told is smoothed: one and a half seconds of them
+MIN_PLACES = 32  # that gateways are told of
+LOOK_AHEAD = 2  # times as many places as sequences run
+LAST = len(PLACE_RANKS) - 1
 LINE_WAIT_S = 1.0  # nobody is held back for a request whose place is farther away
 
 
@@ -67,7 +71,7 @@ class Refusal:
 class Outlook:
     """What the worker tells the gateways.
 
-    places_s: until each of the next typical requests would be admitted, one after another; empty = all of them now.
+    places_s: until typical requests would be admitted, one after another: those of PLACE_RANKS; empty = all now.
     prefill_token_s: from a place to the first token, per token of the prompt, beside what runs.
     """
 
@@ -352,32 +356,39 @@ class Admission:
             return (), pace.token_s
         self._outlooks.append((places, pace.token_s))
         all_places, paces = zip(*self._outlooks, strict=True)
-        return tuple(map(median, zip(*all_places, strict=True))), median(paces)
+        # As far as all of them look: how many are told of follows how many run.
+        return tuple(map(median, zip(*all_places, strict=False))), median(paces)
 
     def _places_s(self, course: _Course, typical: _Share) -> tuple[float, ...]:
-        """Seconds until each of the next requests like `typical` would be admitted; empty: all of them may come."""
+        """Seconds until the next requests like `typical` would be admitted, by PLACE_RANKS; empty: all may come now.
+
+        So many that all that run have left by then: a line moves as they do.
+        """
+        num_ranks = 1 + bisect_left(PLACE_RANKS, max(MIN_PLACES, LOOK_AHEAD * len(course.shares)), hi=LAST)
+        count = PLACE_RANKS[num_ranks - 1] + 1
         places = places_s(
             course.left_s,
-            num_free=self._num_free(course.crowd, typical),
+            num_free=self._num_free(course.crowd, typical, count),
             first_s=self._wait_s(course, typical),
             backlog_s=course.pace.token_s * course.crowd.num_pending,
             prefill_s=course.pace.token_s * typical.num_pending,
             decode_s=typical.num_left * course.cycle_s,
             allowed_s=BACKLOG * self._ttft_s,
+            count=count,
         )
-        return places if places[-1] else ()
+        return tuple(places[rank] for rank in PLACE_RANKS[:num_ranks]) if places[-1] else ()
 
-    def _num_free(self, crowd: _Crowd, typical: _Share) -> int:
-        """How many more of them could decode beside the crowd, whatever their prefill takes; at most MAX_PLACES."""
+    def _num_free(self, crowd: _Crowd, typical: _Share, most: int) -> int:
+        """How many more of them could decode beside the crowd, whatever their prefill takes; at most `most`."""
 
         def fit(num: int) -> bool:
             together = replace(crowd)
             together.add(typical, num)
             return self._decode_obstacle(together) is None
 
-        if fit(MAX_PLACES):
-            return MAX_PLACES
-        low, high = 0, MAX_PLACES  # `high` do not fit
+        if fit(most):
+            return most
+        low, high = 0, most  # `high` do not fit
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if fit(middle) else (low, middle)

@@ -1,9 +1,13 @@
 """The gateway's forecast: how long a newcomer would wait, who is turned away at once for it, and who is let in."""
 
+import random
+
 import pytest
 
 from afd.errors import UnavailableError
 from afd.gateway.admission import AdmissionQueue, Correction, predicted_wait_s, prefill_s
+from afd.messages.codec import MessageError, encode
+from afd.messages.serving import PLACE_RANKS, worker_message_decoder
 from tests.fakes.dispatch_scene import Scene, stats
 
 
@@ -17,9 +21,26 @@ def test_each_in_line_takes_the_next_place_wherever_it_is():
     assert predicted_wait_s([full(0.5), full(0.2)], 4) == pytest.approx(0.5)  # after 0.2, 0.3, 0.4 and one 0.5
     assert predicted_wait_s([full(), stats()], 5) == 0.0  # the other has room
     assert predicted_wait_s([full()], 5, at_least_s=2.0) == pytest.approx(2.0)
-    assert predicted_wait_s([full()], 7 + 8) == pytest.approx(1.2 * 2)  # beyond what is told: at the same rate
+    assert predicted_wait_s([full()], 7 + 8) == pytest.approx(2.0)  # beyond what is told: at the same rate
     assert predicted_wait_s([stats()], 100) == 0.0  # a worker that says nothing promises nothing
     assert predicted_wait_s([], 3) == 0.0
+
+
+def test_far_places_are_told_in_groups():
+    told = [0.01 * rank for rank in PLACE_RANKS]
+    assert predicted_wait_s([stats(places_s=told)], 3) == pytest.approx(0.03)
+    for num_ahead in (40, 300, 511):
+        assert predicted_wait_s([stats(places_s=told)], num_ahead) == pytest.approx(0.01 * num_ahead, rel=0.1)
+        assert predicted_wait_s([stats(places_s=told)] * 2, 2 * num_ahead) == pytest.approx(0.01 * num_ahead, rel=0.1)
+    assert predicted_wait_s([stats(places_s=told)], 5000) == pytest.approx(50.0, rel=0.05)
+    # One worker tells of less: it goes on as it did.
+    assert predicted_wait_s([stats(places_s=told), stats(places_s=told[:20])], 600) == pytest.approx(3.0, rel=0.1)
+
+
+def test_more_places_than_there_are_ranks_are_no_message():
+    encoded = encode(stats(places_s=[1.0] * (len(PLACE_RANKS) + 1)))
+    with pytest.raises(MessageError):
+        worker_message_decoder.decode(encoded)
 
 
 def test_prefill_is_that_of_the_quickest_worker():
@@ -102,6 +123,19 @@ def test_a_prediction_that_was_wrong_is_corrected(really):
             correction.took(really * (2.0 + (idx - 20) % 3), 2.0 + (idx - 20) % 3)
     assert min(really, 1.0) - 0.05 <= min(expected) and max(expected) <= max(really, 1.0) + 0.05
     assert expected[-1] == pytest.approx(really, rel=0.1)
+
+
+def test_a_cautious_correction_stays_above_most_of_what_things_take():
+    rng, cautious, even = random.Random(0), Correction(0.9), Correction()
+    longer = []
+    for idx in range(2000):
+        took_s = rng.uniform(0.5, 4.0)
+        if idx > 100:
+            longer.append((took_s > cautious.apply(1.0), took_s > even.apply(1.0)))
+        cautious.took(took_s, 1.0)
+        even.took(took_s, 1.0)
+    shares = [sum(column) / len(longer) for column in zip(*longer, strict=True)]
+    assert shares[0] < 0.3 < 0.4 < shares[1] < 0.6
 
 
 def test_who_gives_up_its_place_in_line_corrects_the_forecast_too():

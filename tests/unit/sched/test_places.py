@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from afd.sched.places import MAX_PLACES, places_s
+from afd.sched.places import places_s
 
 SIZES = {"backlog_s": 0.0, "prefill_s": 0.1, "decode_s": 10.0, "allowed_s": 0.5}
 
@@ -48,8 +48,9 @@ def test_places_are_in_order_and_none_is_given_twice(leaving, num_free, first, b
         prefill_s=prefill,
         decode_s=decode,
         allowed_s=allowed,
+        count=32,
     )
-    assert len(places) == MAX_PLACES
+    assert len(places) == 32
     assert list(places) == sorted(places) and places[0] >= first
     if not prefill and not backlog and (leaving or num_free):
         for idx, place in enumerate(places):  # as many have left by then as places were given beyond the free ones
