@@ -6,10 +6,11 @@ import argparse
 import signal
 import threading
 import time
+from contextlib import ExitStack, closing
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from afd.cli.locate import Located, add_locate_flags, locate
+from afd.cli.locate import add_locate_flags, locate
 from afd.config import ClusterConfig, resolve_config
 from afd.errors import ConfigError
 from afd.types import Topology
@@ -30,7 +31,6 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "the number of FFN workers changes with a new topology only.",
     )
     add_locate_flags(parser)
-    parser.add_argument("--config", metavar="FILE", help="the cluster's TOML file, instead of the flags above")
     parser.add_argument("--min", type=_topology, default="1A1F", metavar="xAyF", help="no fewer (default: 1A1F)")
     parser.add_argument("--max", type=_topology, default="8A4F", metavar="xAyF", help="no more (default: 8A4F)")
     parser.add_argument("--interval", type=float, default=15.0, metavar="S", help="between rounds (default: 15)")
@@ -50,8 +50,7 @@ def run(args: argparse.Namespace) -> int:
     limits = Limits(args.min, args.max)
     config = resolve_config(args.config, {})
     policy = Policy(tpot_s=config.sla.tpot_ms / 1e3, ttft_s=config.sla.ttft_ms / 1e3)
-    place = _place(args, config)
-    with place.client() as client:
+    with locate(args).client() as client:
         return _look_once(client, policy) if args.once else _serve(args, config, client, policy, limits)
 
 
@@ -60,17 +59,6 @@ def _topology(text: str) -> Topology:
         return Topology.parse(text)
     except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def _place(args: argparse.Namespace, config: ClusterConfig) -> Located:
-    if not args.config:
-        return locate(args)
-    from afd.cluster.secret_file import require_secret
-
-    if config.coordinator.address.endswith(":0"):
-        raise ConfigError(f"{args.config}: coordinator.address must say where the coordinator listens")
-    secret = require_secret(config.cluster.secret_file)
-    return Located(config.coordinator.address, secret, ca_file=config.coordinator.tls_ca_file)
 
 
 def _look_once(client: CoordinatorClient, policy: Policy) -> int:
@@ -100,6 +88,7 @@ def _serve(
     from afd.host.open_files import want_open_files
     from afd.telemetry.exposition import MetricsServer, process_registry
     from afd.telemetry.log import setup_logging
+    from afd.telemetry.log_level import LogLevelWatch
 
     setup_logging("autoscale", level=config.log.level, fmt=config.log.format)
     want_open_files(files_needed("autoscale", config), "autoscale")
@@ -113,9 +102,9 @@ def _serve(
         signal.signal(signum, on_signal)
     registry = process_registry("autoscale")
     controller = Controller(client, Adviser(policy, limits), AutoscaleMetrics(registry), target=target)
-    server = MetricsServer(args.host, args.metrics_port, registry, controller.ready)
-    try:
+    with ExitStack() as life:
+        life.enter_context(closing(MetricsServer(args.host, args.metrics_port, registry, controller.ready)))
+        if args.config:
+            life.enter_context(closing(LogLevelWatch(args.config, lambda: resolve_config(args.config, {}).log.level)))
         controller.run(stop, args.interval)
-    finally:
-        server.close()
     return 0

@@ -6,6 +6,7 @@ import argparse
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from afd.config import resolve_config
 from afd.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -33,14 +34,23 @@ def add_locate_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="default: the `afd up` running on this host")
     parser.add_argument("--secret-file", metavar="FILE", help="the cluster's secret (with --coordinator)")
     parser.add_argument("--tls-ca-file", metavar="FILE", help="CA of the coordinator (with --coordinator)")
+    parser.add_argument("--config", metavar="FILE", help="the cluster's TOML file, instead of the three flags above")
     parser.add_argument("--pid", type=int, help="process id of the `afd up` meant, when several run here")
 
 
 def locate(args: argparse.Namespace) -> Located:
     """ConfigError when there is none, or more than one and none is named."""
-    if args.coordinator:
-        from afd.cluster.secret_file import require_secret
+    from afd.cluster.secret_file import require_secret
 
+    if args.config:
+        if args.coordinator:
+            raise ConfigError("--config and --coordinator both say where the coordinator is: give one")
+        config = resolve_config(args.config, {})
+        if config.coordinator.address.endswith(":0"):
+            raise ConfigError(f"{args.config}: coordinator.address must say where the coordinator listens")
+        secret = require_secret(args.secret_file or config.cluster.secret_file)
+        return Located(config.coordinator.address, secret, ca_file=args.tls_ca_file or config.coordinator.tls_ca_file)
+    if args.coordinator:
         return Located(args.coordinator, require_secret(args.secret_file or ""), ca_file=args.tls_ca_file or "")
     return locate_local(args.pid)
 

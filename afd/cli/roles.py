@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
+from contextlib import ExitStack, closing
 
 from afd.cli.flags import ATTENTION, COORDINATOR, FFN, GATEWAY, add_config_flags, config_from_args
-from afd.config import ClusterConfig
+from afd.config import ClusterConfig, resolve_config
 from afd.errors import ConfigError
 
 HELP = {
@@ -44,6 +45,7 @@ def run(args: argparse.Namespace) -> int:
     from afd.cluster.resolve import find_model, usable_cores, whole_host_threads
     from afd.cluster.secret_file import require_secret
     from afd.telemetry.log import setup_logging
+    from afd.telemetry.log_level import LogLevelWatch
 
     config = config_from_args(args)
     setup_logging(args.role, level=config.log.level, fmt=config.log.format)
@@ -56,7 +58,10 @@ def run(args: argparse.Namespace) -> int:
         return 0
     secret = require_secret(config.cluster.secret_file)
     os.environ.update(role_environment(0))  # before the role's libraries are loaded
-    return run_role(RoleLaunch(role=args.role, rank=args.rank, config=config, secret=secret.hex()), entry)
+    with ExitStack() as life:
+        if args.config:
+            life.enter_context(closing(LogLevelWatch(args.config, lambda: resolve_config(args.config, {}).log.level)))
+        return run_role(RoleLaunch(role=args.role, rank=args.rank, config=config, secret=secret.hex()), entry)
 
 
 def _check_reachable(config: ClusterConfig) -> None:

@@ -95,8 +95,10 @@ def _row(status: MemberStatus) -> tuple[str, ...]:
         state = "draining"
     elif member.ready:
         state = "ready"
+    elif status.loading < 1.0 and member.info.role != "gateway":  # which loads nothing
+        state = f"loading {status.loading:.0%}"
     else:
-        state = f"loading {status.loading:.0%}" if status.loading < 1.0 else "connecting"
+        state = "connecting"
     return (
         f"{member.info.role}/{member.rank}",
         state,

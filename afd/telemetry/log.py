@@ -67,8 +67,13 @@ def setup_logging(who: str, *, level: str = "info", fmt: str = "text") -> None:
     """Configure the root logger of this process. who: "gateway", "attention/0", ..."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_JsonFormatter(who) if fmt == "json" else _TextFormatter(who))
+    logging.getLogger().handlers[:] = [handler]
+    set_level(level)
+
+
+def set_level(level: str) -> None:
+    """The least that this process logs from now on; of chatty libraries warnings at most."""
     root = logging.getLogger()
-    root.handlers[:] = [handler]
     root.setLevel(level.upper())
     for noisy in ("uvicorn.access", "uvicorn.error", "httpx"):
         logging.getLogger(noisy).setLevel(max(logging.WARNING, root.level))

@@ -20,14 +20,15 @@ RELEASE, NAMESPACE = "afd", "demo"
 ROLES = ("gateway", "coordinator", "attention", "ffn", "autoscale")
 
 
-def render_text(values: Values, *, release: str = RELEASE) -> str:
+def render_text(values: Values, *, release: str = RELEASE, namespace: str = NAMESPACE) -> str:
     """What helm prints; ConfigError with its words when the chart refuses the values."""
-    return render(find_helm(), CHART, Render(release, NAMESPACE, values))
+    return render(find_helm(), CHART, Render(release, namespace, values))
 
 
-def render_values(values: Values) -> list[Object]:
+def render_values(values: Values, *, release: str = RELEASE, namespace: str = NAMESPACE) -> list[Object]:
     """Every object."""
-    return [one for one in yaml.load_all(render_text(values), Loader=yaml.CSafeLoader) if one]
+    text = render_text(values, release=release, namespace=namespace)
+    return [one for one in yaml.load_all(text, Loader=yaml.CSafeLoader) if one]
 
 
 @cache
@@ -57,7 +58,12 @@ def pod_templates(objects: tuple[Object, ...]) -> Iterator[tuple[str, Object]]:
                 yield role["name"], role["spec"]["leaderWorkerTemplate"]["workerTemplate"]
 
 
-def config_text(objects: tuple[Object, ...]) -> str:
-    """The configuration file that the pods mount."""
-    text: str = named(objects, "ConfigMap", "afd-config")["data"]["afd.toml"]
+def config_text(objects: tuple[Object, ...], role: str) -> str:
+    """The configuration file that a role's pods mount."""
+    ((text,),) = [
+        one["data"].values()
+        for one in of_kind(objects, "ConfigMap")
+        if one["metadata"]["name"].endswith(f"-config-{role}")
+    ]
+    assert isinstance(text, str)
     return text

@@ -110,9 +110,9 @@ def _setns(fd: int) -> None:
 class Pod:
     """One pod of a workload. `start` runs its container, again after it has ended."""
 
-    def __init__(self, network: Network, role: str, ordinal: int, template: Object, folder: Path):
+    def __init__(self, network: Network, role: str, ordinal: int, template: Object, folder: Path, name: str):
         self.role = role
-        self.name = f"{role}-{ordinal}"
+        self.name = name
         self.ordinal = ordinal
         self.namespace, self.address = network.attach(self.name)
         (self.container,) = template["spec"]["containers"]
@@ -132,6 +132,10 @@ class Pod:
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(data)
             target.chmod(0o440 if "secret" in path else 0o444)
+
+    def remount(self, path: str, data: bytes) -> None:
+        """What the kubelet does to a mounted ConfigMap that has changed; the process runs on."""
+        (self._etc / path.removeprefix("/etc/")).write_bytes(data)
 
     def start(self) -> None:
         """Run the container's command with the kubelet's substitutions."""

@@ -36,11 +36,23 @@ ROLE: Values = {
     "nodeSelector": {"pool": TOKEN},
     "tolerations": [{"key": TOKEN, "operator": "Equal", "value": TOKEN, "effect": "NoSchedule"}],
     "affinity": {"nodeAffinity": {"note": TOKEN}},
+    "podLabels": {"team": TOKEN},
+    "priorityClassName": TOKEN,
+    "schedulerName": TOKEN,
+    "runtimeClassName": TOKEN,
+    "image": {"repository": TOKEN, "tag": TOKEN},
+    "lifecycle": {"postStart": {"exec": {"command": [TOKEN]}}},
+    "extraContainers": [{"name": "beside", "image": TOKEN, "args": [TOKEN]}],
 }
 INIT: Values = {"initContainers": [{"name": "init", "image": TOKEN, "args": [TOKEN, TOKEN]}]}
+WORKER: Values = {**ROLE, **INIT, "gpu": {"resource": f"example.com/{TOKEN}"}}
 FULL: Values = {
     "topology": "2A2F",
-    "model": {"name": TOKEN, "servedName": TOKEN, "mountPath": f"/{TOKEN}"},
+    "model": {
+        "name": f"/models/{TOKEN}",
+        "servedName": TOKEN,
+        "download": {"image": "a/b:1", "command": [TOKEN], "args": [TOKEN], "env": [{"name": "TOKEN", "value": TOKEN}]},
+    },
     "image": {"repository": TOKEN, "tag": TOKEN},
     "imagePullSecrets": [{"name": TOKEN}],
     "config": {"attention": {"cores": TOKEN}, "gateway": {"advertise_host": TOKEN}},
@@ -58,14 +70,21 @@ FULL: Values = {
             "annotations": {"example.com/note": TOKEN},
         },
         "httpRoute": {"enabled": True, "parentRefs": [{"name": TOKEN}], "hostnames": [TOKEN]},
+        "inferencePool": {"enabled": True, "endpointPicker": TOKEN},
     },
     "coordinator": ROLE,
-    "attention": {**ROLE, **INIT, "hpa": {"enabled": True, "metric": TOKEN}},
-    "ffn": {**ROLE, **INIT},
+    "attention": {**WORKER, "resourceClaims": [{"name": TOKEN, "resourceClaimName": TOKEN}]},
+    "ffn": {**WORKER, "resourceClaims": [{"name": TOKEN, "resourceClaimTemplateName": TOKEN}]},
+    "pods": {"env": [{"name": "COMMON", "value": TOKEN}], "podAnnotations": {"example.com/common": TOKEN}},
+    "serviceAccount": {"name": TOKEN},
+    "queueName": TOKEN,
     "gpu": {"resource": f"example.com/{TOKEN}"},
     "rdma": {"enabled": True, "resource": f"example.com/{TOKEN}", "env": [{"name": "TOKEN", "value": TOKEN}]},
     "placement": {"topologyKey": TOKEN},
-    "networkPolicy": {"clientsFrom": [{"podSelector": {"matchLabels": {"app": TOKEN}}}]},
+    "networkPolicy": {
+        "clientsFrom": [{"podSelector": {"matchLabels": {"app": TOKEN}}}],
+        "egressTo": [{"to": [{"podSelector": {"matchLabels": {"app": TOKEN}}}]}],
+    },
     "monitoring": {"serviceMonitor": True, "prometheusRule": True, "dashboard": True, "labels": {"release": TOKEN}},
     "autoscale": {**ROLE, "enabled": True},
     "device": "cuda",
@@ -74,6 +93,12 @@ VOLUMES: dict[str, Values] = {
     "statefulsets": {"pvc": {"claimName": TOKEN}},
     "disaggregatedset": {"hostPath": {"path": f"/{TOKEN}"}},
 }
+SCALERS: dict[str, Values] = {
+    "statefulsets": {"hpa": {"enabled": True, "metric": TOKEN}},
+    "disaggregatedset": {"keda": {"enabled": True, "serverAddress": TOKEN, "query": TOKEN}},
+}
+# The same definitions hold for these keys wherever they stand.
+ROLES = {"gateway", "coordinator", "attention", "ffn", "autoscale", "pods"}
 HOSTILE = (
     *("yes", "No", "on", "y", "null", "~", "true", "0123", "0x1f", "0o17", "1e3", "1_000", ".5", "12:30:45", "1.0"),
     *(
@@ -160,9 +185,12 @@ def objects(values: Values) -> list[Object]:
     return without_sums(found)
 
 
+SUMS = ("checksum/config", "afd/agreed")
+
+
 def without_sums(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: without_sums(one) for key, one in value.items() if key != "checksum/config"}
+        return {key: without_sums(one) for key, one in value.items() if key not in SUMS}
     return [without_sums(one) for one in value] if isinstance(value, list) else value
 
 
@@ -170,7 +198,9 @@ SCHEMA = json.loads((CHART / "values.schema.json").read_text())
 
 
 def full(shape: str) -> Values:
-    return copy.deepcopy({**FULL, "shape": shape, "model": {**FULL["model"], "volume": VOLUMES[shape]}})
+    model = {**FULL["model"], "volume": VOLUMES[shape]}
+    attention = {**FULL["attention"], **SCALERS[shape]}
+    return copy.deepcopy({**FULL, "shape": shape, "model": model, "attention": attention})
 
 
 def whole_pattern(validator: Any, pattern: str, text: Any, schema: Any) -> Iterator[jsonschema.ValidationError]:
@@ -241,8 +271,22 @@ def test_every_string_of_the_values_is_in_the_test() -> None:
     tested |= {
         tuple("[]" if isinstance(step, int) else step for step in path) for path in places(full("disaggregatedset"))
     }
-    missing = [path for path in free_strings(SCHEMA) if path not in tested and path[-3:] != ("env", "[]", "name")]
+    tested |= {("pods", *path[1:]) for path in tested if path[0] in ROLES}
+    missing = []
+    for path in free_strings(SCHEMA):
+        anywhere = ("pods", *path[1:]) if path[0] in ROLES else path
+        # A section's strings are all lines; two of them are in FULL.
+        if not tested & {path, anywhere} and path[-3:] != ("env", "[]", "name") and path[0] != "config":
+            missing.append(path)
     assert not missing
+    assert {json.dumps(one) for one in config_strings()} == {json.dumps({"$ref": "#/definitions/line"})}
+
+
+def config_strings() -> Iterator[Any]:
+    for section in SCHEMA["properties"]["config"]["properties"].values():
+        for key in section["properties"].values():
+            if "enum" not in key and key.get("type") not in ("integer", "number", "boolean"):
+                yield key
 
 
 def free_strings(schema: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import yaml
 
@@ -15,23 +16,35 @@ from afd.cli.flags import config_from_args
 from afd.cli.main import build_parser
 from afd.config import ClusterConfig, resolve_config
 from afd.types import Topology
-from tests.k8s.chart import CHART, NAMESPACE, RELEASE, Object, config_text, named, of_kind, pod_templates, rendered
+from tests.k8s import config_schema
+from tests.k8s.chart import (
+    CHART,
+    NAMESPACE,
+    RELEASE,
+    REPOSITORY,
+    Object,
+    config_text,
+    named,
+    of_kind,
+    pod_templates,
+    rendered,
+)
 from tests.k8s.value_sets import VALUE_SETS
 
 CONFIG_FILE = "/etc/afd/config/afd.toml"
 
 
-def resolved(name: str) -> ClusterConfig:
-    """The configuration file of a value set, as the program reads it."""
-    path = Path("afd.toml")
-    path.write_text(config_text(rendered(name)))
+def resolved(name: str, role: str) -> ClusterConfig:
+    """The configuration file of a role in a value set, as the program reads it."""
+    path = Path(f"{role}.toml")
+    path.write_text(config_text(rendered(name), role))
     return resolve_config(str(path), {})
 
 
-def arguments(container: Object, tmp_path: Path, pod_ip: str = "10.1.2.3", rank: str = "1") -> list[str]:
+def arguments(container: Object, path: Path, pod_ip: str = "10.1.2.3", rank: str = "1") -> list[str]:
     """What the kubelet would pass, with the mounted configuration file at another place."""
     return [
-        text.replace("$(POD_IP)", pod_ip).replace("$(AFD_RANK)", rank).replace(CONFIG_FILE, str(tmp_path / "afd.toml"))
+        text.replace("$(POD_IP)", pod_ip).replace("$(AFD_RANK)", rank).replace(CONFIG_FILE, str(path))
         for text in container["args"]
     ]
 
@@ -43,27 +56,32 @@ def in_tmp(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def parsed(name: str, tmp_path: Path) -> dict[str, tuple[Object, argparse.Namespace]]:
     """role -> (container, its parsed command line); the parser exits where a flag does not exist."""
-    resolved(name)
     parser = build_parser()
     found = {}
     for role, template in pod_templates(rendered(name)):
-        (container,) = template["spec"]["containers"]
+        resolved(name, role)
+        container = template["spec"]["containers"][0]
         assert container["command"] == ["afd"]
-        found[role] = (container, parser.parse_args(arguments(container, tmp_path)))
+        found[role] = (container, parser.parse_args(arguments(container, tmp_path / f"{role}.toml")))
     return found
 
 
 @pytest.mark.parametrize("name", VALUE_SETS)
 def test_the_configuration_file_is_the_programs(name: str) -> None:
     values = VALUE_SETS[name]
-    config = resolved(name)
-    assert str(config.topology) == values.get("topology", "1A1F")
-    assert config.attention.streams == values.get("streams", 0)
-    assert config.attention.device == config.ffn.device == values.get("device", "cpu")
-    assert config.cluster.recovery_timeout_s == 60 and config.gateway.drain_s == 30
+    topology = Topology.parse(values.get("topology", "1A1F"))
+    attention, ffn, gateway = (resolved(name, role) for role in ("attention", "ffn", "gateway"))
+    assert resolved(name, "coordinator").topology == gateway.topology == topology
+    assert attention.topology.num_ffn == ffn.topology.num_ffn == topology.num_ffn
+    assert attention.attention.streams == values.get("streams", 0)
+    for role, config in (("attention", attention), ("ffn", ffn)):
+        wanted = values.get(role, {}).get("device", values.get("device", "cpu"))
+        assert getattr(config, role).device == wanted
+    assert attention.cluster.recovery_timeout_s == gateway.cluster.recovery_timeout_s == 600
+    assert (attention.gateway.drain_s, gateway.gateway.drain_s) == (30, 300)
     for section, keys in values.get("config", {}).items():
         for key, value in keys.items():
-            assert getattr(getattr(config, section), key) == value
+            assert getattr(getattr(attention if section == "attention" else gateway, section), key) == value
 
 
 @pytest.mark.parametrize("name", VALUE_SETS)
@@ -93,7 +111,7 @@ def test_every_command_line_parses_and_says_where_to_listen(name: str, tmp_path:
 
 @pytest.mark.parametrize("name", ["2a2f", "everything"])
 def test_the_coordinators_address_is_a_service(name: str) -> None:
-    host, _, port = resolved(name).coordinator.address.rpartition(":")
+    host, _, port = resolved(name, "ffn").coordinator.address.rpartition(":")
     service = named(rendered(name), "Service", host.split(".")[0])
     assert host == f"{service['metadata']['name']}.{NAMESPACE}.svc"
     assert int(port) in {entry["port"] for entry in service["spec"]["ports"]}
@@ -101,12 +119,13 @@ def test_the_coordinators_address_is_a_service(name: str) -> None:
 
 @pytest.mark.parametrize("name", VALUE_SETS)
 def test_every_file_that_is_named_is_mounted(name: str) -> None:
-    config = resolved(name)
-    coordinator_only = {config.coordinator.tls_cert_file, config.coordinator.tls_key_file} - {""}
-    files = {config.cluster.secret_file, config.coordinator.tls_ca_file, *coordinator_only} - {""}
     for role, template in pod_templates(rendered(name)):
+        config = resolved(name, role)
+        own = config.coordinator
+        files = {config.cluster.secret_file, own.tls_ca_file, own.tls_cert_file, own.tls_key_file} - {""}
+        assert bool(own.tls_cert_file) == ("tls" in VALUE_SETS[name] and role == "coordinator")
         volumes = {volume["name"]: volume for volume in template["spec"]["volumes"]}
-        (container,) = template["spec"]["containers"]
+        container = template["spec"]["containers"][0]
         mounted = set()
         folders = {mount["mountPath"] for mount in container["volumeMounts"]}
         for mount in container["volumeMounts"]:
@@ -117,18 +136,57 @@ def test_every_file_that_is_named_is_mounted(name: str) -> None:
                 keys = named(rendered(name), "ConfigMap", volume["configMap"]["name"])["data"]
                 mounted |= {f"{mount['mountPath']}/{key}" for key in keys}
         assert CONFIG_FILE in mounted
-        assert mounted >= (files if role == "coordinator" else files - coordinator_only)
+        assert mounted >= files
         if role == "gateway" and config.gateway.api_keys_file:
             assert config.gateway.api_keys_file in mounted
         if role in ("gateway", "attention", "ffn") and config.model.name.startswith("/"):
             assert any(config.model.name.startswith(f"{folder}/") for folder in folders)
 
 
+# Which code runs in a role's process and knows the configuration.
+FRAME = "afd/cluster/role_process.py"
+ROLE_CODE = {
+    "gateway": ["afd/gateway", FRAME],
+    "coordinator": ["afd/coordinator", FRAME],
+    "attention": ["afd/attention", "afd/worker", FRAME],
+    "ffn": ["afd/ffn", "afd/worker", FRAME],
+    "autoscale": ["afd/cli/autoscale.py", "afd/cli/locate.py"],
+}
+# Keys that the code names and the role's process does not use, with the reason why the default will do.
+NOT_USED = {
+    ("coordinator", "gateway.drain_s"): "how long `afd stop` waits for all: in Kubernetes nobody stops so",
+    ("ffn", "gateway.drain_s"): "an FFN worker has nothing to finish",
+}
+
+
+@pytest.mark.parametrize("role", ROLE_CODE)
+def test_a_roles_file_has_every_key_that_its_code_reads(role: str) -> None:
+    """One that is left out has its default there, whatever the values say."""
+    sections = {field.name: field.type for field in msgspec.structs.fields(ClusterConfig)}
+    listed = yaml.safe_load((CHART / "files" / "config-keys.yaml").read_text())[role]
+    for section, keys in listed.items():
+        assert set(keys) == {"*"} or set(keys) <= set(sections[section].__struct_fields__), section
+    read = set()
+    for place in map(REPOSITORY.joinpath, ROLE_CODE[role]):
+        for path in [place] if place.is_file() else place.rglob("*.py"):
+            read |= set(re.findall(r"\bconfig\.([a-z]+)\.([a-z_]+)", path.read_text()))
+    assert read
+    missing = {
+        f"{section}.{key}"
+        for section, key in read
+        if section in sections
+        and key in sections[section].__struct_fields__
+        and (role, f"{section}.{key}") not in NOT_USED
+        if not {"*", key} & set(listed.get(section, []))
+    }
+    assert not missing
+
+
 @pytest.mark.parametrize("name", VALUE_SETS)
 def test_the_environment_is_what_the_arguments_quote_and_what_the_values_add(name: str) -> None:
     values = VALUE_SETS[name]
     for role, template in pod_templates(rendered(name)):
-        (container,) = template["spec"]["containers"]
+        container = template["spec"]["containers"][0]
         quoted = {match for text in container["args"] for match in re.findall(r"\$\((\w+)\)", text)}
         added = {entry["name"] for entry in values.get(role, {}).get("env", [])}
         if role in ("attention", "ffn"):
@@ -214,8 +272,10 @@ def test_the_scaled_object_and_the_scaled_metric_exist(live_metric_names: set[st
 
 def schema_enum(*path: str) -> list[str]:
     node = json.loads((CHART / "values.schema.json").read_text())
+    definitions = node["definitions"]
     for step in path:
         node = node["properties"][step]
+        node = definitions[node["$ref"].rpartition("/")[2]] if "$ref" in node else node
     enum: list[str] = node["enum"]
     return enum
 
@@ -240,9 +300,10 @@ def test_every_choice_of_the_schema_is_one_of_the_program(path: tuple[str, ...],
         resolve_config(None, {key: choice})
 
 
-def test_sections_of_the_schema_are_the_programs() -> None:
-    names = json.loads((CHART / "values.schema.json").read_text())["properties"]["config"]["propertyNames"]["enum"]
-    assert set(names) <= set(ClusterConfig.__struct_fields__)
+def test_keys_and_models_of_the_schema_are_the_programs() -> None:
+    found = json.loads(config_schema.PATH.read_text())
+    wanted = config_schema.updated(json.loads(config_schema.PATH.read_text()))
+    assert found == wanted, "run python -m tests.k8s.config_schema"
 
 
 def test_defaults_agree_where_the_chart_has_no_reason_of_its_own() -> None:

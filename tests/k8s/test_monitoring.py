@@ -17,7 +17,7 @@ ALERTS = yaml.safe_load((CHART / "files" / "alerts.yaml").read_text())
 RULES = {rule["alert"]: rule for group in ALERTS["groups"] for rule in group["rules"]}
 # Of Prometheus' own client, in every process.
 PROCESS_METRICS = {"process_cpu_seconds_total", "process_resident_memory_bytes", "afd_build_info"}
-VARIABLES = {"$__rate_interval": "1m", "$job": "afd"}
+VARIABLES = {"$__rate_interval": "1m", "$job": "afd", "$namespace": "llm", "$release": "afd"}
 
 
 def panels() -> list[dict[str, Any]]:
@@ -95,7 +95,12 @@ def test_panels_have_their_own_place_and_the_chosen_source() -> None:
         cells |= own
     assert len({panel["id"] for panel in DASHBOARD["panels"]}) == len(DASHBOARD["panels"])
     assert all(panel["datasource"]["uid"] == "${datasource}" for panel in panels())
-    assert all('job=~"$job"' in target["expr"] for panel in panels() for target in panel["targets"])
+    chosen = 'namespace=~"$namespace",app_kubernetes_io_instance=~"$release",job=~"$job"'
+    for panel in panels():
+        for target in panel["targets"]:
+            num_selectors = len(list(selectors(parse(target["expr"]))))
+            assert target["expr"].count(chosen) == num_selectors, f"{panel['title']} mixes releases"
+    assert [one["name"] for one in DASHBOARD["templating"]["list"]] == ["datasource", "namespace", "release", "job"]
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -106,7 +111,9 @@ def test_every_alert_says_what_it_means_and_what_to_do(name: str) -> None:
     assert name in (REPOSITORY / "docs" / "operations.md").read_text()
 
 
-def test_the_chart_ships_both_files_as_they_are() -> None:
+def test_the_chart_ships_both_files() -> None:
     objects = rendered("everything")
-    assert named(objects, "PrometheusRule", "afd")["spec"] == ALERTS
+    own = 'namespace="demo",app_kubernetes_io_instance="afd"'
+    text = (CHART / "files" / "alerts.yaml").read_text().replace('namespace=~".*"', own)
+    assert named(objects, "PrometheusRule", "afd")["spec"] == yaml.safe_load(text)
     assert json.loads(named(objects, "ConfigMap", "afd-dashboard")["data"]["afd.json"]) == DASHBOARD

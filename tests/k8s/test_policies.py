@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import copy
+import tomllib
+
 import pytest
 
-from afd.config import resolve_config
-from tests.k8s.chart import Object, named, of_kind, pod_templates, rendered
-from tests.k8s.value_sets import VALUE_SETS
+from afd.config import GatewayConfig
+from tests.k8s.chart import Object, config_text, named, of_kind, pod_templates, render_values, rendered
+from tests.k8s.pod_security import against_baseline, against_restricted
+from tests.k8s.value_sets import RDMA_RACK, VALUE_SETS, Values
 
 STOP_MARGIN_S = 8  # a process that does not end within drain_s and this ends itself
 
 
 def all_pods(name: str) -> list[tuple[str, Object, Object]]:
-    """(role, pod spec, container) of every pod; the chart makes pods of one container."""
+    """(role, pod spec, container) of every pod: the role's container is the first."""
     pods: list[tuple[str, Object, Object]] = []
     for role, template in pod_templates(rendered(name)):
-        (container,) = template["spec"]["containers"]
-        pods.append((role, template["spec"], container))
+        pods.append((role, template["spec"], template["spec"]["containers"][0]))
     assert {role for role, _, _ in pods} >= {"gateway", "coordinator", "attention", "ffn"}
     return pods
 
@@ -35,9 +38,6 @@ def test_rights(name: str) -> None:
         rights = container["securityContext"]
         assert rights["allowPrivilegeEscalation"] is False and rights["readOnlyRootFilesystem"] is True
         assert rights["capabilities"]["drop"] == ["ALL"]
-        assert set(rights["capabilities"].get("add", [])) <= {"IPC_LOCK"}
-        assert "privileged" not in rights
-        assert not spec.get("hostPID") and not spec.get("hostIPC")
         applies = role == "autoscale" and name.endswith("apply")
         assert spec["automountServiceAccountToken"] is applies
     for account in of_kind(rendered(name), "ServiceAccount"):
@@ -65,7 +65,9 @@ def test_probes_leave_time_to_load_and_to_drain(name: str) -> None:
         grace_s = spec["terminationGracePeriodSeconds"]
         if role != "autoscale":
             before_s = container.get("lifecycle", {}).get("preStop", {}).get("sleep", {}).get("seconds", 0)
-            assert grace_s > before_s + 30 + STOP_MARGIN_S
+            drain_s = tomllib.loads(config_text(rendered(name), role)).get("gateway", {}).get("drain_s")
+            assert (drain_s is not None) == (role in ("gateway", "attention"))
+            assert grace_s > before_s + (drain_s or GatewayConfig().drain_s) + STOP_MARGIN_S
 
 
 def test_the_margin_is_the_programs() -> None:
@@ -144,7 +146,7 @@ def test_only_the_right_roles_talk(name: str) -> None:
 @pytest.mark.parametrize("name", VALUE_SETS)
 def test_every_listening_port_is_covered_by_a_policy(name: str) -> None:
     policies = of_kind(rendered(name), "NetworkPolicy")
-    if name.endswith("rack"):
+    if not VALUE_SETS[name].get("networkPolicy", {}).get("enabled", True):
         assert not policies, "NetworkPolicies do not reach pods in the host's network"
         return
     for role, _, container in all_pods(name):
@@ -170,5 +172,84 @@ def test_the_secret_made_at_install_is_long_enough_and_stays() -> None:
     assert not of_kind(rendered("1a1f"), "Secret")
 
 
-def test_the_drain_fits_the_configuration() -> None:
-    assert resolve_config(None, {}).gateway.drain_s <= 30
+def test_a_drained_node_waits_for_nobody_who_serves_nobody() -> None:
+    for budget in of_kind(rendered("2a2f"), "PodDisruptionBudget"):
+        assert budget["spec"]["unhealthyPodEvictionPolicy"] == "AlwaysAllow"
+    (own,) = [
+        one["spec"]
+        for one in of_kind(rendered("pod-extras"), "PodDisruptionBudget")
+        if "attention" in one["metadata"]["name"]
+    ]
+    assert own["minAvailable"] == 1 and "maxUnavailable" not in own
+
+
+def test_who_can_run_elsewhere_leaves_a_dead_node_soon() -> None:
+    """A StatefulSet's pod stays bound to its node whatever its tolerations say: that needs the operator."""
+    for role, spec, _ in all_pods("autoscale-apply"):
+        seconds = {one["key"]: one["tolerationSeconds"] for one in spec.get("tolerations", [])}
+        soon = {"node.kubernetes.io/not-ready": 30, "node.kubernetes.io/unreachable": 30}
+        assert seconds == ({} if role in ("attention", "ffn") else soon)
+
+
+def test_dns_and_the_api_server_can_be_pinned_down() -> None:
+    def to(values: Values, role: str, port: int) -> list[Object] | None:
+        policy = named(tuple(render_values(values)), "NetworkPolicy", f"afd-{role}")
+        (rule,) = [rule for rule in policy["spec"]["egress"] if port in {one["port"] for one in rule["ports"]}]
+        found: list[Object] | None = rule.get("to")
+        return found
+
+    dns = to(VALUE_SETS["2a2f"], "ffn", 53)
+    assert dns is not None and {"namespaceSelector", "ipBlock"} == {key for peer in dns for key in peer}
+    api = [{"ipBlock": {"cidr": "10.0.0.1/32"}}]
+    pinned = {**VALUE_SETS["autoscale-apply"], "networkPolicy": {"apiServerTo": api, "dnsTo": []}}
+    assert to(pinned, "autoscale", 6443) == api and to(pinned, "ffn", 53) is None
+
+
+# --- Pod Security Standards -----------------------------------------------------------------------------------------
+
+
+def without_the_users_own(name: str) -> list[Object]:
+    """Pod specs of a value set, without containers that the values bring along."""
+    return [{**spec, "containers": [container]} for _, spec, container in all_pods(name)]
+
+
+OUTSIDE = {
+    "shared-memory": "hostNetwork",
+    "rdma-rack": "hostNetwork",
+    "disaggregatedset-rack": "hostNetwork",
+    "everything": "hostPath volume model",
+    "disaggregatedset-everything": "hostPath volume model",
+}
+"""Value sets that ask for what a baseline namespace forbids, and what that is."""
+
+
+@pytest.mark.parametrize("name", VALUE_SETS)
+def test_pods_are_restricted_unless_the_values_ask_for_more(name: str) -> None:
+    found = {reason for spec in without_the_users_own(name) for reason in against_baseline(spec)}
+    assert found == ({OUTSIDE[name]} if name in OUTSIDE else set())
+    if not found:
+        assert not [reason for spec in without_the_users_own(name) for reason in against_restricted(spec)]
+
+
+def test_gpus_and_rdma_alone_need_no_more_than_baseline() -> None:
+    values: Values = {**RDMA_RACK, "hostNetwork": False, "networkPolicy": {}}
+    templates = list(pod_templates(tuple(render_values(values))))
+    assert len(templates) == 4
+    for _, template in templates:
+        assert not list(against_baseline(template["spec"])) and not list(against_restricted(template["spec"]))
+
+
+@pytest.mark.parametrize(
+    ("change", "level"),
+    [
+        ({"hostNetwork": True}, "baseline"),
+        ({"securityContext": {"capabilities": {"add": ["IPC_LOCK"]}}}, "baseline"),
+        ({"volumes": [{"name": "v", "hostPath": {"path": "/"}}]}, "baseline"),
+        ({"securityContext": {}}, "restricted"),
+    ],
+)
+def test_the_check_of_security_finds_what_is_wrong(change: Object, level: str) -> None:
+    _, template = next(iter(pod_templates(rendered("2a2f"))))
+    spec = copy.deepcopy(template["spec"])
+    (spec["containers"][0] if "securityContext" in change else spec).update(change)
+    assert list(against_baseline(spec) if level == "baseline" else against_restricted(spec))

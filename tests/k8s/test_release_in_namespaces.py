@@ -1,7 +1,8 @@
 """A rendered 2A2F release as it is, every pod in its own network namespace: serves, survives losses, scales, drains.
 
-Command lines, configuration file, Secret, ports and probes are the chart's, unchanged; Services are lines of
-/etc/hosts. One release serves all tests of this file, in their order.
+Command lines, configuration files, Secret, ports and probes are the chart's, unchanged; Services are lines of
+/etc/hosts. One release serves all tests of this file, in their order; a second one of the same name, in another
+namespace of the same cluster, stands beside it.
 """
 
 from __future__ import annotations
@@ -27,16 +28,25 @@ VALUES: Values = {
     "model": {"dtype": "float32"},  # a text recomputed at another worker is then the same to the letter
     "apiKeys": True,
     "drainSeconds": 5,
+    "gateway": {"drainSeconds": 5},
     "recoveryTimeoutSeconds": 40,
     "attention": {"kvCacheGiB": 0.2},
     "config": {"attention": {"threads": 1}, "ffn": {"threads": 1}},
     "autoscale": {"enabled": True, "intervalSeconds": 1},
 }
-START_S = 120.0
+NEIGHBOUR: Values = {
+    **SECRET,
+    "model": {"name": "dummy:step3-tiny", "dtype": "float32"},
+    "drainSeconds": 5,
+    "gateway": {"drainSeconds": 5},
+    "attention": {"kvCacheGiB": 0.1, "maxNumSeqs": 8},
+    "config": {"attention": {"threads": 1}, "ffn": {"threads": 1}},
+}
+START_S = 240.0
 KEY = "k-8s"
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 
-pytestmark = [pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.timeout(480)]
 
 
 def within(seconds: float, condition: Callable[[], T | None], what: str) -> T:
@@ -51,22 +61,26 @@ def within(seconds: float, condition: Callable[[], T | None], what: str) -> T:
 
 
 class Release:
-    """The pods of one `helm template`, and a client beside them."""
+    """The pods of one `helm template` (one of each Deployment's), and a client beside them."""
 
-    def __init__(self, folder: Path, network: Network):
-        self.objects = tuple(render_values(VALUES))
+    def __init__(self, folder: Path, network: Network, values: Values, namespace: str, secret: bytes):
+        self.objects = tuple(render_values(values, namespace=namespace))
+        self._namespace = namespace
         self._folder = folder
         self._network = network
         self._templates = dict(pod_templates(self.objects))
-        self._secret = b"0123456789abcdef0123456789abcdef\n"
+        self._secret = secret
         self.pods: dict[str, Pod] = {}
-        for role, count in (("coordinator", 1), ("ffn", 2), ("attention", 2), ("gateway", 1), ("autoscale", 1)):
-            for ordinal in range(count):
-                self.add(role, ordinal)
+        for one in self.objects:
+            if one["kind"] in ("Deployment", "StatefulSet"):
+                role = one["spec"]["template"]["metadata"]["labels"]["app.kubernetes.io/component"]
+                for ordinal in range(one["spec"]["replicas"] if one["kind"] == "StatefulSet" else 1):
+                    self.add(role, ordinal)
 
     def add(self, role: str, ordinal: int) -> Pod:
-        pod = Pod(self._network, role, ordinal, self._templates[role], self._folder)
-        self.pods[pod.name] = pod
+        tag = "" if self._namespace == NAMESPACE else f"{self._namespace}-"
+        pod = Pod(self._network, role, ordinal, self._templates[role], self._folder, f"{tag}{role}-{ordinal}")
+        self.pods[f"{role}-{ordinal}"] = pod
         return pod
 
     def _hosts(self) -> bytes:
@@ -76,19 +90,28 @@ class Release:
             for pod in self.pods.values():
                 if service["spec"]["selector"].items() <= pod.labels.items():
                     name = service["metadata"]["name"]
-                    lines.append(f"{pod.address} {name}.{NAMESPACE}.svc {name}")
+                    lines.append(f"{pod.address} {name}.{self._namespace}.svc {name}")
         return "\n".join(lines).encode() + b"\n"
 
     def start(self, pod: Pod) -> None:
         files = {
             "/etc/hosts": self._hosts(),
-            "/etc/afd/config/afd.toml": config_text(self.objects).encode(),
+            "/etc/afd/config/afd.toml": config_text(self.objects, pod.role).encode(),
             "/etc/afd/secret/cluster-secret": self._secret,
         }
         if pod.role == "gateway":
             files["/etc/afd/secret/api-keys"] = KEY.encode()
         pod.mount(files)
         pod.start()
+
+    def start_all(self) -> None:
+        for pod in self.pods.values():
+            self.start(pod)
+        within(START_S, lambda: self.ready(*self.pods.values()), "every pod is ready")
+
+    def beside(self, values: Values, namespace: str) -> Release:
+        """Another release of the same name, in another namespace, on the same network."""
+        return Release(self._folder, self._network, values, namespace, b"another-secret-of-32-characters!\n")
 
     def probe(self, pod: Pod, kind: str) -> int:
         """Status of the container's probe, asked as the kubelet asks; 0 = no answer."""
@@ -164,11 +187,10 @@ def release(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Release]:
     release = None
     try:
         with network.inside():
-            release = Release(tmp_path_factory.mktemp("release"), network)
-            for pod in release.pods.values():
-                release.start(pod)
-            pods = tuple(release.pods.values())
-            within(START_S, lambda: release.ready(*pods), "every pod is ready")
+            release = Release(
+                tmp_path_factory.mktemp("release"), network, VALUES, NAMESPACE, b"0123456789abcdef0123456789abcdef\n"
+            )
+            release.start_all()
             yield release
     finally:
         if release is not None:
@@ -194,6 +216,46 @@ def test_no_two_pods_share_a_host(release: Release) -> None:
     """All links are TCP: shared memory would need one network namespace."""
     links = [key for key in release.metrics(release.pods["attention-0"]) if key.startswith("afd_mesh_peer{")]
     assert len(links) == 2 and all('transport="tcp"' in key for key in links)
+
+
+def test_a_release_of_the_same_name_in_another_namespace_is_another_cluster(release: Release) -> None:
+    """Same object names, same ports: only the namespaces differ, and no pod of one finds the other."""
+    neighbour = release.beside(NEIGHBOUR, "other")
+    try:
+        neighbour.start_all()
+        assert release.ready(*release.pods.values())
+        found = {}
+        for name, one in (("first", release), ("second", neighbour)):
+            answer = httpx.get(f"{one.url}/v1/models", headers={"authorization": f"Bearer {KEY}"}, timeout=10)
+            found[name] = answer.json()["data"][0]["id"]
+        assert found == {"first": "smollm2-135m-instruct", "second": "dummy:step3-tiny"}
+        body = {"prompt": [1, 2, 3], "max_tokens": 4, "temperature": 0}
+        served = httpx.post(f"{neighbour.url}/v1/completions", json=body, timeout=60)
+        assert served.status_code == 200, served.text
+        assert release.chat(max_tokens=4).status_code == 200
+        members = neighbour.metrics(neighbour.pods["coordinator-0"])
+        assert {role: members[f'afd_coordinator_members{{role="{role}"}}'] for role in ("attention", "ffn")} == {
+            "attention": 1,
+            "ffn": 1,
+        }
+    finally:
+        neighbour.close()
+        for name in list(neighbour.pods):
+            del neighbour.pods[name]
+
+
+def test_a_changed_log_level_restarts_nobody(release: Release) -> None:
+    """What `helm upgrade --set log.level=debug` does: no pod template changes, the mounted files do."""
+    louder = tuple(render_values({**VALUES, "log": {"level": "debug"}}))
+    assert dict(pod_templates(louder)) == dict(pod_templates(release.objects))
+    before = {name: pod.process.pid for name, pod in release.pods.items() if pod.process is not None}
+    for pod in release.pods.values():
+        pod.remount("/etc/afd/config/afd.toml", config_text(louder, pod.role).encode())
+    for pod in release.pods.values():
+        within(30.0, lambda pod=pod: "the log level is debug now" in pod.log(), f"{pod.name} logs more")  # type: ignore[misc]
+        pod.remount("/etc/afd/config/afd.toml", config_text(release.objects, pod.role).encode())
+    assert {name: pod.process.pid for name, pod in release.pods.items() if pod.process is not None} == before
+    assert release.ready(*release.pods.values())
 
 
 def test_the_autoscaler_watches(release: Release) -> None:
@@ -268,7 +330,7 @@ def test_another_attention_worker_joins_and_drains_away(release: Release) -> Non
     assert third.process is not None and third.process.wait(20) == 0, third.log()[-2000:]
     within(10.0, lambda: serving not in release.metrics(gateway), "the gateway has let it go")
     assert release.chat(max_tokens=4).status_code == 200
-    del release.pods[third.name]
+    del release.pods["attention-2"]
     third.close()
 
 
@@ -279,4 +341,4 @@ def test_every_pod_ends_within_its_grace_period(release: Release) -> None:
     for pod in release.pods.values():
         assert pod.process is not None
         assert pod.process.wait(max(1.0, deadline - time.monotonic())) == 0, f"{pod.name}:\n{pod.log()[-2000:]}"
-    assert RELEASE in config_text(release.objects)
+    assert RELEASE in config_text(release.objects, "ffn")

@@ -21,7 +21,7 @@ from tests.k8s.value_sets import RDMA_RACK, REFUSED, VALUE_SETS, Values
 
 CRD_SCHEMA = json.loads((REPOSITORY / "tests/fixtures/k8s/disaggregatedset.v1.schema.json").read_text())
 # Of operators, whose schemas are not at hand; checked field by field below.
-UNKNOWN_KINDS = {"ServiceMonitor", "PrometheusRule", "HTTPRoute"}
+UNKNOWN_KINDS = {"ServiceMonitor", "PrometheusRule", "HTTPRoute", "InferencePool", "ScaledObject"}
 OLDEST, NEWEST = "1.30", "1.36"
 GOLDEN = {"2a2f": VALUE_SETS["2a2f"], "disaggregatedset-rack": {**RDMA_RACK, "shape": "disaggregatedset"}}
 
@@ -131,7 +131,9 @@ def test_an_outside_scaler_owns_the_number_of_attention_workers() -> None:
     hpa = named(rendered("everything"), "HorizontalPodAutoscaler", "afd-attention")["spec"]
     assert hpa["scaleTargetRef"] == {"apiVersion": "apps/v1", "kind": "StatefulSet", "name": "afd-attention"}
     assert (hpa["minReplicas"], hpa["maxReplicas"]) == (3, 8)
-    assert "replicas" not in named(rendered("everything"), "StatefulSet", "afd-attention")["spec"]
+    for name, x in (("everything", 3), ("pod-extras", 2), ("autoscale-apply", 1)):
+        # Without a number Kubernetes would take one pod until the scaler acts.
+        assert named(rendered(name), "StatefulSet", "afd-attention")["spec"]["replicas"] == x
     assert named(rendered("everything"), "StatefulSet", "afd-ffn")["spec"]["replicas"] == 2
     for name in ("disaggregatedset-everything", "disaggregatedset-apply"):
         attention, ffn = named(rendered(name), "DisaggregatedSet", "afd")["spec"]["roles"]
@@ -162,11 +164,10 @@ def test_rdma_and_gpus_reach_the_workers_only() -> None:
     for role, template in pod_templates(rendered("rdma-rack")):
         container = template["spec"]["containers"][0]
         worker = role in ("attention", "ffn")
-        devices = {"nvidia.com/gpu": 8, "rdma/ib": 8} if worker else {}
+        devices = {"nvidia.com/gpu": 1, "rdma/ib": 1} if worker else {}
         for which in ("requests", "limits"):
             found = {key: value for key, value in container["resources"][which].items() if "/" in key}
             assert found == devices
-        assert container["securityContext"]["capabilities"].get("add", []) == (["IPC_LOCK"] if worker else [])
         assert ("NCCL_IB_HCA" in {entry["name"] for entry in container["env"]}) == worker
         assert template["spec"].get("hostNetwork", False) == worker
 
@@ -193,25 +194,116 @@ def test_operators_objects() -> None:
     assert backend["port"] in {port["port"] for port in service["spec"]["ports"]}
 
 
-def test_a_changed_configuration_is_a_new_pod() -> None:
-    sums = []
-    for policy in ("observe", "enforce"):
-        text = render_text({"secret": {"existingSecret": "s"}, "sla": {"policy": policy}})
-        objects = tuple(one for one in yaml.load_all(text, Loader=yaml.CSafeLoader) if one)
-        found = {template["metadata"]["annotations"]["checksum/config"] for _, template in pod_templates(objects)}
-        assert len(found) == 1
-        sums += found
-    assert sums[0] != sums[1]
+def test_what_platform_teams_ask_of_pods() -> None:
+    """Maps and lists of `pods` and of the role are joined; of single values the role's own counts."""
+    specs = dict(pod_templates(rendered("pod-extras")))
+    attention, ffn = specs["attention"]["spec"], specs["ffn"]["spec"]
+    assert (attention["priorityClassName"], ffn["priorityClassName"]) == ("highest", "high")
+    for spec in (attention, ffn, specs["gateway"]["spec"]):
+        assert (spec["schedulerName"], spec["runtimeClassName"]) == ("gang", "nvidia")
+    assert specs["attention"]["metadata"]["labels"].items() >= {"team": "serving", "tier": "attention"}.items()
+    assert specs["ffn"]["metadata"]["labels"]["team"] == "serving"
+    assert {one["key"] for one in attention["tolerations"]} >= {"pool", "gpu", "node.kubernetes.io/unreachable"}
+    assert {one["key"] for one in ffn["tolerations"]} == {"pool"}
+    container, logs = attention["containers"]
+    assert logs["name"] == "logs"
+    assert {mount["mountPath"] for mount in container["volumeMounts"]} >= {"/hugepages", "/cache"}
+    assert {"hugepages", "jit"} <= {volume["name"] for volume in attention["volumes"]}
+    assert container["lifecycle"] == {"postStart": {"exec": {"command": ["/bin/true"]}}}
+    assert attention["terminationGracePeriodSeconds"] == 90
+    assert attention["topologySpreadConstraints"][0]["whenUnsatisfiable"] == "DoNotSchedule"
+    assert container["startupProbe"]["failureThreshold"] == 720 and container["livenessProbe"]["failureThreshold"] == 9
+    assert attention["resourceClaims"] == [{"name": "gpu", "resourceClaimTemplateName": "one-gpu"}]
+    assert container["resources"]["claims"] == [{"name": "gpu"}]
+    for stateful_set in of_kind(rendered("pod-extras"), "StatefulSet"):
+        assert stateful_set["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "gpus"
+    assert named(rendered("pod-extras"), "StatefulSet", "afd-attention")["spec"]["updateStrategy"] == {
+        "type": "OnDelete"
+    }
+    account = named(rendered("pod-extras"), "ServiceAccount", "afd")
+    assert account["metadata"]["annotations"] == {"example.com/role": "reader"}
 
 
-def test_two_releases_share_no_name_and_no_pod() -> None:
-    first, second = (render_text({"secret": {"existingSecret": "s"}}, release=name) for name in ("afd", "other"))
-    names = [
-        {(one["kind"], one["metadata"]["name"]) for one in yaml.load_all(text, Loader=yaml.CSafeLoader) if one}
-        for text in (first, second)
-    ]
-    assert not names[0] & names[1]
-    assert "instance: afd" not in second
+def test_a_roles_own_affinity_is_beside_the_placement() -> None:
+    for role, template in pod_templates(rendered("pod-extras")):
+        terms = template["spec"]["affinity"]["podAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+        assert {term["topologyKey"] for term in terms} == (
+            {"zone", "rack"} if role in ("attention", "ffn") else {"zone"}
+        )
+
+
+def test_each_kind_of_worker_has_its_own_device_and_image() -> None:
+    specs = {role: template["spec"] for role, template in pod_templates(rendered("attention-on-gpus"))}
+    images = {role: spec["containers"][0]["image"] for role, spec in specs.items()}
+    assert images == {**dict.fromkeys(("gateway", "coordinator", "ffn"), "afd:0.1.0"), "attention": "afd:0.1.0-cuda"}
+    gpus = {role: spec["containers"][0]["resources"]["limits"].get("nvidia.com/gpu") for role, spec in specs.items()}
+    assert gpus == {"attention": 1, "ffn": None, "gateway": None, "coordinator": None}
+    extras = {role: template["spec"] for role, template in pod_templates(rendered("pod-extras"))}
+    assert extras["attention"]["containers"][0]["image"] == "afd:0.1.0-cuda-special"
+    assert "nvidia.com/gpu" not in extras["attention"]["containers"][0]["resources"]["limits"], "it is claimed"
+    shm = {role: [v["emptyDir"]["sizeLimit"] for v in extras[role]["volumes"] if v["name"] == "shm"] for role in extras}
+    assert (shm["attention"], shm["ffn"]) == (["4Gi"], ["1Gi"])
+
+
+def test_the_model_is_downloaded_before_anybody_reads_it() -> None:
+    for role, template in pod_templates(rendered("download")):
+        spec = template["spec"]
+        if role == "coordinator":
+            assert "initContainers" not in spec
+            continue
+        (download,) = spec["initContainers"]
+        mount = {"name": "model", "mountPath": "/models"}
+        assert (
+            mount in download["volumeMounts"] and {**mount, "readOnly": True} in spec["containers"][0]["volumeMounts"]
+        )
+        (volume,) = [one for one in spec["volumes"] if one["name"] == "model"]
+        assert volume["persistentVolumeClaim"] == {"claimName": "models", "readOnly": False}
+        assert {"name": "AFD_ROLE", "value": role} in download["env"]
+    for policy in of_kind(rendered("download"), "NetworkPolicy"):
+        assert {"ports": [{"protocol": "TCP", "port": 443}]} in policy["spec"]["egress"]
+
+
+def test_only_the_api_is_let_in() -> None:
+    """/metrics, / and /version are on the same port."""
+    (rule,) = named(rendered("everything"), "Ingress", "afd-gateway")["spec"]["rules"]
+    assert [path["path"] for path in rule["http"]["paths"]] == ["/v1"]
+    (route,) = named(rendered("everything"), "HTTPRoute", "afd-gateway")["spec"]["rules"]
+    assert route["matches"] == [{"path": {"type": "PathPrefix", "value": "/v1"}}]
+
+
+def test_an_inference_gateway_sees_the_gateways_as_a_pool() -> None:
+    pool = named(rendered("pod-extras"), "InferencePool", "afd-gateway")["spec"]
+    assert pool["targetPorts"] == [{"number": 8000}]
+    assert pool["endpointPickerRef"] == {"name": "afd-epp", "port": {"number": 9002}}
+    for role, template in pod_templates(rendered("pod-extras")):
+        labels = template["metadata"]["labels"]
+        assert (pool["selector"]["matchLabels"].items() <= labels.items()) == (role == "gateway")
+        assert ("llm-d.ai/role" in labels) == (role == "gateway")
+    (rule,) = named(rendered("pod-extras"), "HTTPRoute", "afd-gateway")["spec"]["rules"]
+    assert rule["backendRefs"][0]["kind"] == "InferencePool"
+
+
+def test_a_query_scales_attention_workers() -> None:
+    keda = named(rendered("pod-extras"), "ScaledObject", "afd-attention")["spec"]
+    assert (keda["minReplicaCount"], keda["maxReplicaCount"]) == (2, 8)
+    assert keda["scaleTargetRef"]["kind"] == "StatefulSet"
+    (trigger,) = keda["triggers"]
+    assert trigger["metadata"]["query"].count('namespace="demo",app_kubernetes_io_instance="afd"') == 2
+
+
+def test_a_roll_out_of_a_disaggregatedset_replaces_in_place() -> None:
+    """A new FFN worker beside all old ones finds no free rank."""
+    for role in named(rendered("disaggregatedset"), "DisaggregatedSet", "afd")["spec"]["roles"]:
+        update = role["spec"]["rolloutStrategy"]["rollingUpdateConfiguration"]
+        assert update == {"maxUnavailable": 1, "maxSurge": 0}
+
+
+def test_a_node_may_go_without_a_gap() -> None:
+    gateway = named(rendered("2a2f"), "Deployment", "afd-gateway")["spec"]
+    assert gateway["replicas"] >= 2
+    (spread,) = gateway["template"]["spec"]["topologySpreadConstraints"]
+    assert spread["topologyKey"] == "kubernetes.io/hostname"
+    assert spread["labelSelector"]["matchLabels"].items() <= gateway["template"]["metadata"]["labels"].items()
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -15,13 +15,90 @@ RDMA_RACK: Values = {
     "device": "cuda",
     "model": {"name": "/models/step3", "volume": {"pvc": {"claimName": "models"}}},
     "image": {"repository": "registry.example/afd", "tag": "0.1.0-cuda"},
-    "gpu": {"count": 8},
-    "rdma": {"enabled": True, "count": 8, "env": [{"name": "NCCL_IB_HCA", "value": "mlx5_0"}]},
+    "rdma": {"enabled": True, "env": [{"name": "NCCL_IB_HCA", "value": "mlx5_0"}]},
     "hostNetwork": True,
     "networkPolicy": {"enabled": False},
     "placement": {"topologyKey": "topology.kubernetes.io/rack"},
     "attention": {"tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]},
     "ffn": {"nodeSelector": {"accelerator": "h800"}},
+}
+
+# What platform teams ask of every pod, once for all and once for one role.
+POD_EXTRAS: Values = {
+    **SECRET,
+    "topology": "2A1F",
+    "queueName": "gpus",
+    "serviceAccount": {"annotations": {"example.com/role": "reader"}},
+    "pods": {
+        "podLabels": {"team": "serving"},
+        "priorityClassName": "high",
+        "schedulerName": "gang",
+        "runtimeClassName": "nvidia",
+        "tolerations": [{"key": "pool", "operator": "Exists"}],
+        "extraVolumes": [{"name": "hugepages", "emptyDir": {"medium": "HugePages"}}],
+        "extraVolumeMounts": [{"name": "hugepages", "mountPath": "/hugepages"}],
+        "affinity": {
+            "podAffinity": {
+                "requiredDuringSchedulingIgnoredDuringExecution": [
+                    {"topologyKey": "zone", "labelSelector": {"matchLabels": {"app": "cache"}}}
+                ]
+            }
+        },
+    },
+    "placement": {"topologyKey": "rack"},
+    "attention": {
+        "device": "cuda",
+        "gpu": {"count": 0},
+        "resourceClaims": [{"name": "gpu", "resourceClaimTemplateName": "one-gpu"}],
+        "image": {"tag": "0.1.0-cuda-special"},
+        "shmSizeLimit": "4Gi",
+        "podLabels": {"tier": "attention"},
+        "tolerations": [{"key": "gpu", "operator": "Exists"}],
+        "priorityClassName": "highest",
+        "topologySpreadConstraints": [
+            {
+                "maxSkew": 1,
+                "topologyKey": "kubernetes.io/hostname",
+                "whenUnsatisfiable": "DoNotSchedule",
+                "labelSelector": {"matchLabels": {"tier": "attention"}},
+            }
+        ],
+        "extraVolumes": [{"name": "jit", "emptyDir": {}}],
+        "extraVolumeMounts": [{"name": "jit", "mountPath": "/cache"}],
+        "extraContainers": [
+            {
+                "name": "logs",
+                "image": "registry.example/logs:1",
+                "resources": {"requests": {"cpu": "1m", "memory": "1Mi"}, "limits": {"memory": "1Mi"}},
+            }
+        ],
+        "lifecycle": {"postStart": {"exec": {"command": ["/bin/true"]}}},
+        "terminationGracePeriodSeconds": 90,
+        "deadNodeSeconds": 60,
+        "updateStrategy": {"type": "OnDelete"},
+        "podDisruptionBudget": {"minAvailable": 1},
+        "probes": {"startupSeconds": 3600, "livenessFailures": 9},
+        "keda": {"enabled": True, "maxReplicas": 8, "serverAddress": "http://prometheus.monitoring:9090"},
+    },
+    "gateway": {
+        "hpa": {"enabled": True},
+        "httpRoute": {"enabled": True, "parentRefs": [{"name": "edge"}]},
+        "inferencePool": {"enabled": True, "endpointPicker": "afd-epp"},
+    },
+}
+
+DOWNLOAD: Values = {
+    **SECRET,
+    "model": {
+        "name": "/models/m",
+        "volume": {"pvc": {"claimName": "models"}},
+        "download": {
+            "image": "registry.example/fetch:1",
+            "args": ["m", "/models/m"],
+            "env": [{"name": "T", "value": "x"}],
+        },
+    },
+    "networkPolicy": {"egressTo": [{"ports": [{"protocol": "TCP", "port": 443}]}]},
 }
 
 EVERYTHING: Values = {
@@ -68,12 +145,23 @@ VALUE_SETS: dict[str, Values] = {
     "defaults": {},
     "1a1f": SECRET,
     "2a2f": {**SECRET, "topology": "2A2F", "streams": 2},
-    "2a2f-sparse": {**SECRET, "topology": "2A2F", "transport": "verbs", "ffnParallel": "ep", "dispatch": "sparse"},
+    "2a2f-sparse": {
+        **SECRET,
+        "topology": "2A2F",
+        "transport": "verbs",
+        "rdma": {"enabled": True},
+        "ffnParallel": "ep",
+        "dispatch": "sparse",
+    },
     "16a2f": {**SECRET, "topology": "16A2F", "gateway": {"replicas": 4}},
     "1a16f": {**SECRET, "topology": "1A16F", "ffnParallel": "tp"},
     "128a99f": {**SECRET, "topology": "128A99F"},
     "rdma-rack": RDMA_RACK,
     "everything": EVERYTHING,
+    "pod-extras": POD_EXTRAS,
+    "download": DOWNLOAD,
+    "attention-on-gpus": {**SECRET, "attention": {"device": "cuda"}, "topology": "1A2F"},
+    "shared-memory": {**SECRET, "transport": "shm", "hostNetwork": True, "networkPolicy": {"enabled": False}},
     "tls": {**SECRET, "topology": "2A1F", "tls": {"enabled": True, "secretName": "afd-tls"}},
     "model-image": {
         **SECRET,
@@ -121,8 +209,47 @@ REFUSED: dict[str, tuple[Values, str]] = {
         {"topology": "2A1F", "autoscale": {"enabled": True, "mode": "apply"}},
         "autoscale.min 1A1F is below topology 2A1F",
     ),
+    "8 GPUs, one used": ({"device": "cuda", "gpu": {"count": 8}}, "/gpu/count"),
+    "shm alone": ({"transport": "shm"}, "transport shm needs hostNetwork for attention and ffn"),
+    "shm half": (
+        {"transport": "shm", "ffn": {"hostNetwork": True}, "networkPolicy": {"enabled": False}},
+        "transport shm needs hostNetwork for attention and ffn",
+    ),
+    "verbs": ({"transport": "verbs"}, "transport verbs needs rdma.enabled"),
+    "host network of a role": ({"ffn": {"hostNetwork": True}}, "set networkPolicy.enabled to false"),
+    "above": ({"topology": "16A2F", "autoscale": {"enabled": True}}, "autoscale.max 8A4F is below topology 16A2F"),
+    "FFN above": ({"topology": "1A5F", "autoscale": {"enabled": True}}, "autoscale.max 8A4F is below topology 1A5F"),
+    "more FFN": ({"autoscale": {"enabled": True, "min": "1A2F"}}, "whose number of FFN workers stays"),
+    "min over max": (
+        {"autoscale": {"enabled": True, "min": "16A4F"}},
+        "autoscale.min 16A4F exceeds autoscale.max 8A4F",
+    ),
+    "KV cache": ({"attention": {"kvCacheGiB": 50}}, "attention.kvCacheGiB 50 does not fit the memory limit"),
+    "unknown key": ({"config": {"attention": {"nonsense": 1}}}, "additional properties 'nonsense' not allowed"),
+    "key of another type": ({"config": {"gateway": {"max_queue": "many"}}}, "/config/gateway/max_queue"),
+    "key out of range": ({"config": {"attention": {"block_size": 7}}}, "/config/attention/block_size"),
+    "unknown model": ({"model": {"name": "step3"}}, "/model/name"),
+    "unknown preset": ({"model": {"name": "dummy:nothing"}}, "/model/name"),
+    "model elsewhere": ({"model": {"name": "/data/m"}}, "model.name /data/m is not under model.mountPath /models"),
+    "empty model": (
+        {"model": {"name": "/models/m", "volume": {"emptyDir": {"sizeLimit": "1Gi"}}}},
+        "model.download says what fills it",
+    ),
+    "download to nowhere": ({"model": {"download": {"image": "a/b:1"}}}, "model.download needs a model.volume"),
+    "download shut in": (
+        {**DOWNLOAD, "networkPolicy": {"egressTo": []}},
+        "model.download needs a way out of the pods",
+    ),
+    "metrics shut out": (
+        {"networkPolicy": {"clientsFrom": [{"podSelector": {}}], "metricsFrom": []}},
+        "name who scrapes them in networkPolicy.metricsFrom",
+    ),
+    "KEDA": ({"attention": {"keda": {"enabled": True}}}, "needs attention.keda.serverAddress"),
+    "pool": ({"gateway": {"inferencePool": {"enabled": True}}}, "needs gateway.inferencePool.endpointPicker"),
+    "gateways": ({"gateway": {"replicas": 9, "hpa": {"enabled": True}}}, "gateway.hpa.maxReplicas is below"),
+    "claim of nothing": ({"attention": {"resourceClaims": [{"name": "gpu"}]}}, "/attention/resourceClaims/0"),
     "two scalers": (
         {"attention": {"hpa": {"enabled": True}}, "autoscale": {"enabled": True, "mode": "apply"}},
-        "enable one",
+        "attention.hpa and autoscale.mode apply would both set",
     ),
 }

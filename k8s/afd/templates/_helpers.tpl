@@ -1,4 +1,4 @@
-{{/* Names, labels, the topology taken apart, ports, and the configuration file. */}}
+{{/* Names, labels, the topology taken apart, ports, and what a role's values are. */}}
 
 {{/* Begins every name, which may have 63 characters: a long release name is cut, and stays unlike others. */}}
 {{- define "afd.fullname" -}}
@@ -9,6 +9,15 @@
 {{- $name -}}
 {{- end -}}
 
+{{/* Name, namespace and labels of an object; call with (list $ "-attention" "attention"): suffix of the name, role. */}}
+{{- define "afd.metadata" -}}
+{{- $root := index . 0 -}}
+name: {{ printf "%s%s" (include "afd.fullname" $root) (index . 1) | quote }}
+namespace: {{ $root.Release.Namespace | quote }}
+labels:
+  {{- include "afd.labels" (list $root (index . 2)) | nindent 2 }}
+{{- end -}}
+
 {{/* Selector labels of one role; call with (list $ "attention"). */}}
 {{- define "afd.selector" -}}
 app.kubernetes.io/name: afd
@@ -16,6 +25,7 @@ app.kubernetes.io/instance: {{ (index . 0).Release.Name | quote }}
 app.kubernetes.io/component: {{ index . 1 }}
 {{- end -}}
 
+{{/* Of objects, never of pods: a pod with the chart's version in its labels is replaced with each new one. */}}
 {{- define "afd.labels" -}}
 {{ include "afd.selector" . }}
 app.kubernetes.io/version: {{ (index . 0).Chart.AppVersion | quote }}
@@ -40,102 +50,78 @@ mesh: 7072
 metrics: {attention: 9101, ffn: 9102, coordinator: 9103, autoscale: 9104}
 {{- end -}}
 
+{{/*
+The values of one role as JSON; call with (list $ "attention"). What .Values.pods says of every pod comes first: lists are
+joined, maps merged, anything else is the role's own where it has one.
+*/}}
+{{- define "afd.role" -}}
+{{- $own := deepCopy (get (index . 0).Values (index . 1)) -}}
+{{- range $key, $common := deepCopy (index . 0).Values.pods -}}
+{{- $mine := get $own $key -}}
+{{- if kindIs "slice" $common -}}
+{{- $_ := set $own $key (concat $common ($mine | default list) | default list) -}}
+{{- else if kindIs "map" $common -}}
+{{- $_ := set $own $key (mustMerge ($mine | default dict) $common) -}}
+{{- else -}}
+{{- $_ := set $own $key ($mine | default $common) -}}
+{{- end -}}
+{{- end -}}
+{{- toJson $own -}}
+{{- end -}}
+
+{{/* {"value": what a worker's own values or, where they leave it open, the release's say}; (list $ "ffn" "device"). */}}
+{{- define "afd.workerValue" -}}
+{{- $own := get (index . 0).Values (index . 1) -}}
+{{- $value := get (index . 0).Values (index . 2) -}}
+{{- if hasKey $own (index . 2) -}}
+{{- if kindIs "map" $value -}}
+{{- $value = deepCopy $value -}}
+{{- /* Key by key: a merge takes 0 for nothing said. */ -}}
+{{- range $key, $mine := get $own (index . 2) -}}
+{{- $_ := set $value $key $mine -}}
+{{- end -}}
+{{- else -}}
+{{- $value = get $own (index . 2) -}}
+{{- end -}}
+{{- end -}}
+{{- toJson (dict "value" $value) -}}
+{{- end -}}
+
+{{/* Whether a role is a worker of the data plane. */}}
+{{- define "afd.isWorker" -}}
+{{- if has . (list "attention" "ffn") -}}yes{{- end -}}
+{{- end -}}
+
+{{/* Image of a role. The tag is the chart's; workers that need CUDA's or RDMA's libraries have the image with them. */}}
 {{- define "afd.image" -}}
-{{- $tag := .Values.image.tag | default (printf "%s%s" .Chart.AppVersion (eq .Values.device "cuda" | ternary "-cuda" "")) -}}
-{{ .Values.image.repository }}:{{ $tag }}
+{{- $root := index . 0 -}}
+{{- $image := mustMerge (deepCopy (get (get $root.Values (index . 1)) "image" | default dict)) (deepCopy $root.Values.image) -}}
+{{- $suffix := "" -}}
+{{- if include "afd.isWorker" (index . 1) -}}
+{{- if or $root.Values.rdma.enabled (eq (include "afd.workerValue" (list $root (index . 1) "device") | fromJson).value "cuda") -}}
+{{- $suffix = "-cuda" -}}
+{{- end -}}
+{{- end -}}
+{{ $image.repository }}:{{ $image.tag | default (printf "%s%s" $root.Chart.AppVersion $suffix) }}
 {{- end -}}
 
 {{- define "afd.secretName" -}}
 {{- .Values.secret.existingSecret | default (printf "%s-secret" (include "afd.fullname" .)) -}}
 {{- end -}}
 
+{{- define "afd.serviceAccount" -}}
+{{- .Values.serviceAccount.name | default (include "afd.fullname" .) -}}
+{{- end -}}
+
 {{- define "afd.coordinatorAddress" -}}
 {{ include "afd.fullname" . }}-coordinator.{{ .Release.Namespace }}.svc:{{ (include "afd.ports" . | fromYaml).coordinator }}
 {{- end -}}
 
-{{/* The configuration file that every role reads: what the values say, and the rest of .Values.config. */}}
-{{- define "afd.config" -}}
-{{- $v := .Values -}}
-{{- $ports := include "afd.ports" . | fromYaml -}}
-{{- $coordinator := dict "address" (include "afd.coordinatorAddress" .) "metrics_port" $ports.metrics.coordinator -}}
-{{- if $v.tls.enabled -}}
-{{- range $key, $file := dict "tls_cert_file" "tls.crt" "tls_key_file" "tls.key" "tls_ca_file" "ca.crt" -}}
-{{- $_ := set $coordinator $key (printf "/etc/afd/tls/%s" $file) -}}
-{{- end -}}
-{{- end -}}
-{{- $gateway := dict "port" $ports.gateway "drain_s" $v.drainSeconds -}}
-{{- if $v.apiKeys -}}
-{{- $_ := set $gateway "api_keys_file" "/etc/afd/secret/api-keys" -}}
-{{- end -}}
-{{- $set := dict
-  "model" (dict "name" $v.model.name "served_name" $v.model.servedName "dtype" $v.model.dtype "max_context" $v.model.maxContext)
-  "cluster" (dict "topology" $v.topology "transport" $v.transport "ffn_parallel" $v.ffnParallel
-      "dispatch" $v.dispatch "secret_file" "/etc/afd/secret/cluster-secret" "recovery_timeout_s" $v.recoveryTimeoutSeconds)
-  "attention" (dict "streams" $v.streams "kv_cache_gib" $v.attention.kvCacheGiB "max_num_seqs" $v.attention.maxNumSeqs
-      "max_step_tokens" $v.attention.maxStepTokens "device" $v.device "port" $ports.serving
-      "metrics_port" $ports.metrics.attention)
-  "ffn" (dict "device" $v.device "mesh_port" $ports.mesh "metrics_port" $ports.metrics.ffn)
-  "coordinator" $coordinator
-  "gateway" $gateway
-  "sla" (dict "tpot_ms" $v.sla.tpotMs "ttft_ms" $v.sla.ttftMs "policy" $v.sla.policy)
-  "log" (dict "level" $v.log.level "format" $v.log.format)
--}}
-{{- range $section, $keys := $v.config -}}
-{{- range $key, $_ := $keys -}}
-{{- if hasKey (get $set $section | default dict) $key -}}
-{{- fail (printf "config.%s.%s is already set from other values of this chart: change those" $section $key) -}}
-{{- end -}}
-{{- end -}}
-{{- end -}}
-{{- range $section, $keys := mustMerge $set (deepCopy $v.config) }}
-[{{ $section }}]
-{{- range $key, $value := $keys }}
-{{ $key }} = {{ toJson $value }}
-{{- end }}
-{{- end -}}
-{{- end -}}
-
-{{/* What no schema can say. */}}
-{{- define "afd.check" -}}
-{{- $v := .Values -}}
-{{- if not (regexMatch "^[a-z]([-a-z0-9]*[a-z0-9])?$" .Release.Name) -}}
-{{- fail (printf "release name %q: Services are named after it, so it must begin with a lower-case letter and hold only lower-case letters, digits and -" .Release.Name) -}}
-{{- end -}}
-{{- if not (regexMatch "^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$" .Release.Namespace) -}}
-{{- fail (printf "namespace %q: it may hold only lower-case letters, digits and -, at most 63, and neither begin nor end with -" .Release.Namespace) -}}
-{{- end -}}
-{{- if and $v.hostNetwork $v.networkPolicy.enabled -}}
-{{- fail "hostNetwork pods are outside NetworkPolicies: set networkPolicy.enabled to false with hostNetwork" -}}
-{{- end -}}
-{{- if and (eq $v.dispatch "sparse") (eq $v.ffnParallel "tp") -}}
-{{- fail "dispatch sparse leaves out no row with ffnParallel tp: every FFN worker has a slice of every expert" -}}
-{{- end -}}
-{{- if and $v.tls.enabled (not $v.tls.secretName) -}}
-{{- fail "tls.enabled needs tls.secretName: a Secret with tls.crt, tls.key and ca.crt" -}}
-{{- end -}}
-{{- if and $v.apiKeys (not $v.secret.existingSecret) -}}
-{{- fail "apiKeys needs secret.existingSecret: a Secret with the keys cluster-secret and api-keys" -}}
-{{- end -}}
-{{- if and (hasPrefix $v.model.mountPath $v.model.name) (not $v.model.volume) -}}
-{{- fail (printf "model.name %s lies under model.mountPath: model.volume says where the files come from" $v.model.name) -}}
-{{- end -}}
-{{- if and $v.gateway.ingress.enabled (not $v.gateway.ingress.host) -}}
-{{- fail "gateway.ingress.enabled needs gateway.ingress.host" -}}
-{{- end -}}
-{{- if and $v.gateway.httpRoute.enabled (not $v.gateway.httpRoute.parentRefs) -}}
-{{- fail "gateway.httpRoute.enabled needs gateway.httpRoute.parentRefs" -}}
-{{- end -}}
-{{- $min := regexReplaceAll "A.*" $v.autoscale.min "" | int -}}
-{{- $x := include "afd.numAttention" . | int -}}
-{{- if and $v.autoscale.enabled (eq $v.autoscale.mode "apply") -}}
-{{- if lt $min $x -}}
-{{- fail (printf "autoscale.min %s is below topology %s, without whose attention workers the cluster does not form" $v.autoscale.min $v.topology) -}}
-{{- end -}}
-{{- if $v.attention.hpa.enabled -}}
-{{- fail "attention.hpa and autoscale.mode apply would both set the number of attention workers: enable one" -}}
-{{- end -}}
-{{- end -}}
-{{- if and $v.attention.hpa.enabled (lt (int $v.attention.hpa.maxReplicas) $x) -}}
-{{- fail (printf "attention.hpa.maxReplicas is below topology %s" $v.topology) -}}
-{{- end -}}
+{{/* Bytes of a Kubernetes quantity such as 8Gi, as a whole number. */}}
+{{- define "afd.bytes" -}}
+{{- $text := toString . -}}
+{{- $unit := regexFind "[a-zA-Z]+$" $text -}}
+{{- $scale := get (dict "" 1 "m" 0.001 "k" 1e3 "M" 1e6 "G" 1e9 "T" 1e12 "P" 1e15 "E" 1e18 "Ki" 1024 "Mi" 1048576
+    "Gi" 1073741824 "Ti" 1099511627776 "Pi" 1125899906842624 "Ei" 1152921504606846976) $unit -}}
+{{- mulf (float64 (trimSuffix $unit $text)) (float64 $scale) | int64 -}}
 {{- end -}}
