@@ -148,8 +148,15 @@ def add_config_flags(parser: argparse.ArgumentParser, command: str) -> None:
             )
 
 
-def config_from_args(args: argparse.Namespace) -> ClusterConfig:
-    """File, then flags, then --set -> the resolved configuration; ConfigError otherwise."""
+def config_from_args(args: argparse.Namespace, planned: dict[str, Any] | None = None) -> ClusterConfig:
+    """File, then what is planned, then flags, then --set -> the resolved configuration; ConfigError otherwise."""
+    config = resolve_config(args.config, {**(planned or {}), **keys_from_args(args)})
+    args.log_format = config.log.format  # of a later error, too
+    return config
+
+
+def keys_from_args(args: argparse.Namespace) -> dict[str, Any]:
+    """Keys that flags and --set give, by name."""
     overrides: dict[str, Any] = {}
     for dest, value in vars(args).items():
         if dest.startswith("key:") and value is not None:
@@ -157,9 +164,7 @@ def config_from_args(args: argparse.Namespace) -> ClusterConfig:
                 overrides[key] = {"true": True, "false": False}.get(value, value)
     for setting in args.set:
         overrides.update([_parse_setting(setting)])
-    config = resolve_config(args.config, overrides)
-    args.log_format = config.log.format  # of a later error, too
-    return config
+    return overrides
 
 
 def _parse_setting(setting: str) -> tuple[str, Any]:

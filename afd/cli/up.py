@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import Any
 
-from afd.cli.flags import UP, add_config_flags, config_from_args
+from afd.cli.flags import UP, add_config_flags, config_from_args, keys_from_args
 from afd.cli.show import config_toml, process_table
 
 _EXAMPLES = """\
@@ -25,6 +26,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_config_flags(parser, UP)
+    parser.add_argument("--plan", metavar="FILE", help="the best plan of `afd plan --json` (- = stdin); flags go first")
     parser.add_argument("--dry-run", action="store_true", help="print what each process would get, start nothing")
     parser.add_argument("--no-restart", action="store_true", help="stop the cluster when a process dies")
     parser.set_defaults(func=run)
@@ -40,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     from afd.host.open_files import want_open_files
     from afd.telemetry.log import setup_logging
 
-    config = config_from_args(args)
+    config = config_from_args(args, _planned(args))
     setup_logging("afd up", level=config.log.level, fmt=config.log.format)
     config, folder = find_model(config)
     config = share_threads(config, usable_cores())
@@ -60,3 +62,12 @@ def run(args: argparse.Namespace) -> int:
     has_tokenizer = folder.tokenizer_path is not None
     fork_server = ForkServer if sys.platform == "linux" else None
     return Supervisor(config, secret, has_tokenizer=has_tokenizer, restart=restart, fork_server=fork_server).run()
+
+
+def _planned(args: argparse.Namespace) -> dict[str, Any]:
+    """What --plan says, by key. ConfigError when AFD cannot run that plan."""
+    if not args.plan:
+        return {}
+    from afd.plan.deploy import read_deploy
+
+    return read_deploy(args.plan).with_model(keys_from_args(args).get("model.name")).overrides()

@@ -59,20 +59,6 @@ def find_helm() -> str:
     return helm
 
 
-def read_plan(path: str) -> dict[str, Any]:
-    """Values of the best plan in the output of `afd plan --json` ("-" = standard input); ConfigError otherwise."""
-    try:
-        text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
-        values = json.loads(text)["deploy"]["helm_values"]
-    except OSError as error:
-        raise ConfigError(f"cannot read plan {path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path} is not what `afd plan --json` prints, or holds no feasible plan") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: helm_values is not a mapping")
-    return values
-
-
 def render(helm: str, chart: Path, wanted: Render) -> str:
     """YAML of every object, as `helm template`. ConfigError with the chart's own words when the values are refused."""
     with tempfile.NamedTemporaryFile("wb", suffix=".json") as file:

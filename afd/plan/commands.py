@@ -42,7 +42,7 @@ def run_search(arguments: argparse.Namespace) -> int:
         payload = advice_payload(advice, estimator, arguments.model, arguments.top)
         _print_json({**_question(arguments, space.model), **payload, "efficiency": _factors(estimator)})
     else:
-        print(text.advice_text(advice, arguments.model, arguments.top, measured=estimator.measured))
+        print(text.advice_text(advice, estimator, arguments.model, arguments.top))
         print(f"\n{_assumptions(arguments, estimator)}")
     return EXIT_OK if advice.plans else EXIT_INFEASIBLE
 

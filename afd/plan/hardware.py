@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -16,6 +16,7 @@ class Chip(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     """One accelerator. Fields are in the units of the data file (data/hardware.toml); properties are SI.
 
     chips_per_domain: chips that the interconnect joins across servers (NVL72: 72); 0 = those of one server.
+    device: what AFD's workers run there as; "" = nothing that is known.
     fp8_tflops None: 8-bit weights and KV take the same bytes, arithmetic runs at the 16-bit peak (report 4.2).
     """
 
@@ -28,6 +29,7 @@ class Chip(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     interconnect_gb_per_s: PositiveFloat
     source: str
     chips_per_domain: NonNegative = 0
+    device: Literal["", "cpu", "cuda"] = ""
     fp8_tflops: PositiveFloat | None = None
     usd_per_hour: PositiveFloat | None = None
     price_source: str = ""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shlex
 from dataclasses import asdict
 from typing import Any
 
@@ -12,6 +10,7 @@ import msgspec
 from afd.plan.accuracy import Accuracy, accuracy_of
 from afd.plan.advice import Advice
 from afd.plan.colocated import Colocated
+from afd.plan.deploy import deploy_payload
 from afd.plan.estimate import Estimate, Estimator
 
 
@@ -85,7 +84,7 @@ def advice_payload(advice: Advice, estimator: Estimator, model_argument: str, to
         "comparison": comparison_payload(advice),
         "analytic_ratio": advice.analytic_ratio,
         "tcp": [asdict(fallback) for fallback in advice.tcp],
-        "deploy": None if best is None else deploy_payload(best, model_argument),
+        "deploy": None if best is None else deploy_payload(best, estimator, model_argument),
     }
 
 
@@ -139,35 +138,3 @@ def comparison_payload(advice: Advice) -> dict[str, Any] | None:
         "other_kv": None if advice.other_kv is None else dict(zip(("dtype", "afd_gain"), advice.other_kv, strict=True)),
         "by_context": [{**asdict(point), "afd_ahead": point.afd_ahead} for point in comparison.curve],
     }
-
-
-def deploy_payload(plan: Estimate, model_argument: str) -> dict[str, Any]:
-    """Command line and Helm values that start the plan."""
-    deployment = plan.deployment
-    command = [
-        "afd",
-        "up",
-        "--topology",
-        str(deployment.topology),
-        "--model",
-        model_argument,
-        "--streams",
-        str(deployment.streams),
-    ]
-    values: dict[str, Any] = {
-        "topology": str(deployment.topology),
-        "model": {"name": model_argument},
-        "streams": deployment.streams,
-    }
-    return {"command": shlex.join(command), "helm_values": values, "helm_yaml": _yaml(values)}
-
-
-def _yaml(values: dict[str, Any], indent: str = "") -> str:
-    """Block YAML of nested mappings; scalars as JSON, which YAML reads as it is."""
-    lines = []
-    for key, value in values.items():
-        if isinstance(value, dict):
-            lines.append(f"{indent}{key}:\n{_yaml(value, indent + '  ')}")
-        else:
-            lines.append(f"{indent}{key}: {json.dumps(value)}\n")
-    return "".join(lines)

@@ -8,11 +8,11 @@ from afd.plan.accuracy import accuracy_of
 from afd.plan.advice import RANKS_TODAY, Advice, Comparison, describe
 from afd.plan.colocated import Colocated
 from afd.plan.cost import CostRow
+from afd.plan.deploy import deploy_payload
 from afd.plan.deployment import Deployment
 from afd.plan.efficiency import Efficiency
-from afd.plan.estimate import Estimate
+from afd.plan.estimate import Estimate, Estimator
 from afd.plan.limits import Feasibility
-from afd.plan.payload import deploy_payload
 from afd.plan.tcp import TcpFallback
 
 
@@ -101,7 +101,7 @@ def _range_text(estimate: Estimate) -> str:
     )
 
 
-def advice_text(advice: Advice, model_argument: str, top: int, *, measured: bool = False) -> str:
+def advice_text(advice: Advice, estimator: Estimator, model_argument: str, top: int) -> str:
     """The whole answer of `afd plan`."""
     if not advice.plans:
         lines = [advice.reason]
@@ -110,7 +110,7 @@ def advice_text(advice: Advice, model_argument: str, top: int, *, measured: bool
         return "\n".join(lines)
     best = advice.plans[0]
     parts = [_today_text(advice), plans_table(advice.plans[:top])]
-    parts.append("\n".join([estimate_text(best), *([] if measured else [_range_text(best)])]))
+    parts.append("\n".join([estimate_text(best), *([] if estimator.measured else [_range_text(best)])]))
     if advice.copies:
         parts.append(_inventory_text(advice, best))
     if advice.analytic_ratio is not None:
@@ -118,8 +118,11 @@ def advice_text(advice: Advice, model_argument: str, top: int, *, measured: bool
         parts.append(f"A:F ratio {x / y:.2f}; the closed form without an SLA says {advice.analytic_ratio:.2f}")
     parts.append(_comparison_text(advice))
     parts.append("\n".join(tcp_sentence(fallback) for fallback in advice.tcp))
-    deploy = deploy_payload(best, model_argument)
-    parts.append(f"start it:    {deploy['command']}\nHelm values:\n{deploy['helm_yaml'].rstrip()}")
+    deploy = deploy_payload(best, estimator, model_argument)
+    if deploy["obstacles"]:
+        parts.append("AFD cannot run this plan as it is:\n" + "\n".join(f"  - {one}" for one in deploy["obstacles"]))
+    else:
+        parts.append(f"start it:    {deploy['command']}\nHelm values:\n{deploy['helm_yaml'].rstrip()}")
     return "\n\n".join(parts)
 
 

@@ -6,6 +6,8 @@ import copy
 import json
 import os
 import subprocess
+import tomllib
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -16,7 +18,7 @@ import yaml
 from afd.cli.main import main
 from afd.cluster.chart import SECRET_KEY, find_helm
 from afd.errors import ConfigError
-from tests.k8s.chart import CHART, REPOSITORY, Object, named, of_kind, pod_templates, render_text, rendered
+from tests.k8s.chart import CHART, REPOSITORY, Object, config_text, named, of_kind, pod_templates, render_text, rendered
 from tests.k8s.value_sets import RDMA_RACK, REFUSED, VALUE_SETS, Values
 
 CRD_SCHEMA = json.loads((REPOSITORY / "tests/fixtures/k8s/disaggregatedset.v1.schema.json").read_text())
@@ -339,20 +341,72 @@ def test_the_command_prints_what_helm_renders(capsys: pytest.CaptureFixture[str]
     assert f"--from-literal={SECRET_KEY}=" in captured.err
 
 
-def test_a_plan_and_a_values_file_feed_the_render(
-    capsys: pytest.CaptureFixture[str], tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    folder = tmp_path_factory.mktemp("values")
-    assert main(["plan", "--model", "step3", "--context", "4096", "--json"]) == 0
-    plan = json.loads(capsys.readouterr().out)
-    (folder / "plan.json").write_text(json.dumps(plan))
-    (folder / "more.yaml").write_text("secret: {existingSecret: ours}\nmodel: {dtype: float32}\n")
-    arguments = ["--plan", str(folder / "plan.json"), "--values", str(folder / "more.yaml"), "--model", "dummy:step3"]
+def planned(capsys: pytest.CaptureFixture[str], folder: Path, *arguments: str) -> tuple[dict[str, Any], str]:
+    """What `afd plan` finds, and the file with it."""
+    assert main(["plan", "--model", "step3", "--context", "4096", "--json", *arguments]) == 0
+    text = capsys.readouterr().out
+    (folder / "plan.json").write_text(text)
+    return json.loads(text), str(folder / "plan.json")
+
+
+RUNS_TODAY = ("--ranks-per-instance", "1", "--attention-dtype", "bf16")
+
+
+def test_a_plan_becomes_a_release_and_a_cluster(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Chips, sizes and counts of the plan are the pods'; the two roles have chips of their own."""
+    chips = ("--attention", "h20", "--ffn", "h800", "--max-gpus", "48")
+    plan, file = planned(capsys, tmp_path, *RUNS_TODAY, *chips)
+    best = plan["plans"][0]
+    (tmp_path / "more.yaml").write_text("secret: {existingSecret: ours}\nmodel: {volume: {pvc: {claimName: models}}}\n")
+    arguments = ["--plan", file, "--values", str(tmp_path / "more.yaml"), "--model", "/models/step3"]
     assert main(["k8s", "render", *arguments]) == 0
     captured = capsys.readouterr()
-    assert f'topology = "{plan["plans"][0]["topology"]}"' in captured.out
-    assert 'name = "dummy:step3"' in captured.out and 'dtype = "float32"' in captured.out
-    assert 'secretName: "ours"' in captured.out and not captured.err
+    assert "afd/chip=h20, afd/chip=h800" in captured.err
+    objects = tuple(one for one in yaml.load_all(captured.out, Loader=yaml.CSafeLoader) if one)
+    num_attention, num_ffn = (int(number) for number in best["topology"].strip("F").split("A"))
+    sizes = {one["metadata"]["name"]: one["spec"]["replicas"] for one in of_kind(objects, "StatefulSet")}
+    assert sizes == {"afd-attention": num_attention, "afd-ffn": num_ffn}
+    for role, template in pod_templates(objects):
+        spec = template["spec"]
+        container = spec["containers"][0]
+        if role in ("attention", "ffn"):
+            assert spec["nodeSelector"] == {"afd/chip": best[f"{role}_chip"]}
+            assert container["resources"]["limits"]["nvidia.com/gpu"] == 1
+            assert container["image"].endswith("-cuda")
+        else:
+            assert "nodeSelector" not in spec and "nvidia.com/gpu" not in container["resources"]["limits"]
+    config = tomllib.loads(config_text(objects, "attention"))
+    assert config["model"]["name"] == "/models/step3" and config["model"]["weights"] == "int8-all"
+    kv_gib = best["memory"]["attention"]["kv_bytes"] / 2**30
+    assert config["attention"]["kv_cache_gib"] == pytest.approx(kv_gib, abs=0.01)
+    assert config["attention"]["max_num_seqs"] == best["requests_per_attention_chip"]
+    assert config["attention"]["device"] == "cuda" and config["attention"]["streams"] == best["streams"]
+    assert main(["up", "--dry-run", "--plan", file, "--model", "dummy:step3-tiny"]) == 0
+    printed = capsys.readouterr().out
+    assert (
+        f'topology = "{best["topology"]}"' in printed
+        and f"max_num_seqs = {best['requests_per_attention_chip']}" in printed
+    )
+
+
+@pytest.mark.parametrize("command", [["k8s", "render"], ["up", "--dry-run"]], ids=" ".join)
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "a worker of AFD has one: plan with --ranks-per-instance 1"),
+        (("--ranks-per-instance", "1"), "AFD's has 16: plan with --attention-dtype bf16"),
+        (RUNS_TODAY, "step3 is a shape of the planner's catalogue, not a model's files: name those with --model"),
+        ((*RUNS_TODAY, "--attention", "910b", "--ffn", "910b"), "what AFD runs on Ascend 910B"),
+    ],
+    ids=["servers", "KV", "model", "chip"],
+)
+def test_a_plan_that_cannot_run_is_refused_with_what_to_plan_instead(
+    command: list[str], arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    _, file = planned(capsys, tmp_path, *arguments)
+    assert main([*command, "--plan", file]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.err.count("\n") == 1 and not captured.out
 
 
 @pytest.mark.parametrize(
