@@ -90,6 +90,32 @@ async def test_a_client_that_leaves_before_its_request_is_complete():
 
 
 @async_test
+async def test_bodies_that_do_not_come_to_their_end_have_one_bound():
+    """Each within its own bound and time; together they are too many, and the oldest are told so and closed."""
+    limits = {"max_body_bytes": 1 << 20, "max_waiting_bytes": 2 << 20}
+    async with served_gateway(MODEL, limits=limits) as rig, contextlib.AsyncExitStack() as stack:
+        clients = [await stack.enter_async_context(connection(rig)) for _ in range(4)]
+        for _, writer in clients:
+            writer.write(b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1048576\r\n\r\n")
+            writer.write(b" " * 1_000_000)
+            await writer.drain()
+        answered = {asyncio.ensure_future(answer_of(reader)) for reader, _ in clients}
+        first, waiting = await asyncio.wait(answered, return_when=asyncio.FIRST_COMPLETED, timeout=10)
+        while len(first) < 2:
+            more, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED, timeout=10)
+            first |= more
+        for status, body in (task.result() for task in first):
+            assert (status, body["error"]["code"]) == (503, "overloaded")
+            assert "gateway.max_waiting_bytes" in body["error"]["message"]
+        assert len(waiting) == 2
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        short = await rig.client.post("/tokenize", json={"prompt": "hello"})
+        assert short.status_code == 200
+
+
+@async_test
 async def test_a_client_that_does_not_read_is_cut_off(monkeypatch):
     monkeypatch.setattr(http_protocol, "WRITE_STALL_S", 0.3)
     async with served_gateway(text_model(max_context=1 << 17)) as rig:
