@@ -135,6 +135,16 @@ def _add_target(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pipeline", type=one_of(PipelineKind), choices=list(PipelineKind), default=PipelineKind.OPTIMISTIC
     )
+    parser.add_argument(
+        "--mtp", type=int, choices=range(8), default=0, metavar="N", help="drafts that a step verifies, 0 to 7 (0)"
+    )
+    parser.add_argument(
+        "--mtp-acceptance",
+        type=_shares,
+        default=(),
+        metavar="P[,P]",
+        help="share of drafts accepted, by place; the last one for all behind it (0.82,0.75,0.78: MiMo-V2-Flash's)",
+    )
     parser.add_argument("--efficiency", action="append", default=[], metavar="KEY=VALUE", help="a factor (repeatable)")
     parser.add_argument("--calibrate", default=None, metavar="FILE", help="stage times measured on a cluster, JSON")
 
@@ -144,6 +154,16 @@ def _names(text: str) -> list[str]:
     if not names:
         raise argparse.ArgumentTypeError("expected names, separated by commas")
     return list(dict.fromkeys(names))
+
+
+def _shares(text: str) -> tuple[float, ...]:
+    try:
+        shares = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        shares = (-1.0,)
+    if any(not 0.0 <= share <= 1.0 for share in shares):
+        raise argparse.ArgumentTypeError("acceptance rates are shares from 0 to 1, separated by commas")
+    return shares
 
 
 def _contexts(text: str) -> list[int]:

@@ -63,7 +63,7 @@ def accuracy_of(estimate: Estimate) -> Accuracy:
 def _tpot(estimate: Estimate, attention: float, ffn: float) -> float:
     """TPOT with both stages scaled; what the forecast adds to the plain step (jitter) stays a share of it."""
     deployment, stage, kind = estimate.deployment, estimate.stage, estimate.objective.pipeline
-    shape = (deployment.streams, deployment.model.num_layers, kind)
+    shape = (deployment.streams, deployment.pipeline_layers, kind)
     scaled = replace(stage, attention_s=stage.attention_s * attention, ffn_s=stage.ffn_s * ffn)
     return estimate.tpot_s * step_time(scaled, *shape) / step_time(stage, *shape)
 

@@ -14,7 +14,7 @@ from afd.plan.efficiency import Efficiency
 from afd.plan.estimate import MAX_BATCH, Objective
 from afd.plan.hardware import Chip
 from afd.plan.memory import HEAD_BYTES
-from afd.plan.stages import GemmWork, attention_time, collective_times, dispatch_row_bytes, head_time
+from afd.plan.stages import GemmWork, attention_time, collective_times, dispatch_row_bytes, draft_time, head_time
 from afd.types import Topology
 
 MICRO_BATCHES = (1, 2)
@@ -80,24 +80,25 @@ class ColocatedModel:
         deployment, model, efficiency = self._servers(num_chips), self.template.model, self.efficiency
         chip, ranks, layers = deployment.attention_chip, deployment.ranks_per_instance, model.num_layers
         hidden, work = model.hidden, GemmWork(deployment.attention_chip)
+        num_rows = num_tokens * deployment.drafts.rows
         for group in model.ffn:
             fixed = group.layers * group.fixed_weights(hidden)
             if not group.experts:
-                work.add(model.weights.shared, fixed / ranks, num_tokens * ranks)
+                work.add(model.weights.shared, fixed / ranks, num_rows * ranks)
                 continue
-            work.add(model.weights.shared, fixed, num_tokens)
+            work.add(model.weights.shared, fixed, num_rows)
             share = _held(group.experts, num_chips) / group.experts
             crowd = max(1.0, share * num_chips if num_chips <= group.experts else 1.0)  # beyond, experts have replicas
-            rows = num_tokens * group.top_k * crowd * efficiency.expert_imbalance
+            rows = num_rows * group.top_k * crowd * efficiency.expert_imbalance
             weights = group.layers * group.expert_weights(hidden)
-            work.add_experts(model.weights.routed, weights, share * group.experts_hit(num_tokens * num_chips), rows)
+            work.add_experts(model.weights.routed, weights, share * group.experts_hit(num_rows * num_chips), rows)
         dense_share = sum(group.layers for group in model.ffn if not group.experts) / layers
-        collective_s = dense_share * sum(collective_times(deployment, efficiency, num_tokens * ranks))
+        collective_s = dense_share * sum(collective_times(deployment, efficiency, num_rows * ranks))
         ffn_s = work.seconds(efficiency) / layers + efficiency.launch_s
         ffn_s += efficiency.collective_exposed * collective_s
         compute_s = attention_time(deployment, efficiency, context, num_tokens) + ffn_s
         routed = sum(group.layers * group.top_k for group in model.ffn) / layers
-        row_bytes = routed * num_tokens * (dispatch_row_bytes(deployment) + 2 * hidden)
+        row_bytes = routed * num_rows * (dispatch_row_bytes(deployment) + 2 * hidden)
         remote_s = row_bytes * (num_chips - ranks) / num_chips / (chip.network_bytes_per_s * efficiency.network)
         link = chip.interconnect_bytes_per_s * efficiency.interconnect
         if num_chips <= chip.chips_per_domain:
@@ -108,10 +109,12 @@ class ColocatedModel:
         """Seconds per step of `micro_batches` micro-batches of `num_tokens` tokens on each of `num_chips` chips."""
         compute_s, transfer_s = self.times(num_chips, context, num_tokens)
         busy_s = compute_s + transfer_s if micro_batches == 1 else micro_batches * max(compute_s, transfer_s)
-        head_s = micro_batches * head_time(self._servers(num_chips), self.efficiency, num_tokens)
-        layers_s = self.template.model.num_layers * busy_s * self.efficiency.colocated_stretch
-        hops_s = hops_time(self.template, self.efficiency, self.stages, micro_batches * num_tokens)
-        return (layers_s + head_s + hops_s) * (1.0 + self.efficiency.jitter)
+        drafts, servers = self.template.drafts, self._servers(num_chips)
+        head_s = head_time(servers, self.efficiency, num_tokens * drafts.rows)
+        head_s = micro_batches * (head_s + draft_time(servers, self.efficiency, context, num_tokens))
+        layers_s = self.template.pipeline_layers * busy_s * self.efficiency.colocated_stretch
+        hops_s = hops_time(self.template, self.efficiency, self.stages, micro_batches * num_tokens * drafts.rows)
+        return (layers_s + head_s + hops_s) * (1.0 + self.efficiency.jitter) / drafts.emitted
 
     def capacity(self, num_chips: int, context: int) -> int:
         """Requests of `context` tokens one chip holds beside its weights."""

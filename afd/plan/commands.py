@@ -16,6 +16,7 @@ from afd.plan.catalog import find, find_model, load_chips, load_models
 from afd.plan.chips import parse_inventory, with_network
 from afd.plan.cost import cheapest_split, homogeneous_costs
 from afd.plan.deployment import Deployment
+from afd.plan.drafts import Drafts
 from afd.plan.efficiency import Efficiency
 from afd.plan.estimate import Estimate, Estimator, Objective
 from afd.plan.hardware import Chip
@@ -172,6 +173,7 @@ def _space(arguments: argparse.Namespace) -> SearchSpace:
         kv_dtype=arguments.attention_dtype,
         ranks_per_instance=arguments.ranks_per_instance,
         dispatch=arguments.dispatch,
+        drafts=Drafts.of(arguments.mtp, arguments.mtp_acceptance),
     )
 
 

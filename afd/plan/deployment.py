@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from afd.errors import ConfigError
+from afd.plan.drafts import NO_DRAFTS, Drafts
 from afd.plan.hardware import Chip
 from afd.plan.models import ModelShape
 from afd.types import MAX_STREAMS, Topology
@@ -52,6 +53,7 @@ class Deployment:
     kv_dtype: KvDtype = KvDtype.AUTO
     ranks_per_instance: int = 8
     dispatch: Dispatch = Dispatch.BROADCAST
+    drafts: Drafts = NO_DRAFTS
 
     def __post_init__(self) -> None:
         if self.topology.mono:
@@ -60,9 +62,17 @@ class Deployment:
             raise ConfigError(f"streams must be 1 to {MAX_STREAMS}, found {self.streams}")
         if self.ranks_per_instance < 1:
             raise ConfigError(f"ranks per instance must be positive, found {self.ranks_per_instance}")
+        if self.drafts.count and self.model.draft is None:
+            raise ConfigError(f"--mtp {self.drafts.count}: {self.model.name} has no layers that predict further tokens")
         if self.dispatch is Dispatch.SPARSE and (self.model.has_shared_expert or not self.model.max_top_k):
             kind = "has a shared expert" if self.model.max_top_k else "is dense"
             raise ConfigError(f"sparse dispatch: {self.model.name} {kind}, so every FFN instance needs every row")
+
+    @property
+    def pipeline_layers(self) -> int:
+        """Layers that a micro-batch goes through: the model's, and one for each draft whose FFN is a mixture."""
+        draft = self.model.draft
+        return self.model.num_layers + (self.drafts.count if draft is not None and draft.ffn.experts else 0)
 
     @property
     def attention_ranks(self) -> int:

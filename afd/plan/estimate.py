@@ -74,7 +74,8 @@ class Estimate:
     @property
     def stage_budget_s(self) -> float:
         """Seconds that a layer's longest stage may take for the SLA, heads and jitter left out."""
-        return self.objective.sla_tpot_s / self.deployment.streams / self.deployment.model.num_layers
+        step_s = self.objective.sla_tpot_s * self.deployment.drafts.emitted
+        return step_s / self.deployment.streams / self.deployment.pipeline_layers
 
     @property
     def holds_sla(self) -> bool:
@@ -98,7 +99,7 @@ class Estimator:
         """The deployment at a given micro-batch, whether or not it fits or holds the SLA."""
         stage = self._stages.times(deployment, objective.context, num_tokens)
         beat = cycle(stage, deployment.streams, objective.pipeline)
-        slack, layers = self._slack(deployment), deployment.model.num_layers
+        slack, layers = self._slack(deployment), deployment.pipeline_layers
         return Estimate(
             deployment=deployment,
             objective=objective,
@@ -133,12 +134,12 @@ class Estimator:
     def _tpot(self, deployment: Deployment, objective: Objective, num_tokens: int) -> float:
         stage = self._stages.times(deployment, objective.context, num_tokens)
         return self._slack(deployment) * step_time(
-            stage, deployment.streams, deployment.model.num_layers, objective.pipeline
+            stage, deployment.streams, deployment.pipeline_layers, objective.pipeline
         )
 
     def _slack(self, deployment: Deployment) -> float:
         """Mean seconds per token over those of a step of a peak minute."""
-        return 1.0 + self._stages.jitter
+        return (1.0 + self._stages.jitter) / deployment.drafts.emitted
 
     def at_batch(self, deployment: Deployment, objective: Objective, batch: int) -> Estimate:
         """The deployment with `batch` requests in all; ConfigError when they do not divide or do not fit."""

@@ -18,7 +18,7 @@ from afd.plan.hf_ffn import ffn_groups
 from afd.plan.hf_keys import Keys
 from afd.plan.hf_unmodelled import refuse_unmodelled
 from afd.plan.hf_weights import weight_bytes_of
-from afd.plan.models import FfnGroup, ModelShape
+from afd.plan.models import DraftLayer, FfnGroup, ModelShape
 
 _FULL = {"full_attention", "full", "attention", 1, "1"}
 _WINDOWED = {"sliding_attention", "sliding_window", "local_attention", "local"}
@@ -49,6 +49,7 @@ def shape_from_hf_config(config: Mapping[str, Any], name: str, where: str) -> Mo
             ffn=_merged(ffn_groups(keys, model_type, layers)),
             tied=bool(keys.value("tie_word_embeddings")),
             weights=weight_bytes_of(merged, where),
+            draft=_draft(keys, model_type, layers, hidden),
             source=where,
         )
     except (ValueError, msgspec.ValidationError) as error:
@@ -72,6 +73,27 @@ def _attention_groups(keys: Keys, model_type: str, layers: int, hidden: int) -> 
         else:
             raise ConfigError(f"{keys.where}: attention kind {kind!r} of {model_type!r} is not modelled by the planner")
     return tuple(groups)
+
+
+def _draft(keys: Keys, model_type: str, layers: int, hidden: int) -> DraftLayer | None:
+    """MTP layers: one of the kind that a list names behind the decoder's, else the decoder's last full one.
+
+    Step-3.5's are dense (and have heads of their own), DeepSeek's are mixtures like its last layer.
+    """
+    count = keys.integer("num_nextn_predict_layers", "num_mtp_layers", default=0)
+    if not count:
+        return None
+    listed = keys.value("layer_types")
+    windowed = isinstance(listed, list) and len(listed) > layers and listed[layers] in _WINDOWED
+    window = keys.integer("sliding_window", "window_size") if windowed else 0
+    own = model_type.startswith(("step3p", "step4", "step5"))
+    dense = FfnGroup(layers=1, intermediate=keys.integer("intermediate_size")) if own else None
+    return DraftLayer(
+        count=count,
+        attention=_cached_attention(keys, model_type, 1, hidden, window, sliding=windowed),
+        ffn=dense or ffn_groups(keys, model_type, layers)[-1],
+        own_head=own,
+    )
 
 
 def _layer_kinds(keys: Keys, model_type: str, layers: int) -> list[Any]:

@@ -29,6 +29,10 @@ def attention_memory(deployment: Deployment, efficiency: Efficiency, context: in
     model = deployment.model
     head = model.embedding_weights * HEAD_BYTES / deployment.ranks_per_instance
     weights = model.linear_weights * model.weights.linear + head
+    if model.draft is not None and deployment.drafts.count:
+        held = min(model.draft.count, deployment.drafts.count)
+        weights += held * model.draft.dense_weights(model.hidden) * model.weights.linear
+        weights += held * model.draft.own_head * model.head_weights * HEAD_BYTES / deployment.ranks_per_instance
     kv_bytes = num_requests * model.kv_resident_bytes(context, deployment.kv_dtype.bytes_per_element)
     return _use(deployment.attention_chip, efficiency, weights, kv_bytes)
 

@@ -67,6 +67,24 @@ class FfnGroup(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         return (self.top_k + shared) / (self.experts + shared)
 
 
+class DraftLayer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One layer that predicts a further token (MTP), with its projection of the embedding and the hidden state.
+
+    count: how many the checkpoint has; more drafts run the last one again.
+    own_head: each has an LM head of its own.
+    """
+
+    count: Positive
+    attention: AnyAttention
+    ffn: FfnGroup
+    own_head: bool = False
+
+    def dense_weights(self, hidden: int) -> int:
+        """Weights on the attention chips but for the head: a dense FFN stays there, a mixture does not."""
+        ffn = 0 if self.ffn.experts else self.ffn.fixed_weights(hidden)
+        return 2 * hidden * hidden + self.attention.linear_weights(hidden) + ffn
+
+
 class ModelShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, dict=True):
     """A decoder as counts, each summed once.
 
@@ -84,6 +102,7 @@ class ModelShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     source: str
     tied: bool = False
     weights: WeightBytes = WeightBytes()
+    draft: DraftLayer | None = None
     activated_params: Annotated[float, msgspec.Meta(ge=0)] = 0.0
 
     def __post_init__(self) -> None:

@@ -36,6 +36,7 @@ def estimate_payload(estimate: Estimate, estimator: Estimator) -> dict[str, Any]
         "tokens_per_s": estimate.tgs * deployment.num_chips,
         "usd_per_hour": usd_per_hour,
         "weight_bytes": msgspec.structs.asdict(deployment.model.weights),
+        "drafts": {"count": deployment.drafts.count, "emitted": deployment.drafts.emitted},
         "forecast_range": None if estimator.measured else _range_payload(accuracy_of(estimate)),
         "attention_dtype": str(deployment.kv_dtype),
         "streams": deployment.streams,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from afd.errors import ConfigError
 from afd.plan.deployment import Deployment, Dispatch, KvDtype
+from afd.plan.drafts import NO_DRAFTS, Drafts
 from afd.plan.estimate import Estimate, Estimator, Objective
 from afd.plan.hardware import Chip
 from afd.plan.models import ModelShape
@@ -43,6 +44,7 @@ class SearchSpace:
     kv_dtype: KvDtype = KvDtype.AUTO
     ranks_per_instance: int = 0
     dispatch: Dispatch = Dispatch.BROADCAST
+    drafts: Drafts = NO_DRAFTS
 
     def deployment(self, attention: Chip, ffn: Chip, topology: Topology, streams: int) -> Deployment:
         """One point of the space; ConfigError when the two servers differ in size (rank i talks to rank i)."""
@@ -61,6 +63,7 @@ class SearchSpace:
             kv_dtype=self.kv_dtype,
             ranks_per_instance=ranks,
             dispatch=self.dispatch,
+            drafts=self.drafts,
         )
 
     def pairs(self) -> list[tuple[Chip, Chip]]:

@@ -97,14 +97,15 @@ class RooflineStages:
     def times(
         self, deployment: Deployment, context: int, num_tokens: float, prefill: Prefill | None = None
     ) -> StageTimes:
-        rows = num_tokens if prefill is None else num_tokens + prefill.num_tokens
+        rows = num_tokens * deployment.drafts.rows + (0.0 if prefill is None else prefill.num_tokens)
         to_ffn_s, to_attention_s = transfer_times(deployment, self.efficiency, rows)
         return StageTimes(
             attention_s=attention_time(deployment, self.efficiency, context, num_tokens, prefill),
             ffn_s=ffn_time(deployment, self.efficiency, rows),
             to_ffn_s=to_ffn_s,
             to_attention_s=to_attention_s,
-            head_s=head_time(deployment, self.efficiency, num_tokens),
+            head_s=head_time(deployment, self.efficiency, num_tokens * deployment.drafts.rows)
+            + draft_time(deployment, self.efficiency, context, num_tokens),
         )
 
 
@@ -117,10 +118,19 @@ def gemm_time(
 
 
 def core_time(
-    chip: Chip, efficiency: Efficiency, group: AttentionGroup, context: int, num_tokens: float, kv_bytes: float | None
+    chip: Chip,
+    efficiency: Efficiency,
+    group: AttentionGroup,
+    context: int,
+    num_tokens: float,
+    kv_bytes: float | None,
+    rows: int = 1,
 ) -> float:
-    """Attention core of decodes, all layers of a group, one chip. A 16-bit cache computes at the 16-bit peak."""
-    decodes = Prefill(num_tokens, context, num_tokens, context)  # each a chunk of one row
+    """Attention core of decodes, all layers of a group, one chip. A 16-bit cache computes at the 16-bit peak.
+
+    rows: of one request, which read its cache together (drafts).
+    """
+    decodes = Prefill(num_tokens * rows, context, num_tokens, context)  # each a chunk
     return chunks_time(chip, efficiency, group, decodes, kv_bytes)
 
 
@@ -141,7 +151,9 @@ def attention_time(
     """Core, projections, and the sum of the FFN instances' partial rows into the residual stream."""
     model, chip = deployment.model, deployment.attention_chip
     kv_bytes = deployment.kv_dtype.bytes_per_element
-    core_s = sum(core_time(chip, efficiency, group, context, num_tokens, kv_bytes) for group in model.attention)
+    each = deployment.drafts.rows
+    core_s = sum(core_time(chip, efficiency, group, context, num_tokens, kv_bytes, each) for group in model.attention)
+    num_tokens *= each
     if prefill is not None:
         core_s += sum(chunks_time(chip, efficiency, group, prefill, kv_bytes) for group in model.attention)
         num_tokens += prefill.num_tokens
@@ -236,3 +248,20 @@ def head_time(deployment: Deployment, efficiency: Efficiency, num_tokens: float)
     chip, weights = deployment.attention_chip, deployment.model.head_weights
     read_s = 2 * weights / deployment.ranks_per_instance / chip.memory_bytes_per_s
     return max(read_s, 2 * weights * num_tokens / chip.bf16_flops) / efficiency.gemm
+
+
+def draft_time(deployment: Deployment, efficiency: Efficiency, context: int, num_tokens: float) -> float:
+    """Drafting for `num_tokens` requests of one attention chip, once a step: one layer and one head after the other.
+
+    A layer whose FFN is a mixture computes that on the FFN chips, as a layer of the pipeline (`pipeline_layers`). All
+    rows of the last step run through it, one of them through its head.
+    """
+    draft, count = deployment.model.draft, deployment.drafts.count
+    if draft is None or not count:
+        return 0.0
+    model, chip, rows = deployment.model, deployment.attention_chip, num_tokens * deployment.drafts.rows
+    weights = draft.dense_weights(model.hidden)
+    layer_s = gemm_time(chip, efficiency, weights, 2 * rows * weights, model.weights.linear) + efficiency.launch_s
+    kv_bytes = deployment.kv_dtype.bytes_per_element
+    layer_s += core_time(chip, efficiency, draft.attention, context, num_tokens, kv_bytes, deployment.drafts.rows)
+    return count * (layer_s + head_time(deployment, efficiency, num_tokens))

@@ -13,7 +13,7 @@ from afd.plan.deployment import Deployment
 from afd.plan.efficiency import Efficiency
 from afd.plan.estimate import MAX_BATCH, Objective
 from afd.plan.memory import HEAD_BYTES
-from afd.plan.stages import GemmWork, head_time
+from afd.plan.stages import GemmWork, draft_time, head_time
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,30 +31,33 @@ class TensorParallelModel:
     def tpot(self, context: int, num_tokens: int) -> float:
         """Seconds per step of a micro-batch of `num_tokens` tokens; as many micro-batches as stages are in flight."""
         template, efficiency = self.template, self.efficiency
+        drafts, rows = template.drafts, num_tokens * template.drafts.rows / self._ranks
         layers_s = self._layers_s(context, num_tokens) * efficiency.colocated_stretch
-        head_s = head_time(template, efficiency, num_tokens / self._ranks)
-        hops_s = hops_time(template, efficiency, self.stages, num_tokens / self._ranks)
-        return (layers_s + head_s + hops_s) * (1.0 + efficiency.jitter)
+        layers_s *= template.pipeline_layers / template.model.num_layers
+        head_s = head_time(template, efficiency, rows)
+        head_s += draft_time(template, efficiency, context, num_tokens / self._ranks)
+        hops_s = hops_time(template, efficiency, self.stages, rows)
+        return (layers_s + head_s + hops_s) * (1.0 + efficiency.jitter) / drafts.emitted
 
     def _layers_s(self, context: int, num_tokens: int) -> float:
         template, efficiency, ranks = self.template, self.efficiency, self._ranks
         model, chip = template.model, template.attention_chip
-        core_s, work = 0.0, GemmWork(chip)
+        core_s, work, rows = 0.0, GemmWork(chip), num_tokens * template.drafts.rows
         for attention in model.attention:
             width = template.kv_dtype.bytes_per_element or attention.kv_bytes
             moved = num_tokens * attention.moved_bytes(context, width) / min(ranks, attention.kv_shards)
             moved_s = moved / chip.memory_bytes_per_s / efficiency.core_bandwidth(width)
-            flops = num_tokens * attention.core_flops(context) / ranks
+            flops = rows * attention.core_flops(context) / ranks
             core_s += max(moved_s, flops / chip.flops_at(min(width, 2.0)) / efficiency.core_flops)
-        work.add(model.weights.linear, model.linear_weights / ranks, num_tokens)
+        work.add(model.weights.linear, model.linear_weights / ranks, rows)
         for group in model.ffn:
-            work.add(model.weights.shared, group.layers * group.fixed_weights(model.hidden) / ranks, num_tokens)
+            work.add(model.weights.shared, group.layers * group.fixed_weights(model.hidden) / ranks, rows)
             if group.experts:
                 weights = group.layers * group.expert_weights(model.hidden) / ranks
-                hit = group.experts_hit(num_tokens)
-                work.add_experts(model.weights.routed, weights, hit, num_tokens * group.top_k)
+                hit = group.experts_hit(rows)
+                work.add_experts(model.weights.routed, weights, hit, rows * group.top_k)
         link = chip.interconnect_bytes_per_s * efficiency.interconnect
-        reduce_s = 2 * (ranks - 1) / ranks * num_tokens * 2 * model.hidden / link
+        reduce_s = 2 * (ranks - 1) / ranks * rows * 2 * model.hidden / link
         return core_s + work.seconds(efficiency) + model.num_layers * 2 * (reduce_s + efficiency.launch_s)
 
     def capacity(self, context: int) -> int:

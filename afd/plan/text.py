@@ -89,7 +89,11 @@ def _precision_text(deployment: Deployment) -> str:
     width = deployment.kv_dtype.bytes_per_element
     widths = sorted({group.kv_bytes if width is None else width for group in deployment.model.attention})
     kv = " and ".join(f"{8 * value:g}" for value in widths)
-    return f"{deployment.model.weights.text}, KV cache of {kv} bits"
+    drafts = deployment.drafts
+    text = f"{deployment.model.weights.text}, KV cache of {kv} bits"
+    if not drafts.count:
+        return text
+    return f"{text}; MTP of {drafts.count}: {drafts.emitted:.2f} tokens a step out of {drafts.rows} rows"
 
 
 def _range_text(estimate: Estimate) -> str:
