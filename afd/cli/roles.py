@@ -26,6 +26,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
             parser.add_argument("--rank", type=int, default=-1, help="rank to ask for (default: any free one)")
         else:
             parser.add_argument("--rank", type=int, default=-1, help=argparse.SUPPRESS)
+        if role in (ATTENTION, FFN):
+            text = "all workers of the topology run on this host: compute with a share of its cores, not with all"
+            parser.add_argument("--share-host", action="store_true", help=text)
         parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration, start nothing")
         parser.add_argument("--supervised", action="store_true", help=argparse.SUPPRESS)
         parser.set_defaults(func=run, role=role)
@@ -42,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     from afd.cli.show import config_toml
     from afd.cluster.launch import RoleLaunch
     from afd.cluster.process import role_environment
-    from afd.cluster.resolve import find_model, usable_cores, whole_host_threads
+    from afd.cluster.resolve import find_model, share_threads, usable_cores, whole_host_threads
     from afd.cluster.secret_file import require_secret
     from afd.telemetry.log import setup_logging
     from afd.telemetry.log_level import LogLevelWatch
@@ -52,7 +55,8 @@ def run(args: argparse.Namespace) -> int:
     if args.role != COORDINATOR:
         _check_reachable(config)
         config, _ = find_model(config)
-    config = whole_host_threads(config, usable_cores())
+    share = share_threads if getattr(args, "share_host", False) else whole_host_threads
+    config = share(config, usable_cores())
     if args.dry_run:
         print(config_toml(config))
         return 0

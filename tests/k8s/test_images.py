@@ -153,7 +153,16 @@ def host_path(volume: str) -> Path:
 
 def test_services() -> None:
     assert roles().keys() == {"coordinator", "attention-0", "attention-1", "ffn-0", "ffn-1", "gateway"}
-    assert {name for name, one in COMPOSE["services"].items() if "profiles" in one} == {"attention-1", "ffn-1"}
+    profiles = {name: one["profiles"] for name, one in COMPOSE["services"].items() if "profiles" in one}
+    assert profiles.keys() == {"attention-1", "ffn-1"}
+    for profile in {"1a1f"}.union(*profiles.values()):
+        # One variable says which services run and which configuration they have: it cannot say two things.
+        (volume,) = roles()["gateway"]["volumes"]
+        path = DEPLOY / volume.replace("${COMPOSE_PROFILES:-1a1f}", profile).split(":")[0]
+        wanted = resolve_config(str(path), {}).topology
+        running = [name for name in roles() if profile in profiles.get(name, [profile])]
+        found = (sum(name.startswith("attention") for name in running), sum(name.startswith("ffn") for name in running))
+        assert found == (wanted.num_attention, wanted.num_ffn), profile
     for name, one in COMPOSE["services"].items():
         _, _, tag = one["image"].partition(":")
         assert tag and tag != "latest", name
@@ -161,7 +170,8 @@ def test_services() -> None:
             assert volume.split(":")[0] in COMPOSE["volumes"] or host_path(volume).exists(), volume
     for name, one in roles().items():
         assert one["read_only"] and one["cap_drop"] == ["ALL"] and one["secrets"] == ["cluster-secret"], name
-        assert one["security_opt"] == ["no-new-privileges:true"]
+        assert one["security_opt"] == ["no-new-privileges:true"] and one["mem_limit"]
+        assert ("--share-host" in one["command"]) == name.startswith(("attention", "ffn"))
     assert all(port.startswith("127.0.0.1:") for one in COMPOSE["services"].values() for port in one.get("ports", []))
 
 

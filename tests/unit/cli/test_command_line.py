@@ -262,3 +262,14 @@ def test_the_load_fits_80_columns() -> None:
 def test_what_is_only_observed_is_not_called_refused() -> None:
     text = load_text({"running": 1.0, "over_sla": 12.0})
     assert text == "1 running, 12 beyond the SLA (admitted)"
+
+
+@pytest.mark.parametrize(("flags", "threads"), [((), 8), (("--share-host",), 2)])
+def test_workers_of_one_host_share_its_cores(
+    flags: tuple[str, ...], threads: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Containers of one host without a CPU limit each see all of its cores."""
+    monkeypatch.setattr("afd.cluster.resolve.usable_cores", lambda: 8)
+    arguments = ("attention", "--dry-run", "--topology", "2A2F", "--model", MODEL, "--coordinator", "h:1")
+    assert main([*arguments, *flags]) == 0
+    assert f"threads = {threads}\n" in capsys.readouterr().out
