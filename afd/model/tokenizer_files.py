@@ -38,6 +38,7 @@ _OTHER_KINDS = ("tokenizer.model", "tiktoken.model", "tekken.json", "vocab.json"
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _GGUF_NAMED = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "seperator": "sep_token",
                "padding": "pad_token", "cls": "cls_token", "mask": "mask_token"}  # fmt: skip
+_TOKEN_FIELDS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
 _GGUF_END_KEYS = ("eos", "eot", "eom")
 # Tokens that end a text by their names, as llama.cpp has it: converters often name only one of them.
 _END_NAMES = frozenset((
@@ -162,7 +163,9 @@ def _add_tokens(
     settings = dict(config)
     listed: dict[int, AddedToken] = {}
     if "added_tokens_decoder" in config:
-        listed = {int(token_id): AddedToken(**fields) for token_id, fields in config["added_tokens_decoder"].items()}
+        listed = {
+            int(token_id): AddedToken(**_known(fields)) for token_id, fields in config["added_tokens_decoder"].items()
+        }
     else:
         older = read_json_object(folder, "special_tokens_map.json") or {}
         settings |= older
@@ -219,8 +222,12 @@ def _text(token: Any) -> str:
 def _added_token(token: Any) -> AddedToken:
     if not isinstance(token, Mapping):
         return AddedToken(str(token), special=True)
-    fields = {name: value for name, value in token.items() if name != "__type"}
-    return AddedToken(**{"special": True, **fields})
+    return AddedToken(**{"special": True, **_known(token)})
+
+
+def _known(token: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that count; the library writes the names of others to the terminal as they are."""
+    return {name: token[name] for name in _TOKEN_FIELDS if name in token}
 
 
 # --- GGUF files -------------------------------------------------------------------------------------------

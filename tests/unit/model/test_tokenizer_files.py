@@ -136,3 +136,12 @@ def test_a_folder_with_another_kind_of_tokenizer_says_what_to_do(
     (folder / "tokenizer.model").write_bytes(b"x")
     assert load_served_model(ModelConfig(name=str(folder))).tokenizer is None
     assert "tokenizer.model is not read, and there is no tokenizer.json" in caplog.text
+
+
+def test_names_in_files_do_not_reach_the_terminal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    token = {"content": "<x>", "special": True, "\x1b[31mred": 1}
+    config = {"added_tokens_decoder": {"900": token}, "eos_token": {"__type": "AddedToken", **token}}
+    (tmp_path / "tokenizer.json").write_text(byte_tokenizer().to_str())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    assert read_tokenizer_folder(tmp_path).special_tokens == {"eos_token": "<x>"}
+    assert capfd.readouterr() == ("", "")
