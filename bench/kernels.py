@@ -74,7 +74,7 @@ def median_s(run: Callable[[], object], budget_s: float) -> float:
 
 
 def medians_s(runs: Sequence[Callable[[], object]], budget_s: float) -> list[float]:
-    """As `median_s`, of several that are called in turns: what disturbs one disturbs all. budget_s: for each."""
+    """Medians of several functions that are called in turns: what disturbs one disturbs all. budget_s: for each."""
     for run in runs:
         run()
         run()
@@ -89,7 +89,7 @@ def medians_s(runs: Sequence[Callable[[], object]], budget_s: float) -> list[flo
 
 
 def zeros_bf16(*shape: int) -> Tensor:
-    """From numpy, which asks for huge pages: what the engine's KV cache does."""
+    """Zeros in memory of numpy, which asks for huge pages: what the engine's KV cache does."""
     return torch.from_numpy(np.zeros(shape, np.uint16)).view(torch.bfloat16)
 
 

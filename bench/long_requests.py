@@ -56,7 +56,7 @@ def bodies() -> Iterator[tuple[str, str, bytes]]:
 
 @dataclass
 class Gaps:
-    """Of all streams, since the last `take`."""
+    """Longest gaps between events of all streams, since the last `take`."""
 
     longest_s: float = 0.0
     num_tokens: int = 0

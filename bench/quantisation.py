@@ -74,7 +74,7 @@ VARIANTS = (
 
 
 class Fp8Checkpoint(Checkpoint):
-    """As if every matrix but embedding, head and routers had been stored in block-scaled float8."""
+    """A checkpoint as if every matrix but embedding, head and routers had been stored in block-scaled float8."""
 
     def read(self, tensor: TensorSpec, slices: Slices = ()) -> RawTensor:
         if len(tensor.shape) < 2 or tensor.part in ("embed", "head", "router"):
@@ -119,7 +119,7 @@ def run(folder: ModelFolder, variant: Variant, texts: list[Tensor]) -> Tensor:
 
 
 def measures(got: Tensor, want: Tensor, next_ids: Tensor) -> dict[str, float]:
-    """Of one variant against float32; next_ids: the texts' own next token of each position, -1 at the ends."""
+    """Differences of one variant from float32; next_ids: the texts' own next token of each position, -1 at the ends."""
     log_got, log_want = F.log_softmax(got, 1), F.log_softmax(want, 1)
     inside = next_ids >= 0
     losses = F.nll_loss(log_got[inside], next_ids[inside])

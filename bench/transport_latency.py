@@ -26,7 +26,7 @@ def burn(stop: Event) -> None:
 
 @contextmanager
 def busy_cores() -> Iterator[int]:
-    """As many busy processes as this process has cores."""
+    """Keep as many processes busy as this process has cores."""
     stop = spawn.Event()
     num_cores = len(os.sched_getaffinity(0))
     workers = [spawn.Process(target=burn, args=(stop,), daemon=True) for _ in range(num_cores)]

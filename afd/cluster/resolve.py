@@ -1,4 +1,4 @@
-"""From the configuration as written to what this host runs: the model found, thread counts shared out, ports free.
+"""Makes what this host runs of the configuration as written: the model found, thread counts shared out, ports free.
 
 Everything that can be wrong before a process starts is found here, as one line.
 """

@@ -24,7 +24,7 @@ MAX_MISS_FFN = 64
 """FFN instances up to which the topology that misses the SLA by least is looked for."""
 
 LEAST_SLOPE = 0.02
-"""Of the FFN's time: what another attention instance must add to it for a ratio of both to mean anything."""
+"""Share of the FFN's time that another attention instance must add to it for a ratio of both to mean anything."""
 
 FIRST_CONTEXT, LAST_CONTEXT = 1024, 131072
 """The break-even is looked for at contexts doubling between these, as far as the model serves them."""

@@ -1,4 +1,4 @@
-"""From stage times to a step: how often a micro-batch leaves a layer, and what decides it (`afd.sched.cycle`).
+"""What stage times make of a step: how often a micro-batch leaves a layer, and what decides it (`afd.sched.cycle`).
 
 Units: seconds per layer. A step of m micro-batches through L layers takes m * L cycles, and what heads add.
 """

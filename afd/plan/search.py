@@ -141,8 +141,11 @@ def _scan(
     attention_counts: Sequence[int],
     ffn_counts: Sequence[int],
 ) -> Iterator[Estimate]:
-    """For a given FFN count throughput per chip rises with the attention count up to the balance and falls after it,
-    and likewise over FFN counts: a side is left once it is PRUNE times worse than its best."""
+    """Estimates over a grid, without those that cannot be best.
+
+    For a given FFN count throughput per chip rises with the attention count up to the balance and falls after it, and
+    likewise over FFN counts: a side is left once it is PRUNE times worse than its best.
+    """
     best_of_all = 0.0
     for num_ffn in ffn_counts:
         best = 0.0

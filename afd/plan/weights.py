@@ -17,7 +17,7 @@ BYTES_OF = {
     "mxfp4": 0.5 + 1 / 32,
     "nvfp4": 0.5 + 1 / 16,
 }
-"""By the names of `--weight-dtype`, with the scales of small groups. Those of 8-bit blocks are too few to count."""
+"""Bytes of a weight by the names of `--weight-dtype`, with scales of small groups; 8-bit blocks have too few."""
 
 
 class WeightBytes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

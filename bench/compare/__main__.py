@@ -89,7 +89,7 @@ def peer_processes(args: argparse.Namespace) -> list[PeerProcess]:
 
 
 def gate(contestants: Sequence[Contestant], prompts: list[list[int]]) -> dict[str, float]:
-    """Also warms everyone up. SystemExit when one does not run the same model."""
+    """Warm everyone up, and compare what they say. SystemExit when one does not run the same model."""
     answers = {c.name: c.run_round(prompts, GATE_TOKENS).ids for c in contestants}
     reference = answers[contestants[0].name]
     shares = {name: equal_share(reference, ids) for name, ids in answers.items()}

@@ -20,7 +20,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def row(sequences: int, speeds: Mapping[str, Sequence[float]], ours: Sequence[str]) -> dict[str, Any]:
-    """Of one batch size.  speeds: output tokens/s of every contestant, a value a round.
+    """The table row of one batch size.  speeds: output tokens/s of every contestant, a value a round.
 
     ratios[a][b]: of a, one of ours, over b, any other, round by round: what both met in the same minute.
     """

@@ -1,4 +1,4 @@
-"""From two answers of the coordinator to one observation: counters become shares of the time between them. Pure."""
+"""Makes one observation of two answers of the coordinator: counters become shares of the time between them. Pure."""
 
 from __future__ import annotations
 
