@@ -1,4 +1,4 @@
-"""What an attention worker is made of: from configuration, model and seat to parts that are whole."""
+"""Makes the parts of an attention worker of configuration, model and seat. Nobody sees one before all are whole."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from functools import partial
 import torch
 
 from afd.attention.engine import AttentionEngine, Engine
-from afd.attention.exchange import LocalExchange
+from afd.attention.exchange import Exchange, LocalExchange
 from afd.attention.ffn_side import FfnSide, LocalFfn, MeshFfn
 from afd.attention.gateway_link import GatewayLink
 from afd.attention.gpu_path import GpuPath, computed_here
@@ -179,27 +179,33 @@ def _computing(
         spare_block=section.cuda_graphs,
     )
     tell(budget_of(config, spec, cache.num_bytes), ops.memory_bytes())
-    layout = payload_layout(config, spec.hidden, spec.max_top_k)
     whole = ShardSpec(0, 1, config.cluster.ffn_parallel)
     halves = [load_ffn_half(folder, whole, ops, weights=weights)] if mesh is None else []
-    selection = None
-    if config.cluster.dispatch is DispatchMode.SPARSE:
-        selection = RowSelection(spec, config.topology.num_ffn, config.cluster.ffn_parallel)
-    if section.device == "cuda":
-        device = resources.enter_context(contextlib.closing(CudaDevice()))  # made when weights and cache are there
+    # Made when weights and cache are there.
+    device = resources.enter_context(contextlib.closing(CudaDevice())) if section.device == "cuda" else None
+    layout = payload_layout(config, spec.hidden, spec.max_top_k)
+    over_mesh = None if mesh is None else MeshExchange(mesh, layout, _selection(config, spec))
+    exchange: Exchange
+    ffn: FfnSide
+    if mesh is None or over_mesh is None:
+        exchange = LocalExchange(halves) if device is None else LocalExchange(halves, around=computed_here(device))
+        ffn = LocalFfn()
+    else:
+        exchange, ffn = over_mesh, MeshFfn(mesh, over_mesh, link.fd)
+    if device is not None:
+        wire = None if mesh is None else layout.dispatch_dtype
         graphs = DecodeGraphs(half, cache) if section.cuda_graphs else None
-        if mesh is None:
-            here = LocalExchange(halves, around=computed_here(device))
-            gpu_path = GpuPath(half, cache, here, device, wire=None, graphs=graphs)
-            return AttentionEngine(half, scheduler, gpu_path), LocalFfn()
-        exchange = MeshExchange(mesh, layout, selection)
-        gpu_path = GpuPath(half, cache, exchange, device, wire=layout.dispatch_dtype, graphs=graphs)
-        return AttentionEngine(half, scheduler, gpu_path), MeshFfn(mesh, exchange, link.fd)
-    if mesh is None:
-        python_path = PythonPath(half, cache, LocalExchange(halves))
-        return AttentionEngine(half, scheduler, python_path, threads=threads), LocalFfn()
-    exchange = MeshExchange(mesh, layout, selection)
-    python_path = PythonPath(half, cache, exchange)
-    layers = AttentionRelay.of(half, cache) if relays_natively(layout) else None
-    path: LayerPath = python_path if layers is None else RelayPath(python_path, layers, exchange)
-    return AttentionEngine(half, scheduler, path, threads=threads), MeshFfn(mesh, exchange, link.fd)
+        gpu_path = GpuPath(half, cache, exchange, device, wire=wire, graphs=graphs)
+        return AttentionEngine(half, scheduler, gpu_path), ffn
+    path: LayerPath
+    path = python_path = PythonPath(half, cache, exchange)
+    if over_mesh is not None and relays_natively(layout) and (layers := AttentionRelay.of(half, cache)) is not None:
+        path = RelayPath(python_path, layers, over_mesh)
+    return AttentionEngine(half, scheduler, path, threads=threads), ffn
+
+
+def _selection(config: ClusterConfig, spec: ModelSpec) -> RowSelection | None:
+    """Which rows each FFN rank is sent; None = all of them."""
+    if config.cluster.dispatch is not DispatchMode.SPARSE:
+        return None
+    return RowSelection(spec, config.topology.num_ffn, config.cluster.ffn_parallel)
