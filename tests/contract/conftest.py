@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 
 import pytest
@@ -18,6 +19,7 @@ def transport(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def world(transport: str) -> Iterator[World]:
+    gc.collect()  # what other tests left in circles may go now, not meanwhile
     before = Holdings.now()
     world = World(transport)
     yield world

@@ -6,6 +6,7 @@ Each worker and server is a node in a thread of its own (the process-wide functi
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import subprocess
 import sys
@@ -80,6 +81,7 @@ class Cluster:
 
 @pytest.fixture(params=["shm", "tcp"])
 def transport(request: pytest.FixtureRequest) -> Iterator[str]:
+    gc.collect()  # what tests of other things left in circles may go now, not meanwhile
     before = Holdings.now()
     yield request.param
     assert Holdings.now() == before
