@@ -93,7 +93,7 @@ async def send(url: str, path: str, body: bytes) -> tuple[int, float]:
     address = urlsplit(url)
     reader, writer = await asyncio.open_connection(address.hostname, address.port)
     begun = time.perf_counter()
-    head = f"POST {path} HTTP/1.1\r\nHost: bench\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
     writer.write(head.encode() + body)
     try:
         status_line = await asyncio.wait_for(reader.readline(), 60.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import time
@@ -158,9 +159,11 @@ def test_pairs_that_come_and_go_leave_nothing_in_the_kernel(ends: Ends) -> None:
             for channel in ends.connect():
                 channel.close()
 
-    cycle(10)
+    cycle(60)  # until the allocator has what it keeps
+    gc.collect()
     before, memory = kernel_resources(), resident_bytes()
     cycle(200)
+    gc.collect()
     assert kernel_resources() == before
     assert resident_bytes() - memory < 1 << 20
 
