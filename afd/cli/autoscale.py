@@ -88,7 +88,7 @@ def _serve(
     from afd.host.open_files import want_open_files
     from afd.telemetry.exposition import MetricsServer, process_registry
     from afd.telemetry.log import setup_logging
-    from afd.telemetry.log_level import LogLevelWatch
+    from afd.telemetry.log_level import follow_config
 
     setup_logging("autoscale", level=config.log.level, fmt=config.log.format)
     want_open_files(files_needed("autoscale", config), "autoscale")
@@ -105,6 +105,6 @@ def _serve(
     with ExitStack() as life:
         life.enter_context(closing(MetricsServer(args.host, args.metrics_port, registry, controller.ready)))
         if args.config:
-            life.enter_context(closing(LogLevelWatch(args.config, lambda: resolve_config(args.config, {}).log.level)))
+            life.enter_context(closing(follow_config(args.config)))
         controller.run(stop, args.interval)
     return 0

@@ -7,7 +7,7 @@ import os
 from contextlib import ExitStack, closing
 
 from afd.cli.flags import ATTENTION, COORDINATOR, FFN, GATEWAY, add_config_flags, config_from_args
-from afd.config import ClusterConfig, resolve_config
+from afd.config import ClusterConfig
 from afd.errors import ConfigError
 
 HELP = {
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     from afd.cluster.resolve import find_model, share_threads, usable_cores, whole_host_threads
     from afd.cluster.secret_file import require_secret
     from afd.telemetry.log import setup_logging
-    from afd.telemetry.log_level import LogLevelWatch
+    from afd.telemetry.log_level import follow_config
 
     config = config_from_args(args)
     setup_logging(args.role, level=config.log.level, fmt=config.log.format)
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     os.environ.update(role_environment(0))  # before the role's libraries are loaded
     with ExitStack() as life:
         if args.config:
-            life.enter_context(closing(LogLevelWatch(args.config, lambda: resolve_config(args.config, {}).log.level)))
+            life.enter_context(closing(follow_config(args.config)))
         return run_role(RoleLaunch(role=args.role, rank=args.rank, config=config, secret=secret.hex()), entry)
 
 

@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Callable
 
+from afd.config import resolve_config
 from afd.errors import ConfigError
 from afd.telemetry.log import set_level
 
@@ -63,3 +64,8 @@ class LogLevelWatch:
         except OSError:
             return None
         return found.st_mtime_ns, found.st_ino, found.st_size
+
+
+def follow_config(path: str) -> LogLevelWatch:
+    """Follow log.level of the configuration file at `path`."""
+    return LogLevelWatch(path, lambda: resolve_config(path, {}).log.level)
