@@ -20,7 +20,7 @@ from afd.plan.estimate import Estimate, Estimator
 from afd.plan.hardware import Chip
 
 CHIP_LABEL = "afd/chip"
-"""Of nodes, with the planner's name of their chips as its value; who runs the cluster sets it."""
+"""The label of nodes whose value is the planner's name of their chips; who runs the cluster sets it."""
 
 GIB = 2**30
 KV_BYTES = 2.0

@@ -22,7 +22,7 @@ LINE = {"$ref": "#/definitions/line"}
 
 
 def config_schema() -> dict[str, Any]:
-    """Of .Values.config: sections and keys of the configuration file."""
+    """The schema of .Values.config: sections and keys of the configuration file."""
     whole = msgspec.json.schema(ClusterConfig)
     definitions = whole["$defs"]
 

@@ -25,7 +25,7 @@ CHUNK, PROMPT = 2048, 32_000
 
 
 def servers(model: str, topology: str, streams: int = 3) -> Deployment:
-    """Of eight H800 each."""
+    """A deployment whose instances are eight H800 each."""
     return Deployment(
         model=MODELS[model],
         attention_chip=H800,
