@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from afd.plan.colocated import Colocated, ColocatedModel, server_sizes, stage_counts
@@ -17,16 +16,23 @@ from afd.types import Topology
 
 def colocated_on(space: SearchSpace, estimator: Estimator, objective: Objective, chip: Chip) -> list[Colocated]:
     """The best of each kind of layout on one kind of chip, the fastest per chip first; those that hold the SLA."""
+    kinds = _by_kind(space, estimator, objective, chip)
+    best = [max(found, key=lambda c: (c.tgs, -c.num_chips)) for found in kinds if found]
+    return sorted(best, key=lambda c: -c.tgs)
+
+
+def _by_kind(
+    space: SearchSpace, estimator: Estimator, objective: Objective, chip: Chip
+) -> tuple[list[Colocated], list[Colocated]]:
+    """The best expert parallel deployment of each size and number of stages, and the tensor parallel ones."""
     template, limit, efficiency = _template(space, chip), space.limit(chip), estimator.efficiency
     ranks = template.ranks_per_instance
     expert, tensor = [], []
     for stages in stage_counts(ranks, limit):
-        sizes = server_sizes(ranks, limit // stages)
-        expert.append(ColocatedModel(template, efficiency, stages).best(objective, sizes))
+        model = ColocatedModel(template, efficiency, stages)
+        expert += [model.best(objective, [size]) for size in server_sizes(ranks, limit // stages)]
         tensor.append(TensorParallelModel(template, efficiency, stages).best(objective))
-    kinds = [[c for c in found if c is not None] for found in (expert, tensor)]
-    best = [max(found, key=lambda c: (c.tgs, -c.num_chips)) for found in kinds if found]
-    return sorted(best, key=lambda c: -c.tgs)
+    return [c for c in expert if c is not None], [c for c in tensor if c is not None]
 
 
 def _template(space: SearchSpace, chip: Chip) -> Deployment:
@@ -58,19 +64,8 @@ def side_by_side(space: SearchSpace, estimator: Estimator, objective: Objective)
     """All chips of the inventory without AFD; None without an inventory, or when no kind of them holds the SLA."""
     parts = []
     for chip in space.chips if space.inventory else ():
-        whole = [(c, space.limit(chip) // c.num_chips) for c in _every(space, estimator, objective, chip)]
+        expert, tensor = _by_kind(space, estimator, objective, chip)  # of every size: whole copies fill the inventory
+        whole = [(c, space.limit(chip) // c.num_chips) for c in (*expert, *tensor)]
         if whole:
             parts.append(max(whole, key=lambda part: part[1] * part[0].num_chips * part[0].tgs))
     return SideBySide(tuple(parts)) if parts else None
-
-
-def _every(space: SearchSpace, estimator: Estimator, objective: Objective, chip: Chip) -> Sequence[Colocated]:
-    """The best of each layout and size, so that whole copies fill the inventory."""
-    template, limit, efficiency = _template(space, chip), space.limit(chip), estimator.efficiency
-    ranks = template.ranks_per_instance
-    found: list[Colocated | None] = []
-    for stages in stage_counts(ranks, limit):
-        model = ColocatedModel(template, efficiency, stages)
-        found += [model.best(objective, [size]) for size in server_sizes(ranks, limit // stages)]
-        found.append(TensorParallelModel(template, efficiency, stages).best(objective))
-    return [c for c in found if c is not None]

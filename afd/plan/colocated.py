@@ -15,6 +15,7 @@ from afd.plan.estimate import MAX_BATCH, Objective
 from afd.plan.hardware import Chip
 from afd.plan.memory import HEAD_BYTES
 from afd.plan.stages import GemmWork, attention_time, collective_times, dispatch_row_bytes, draft_time, head_time
+from afd.sched.largest import largest
 from afd.types import Topology
 
 MICRO_BATCHES = (1, 2)
@@ -137,24 +138,28 @@ class ColocatedModel:
         return max((c for c in found if c is not None), key=lambda c: c.tgs, default=None)
 
     def _at_size(self, objective: Objective, num_chips: int, micro_batches: int) -> Colocated | None:
-        context, low = objective.context, 0
-        high = min(MAX_BATCH, self.capacity(num_chips, context) // micro_batches)
-        while low < high:  # TPOT rises with the batch: bisect for the largest that holds the SLA
-            middle = (low + high + 1) // 2
-            if self.tpot(num_chips, context, middle, micro_batches) <= objective.sla_tpot_s:
-                low = middle
-            else:
-                high = middle - 1
-        if not low:
+        context = objective.context
+
+        def tpot(batch: int) -> float:
+            return self.tpot(num_chips, context, batch, micro_batches)
+
+        most = min(MAX_BATCH, self.capacity(num_chips, context) // micro_batches)
+        batch = largest(most, lambda num_tokens: tpot(num_tokens) <= objective.sla_tpot_s)
+        if not batch:
             return None
         return Colocated(
-            layout=f"EP{num_chips}" + (f" x PP{self.stages}" if self.stages > 1 else ""),
+            layout=layout_name(f"EP{num_chips}", self.stages),
             chip=self.template.attention_chip,
             num_chips=num_chips * self.stages,
             micro_batches=micro_batches,
-            batch=micro_batches * low * num_chips * self.stages,
-            tpot_s=self.tpot(num_chips, context, low, micro_batches),
+            batch=micro_batches * batch * num_chips * self.stages,
+            tpot_s=tpot(batch),
         )
+
+
+def layout_name(inner: str, stages: int) -> str:
+    """ "EP16", or "EP16 x PP2" with pipeline stages."""
+    return inner if stages == 1 else f"{inner} x PP{stages}"
 
 
 def stage_counts(num_chips: int, max_chips: int) -> Iterator[int]:

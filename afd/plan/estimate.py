@@ -11,6 +11,7 @@ from afd.plan.efficiency import Efficiency
 from afd.plan.memory import attention_memory, ffn_memory, max_requests, require_weights_fit
 from afd.plan.pipeline import Bound, Cycle, PipelineKind, barrier_step_time, cycle, step_time
 from afd.plan.stages import RooflineStages, StageModel, StageTimes
+from afd.sched.largest import largest
 
 MAX_BATCH = 1 << 14
 """Tokens per attention chip and micro-batch beyond which nothing is tried (tiny models, tiny contexts)."""
@@ -117,17 +118,15 @@ class Estimator:
         TPOT and throughput rise with the batch, so it is the largest that fits and holds; bisection finds it.
         """
         capacity = max_requests(deployment, self.efficiency, objective.context) // deployment.streams
-        low, high = 0, min(capacity, MAX_BATCH)
-        while low < high:
-            middle = (low + high + 1) // 2
-            if self._tpot(deployment, objective, middle) <= objective.sla_tpot_s:
-                low = middle
-            else:
-                high = middle - 1
-        if not low:
+
+        def holds(num_tokens: int) -> bool:
+            return self._tpot(deployment, objective, num_tokens) <= objective.sla_tpot_s
+
+        batch = largest(min(capacity, MAX_BATCH), holds)
+        if not batch:
             return None
-        best = self.estimate(deployment, objective, low)
-        if low == capacity and self._tpot(deployment, objective, capacity + 1) <= objective.sla_tpot_s:
+        best = self.estimate(deployment, objective, batch)
+        if batch == capacity and holds(capacity + 1):
             return dataclasses.replace(best, bound=Bound.MEMORY)
         return best
 

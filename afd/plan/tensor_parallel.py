@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from afd.plan.colocated import Colocated, hops_time
+from afd.plan.colocated import Colocated, hops_time, layout_name
 from afd.plan.deployment import Deployment
 from afd.plan.efficiency import Efficiency
 from afd.plan.estimate import MAX_BATCH, Objective
 from afd.plan.memory import HEAD_BYTES
 from afd.plan.stages import GemmWork, draft_time, head_time
+from afd.sched.largest import largest
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,20 +77,16 @@ class TensorParallelModel:
 
     def best(self, objective: Objective) -> Colocated | None:
         """The largest batch under the SLA; None when not even one request holds it or fits."""
-        low, high = 0, min(MAX_BATCH, self.capacity(objective.context))
-        while low < high:
-            middle = (low + high + 1) // 2
-            if self.tpot(objective.context, middle) <= objective.sla_tpot_s:
-                low = middle
-            else:
-                high = middle - 1
-        if not low:
+        context = objective.context
+        most = min(MAX_BATCH, self.capacity(context))
+        batch = largest(most, lambda num_tokens: self.tpot(context, num_tokens) <= objective.sla_tpot_s)
+        if not batch:
             return None
         return Colocated(
-            layout=f"TP{self._ranks}" + (f" x PP{self.stages}" if self.stages > 1 else ""),
+            layout=layout_name(f"TP{self._ranks}", self.stages),
             chip=self.template.attention_chip,
             num_chips=self._ranks * self.stages,
             micro_batches=self.stages,
-            batch=low * self.stages,
-            tpot_s=self.tpot(objective.context, low),
+            batch=batch * self.stages,
+            tpot_s=self.tpot(context, batch),
         )

@@ -17,6 +17,7 @@ from typing import Literal
 
 from afd.messages.serving import NEVER_S, PLACE_RANKS
 from afd.sched.forecast import LengthForecast
+from afd.sched.largest import largest
 from afd.sched.latency import LatencyModel, StepLoad
 from afd.sched.places import places_s
 from afd.sched.prefill import PrefillBudget
@@ -386,13 +387,7 @@ class Admission:
             together.add(typical, num)
             return self._decode_obstacle(together) is None
 
-        if fit(most):
-            return most
-        low, high = 0, most  # `high` do not fit
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if fit(middle) else (low, middle)
-        return low
+        return most if fit(most) else largest(most - 1, fit)
 
     def _course(self, shares: Sequence[_Share], crowd: _Crowd, cycle_s: float, num_prompt: int) -> _Course:
         """What becomes of the crowd of these shares. num_prompt: tokens of a prompt whose computing sets the pace."""
