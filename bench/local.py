@@ -74,6 +74,10 @@ class BenchCluster:
         self.endpoints = [w["info"]["serving"] for w in sorted(workers, key=lambda w: w["rank"])]
         return self
 
+    @property
+    def supervisor_pid(self) -> int:
+        return self.process.pid
+
     def _read(self) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:

@@ -6,6 +6,7 @@ each sequence's sink. No socket, clock or task in here; one thread (the event lo
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
@@ -28,6 +29,8 @@ from afd.messages.serving import (
     WorkerStats,
 )
 from afd.types import FinishReason
+
+log = logging.getLogger(__name__)
 
 MIN_SILENCE_S = 1.0  # two reports of a worker
 LEASE_INTERVAL_S = 1.0
@@ -374,6 +377,7 @@ class Dispatcher:
         sequence.placed_at = sequence.heard_at = now
         sequence.predicted_prefill_s = prefill_s(_reports([worker]), len(sequence.prompt_ids))
         self.counters.placed += 1
+        log.debug("%s goes to attention/%d, attempt %d", sequence.req_id, worker.rank, sequence.attempt)
         fresh = self.limits.enforce and sequence.attempt == 0
         self._port.send(worker.key, sequence.submit_message(max(0.001, sequence.first_due_at - now) if fresh else 0.0))
 

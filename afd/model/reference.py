@@ -113,3 +113,21 @@ def compare(reference: ReferenceOutput, got_ids: Sequence[int], tolerance: float
     if len(expected) != len(got_ids):
         return Comparison(ok=False, position=min(len(expected), len(got_ids)))
     return Comparison(ok=True)
+
+
+@torch.inference_mode()
+def shortfalls(
+    attention: AttentionHalf, ffns: Sequence[FFNHalf], prompt_ids: Sequence[int], output_ids: Sequence[int]
+) -> list[float]:
+    """How far each output token's logit lies below the largest one, after the prompt and the output before it.
+
+    One pass over all tokens. 0.0 = the greedy choice; at most `TOP2_TOLERANCE` = rounding may have chosen.
+    """
+    tokens = [*prompt_ids, *output_ids[:-1]]
+    num_blocks = -(-len(tokens) // BLOCK_SIZE)
+    cache = KVCache(attention.spec, num_blocks, BLOCK_SIZE, attention.dtype, str(attention.device))
+    batch = AttentionBatch.build([(0, len(tokens), range(num_blocks))], BLOCK_SIZE, attention.device)
+    x = forward(attention, ffns, torch.tensor(tokens, dtype=torch.int64, device=attention.device), batch, cache)
+    logits = attention.logits(x[len(prompt_ids) - 1 :]).float()
+    chosen = logits.gather(1, torch.tensor(output_ids, device=logits.device)[:, None])[:, 0]
+    return (logits.amax(1) - chosen).tolist()

@@ -8,10 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from afd.kv.cache import KVCache
-from afd.model.batch import AttentionBatch
 from afd.model.loading import load_attention_half, load_ffn_half, resolve_model
-from afd.model.reference import BLOCK_SIZE, ReferenceOutput, compare, forward
+from afd.model.reference import TOP2_TOLERANCE, shortfalls
 from afd.model.sharding import ShardSpec
 from afd.ops.select import select
 from afd.types import FfnParallel
@@ -21,7 +19,7 @@ SMOLLM2 = "smollm2-135m-instruct"
 
 
 class Reference:
-    """Greedy float32 output of the in-process reference for any of the test models; counts excused differences."""
+    """Greedy float32 output of the in-process reference for any of the test models; counts what rounding excuses."""
 
     def __init__(self) -> None:
         torch.set_num_threads(1)
@@ -37,30 +35,25 @@ class Reference:
         )
 
     @cache  # noqa: B019 - one instance a session
-    def along(self, model: str, prompt: tuple[int, ...], output: tuple[int, ...]) -> ReferenceOutput:
-        """What it would say after the prompt and each part of the output: one pass instead of one for every token."""
+    def shortfalls(self, model: str, prompt: tuple[int, ...], output: tuple[int, ...]) -> list[float]:
+        """How far each token of the output lies below the largest logit after what is before it."""
         attention, ffn = self.halves(model)
-        tokens = [*prompt, *output[:-1]]
-        num_blocks = -(-len(tokens) // BLOCK_SIZE)
-        cache = KVCache(attention.spec, num_blocks, BLOCK_SIZE, attention.dtype)
-        batch = AttentionBatch.build([(0, len(tokens), range(num_blocks))], BLOCK_SIZE)
-        with torch.inference_mode():
-            x = forward(attention, [ffn], torch.tensor(tokens), batch, cache)
-            top = attention.logits(x[len(prompt) - 1 :]).float().topk(2)
-        gaps = (top.values[:, 0] - top.values[:, 1]).tolist()
-        return ReferenceOutput(top.indices[:, 0].tolist(), [None] * len(output), gaps)
+        return shortfalls(attention, [ffn], prompt, output)
 
     def check(self, model: str, prompt, got: list[int], max_tokens: int) -> None:
-        """The equality rule."""
+        """The equality rule, for every token after those before it."""
         assert len(got) == max_tokens
-        verdict = compare(self.along(model, tuple(prompt), tuple(got)), got)
-        assert verdict.ok, f"prompt of {len(prompt)} tokens differs: {verdict}"
+        found = self.shortfalls(model, tuple(prompt), tuple(got))
+        wrong = [(idx, shortfall) for idx, shortfall in enumerate(found) if shortfall > TOP2_TOLERANCE]
+        assert not wrong, (
+            f"prompt of {len(prompt)} tokens: {len(wrong)} wrong ones, first (position, logit) {wrong[:3]}"
+        )
         self.num_compared += 1
-        self.num_excused += verdict.excused
+        self.num_excused += any(found)
 
 
 @pytest.fixture(scope="session")
 def reference():
     oracle = Reference()
     yield oracle
-    print(f"\nequality rule: {oracle.num_compared} outputs compared, {oracle.num_excused} differences excused")
+    print(f"\nequality rule: {oracle.num_compared} outputs compared, {oracle.num_excused} of them excused by rounding")

@@ -93,7 +93,7 @@ def test_quantised_clusters_stay_close(wire, weights, tmp_path, reference):
         outputs = cluster.greedy_ids_of_all(prompts, lengths)
     assert [len(output) for output in outputs] == lengths
     pairs = zip(prompts, outputs, strict=True)
-    first_equal = [reference.along("dummy:step3-tiny", tuple(p), (o[0],)).token_ids == [o[0]] for p, o in pairs]
+    first_equal = [reference.shortfalls("dummy:step3-tiny", tuple(p), (o[0],)) == [0.0] for p, o in pairs]
     assert sum(first_equal) >= len(prompts) - 2
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import Any
 
@@ -38,6 +39,7 @@ from afd.gateway.served_model import ServedModel
 from afd.gateway.service import GatewayService
 from afd.gateway.stream import GenerationResponse
 
+log = logging.getLogger(__name__)
 GENERATING = frozenset({"chat", "completions"})
 
 
@@ -107,7 +109,7 @@ class OpenAiRoutes:
             tokens_as_ids=bool(body.return_tokens_as_token_ids),
             skip_special_tokens=job.skip_special_tokens,
         )
-        return self._reply(body, job, response_format)
+        return self._reply(request, body, job, response_format)
 
     async def completions(self, request: Request) -> Response:
         """Text completion of one or several prompts, given as texts or as token ids."""
@@ -129,12 +131,16 @@ class OpenAiRoutes:
             tokens_as_ids=bool(body.return_tokens_as_token_ids),
             skip_special_tokens=job.skip_special_tokens,
         )
-        return self._reply(body, job, response_format)
+        return self._reply(request, body, job, response_format)
 
-    def _reply(self, body: SamplingBody, job: GenerationJob, response_format: ResponseFormat) -> Response:
+    def _reply(
+        self, request: Request, body: SamplingBody, job: GenerationJob, response_format: ResponseFormat
+    ) -> Response:
         options = body.stream_options
+        generation = self._service.generate(job)
+        log.debug("request %s is %s", request.state.request_id, " ".join(s.req_id for s in generation.sequences))
         response = GenerationResponse(
-            self._service.generate(job),
+            generation,
             response_format,
             self._service.metrics,
             num_choices=job.num_choices,

@@ -11,7 +11,7 @@ import torch
 from afd.errors import RequestError
 from afd.model.halves import AttentionHalf, FFNHalf
 from afd.model.loading import load_attention_half, load_ffn_half, resolve_model
-from afd.model.reference import Comparison, ReferenceOutput, compare, reference_generate
+from afd.model.reference import Comparison, ReferenceOutput, compare, reference_generate, shortfalls
 from afd.model.sharding import ShardSpec
 from afd.ops.select import select
 from afd.types import FfnParallel, SamplingParams
@@ -87,6 +87,18 @@ def test_the_context_bounds_the_output(attention: AttentionHalf) -> None:
     for wrong in ([], [1] * attention.spec.max_context):
         with pytest.raises(RequestError, match="leaves nothing to generate"):
             reference_generate(attention, ffns(), wrong, GREEDY)
+
+
+def test_shortfalls_judge_each_token_after_those_before_it(
+    attention: AttentionHalf, golden_cases: list[dict[str, Any]]
+) -> None:
+    prompt, params = golden_cases[0]["prompt_token_ids"], replace(GREEDY, max_tokens=8)
+    said = reference_generate(attention, ffns(), prompt, params).token_ids
+    assert shortfalls(attention, ffns(), prompt, said) == [0.0] * 8
+    other = (said[3] + 1) % attention.spec.vocab_size
+    behind = reference_generate(attention, ffns(), [*prompt, *said[:3], other], replace(params, max_tokens=4)).token_ids
+    found = shortfalls(attention, ffns(), prompt, [*said[:3], other, *behind])
+    assert found[3] > 1e-3 and found[:3] + found[4:] == [0.0] * 7
 
 
 def test_combine_adds_in_float32_in_rank_order(attention: AttentionHalf) -> None:
