@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from contextlib import nullcontext
 
 from afd.cli.parser import not_negative, one_of, positive, positive_number, ratio
 from afd.plan.deployment import KvDtype
@@ -48,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="ends",
         help="simulate the first and last layer and take the others in closed form, or every layer (ends)",
     )
+    parser.add_argument("--per-request", metavar="FILE", help="write one JSON line for each request when it ends")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -81,7 +83,7 @@ def _add_cluster(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_load(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--requests", type=positive, default=1000, metavar="N", help="how many (1000)")
+    group.add_argument("--requests", type=positive, metavar="N", help="how many (1000, or the whole trace)")
     pace = group.add_mutually_exclusive_group()
     pace.add_argument("--rate", type=positive_number, metavar="R", help="requests/s of an open loop")
     pace.add_argument(
@@ -92,7 +94,22 @@ def _add_load(group: argparse._ArgumentGroup) -> None:
         help="the rate as a share of what the planner forecasts (0.8)",
     )
     pace.add_argument("--concurrency", type=positive, metavar="N", help="clients of a closed loop")
-    pace.add_argument("--trace", metavar="FILE", help='JSON lines {"at_s": 0.25, "input_len": 310, "output_len": 128}')
+    pace.add_argument(
+        "--trace",
+        metavar="FILE",
+        help='JSON lines {"at_s": 0.25, "input_len": 310, "output_len": 128, "hash_ids": [1, 2]}, or a Mooncake trace',
+    )
+    group.add_argument("--trace-speed", type=positive_number, default=1.0, metavar="X", help="times as fast (1)")
+    group.add_argument(
+        "--skip-long", action="store_true", help="leave requests of a trace out that the model cannot hold"
+    )
+    group.add_argument(
+        "--hash-block-tokens",
+        type=positive,
+        default=512,
+        metavar="N",
+        help="tokens that one of its hash_ids names (512)",
+    )
     group.add_argument(
         "--burstiness", type=positive_number, default=1.0, help="of an open loop: 1 = Poisson, below = bursts (1)"
     )
@@ -120,18 +137,20 @@ def _add_service(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--block-size", type=int, choices=(8, 16, 32, 64), default=16, help="tokens (16)")
     group.add_argument("--max-queue", type=positive, default=1024, metavar="N", help="of the gateway (1024)")
     group.add_argument("--gang-window-ms", type=not_negative, default=10.0, metavar="MS", help="(10)")
-    group.add_argument("--recovery-timeout-s", type=positive_number, default=2.0, metavar="S", help="of a lost F (2)")
+    group.add_argument("--recovery-timeout-s", type=positive_number, default=60.0, metavar="S", help="(60)")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Simulate and print; returns the exit code."""
     from afd.simulate.cluster import Simulation  # the service's code, which `afd --help` need not import
+    from afd.simulate.outcomes import outcome_file
     from afd.simulate.scenario import scenario_of
     from afd.simulate.text import report_text
 
     scenario = scenario_of(arguments)
     begun_s = time.perf_counter()
-    report = Simulation(scenario.settings, scenario.arrivals).run()
+    with nullcontext() if arguments.per_request is None else outcome_file(arguments.per_request) as watch:
+        report = Simulation(scenario.settings, scenario.arrivals, watch).run()
     took_s = time.perf_counter() - begun_s
     if arguments.json:
         print(json.dumps({**scenario.payload(), **report.payload(), "simulated_in_s": round(took_s, 2)}, indent=1))

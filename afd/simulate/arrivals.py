@@ -5,12 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated
-
-import msgspec
-
-from afd.errors import ConfigError
+from typing import Protocol
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,12 +14,28 @@ class Request:
 
     at_s: when it reaches the gateway.
     num_output: tokens that its answer will have.
+    hash_ids: names of its prompt's leading blocks, each of the block and all before it; two prompts that begin with
+        the same names begin with the same tokens (`afd.simulate.prompts`).
     """
 
     idx: int
     at_s: float
     num_prompt: int
     num_output: int
+    hash_ids: tuple[int, ...] = ()
+
+
+class Arrivals(Protocol):
+    """Requests in order of time, the same ones whenever they are iterated.
+
+    concurrency: clients of a closed loop, each of which sends its next request when the last one is answered (`at_s` is
+        not used); 0 = requests come when they come.
+    """
+
+    @property
+    def concurrency(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Request]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +69,10 @@ class OpenLoop:
     output: Lengths
     seed: int
 
+    @property
+    def concurrency(self) -> int:
+        return 0
+
     def __iter__(self) -> Iterator[Request]:
         rng, at_s = random.Random(f"{self.seed}/arrivals"), 0.0
         scale = 1.0 / (self.rate * self.burstiness)
@@ -68,7 +83,7 @@ class OpenLoop:
 
 @dataclass(frozen=True, slots=True)
 class ClosedLoop:
-    """`concurrency` clients, each of which sends its next request when the last one is answered (at_s is not used)."""
+    """`concurrency` clients, each of which sends its next request when the last one is answered."""
 
     num_requests: int
     concurrency: int
@@ -80,79 +95,3 @@ class ClosedLoop:
         rng = random.Random(f"{self.seed}/arrivals")
         for idx in range(self.num_requests):
             yield Request(idx, 0.0, self.prompt.sample(rng), self.output.sample(rng))
-
-
-class _Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    at_s: Annotated[float, msgspec.Meta(ge=0)]
-    input_len: Annotated[int, msgspec.Meta(ge=1)]
-    output_len: Annotated[int, msgspec.Meta(ge=1)]
-
-
-@dataclass(frozen=True, slots=True)
-class TraceFile:
-    """JSON lines {"at_s": 0.25, "input_len": 310, "output_len": 128}, in order of time.
-
-    num_requests: at most.
-    """
-
-    path: str
-    num_requests: int
-
-    def check(self, max_context: int, max_tokens: int = 0) -> TraceSize:
-        """Reads the file once; ConfigError names the line at fault.
-
-        max_tokens: what clients allow; 0 = the length.
-        """
-        total, prompt, output, last_s = 0, 0, 0, 0.0
-        for request in self:
-            longest, where = request.num_prompt + (max_tokens or request.num_output), f"request {request.idx + 1}"
-            if longest > max_context:
-                raise ConfigError(f"--trace {self.path}, {where}: {longest} tokens are past the limit of {max_context}")
-            if max_tokens and request.num_output > max_tokens:
-                raise ConfigError(f"--trace {self.path}, {where}: its answer is longer than --max-tokens {max_tokens}")
-            total, prompt, output = total + 1, prompt + request.num_prompt, output + request.num_output
-            last_s = request.at_s
-        if not total:
-            raise ConfigError(f"--trace {self.path}: no requests")
-        return TraceSize(total, prompt / total, output / total, last_s)
-
-    def __iter__(self) -> Iterator[Request]:
-        try:
-            yield from self._read()
-        except OSError as error:
-            raise ConfigError(f"--trace {self.path}: {error.strerror or error}") from None
-
-    def _read(self) -> Iterator[Request]:
-        decoder, idx, last_s = msgspec.json.Decoder(_Line), 0, 0.0
-        with Path(self.path).open("rb") as lines:
-            for number, text in enumerate(lines, start=1):
-                if idx == self.num_requests:
-                    return
-                if not text.strip():
-                    continue
-                try:
-                    line = decoder.decode(text)
-                except (msgspec.DecodeError, UnicodeDecodeError) as error:
-                    raise ConfigError(f"--trace {self.path}, line {number}: {error}") from None
-                if line.at_s < last_s:
-                    raise ConfigError(f"--trace {self.path}, line {number}: at_s goes back from {last_s:g} s")
-                last_s = line.at_s
-                yield Request(idx, line.at_s, line.input_len, line.output_len)
-                idx += 1
-
-
-@dataclass(frozen=True, slots=True)
-class TraceSize:
-    """What a trace file holds.
-
-    mean_prompt, mean_output: tokens.
-    last_s: of the last arrival.
-    """
-
-    num_requests: int
-    mean_prompt: float
-    mean_output: float
-    last_s: float
-
-
-Arrivals = OpenLoop | ClosedLoop | TraceFile

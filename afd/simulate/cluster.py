@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 from afd.errors import AfdError
@@ -13,6 +14,7 @@ from afd.simulate.events import EventQueue
 from afd.simulate.failures import Failure
 from afd.simulate.gateway import Gateway
 from afd.simulate.layers import LayerPath
+from afd.simulate.outcomes import Outcome
 from afd.simulate.results import Report, Results
 from afd.simulate.settings import Settings
 from afd.simulate.worker import AttentionWorker, DataPath
@@ -32,13 +34,14 @@ class StuckError(AfdError):
 class Simulation:
     """One run; not reusable. Deterministic: all follows from settings and arrivals."""
 
-    def __init__(self, settings: Settings, arrivals: Arrivals):
+    def __init__(self, settings: Settings, arrivals: Arrivals, watch: Callable[[Outcome], None] | None = None):
+        """watch: told what became of each request, when it ends; `at_s` counts from the first second of arrivals."""
         self._settings = settings
         self._events = EventQueue()
         self._results = Results(settings.topology, settings.tpot_s, settings.ttft_s)
         path_of = LayerPath if settings.detail == "layers" else ClosedFormPath
         self._path: DataPath = path_of(settings, self._events, self._results)
-        self._gateway = Gateway(settings, arrivals, self._events, self._results, self._to_worker)
+        self._gateway = Gateway(settings, arrivals, self._events, self._results, self._to_worker, watch)
         self._workers: dict[str, AttentionWorker] = {}
         self._of_rank: dict[int, AttentionWorker] = {}
         self._ffn_down: set[int] = set()

@@ -9,25 +9,49 @@ from afd.gateway.dispatcher import Dispatcher, DispatchLimits
 from afd.gateway.sequence import ClientSequence, Delta
 from afd.messages.membership import ClusterView
 from afd.messages.serving import GatewayMessage, WorkerMessage
-from afd.simulate.arrivals import Arrivals, ClosedLoop, Request
+from afd.simulate.arrivals import Arrivals, Request
 from afd.simulate.events import EventQueue
+from afd.simulate.outcomes import Ending, Outcome
+from afd.simulate.prompts import Prompts
 from afd.simulate.results import Results
 from afd.simulate.settings import Settings
-from afd.simulate.worker import GATEWAY_NAME, STOP_TOKEN, WORD_TOKEN
+from afd.simulate.worker import GATEWAY_NAME, STOP_TOKEN
 from afd.types import SamplingParams
 
 TICK_S = 0.1
 
 
 class _Client:
-    """The sink of one request."""
+    """The sink of one request. at_s: when it came, as arrivals count. ended: told what became of it."""
 
-    __slots__ = ("_done", "_first_s", "_gateway", "_last_s", "_num_tokens", "request", "sent_s")
+    __slots__ = (
+        "_at_s",
+        "_done",
+        "_ended",
+        "_events",
+        "_first_s",
+        "_last_s",
+        "_num_tokens",
+        "_request",
+        "_sent_s",
+        "sequence",
+    )
 
-    def __init__(self, gateway: Gateway, request: Request, sent_s: float):
-        self._gateway = gateway
-        self.request = request
-        self.sent_s = sent_s
+    def __init__(
+        self,
+        request: Request,
+        prompt_ids: list[int],
+        sampling: SamplingParams,
+        at_s: float,
+        events: EventQueue,
+        ended: Callable[[Outcome], None],
+    ):
+        self.sequence = ClientSequence(_id(request), 0, prompt_ids, sampling, self)
+        self._ended = ended
+        self._request = request
+        self._at_s = at_s
+        self._events = events
+        self._sent_s = events.now
         self._num_tokens = 0
         self._first_s = 0.0
         self._last_s = 0.0
@@ -40,22 +64,44 @@ class _Client:
             self._last_s = now
             self._num_tokens += len(delta.ids)
         if delta.finish is not None:
-            self._end()
-            self._gateway.answered(self, self._first_s - self.sent_s, self._last_s - self._first_s, self._num_tokens)
+            assert self._num_tokens == self._request.num_output, f"{sequence.req_id}: {self._num_tokens} tokens"
+            self._end("answered", "")
 
     def fail(self, error: AfdError) -> None:
-        self._end()
-        self._gateway.failed(self, error)
+        """Turned away (503), or lost on the way."""
+        if isinstance(error, UnavailableError):
+            self._end("refused", error.code)
+        else:
+            self._end("lost", str(error))
 
-    def _end(self) -> None:
-        assert not self._done, f"request {self.request.idx} was answered twice"
+    def _end(self, ending: Ending, reason: str) -> None:
+        assert not self._done, f"{self.sequence.req_id} was answered twice"
         self._done = True
+        sequence, num_tokens = self.sequence, self._num_tokens
+        self._ended(
+            Outcome(
+                request=self._request.idx,
+                at_s=self._at_s,
+                input_len=self._request.num_prompt,
+                output_len=num_tokens,
+                ending=ending,
+                reason=reason,
+                ttft_s=self._first_s - self._sent_s if num_tokens else None,
+                tpot_s=(self._last_s - self._first_s) / (num_tokens - 1) if num_tokens > 1 else None,
+                e2el_s=self._events.now - self._sent_s,
+                cached_tokens=sequence.cached_tokens,
+                worker=sequence.worker_key,
+                attempts=sequence.attempt + 1,
+                preempted=sequence.num_preempted,
+            )
+        )
 
 
 class Gateway:
     """The gateway's dispatcher and its clients. In a closed loop, one request follows each that ended.
 
     send: hands a message to a worker.
+    watch: told what became of each request.
     targets: output tokens of each live request, for the worker that samples its stop token.
     """
 
@@ -66,6 +112,7 @@ class Gateway:
         events: EventQueue,
         results: Results,
         send: Callable[[str, GatewayMessage], None],
+        watch: Callable[[Outcome], None] | None = None,
     ):
         self.targets: dict[str, int] = {}
         self.exhausted = False
@@ -73,7 +120,9 @@ class Gateway:
         self._settings = settings
         self._events = events
         self._results = results
-        self._closed = arrivals.concurrency if isinstance(arrivals, ClosedLoop) else 0
+        self._watch = watch
+        self._closed = arrivals.concurrency
+        self._prompts = Prompts(settings.times.vocab, settings.hash_block_tokens)
         self._arrivals: Iterator[Request] = iter(arrivals)
         self._origin_s = 0.0
         limits = DispatchLimits(
@@ -81,6 +130,7 @@ class Gateway:
             ttft_s=settings.ttft_s,
             enforce=settings.policy == "enforce",
             request_timeout_s=settings.request_timeout_s,
+            recovery_timeout_s=settings.recovery_timeout_s,
         )
         self.dispatcher = Dispatcher(GATEWAY_NAME, limits, self)
 
@@ -118,22 +168,11 @@ class Gateway:
 
     # -- clients ------------------------------------------------------------------------------------------
 
-    def answered(self, client: _Client, ttft_s: float, decode_s: float, num_tokens: int) -> None:
-        """Complete."""
-        assert num_tokens == client.request.num_output, f"request {client.request.idx}: {num_tokens} tokens"
-        self._results.answered(self._events.now, ttft_s, decode_s, client.request.num_prompt, num_tokens)
-        self._ended(client)
-
-    def failed(self, client: _Client, error: AfdError) -> None:
-        """Turned away (503), or lost on the way."""
-        if isinstance(error, UnavailableError):
-            self._results.refused(self._events.now, error.code)
-        else:
-            self._results.lost(self._events.now, str(error))
-        self._ended(client)
-
-    def _ended(self, client: _Client) -> None:
-        del self.targets[_id(client.request)]
+    def _ended(self, outcome: Outcome) -> None:
+        del self.targets[f"r{outcome.request}"]
+        self._results.ended(outcome, self._events.now)
+        if self._watch is not None:
+            self._watch(outcome)
         if self._closed:
             self._events.after(0.0, self._next)
 
@@ -152,12 +191,12 @@ class Gateway:
         self._next()
 
     def _arrive(self, request: Request) -> None:
-        now, client = self._events.now, _Client(self, request, self._events.now)
+        ids, at_s = self._prompts.ids(request), self._events.now - self._origin_s
+        client = _Client(request, ids, self._sampling(request), at_s, self._events, self._ended)
         self._results.arrived()
         self.targets[_id(request)] = request.num_output
-        sequence = ClientSequence(_id(request), 0, [WORD_TOKEN] * request.num_prompt, self._sampling(request), client)
         try:
-            self.dispatcher.submit([sequence], now)
+            self.dispatcher.submit([client.sequence], self._events.now)
         except UnavailableError as error:
             client.fail(error)
         self._results.queued(len(self.dispatcher.queue))

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from afd.ffn.gang import GangBatch
+from afd.simulate.outcomes import Outcome
 from afd.types import Topology
 
 
@@ -38,6 +39,8 @@ class Report:
 
     duration_s: first arrival to the end of the last request (answered, refused or lost), simulated.
     num_good: answered within both targets.
+    cached_tokens: of the answered requests' prompts, found in a prefix cache.
+    e2el: from a request's arrival to its last token.
     attention_busy, ffn_busy: share of the duration.
     attention_bubble, ffn_bubble: idle share while a step was in flight on that worker, or anywhere.
     gang_size: attention workers a batch.
@@ -53,12 +56,14 @@ class Report:
     refused: dict[str, int]
     lost: dict[str, int]
     input_tokens: int
+    cached_tokens: int
     output_tokens: int
     request_throughput: float
     output_throughput: float
     request_goodput: float
     ttft: Spread
     tpot: Spread
+    e2el: Spread
     attention_busy: float
     attention_bubble: float
     ffn_busy: float
@@ -75,7 +80,7 @@ class Report:
     def payload(self) -> dict[str, Any]:
         """The values as JSON, under the names of `afd bench --json` where it has them."""
         values = asdict(self)
-        for name in ("ttft", "tpot"):
+        for name in ("ttft", "tpot", "e2el"):
             spread = values.pop(name)
             values[f"mean_{name}_ms"], values[f"median_{name}_ms"] = spread["mean_ms"], spread["p50_ms"]
             values[f"p90_{name}_ms"], values[f"p99_{name}_ms"] = spread["p90_ms"], spread["p99_ms"]
@@ -83,16 +88,17 @@ class Report:
 
 
 class Results:
-    """Books of a simulation: 16 bytes a finished request, the rest does not grow."""
+    """Books of a simulation: 24 bytes a finished request, the rest does not grow."""
 
     def __init__(self, topology: Topology, tpot_s: float, ttft_s: float):
         self._tpot_s, self._ttft_s = tpot_s, ttft_s
-        self._ttfts, self._tpots = array("d"), array("d")
+        self._ttfts, self._tpots, self._e2els = array("d"), array("d"), array("d")
         self._refused: Counter[str] = Counter()
         self._lost: Counter[str] = Counter()
         self._num_good = 0
         self._num_failed = 0
         self._input_tokens = 0
+        self._cached_tokens = 0
         self._output_tokens = 0
         self._ended_at = 0.0
         self._attention_busy_s = [0.0] * topology.num_attention
@@ -122,29 +128,22 @@ class Results:
         self.num_arrived += 1
         self._max_live = max(self._max_live, self.num_arrived - self.num_ended)
 
-    def answered(self, now: float, ttft_s: float, decode_s: float, num_prompt: int, num_output: int) -> None:
+    def ended(self, outcome: Outcome, now: float) -> None:
         self.num_news += 1
         self._ended_at = now
+        if outcome.ending != "answered":
+            self._num_failed += 1
+            (self._refused if outcome.ending == "refused" else self._lost)[outcome.reason] += 1
+            return
+        ttft_s, tpot_s = outcome.ttft_s or 0.0, outcome.tpot_s or 0.0
         self._ttfts.append(ttft_s)
-        tpot_s = 0.0
-        if num_output > 1:
-            tpot_s = decode_s / (num_output - 1)
+        self._e2els.append(outcome.e2el_s)
+        if outcome.tpot_s is not None:
             self._tpots.append(tpot_s)
         self._num_good += ttft_s <= self._ttft_s and tpot_s <= self._tpot_s
-        self._input_tokens += num_prompt
-        self._output_tokens += num_output
-
-    def refused(self, now: float, code: str) -> None:
-        self.num_news += 1
-        self._ended_at = now
-        self._num_failed += 1
-        self._refused[code] += 1
-
-    def lost(self, now: float, reason: str) -> None:
-        self.num_news += 1
-        self._ended_at = now
-        self._num_failed += 1
-        self._lost[reason] += 1
+        self._input_tokens += outcome.input_len
+        self._cached_tokens += outcome.cached_tokens
+        self._output_tokens += outcome.output_len
 
     def queued(self, num_sequences: int) -> None:
         """Sequences in the gateway's queue now."""
@@ -191,12 +190,14 @@ class Results:
             refused=dict(self._refused),
             lost=dict(self._lost),
             input_tokens=self._input_tokens,
+            cached_tokens=self._cached_tokens,
             output_tokens=self._output_tokens,
             request_throughput=len(self._ttfts) / duration_s,
             output_throughput=self._output_tokens / duration_s,
             request_goodput=self._num_good / duration_s,
             ttft=Spread.of(self._ttfts),
             tpot=Spread.of(self._tpots),
+            e2el=Spread.of(self._e2els),
             attention_busy=mean_busy_s / duration_s,
             attention_bubble=max(0.0, 1.0 - sum(busy_s) / self._flying_s) if self._flying_s else 0.0,
             ffn_busy=self.ffn_busy_s / duration_s,

@@ -17,14 +17,16 @@ from afd.plan.request_rate import BatchLimits, RequestShape, served_rate
 from afd.plan.search import SearchSpace
 from afd.plan.stages import RooflineStages, StageModel
 from afd.sched.scheduler import SchedulerConfig
-from afd.simulate.arrivals import Arrivals, ClosedLoop, Lengths, OpenLoop, TraceFile
+from afd.simulate.arrivals import Arrivals, ClosedLoop, Lengths, OpenLoop
 from afd.simulate.failures import Failure
 from afd.simulate.settings import Settings
 from afd.simulate.times import ConstantStages, StepTimes
+from afd.simulate.traces import Trace, TraceLimits
 from afd.types import Topology
 
 RANK_NUM_SEQS = RANK_STEP_TOKENS = 256  # the service's defaults
 AUTO_STREAMS = 3
+NUM_REQUESTS = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +82,9 @@ def scenario_of(arguments: argparse.Namespace) -> Scenario:
         ),
         num_blocks=arguments.kv_blocks or _num_blocks(deployment, efficiency, arguments.block_size),
         block_size=arguments.block_size,
+        hash_block_tokens=arguments.hash_block_tokens
+        if isinstance(arrivals, Trace) and arrivals.shares_prefixes
+        else 0,
         auto_streams=0 if arguments.streams else AUTO_STREAMS,
         policy=arguments.sla_policy,
         tpot_s=arguments.sla_tpot_ms / 1e3,
@@ -136,10 +141,17 @@ def _arrivals(
     """(arrivals, requests/s or 0, in words)"""
     limit, allowed = deployment.model.max_context, arguments.max_tokens or 0
     if arguments.trace is not None:
-        trace = TraceFile(arguments.trace, arguments.requests)
-        size = trace.check(limit, allowed)
-        over = f"{size.num_requests} requests of {arguments.trace} in {size.last_s:.0f} s"
-        return trace, 0.0, f"{over}, {size.mean_prompt:.0f} tokens in, {size.mean_output:.0f} out on average"
+        limits = TraceLimits(
+            max_context=limit,
+            num_requests=arguments.requests or 0,
+            max_tokens=allowed,
+            skip_long=arguments.skip_long,
+            speed=arguments.trace_speed,
+            hash_block_tokens=arguments.hash_block_tokens,
+        )
+        trace = Trace(arguments.trace, limits)
+        return trace, 0.0, f"{trace.summary}, {trace.mean_prompt:.0f} tokens in, {trace.mean_output:.0f} out on average"
+    num_requests = arguments.requests or NUM_REQUESTS
     prompt = Lengths(arguments.input_len, arguments.range_ratio)
     output = Lengths(arguments.output_len, arguments.range_ratio)
     longest = prompt.longest + max(output.longest, allowed)
@@ -147,15 +159,15 @@ def _arrivals(
         raise ConfigError(f"requests of {longest} tokens are past the limit of {deployment.model.name}: {limit} tokens")
     if allowed and allowed < output.longest:
         raise ConfigError(f"--max-tokens {allowed} is below the longest answer: {output.longest} tokens")
-    sizes = f"{arguments.requests} requests, {prompt.mean} tokens in, {output.mean} out"
+    sizes = f"{num_requests} requests, {prompt.mean} tokens in, {output.mean} out"
     if arguments.concurrency:
-        closed = ClosedLoop(arguments.requests, arguments.concurrency, prompt, output, arguments.seed)
+        closed = ClosedLoop(num_requests, arguments.concurrency, prompt, output, arguments.seed)
         return closed, 0.0, f"{sizes}, {arguments.concurrency} clients"
     rate, share = arguments.rate or 0.0, ""
     if not rate:
         rate = arguments.load * _capacity(arguments, deployment, stages, efficiency)
         share = f" ({arguments.load:.0%} of the forecast)"
-    arrivals = OpenLoop(arguments.requests, rate, arguments.burstiness, prompt, output, arguments.seed)
+    arrivals = OpenLoop(num_requests, rate, arguments.burstiness, prompt, output, arguments.seed)
     return arrivals, rate, f"{sizes}, {rate:.4g} requests/s{share}"
 
 

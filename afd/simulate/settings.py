@@ -20,6 +20,7 @@ class Settings:
     """Everything a simulation depends on. A worker is a whole instance; limits count its ranks together.
 
     num_blocks: KV blocks of a worker.
+    hash_block_tokens: tokens that each of a request's hash_ids names; 0 = prompts share nothing, no prefix cache.
     auto_streams: most streams of a worker that chooses their number; 0 = fixed (`scheduler.num_streams`).
     max_waiting, max_queue: as `attention.max_waiting` and `gateway.max_queue`.
     stops_early: answers end by a stop token, so that the service cannot know their length; else by max_tokens.
@@ -32,6 +33,7 @@ class Settings:
     scheduler: SchedulerConfig
     num_blocks: int
     block_size: int = 32
+    hash_block_tokens: int = 0
     auto_streams: int = 0
     policy: Policy = "observe"
     tpot_s: float = 0.05

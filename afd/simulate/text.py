@@ -25,7 +25,7 @@ def report_text(scenario: Scenario, report: Report, took_s: float) -> str:
             ["ms", "mean", "p50", "p90", "p99"],
             [
                 [name, *(f"{value:,.1f}" for value in (s.mean_ms, s.p50_ms, s.p90_ms, s.p99_ms))]
-                for name, s in (("TTFT", report.ttft), ("TPOT", report.tpot))
+                for name, s in (("TTFT", report.ttft), ("TPOT", report.tpot), ("E2EL", report.e2el))
             ],
         ),
         "",
@@ -41,6 +41,9 @@ def report_text(scenario: Scenario, report: Report, took_s: float) -> str:
         f"at most {report.max_live} requests live, {report.max_queue} of them queued; {report.migrated} migrated, "
         f"{report.preempted} preempted",
     ]
+    if settings.hash_block_tokens:
+        share = report.cached_tokens / report.input_tokens if report.input_tokens else 0.0
+        lines.append(f"prefix cache: {report.cached_tokens:,} prompt tokens found, {share:.1%}")
     lines += [f"refused: {count} x {code}" for code, count in report.refused.items()]
     lines += [f"lost: {count} x {reason}" for reason, count in report.lost.items()]
     return "\n".join([*lines, f"simulated in {took_s:.1f} s"])

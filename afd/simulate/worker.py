@@ -18,13 +18,13 @@ from afd.sched.prefill import PrefillBudget
 from afd.sched.scheduler import Scheduler
 from afd.sched.sequence import MicroBatch, Output, Progress, Sequence, SequenceState
 from afd.sched.streams import StreamChooser
+from afd.simulate.prompts import WORD_TOKEN
 from afd.simulate.results import Results
 from afd.simulate.settings import Settings
 from afd.simulate.times import StepTimes
 from afd.types import FinishReason
 
 STOP_TOKEN = 1
-WORD_TOKEN = 0
 GATEWAY_NAME = "simulated"
 GATEWAY = GATEWAY_NAME.encode()
 FLUSH_S = 2.0  # longest that tokens between the first and the last one are kept back; the gateway asks after 5 s
@@ -119,7 +119,7 @@ class AttentionWorker:
         self.latency = LatencyModel()
         self.scheduler = Scheduler(
             replace(settings.scheduler, first_stream=rank),
-            BlockPool(settings.num_blocks, settings.block_size, prefix_cache=False),
+            BlockPool(settings.num_blocks, settings.block_size, prefix_cache=settings.hash_block_tokens > 0),
             PrefillBudget(self.latency) if settings.policy == "enforce" else None,
         )
         # Observing admits everything, as "off" does; its forecasts would cost much and change nothing.

@@ -53,6 +53,20 @@ def test_a_trace_file_is_replayed(simulate, tmp_path):
     assert result["duration_s"] == pytest.approx(0.8, abs=0.1)
 
 
+def test_prefixes_of_a_mooncake_trace_are_shared_and_each_request_is_written(simulate, tmp_path):
+    trace, outcomes = tmp_path / "trace.jsonl", tmp_path / "out.jsonl"
+    line = {"input_length": 600, "output_length": 3}
+    trace.write_text("".join(json.dumps({"timestamp": t, **line, "hash_ids": [4, t]}) + "\n" for t in (900, 0)))
+    flags = ("--topology", "1A1F", "--trace", str(trace), "--per-request", str(outcomes))
+    code, out, _ = simulate(*flags)
+    assert code == 0 and "prefix cache: 512 prompt tokens found, 42.7%" in out
+    told = [json.loads(line) for line in outcomes.read_text().splitlines()]
+    assert [(line["at_s"], line["cached_tokens"], line["ending"]) for line in told] == [
+        (0.0, 0, "answered"),
+        (0.9, 512, "answered"),
+    ]
+
+
 def test_a_calibration_gives_the_stage_times(simulate, tmp_path):
     point = {"tokens": 8, "seconds": 1e-3}
     measured = {"schema": "afd-calibration/1", "model": "smollm2-135m-instruct", "topology": "2A1F"}
@@ -80,6 +94,7 @@ def test_a_calibration_gives_the_stage_times(simulate, tmp_path):
         (["--fail", "ffn:1@3"], "2A1F has ffn workers 0 to 0"),
         (["--fail", "ffn@3"], "is not ROLE:INDEX@SECONDS"),
         (["--trace", "/nowhere.jsonl"], "--trace /nowhere.jsonl: No such file"),
+        (["--rate", "9", "--per-request", "/nowhere/out.jsonl"], "--per-request /nowhere/out.jsonl: No such file"),
         (["--calibrate", "/nowhere.json"], "--calibrate /nowhere.json: No such file"),
         (["--model", "step3", "--topology", "1A1F"], "GB of ffn weights"),
         (["--min-chunk-tokens", "999"], "--min-chunk-tokens must not exceed --max-step-tokens"),
@@ -95,7 +110,6 @@ def test_what_is_wrong_is_said_in_one_line(simulate, flags, complaint):
 @pytest.mark.parametrize(
     ("lines", "complaint"),
     [
-        ('{"at_s": 1, "input_len": 5, "output_len": 3}\n{"at_s": 0, "input_len": 5, "output_len": 3}', "line 2: at_s"),
         ('{"at_s": 1, "input_len": 0, "output_len": 3}', "line 1"),
         ("{", "line 1"),
         ('{"at_s": 1, "input_len": 9000, "output_len": 3}', "past the limit"),
