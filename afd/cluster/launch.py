@@ -1,7 +1,8 @@
 """What a supervised child is told, and how: one framed JSON message on its standard input, never argv or environment.
 
-The pipe stays open afterwards: its end of file tells the child that the supervisor is gone. News flows the other way
-as JSON lines over an inherited descriptor.
+The pipe stays open afterwards: its end of file tells the child that the supervisor is gone, and the coordinator hears
+over it which members' processes have ended, as JSON lines. News flows the other way as JSON lines over an inherited
+descriptor.
 """
 
 from __future__ import annotations

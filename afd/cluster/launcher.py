@@ -1,7 +1,8 @@
 """One role as a child process, and what it says: news lines, stderr lines, its end.
 
-A child has three pipes: stdin carries the launch frame and then stands for "the supervisor lives", one descriptor
-carries news, one carries stdout and stderr. Single-threaded; descriptors are non-blocking.
+A child has three pipes: stdin carries the launch frame, then what a coordinator is told of others' ends, and stands for
+"the supervisor lives"; one descriptor carries news, one carries stdout and stderr. Single-threaded; descriptors are
+non-blocking.
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ class Child:
     def __init__(self, role: str, rank: int, start: Start):
         self.role = role
         self.rank = rank
+        self.incarnation = ""  # once it has said it
         self.tail: deque[str] = deque(maxlen=KEPT_LINES)
         stdin_read, stdin_write = os.pipe()
         output_read, output_write = os.pipe()
@@ -99,6 +101,12 @@ class Child:
         )
         with contextlib.suppress(BrokenPipeError):
             write_launch(self._stdin, launch)
+
+    def tell(self, line: bytes) -> None:
+        """Write to its standard input, behind the launch frame. Lost where it is dead, or stands still for long."""
+        os.set_blocking(self._stdin, False)
+        with contextlib.suppress(BrokenPipeError, BlockingIOError):
+            os.write(self._stdin, line)
 
     def read_news(self) -> Iterator[dict[str, Any]]:
         """News that arrived since the last call."""

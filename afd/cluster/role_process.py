@@ -1,8 +1,9 @@
 """The frame of every role's process: logging, signals, the supervisor's pipe, deadlines and exit codes.
 
 Two threads watch for the end. One reads the supervisor's pipe: at its end of file the process stops, within
-ORPHAN_LIMIT_S in any case. One gives a stop, from wherever it came, a deadline. On Linux the kernel kills a worker
-whose supervisor dies; the coordinator is only asked to end, so that it can remove the run file.
+ORPHAN_LIMIT_S in any case; what comes over it before is the coordinator's (endings.py). One gives a stop, from wherever
+it came, a deadline. On Linux the kernel kills a worker whose supervisor dies; the coordinator is only asked to end, so
+that it can remove the run file.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import threading
 from collections.abc import Callable
 from types import FrameType
 
+from afd.cluster.endings import Endings
 from afd.cluster.launch import (
     EXIT_CONFIG,
     EXIT_FAILURE,
@@ -101,6 +103,7 @@ class _Process:
     def __init__(self, launch: RoleLaunch):
         self._launch = launch
         self._stop = threading.Event()
+        self._endings = Endings()
         self._num_signals = 0
         self.hung_up = False  # the kernel said that the supervisor, or one of its threads, is gone
         self.ended = threading.Event()
@@ -116,6 +119,7 @@ class _Process:
             stop=self._stop,
             announce=self._announce,
             on_fatal=self._on_fatal,
+            on_ended=self._endings.listen,
         )
 
     def install_signals(self) -> None:
@@ -165,8 +169,8 @@ class _Process:
             os._exit(EXIT_LOST if self.fatal is not None else EXIT_FAILURE)
 
     def _watch_supervisor(self) -> None:
-        while os.read(_SUPERVISOR_FD, 64):
-            pass  # nothing but the end of file is expected
+        while data := os.read(_SUPERVISOR_FD, 4096):
+            self._endings.feed(data)
         self.clear_up()
         self._stop.set()
         if not self.ended.wait(ORPHAN_LIMIT_S):

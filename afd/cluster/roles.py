@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from afd.cluster.endings import Tell
 from afd.cluster.stop_policy import why_stop
 from afd.config import ClusterConfig
 from afd.errors import CoordinatorError
@@ -35,6 +36,7 @@ class RoleContext:
     rank: asked for; -1 = any.
     stop: set when the process is to end gracefully.
     on_fatal: the cluster does not want this process any more.
+    on_ended: told whom to tell of processes of the cluster that have ended, by who started them (the coordinator's).
     """
 
     name: str
@@ -44,11 +46,13 @@ class RoleContext:
     stop: threading.Event
     announce: Announce
     on_fatal: Callable[[CoordinatorError], None]
+    on_ended: Callable[[Tell], None] = lambda tell: None
 
     def join(self, info: WorkerInfo, fields: Callable[[], SyncFields]) -> MembershipThread:
         """Enter the cluster: returns at once, registration and heartbeats go on in a side thread."""
         if info.rank < 0:
             info = msgspec.structs.replace(info, rank=self.rank)
+        self.announce({"incarnation": info.incarnation})
         section = self.config.coordinator
         client = CoordinatorClient(section.address, grpc_token(self.secret), ca_file=section.tls_ca_file)
         membership = MembershipThread(
@@ -76,7 +80,7 @@ RoleEntry = Callable[[RoleContext], int]
 def run_coordinator_role(context: RoleContext) -> int:
     from afd.coordinator.service import run_coordinator
 
-    return run_coordinator(context.config, context.secret, context.stop, context.announce)
+    return run_coordinator(context.config, context.secret, context.stop, context.announce, context.on_ended)
 
 
 def run_attention_role(context: RoleContext) -> int:

@@ -2,8 +2,8 @@
 
 A single-threaded loop over the children's pipes, SIGCHLD and deadlines. Start: gateway and coordinator are spawned,
 workers forked from a process that imports their libraries meanwhile; the coordinator is told its configuration first,
-and the others when it has announced its address. Run: a child that dies
-is reported with its last lines and started again. Stop: gateway, workers, coordinator, each within bounds.
+and the others when it has announced its address. Run: a child that dies is reported with its last lines, and to the
+coordinator, and started again. Stop: gateway, workers, coordinator, each within bounds.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import signal
 import socket
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -27,6 +28,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from afd.cluster.console import Console
+from afd.cluster.endings import ending_line
 from afd.cluster.fork_server import FORKED_ROLES, ForkServer
 from afd.cluster.launch import EXIT_CONFIG, EXIT_FAILURE, EXIT_OK
 from afd.cluster.launcher import Child, Start
@@ -40,6 +42,7 @@ from afd.config import ClusterConfig
 
 POLL_S = 0.2
 PROBE_TIMEOUT_S = 0.5
+MAX_ENDINGS = 64  # that a new coordinator is told of
 
 
 class Supervisor:
@@ -78,6 +81,7 @@ class Supervisor:
         self._progress: dict[str, ChildProgress] = {}
         self._policies: dict[str, RestartPolicy] = {}
         self._due: dict[str, float] = {}  # children to start, by time; inf: when the fork server has imported
+        self._endings: deque[bytes] = deque(maxlen=MAX_ENDINGS)
         self._coordinator = ""  # its address, once announced
         self._url = ""
         self._answers = False  # /readyz said 200 at least once
@@ -163,6 +167,7 @@ class Supervisor:
     def _take_news(self, child: Child, news: dict[str, Any]) -> None:
         was_ready = self._progress[child.name].ready
         self._progress[child.name].update(news)
+        child.incarnation = str(news.get("incarnation", child.incarnation))
         if child.role == "coordinator" and "address" in news:
             self._coordinator = str(news["address"])
             self._progress[child.name].ready = True
@@ -173,6 +178,8 @@ class Supervisor:
         if child.role == "gateway" and "url" in news:
             self._url = str(news["url"])
             self._progress[child.name].ready = True
+        if not was_ready and self._progress[child.name].ready and child.name in self._policies:
+            self._policies[child.name].ready(self._clock())
         if self._answers and not was_ready and self._progress[child.name].ready:
             self._console.note(f"{child.name} is ready again")
 
@@ -265,6 +272,8 @@ class Supervisor:
         config = with_cores(config, child.role, self._cores.get(child.name, ""))
         run_file = str(self._run_file) if child.role == "coordinator" else ""
         child.configure(config, self._secret, run_file=run_file)
+        if child.role == "coordinator":
+            child.tell(b"".join(self._endings))  # its predecessor may not have heard of the last ones
 
     def _reap(self) -> None:
         if self._fork_server is not None and self._stopping is None and not self._fork_server.alive:
@@ -291,20 +300,29 @@ class Supervisor:
             if child.role in ("coordinator", "gateway") or not self._alive():
                 self._stop(EXIT_OK)
             return
+        self._tell_of_end(child, exit_code)
         self._console.note(f"{child.name} (pid {child.pid}) died: {describe_exit(exit_code)}")
         for line in child.tail:
             self._console.line(f"    {child.name} | {line}", child.name)
         if not worth_restarting(exit_code):
             self._stop(EXIT_CONFIG)
             return
-        due = self._policies[child.name].next_start(now) if self._restart is not None else None
-        if due is None:
-            why = "it dies again and again" if self._restart is not None else "--no-restart"
-            self._console.note(f"{child.name} is not started again ({why}); stopping the cluster")
+        if self._restart is None:
+            self._console.note(f"{child.name} is not started again (--no-restart); stopping the cluster")
             self._stop(EXIT_FAILURE)
             return
+        due = self._policies[child.name].next_start(now)
         self._console.note(f"starting {child.name} again in {due - now:.1f} s")
         self._due[child.name] = due
+
+    def _tell_of_end(self, child: Child, exit_code: int) -> None:
+        """The coordinator need not wait for its silence."""
+        if not child.incarnation:
+            return
+        self._endings.append(ending_line(child.incarnation, describe_exit(exit_code)))
+        coordinator = self._children.get("coordinator")
+        if coordinator is not None:
+            coordinator.tell(self._endings[-1])
 
     def _alive(self) -> list[tuple[str, str]]:
         return [(child.name, child.role) for child in self._children.values()]

@@ -42,6 +42,7 @@ def server_options() -> list[tuple[str, int]]:
         ("grpc.max_concurrent_streams", MAX_STREAMS),
         ("grpc.server_handshake_timeout_ms", int(HANDSHAKE_TIMEOUT_S * 1e3)),
         ("grpc.max_connection_idle_ms", int(IDLE_TIMEOUT_S * 1e3)),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", int(KEEPALIVE_S * 500)),  # members ask, too
         ("grpc.keepalive_time_ms", int(KEEPALIVE_S * 1e3)),
         ("grpc.keepalive_timeout_ms", int(KEEPALIVE_S * 1e3)),
     ]

@@ -23,11 +23,13 @@ class Timing:
     stall_timeout_s: float = 5.0
     restart_grace_s: float = 5.0
     drain_s: float = 10.0
+    cut_patience_s: float = 0.3
 
     @classmethod
     def of(cls, config: CoordinatorConfig, drain_s: float) -> Timing:
-        """The limits that a configuration asks for."""
-        return cls(config.lost_after_s, config.stall_timeout_s, config.restart_grace_s, drain_s)
+        """The limits that a configuration asks for. One that lives sends a heartbeat over a new connection at once."""
+        cut_patience_s = 1.2 * config.heartbeat_s
+        return cls(config.lost_after_s, config.stall_timeout_s, config.restart_grace_s, drain_s, cut_patience_s)
 
 
 class Hearing:
@@ -43,6 +45,11 @@ class Hearing:
         """A call was served -> how long nothing had been heard before it, where that was deafness; else 0."""
         gap_s, self._heard_at = now - self._heard_at, now
         return gap_s if gap_s > self._deaf_after_s else 0.0
+
+    @property
+    def heard_at(self) -> float:
+        """When anybody was last heard of."""
+        return self._heard_at
 
     def is_deaf(self, now: float) -> bool:
         """Nobody can be judged by silence now."""
@@ -60,6 +67,8 @@ class Entry:
     resumed_until: set while this member is known only from the view of an earlier coordinator and has not been heard of
         since; it is given until then.
     drain_asked: an operator asked for the drain (`draining` is what the member says of itself).
+    num_lines: connections that it follows the view over, one but for a moment while it makes another.
+    cut_at: when the last of these closed, until it is heard of again; its kernel closes them when it dies.
     """
 
     info: WorkerInfo
@@ -79,6 +88,8 @@ class Entry:
     silent_experts: list[ExpertId] = field(default_factory=list)
     costs: StepCosts | None = None
     broken: dict[str, tuple[float, str]] = field(default_factory=dict)  # peer -> (since, reason)
+    num_lines: int = 0
+    cut_at: float | None = None
 
     @property
     def name(self) -> str:
@@ -107,6 +118,18 @@ class Entry:
         self.last_seen = now
         self.excused_s = 0.0
         self.resumed_until = None
+        self.cut_at = None
+
+    def line_opened(self, now: float) -> None:
+        """It follows the view over one connection more."""
+        self.num_lines += 1
+        self.heard(now)
+
+    def line_closed(self, now: float) -> None:
+        """A connection that it followed the view over has closed."""
+        self.num_lines -= 1
+        if self.num_lines == 0:
+            self.cut_at = now
 
     def beat(self, request: SyncRequest, now: float) -> bool:
         """Take a heartbeat in; True when something that the view shows, or a pair, changed."""
@@ -133,6 +156,15 @@ class Entry:
             if pair.broken
         }
 
+    def why_cut(self, now: float, timing: Timing, others_heard_at: float) -> str | None:
+        """The reason why this member counts as lost by its connection, which closed and did not come back; or None.
+
+        others_heard_at: when anybody was last heard of. Where that is before, the network may have gone for all.
+        """
+        if self.cut_at is None or now - self.cut_at <= timing.cut_patience_s or others_heard_at <= self.cut_at:
+            return None
+        return f"its connection closed, and nothing was heard of it for {now - self.cut_at:.1f} s"
+
     def why_lost(self, now: float, timing: Timing) -> str | None:
         """The reason why this member counts as lost at `now`, or None."""
         if self.resumed_until is not None:
@@ -156,6 +188,8 @@ class Entry:
             self.resumed_until += gap_s
         if self.ready_since is not None:
             self.ready_since += gap_s
+        if self.cut_at is not None:
+            self.cut_at += gap_s
         self.broken = {peer: (since + gap_s, reason) for peer, (since, reason) in self.broken.items()}
 
     def member(self) -> Member:

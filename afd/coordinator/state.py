@@ -22,9 +22,9 @@ from typing import Union
 
 import msgspec
 
+from afd.coordinator.claims import MAX_ATTENTION, MAX_EPOCH_SEEN, MAX_GATEWAYS, RefusedError, check_claims
 from afd.coordinator.members import ATTENTION, FFN, GATEWAY, ROLES, Entry, Hearing, Timing, blame
 from afd.coordinator.plan import Planner, PlanRules
-from afd.errors import CoordinatorError
 from afd.messages.membership import (
     ClusterView,
     ControlReply,
@@ -41,14 +41,11 @@ from afd.messages.membership import (
 from afd.telemetry.log import printable
 from afd.types import FfnParallel, Topology
 
-MAX_ATTENTION = 128  # width of the gang member mask
-MAX_GATEWAYS = 64
 MAX_EVENTS = 200
 MAX_NOTE_CHARS = 300
+MAX_LINES = 4  # of one member: a new one may be there before the old one's end is noticed
 MAX_REMEMBERED_LOST = 4096
 MAX_SILENT_WARNED = 4096
-MAX_VERSION_SEEN = 1 << 48
-MAX_EPOCH_SEEN = 1 << 31  # half of what a data frame can carry: nobody has lived so long, and room is left
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,17 +86,6 @@ class Stop:
 
 
 Action = Union[Published, Log, Lost, Stop]
-
-
-class RefusedError(CoordinatorError):
-    """A registration that cannot be granted.
-
-    retry: it may be later, without anyone changing anything.
-    """
-
-    def __init__(self, message: str, *, retry: bool = False):
-        super().__init__(message)
-        self.retry = retry
 
 
 class CoordinatorState:
@@ -177,6 +163,36 @@ class CoordinatorState:
             self._warn_of_silent_experts(entry)
         return SyncReply(known=True, view=self._view if request.view_version != self._view.version else None)
 
+    def follow(self, incarnation: str, now: float) -> Entry | None:
+        """A member opened a connection over which it follows the view; None: it is none, or has too many of them.
+
+        An entry is to be handed to one `unfollow`, when that connection has closed.
+        """
+        self._hear(now)
+        entry = self._entries.get(incarnation)
+        if entry is None or entry.num_lines >= MAX_LINES:
+            return None
+        entry.line_opened(now)
+        return entry
+
+    def unfollow(self, entry: Entry, now: float) -> None:
+        """Such a connection closed. That alone is no death: whoever lives is heard of again at once."""
+        entry.line_closed(now)
+
+    def is_member(self, entry: Entry) -> bool:
+        """Whether this entry still stands for a member: not for one that left, or was lost and registered again."""
+        return self._entries.get(entry.info.incarnation) is entry
+
+    def ended(self, incarnation: str, how: str, now: float) -> None:
+        """Who started this process saw it end: nothing is waited for."""
+        self._last_now = now
+        entry = self._entries.get(incarnation)
+        if entry is None:
+            self._remember_lost(incarnation, how)  # should its registration still be on its way
+            return
+        self._declare_lost(entry, how)
+        self._publish()
+
     def control(self, request: ControlRequest, now: float) -> ControlReply:
         """An operator's wish: "shutdown", "drain" of one member, or a "note" for the events that `afd status` shows."""
         self._hear(now)
@@ -229,7 +245,7 @@ class CoordinatorState:
         info = request.info
         if info.role not in ROLES:
             raise RefusedError(f"unknown role {info.role!r}; known: {', '.join(ROLES)}")
-        self._check_claims(request)
+        check_claims(request)
         if info.incarnation in self._lost:
             raise RefusedError(f"this process was declared lost ({self._lost[info.incarnation]}); start a new one")
         if info.incarnation not in self._entries:
@@ -270,23 +286,6 @@ class CoordinatorState:
                 f"files and shapes, dtype, ffn_parallel, max_step_tokens and the number of FFN ranks: "
                 f"start this worker with the same settings"
             )
-
-    def _check_claims(self, request: RegisterRequest) -> None:
-        """Refuse what no coordinator can have said: it would be believed by one that was restarted."""
-        seen = request.last_view
-        if max(request.epoch_seen, seen.epoch if seen is not None else 0) > MAX_EPOCH_SEEN:
-            raise RefusedError(f"an epoch above {MAX_EPOCH_SEEN} cannot have been")
-        if seen is None:
-            return
-        if seen.version > MAX_VERSION_SEEN:
-            raise RefusedError(f"a view's version above {MAX_VERSION_SEEN} cannot have been")
-        sizes = {ATTENTION: MAX_ATTENTION, FFN: seen.num_ffn, GATEWAY: MAX_GATEWAYS}
-        places = {(member.info.role, member.rank) for member in seen.members}
-        names = {member.info.incarnation for member in seen.members}
-        if len(places) < len(seen.members) or len(names) < len(seen.members):
-            raise RefusedError("the last view has two members in one place")
-        if not all(rank < sizes.get(role, 0) for role, rank in places):
-            raise RefusedError("the last view has a member in a place that does not exist")
 
     def _free_rank(self, info: WorkerInfo) -> int:
         """The rank asked for, or the lowest free one; RefusedError when taken, out of range or full."""
@@ -364,7 +363,7 @@ class CoordinatorState:
         """Strike out who is silent, stands still, or is to blame for broken links."""
         before = len(self._entries)
         for entry in list(self._entries.values()):
-            why = entry.why_lost(now, self._timing)
+            why = entry.why_cut(now, self._timing, self._hearing.heard_at) or entry.why_lost(now, self._timing)
             if why is not None:
                 self._declare_lost(entry, why)
         while (verdict := blame(self._entries.values(), now, self._timing.lost_after_s)) is not None:
@@ -380,11 +379,14 @@ class CoordinatorState:
         """
         self._remove(entry)
         if entry.is_worker:
-            self._lost[entry.info.incarnation] = why
-        while len(self._lost) > MAX_REMEMBERED_LOST:
-            self._lost.popitem(last=False)
+            self._remember_lost(entry.info.incarnation, why)
         self._log(logging.WARNING, f"{entry.name} lost: {why}")
         self._actions.append(Lost(entry.info.role))
+
+    def _remember_lost(self, incarnation: str, why: str) -> None:
+        self._lost[incarnation] = why
+        while len(self._lost) > MAX_REMEMBERED_LOST:
+            self._lost.popitem(last=False)
 
     def _remove(self, entry: Entry) -> None:
         del self._entries[entry.info.incarnation]

@@ -1,7 +1,8 @@
-"""Blocking client of the coordinator: four calls, each with a deadline. Any thread; never a worker's main loop."""
+"""Blocking client of the coordinator: calls with a deadline, and one that stays open. Never a worker's main loop."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import TracebackType
 from typing import TypeVar
 
@@ -12,8 +13,10 @@ from afd.errors import CoordinatorError
 from afd.membership.tls import channel_credentials
 from afd.messages.codec import Decoder, MessageError, encode
 from afd.messages.membership import (
+    ClusterView,
     ControlReply,
     ControlRequest,
+    FollowRequest,
     RegisterReply,
     RegisterRequest,
     StatusReply,
@@ -24,6 +27,7 @@ from afd.messages.membership import (
     register_reply_decoder,
     status_reply_decoder,
     sync_reply_decoder,
+    view_decoder,
 )
 
 SERVICE = "afd.Coordinator"
@@ -35,6 +39,8 @@ _CHANNEL_OPTIONS = [
     ("grpc.initial_reconnect_backoff_ms", 100),  # a restarted coordinator is found at once
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
+    ("grpc.keepalive_time_ms", 10_000),  # a host that vanishes closes no connection
+    ("grpc.keepalive_timeout_ms", 5_000),
     ("grpc.enable_http_proxy", 0),
     ("grpc.use_local_subchannel_pool", 1),  # two clients of one process do not share fate
 ]
@@ -63,6 +69,7 @@ class CoordinatorClient:
         self._methods = {
             name: self._channel.unary_unary(f"/{SERVICE}/{name}") for name in ("Register", "Sync", "Status", "Control")
         }
+        self._follow = self._channel.unary_stream(f"/{SERVICE}/Follow")
 
     def register(self, request: RegisterRequest, *, timeout_s: float | None = None) -> RegisterReply:
         """Join the cluster. The reply's `error` is a refusal; CoordinatorError as below."""
@@ -71,6 +78,17 @@ class CoordinatorClient:
     def sync(self, request: SyncRequest, *, timeout_s: float | None = None) -> SyncReply:
         """One heartbeat."""
         return self._call("Sync", request, sync_reply_decoder, timeout_s)
+
+    def follow(self, incarnation: str) -> Iterator[ClusterView]:
+        """The view, and each one after it, until the connection ends, which is no error: ask again.
+
+        Ends at once for who is no member (yet, or any more). Blocks without a deadline: `close` ends it.
+        """
+        try:
+            for body in self._follow(encode(FollowRequest(incarnation)), metadata=self._metadata):
+                yield view_decoder.decode(body)
+        except (grpc.RpcError, MessageError, ValueError):  # ValueError: the channel is closed
+            return
 
     def status(self, *, timeout_s: float | None = None) -> StatusReply:
         """The view with what is known of each member."""

@@ -1,4 +1,4 @@
-"""A process's place in the cluster: a side thread that registers, sends heartbeats and keeps the newest view.
+"""A process's place in the cluster: side threads, one that registers and sends heartbeats, one that follows the view.
 
 The coordinator may be started later, be away for minutes or be replaced: the thread goes on trying, and the last view
 stays valid meanwhile. It ends by itself in two cases only, both reported through `on_fatal`: the coordinator refuses
@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 GOODBYE_TIMEOUT_S = 0.5
 NEWS_STEP = 0.02  # of loading progress
 RETRY_S = 0.25
+FOLLOW_AGAIN_S = 0.1
 
 
 class MembershipLostError(CoordinatorError):
@@ -49,6 +50,7 @@ class CoordinatorCalls(Protocol):
     def address(self) -> str: ...
     def register(self, request: RegisterRequest, *, timeout_s: float | None = None) -> RegisterReply: ...
     def sync(self, request: SyncRequest, *, timeout_s: float | None = None) -> SyncReply: ...
+    def follow(self, incarnation: str) -> Iterator[ClusterView]: ...
     def close(self) -> None: ...
 
 
@@ -115,10 +117,12 @@ class MembershipThread:
         self._urgent = False
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="membership", daemon=True)
+        self._follower = threading.Thread(target=self._follow, name="membership-view", daemon=True)
 
     def start(self) -> MembershipThread:
         """Begin to register; returns at once."""
         self._thread.start()
+        self._follower.start()
         return self
 
     # --- what the worker reads ----------------------------------------------------------------------------
@@ -199,6 +203,8 @@ class MembershipThread:
                 self._client.close()
                 self._thread.join(2 * GOODBYE_TIMEOUT_S)
         self._client.close()
+        if self._follower.is_alive() and threading.current_thread() is not self._follower:
+            self._follower.join(GOODBYE_TIMEOUT_S)
 
     def _wake(self) -> None:
         self._urgent = True
@@ -268,6 +274,7 @@ class MembershipThread:
             again = self._info_sent is not None
             self._info_sent = info
             self._rank = reply.rank
+            self._changed.notify_all()
         self._answered()
         log.log(
             logging.DEBUG if again else logging.INFO,
@@ -319,6 +326,22 @@ class MembershipThread:
                 pairs=[PairReport(peer, broken=True, reason=reason) for peer, reason in self._broken.items()],
             )
 
+    def _follow(self) -> None:
+        """Take views as soon as they are published; where that fails, heartbeats bring them a little later."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._info_sent is not None or self._closing)
+                if self._closing or self._error is not None:
+                    return
+                incarnation = self._info.incarnation
+            try:
+                for view in self._client.follow(incarnation):
+                    self._take(view)
+            except Exception:  # a callback's bug: the heartbeats' thread will find it, too, and say so
+                log.exception("following the view failed")
+            with self._changed:
+                self._changed.wait_for(lambda: self._closing, FOLLOW_AGAIN_S)
+
     def _say_goodbye(self) -> None:
         with self._changed:
             registered = self._info_sent is not None
@@ -332,6 +355,9 @@ class MembershipThread:
     def _take(self, view: ClusterView) -> None:
         with self._delivery:
             with self._changed:
+                known = self._view
+                if known is not None and known.cluster_id == view.cluster_id and known.version >= view.version:
+                    return
                 self._view = view
                 callbacks = list(self._callbacks)
                 self._changed.notify_all()

@@ -201,6 +201,15 @@ class SyncReply(msgspec.Struct, frozen=True):
     reason: str = ""
 
 
+class FollowRequest(msgspec.Struct, frozen=True):
+    """A member asks for every view from now on, the present one first, over a call that stays open.
+
+    The call's end is news, too: the kernel of a process that dies closes its connections.
+    """
+
+    incarnation: Name
+
+
 class StatusRequest(msgspec.Struct, frozen=True):
     pass
 
@@ -257,6 +266,8 @@ register_request_decoder: Decoder[RegisterRequest] = Decoder(RegisterRequest)
 register_reply_decoder: Decoder[RegisterReply] = Decoder(RegisterReply)
 sync_request_decoder: Decoder[SyncRequest] = Decoder(SyncRequest)
 sync_reply_decoder: Decoder[SyncReply] = Decoder(SyncReply)
+follow_request_decoder: Decoder[FollowRequest] = Decoder(FollowRequest)
+view_decoder: Decoder[ClusterView] = Decoder(ClusterView)
 status_request_decoder: Decoder[StatusRequest] = Decoder(StatusRequest)
 status_reply_decoder: Decoder[StatusReply] = Decoder(StatusReply)
 control_request_decoder: Decoder[ControlRequest] = Decoder(ControlRequest)

@@ -173,8 +173,8 @@ def held_calls(address: str, count: int, token: str) -> Iterator[list[Any]]:
             ended.set()
 
 
-@pytest.fixture
-def join() -> Iterator[Callable[..., Joined]]:
+def joined_members() -> Iterator[Callable[..., Joined]]:
+    """Makes members, and ends them."""
     joined: list[Joined] = []
 
     def start(*args: object, **options: object) -> Joined:
@@ -184,7 +184,12 @@ def join() -> Iterator[Callable[..., Joined]]:
     yield start
     for one in joined:
         one.membership.close()
-    assert not [thread for thread in threading.enumerate() if thread.name == "membership"]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("membership")]
+
+
+@pytest.fixture
+def join() -> Iterator[Callable[..., Joined]]:
+    yield from joined_members()
 
 
 def test_calls_in_one_line_each() -> None:

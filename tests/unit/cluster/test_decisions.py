@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from afd.cluster.launch import EXIT_CONFIG, EXIT_FAILURE, EXIT_LOST, EXIT_OK
-from afd.cluster.restart import MAX_RESTARTS, WINDOW_S, RestartPolicy, worth_restarting
+from afd.cluster.restart import RestartPolicy, worth_restarting
 from afd.cluster.shutdown import Phase, StopSequence, phases
 from afd.cluster.stop_policy import why_stop
 from afd.messages.membership import ClusterView, Member, Plan, WorkerInfo
@@ -17,35 +17,36 @@ from afd.messages.membership import ClusterView, Member, Plan, WorkerInfo
 ALIVE = [("coordinator", "coordinator"), ("attention/0", "attention"), ("ffn/0", "ffn"), ("gateway/0", "gateway")]
 
 
-def test_restarts_back_off_and_end() -> None:
-    policy = RestartPolicy()
-    delays = []
-    for now in (0.0, 10.0, 20.0):
+def delays_of(policy: RestartPolicy, lives_s: list[float]) -> list[float]:
+    """The delays of a child that is ready at once and lives so long, time after time."""
+    now, delays = 100.0, []
+    for life_s in lives_s:
+        policy.ready(now)
+        now += life_s
         due = policy.next_start(now)
-        assert due is not None
-        delays.append(due - now)
-    assert delays == sorted(delays) and delays[0] < 1.0
-    assert policy.next_start(30.0) is None
+        delays.append(round(due - now, 6))
+        now = due
+    return delays
 
 
-def test_a_quiet_minute_clears_the_account() -> None:
+def test_what_dies_again_and_again_is_started_ever_later_for_ever() -> None:
+    delays = delays_of(RestartPolicy(), [0.5] * 12)
+    assert delays == [0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 25.6, 30.0, 30.0, 30.0]
+
+
+def test_one_that_is_never_ready_waits_longer_too() -> None:
     policy = RestartPolicy()
-    for now in (0.0, 1.0, 2.0):
-        policy.next_start(now)
-    assert policy.next_start(3.0) is None
-    assert policy.next_start(2.0 + WINDOW_S + 0.1) is not None
+    assert [policy.next_start(now) - now for now in (0.0, 100.0, 200.0)] == pytest.approx([0.1, 0.2, 0.4])
+
+
+def test_every_two_seconds_of_readiness_make_one_death_forgotten() -> None:
+    assert delays_of(RestartPolicy(), [0.0, 0.0, 0.0, 4.5, 60.0]) == [0.1, 0.2, 0.4, 0.2, 0.1]
 
 
 @given(st.lists(st.floats(0.0, 30.0), max_size=40))
 @settings(max_examples=100, derandomize=True, database=None)
-def test_never_more_than_the_limit_in_any_window(gaps: list[float]) -> None:
-    policy, now, starts = RestartPolicy(), 0.0, []
-    for gap in gaps:
-        now += gap
-        if policy.next_start(now) is not None:
-            starts.append(now)
-    for begin in starts:
-        assert sum(begin <= start < begin + WINDOW_S for start in starts) <= MAX_RESTARTS
+def test_the_delay_is_never_longer_than_the_longest_nor_shorter_than_the_first(lives_s: list[float]) -> None:
+    assert all(0.1 <= delay <= 30.0 for delay in delays_of(RestartPolicy(), lives_s))
 
 
 @pytest.mark.parametrize(
