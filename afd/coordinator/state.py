@@ -211,6 +211,11 @@ class CoordinatorState:
                 return ControlReply(
                     ok=False, error=f"{entry.name} cannot drain: every FFN rank takes part in every layer"
                 )
+            others = [e for e in self._entries.values() if e.info.role == entry.info.role and e is not entry]
+            if not any(e.ready and not e.draining and not e.drain_asked for e in others):
+                return ControlReply(
+                    ok=False, error=f"{entry.name} is the only one that serves: without it every request would wait"
+                )
             entry.drain_asked = True
             self._log(logging.INFO, f"{entry.name} asked to drain")
             self._publish()

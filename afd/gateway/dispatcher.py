@@ -13,6 +13,7 @@ from typing import Protocol
 
 from afd.errors import AfdError, PeerLostError, RequestError, UnavailableError
 from afd.gateway.admission import AdmissionQueue, Correction, is_too_long, predicted_wait_s, prefill_s
+from afd.gateway.outage import Outage
 from afd.gateway.router import Worker, choose_worker
 from afd.gateway.sequence import ClientSequence, Delta, Verdict
 from afd.messages.membership import ClusterView
@@ -40,7 +41,8 @@ PROBE_S = 5.0  # a sequence without news for so long is asked after
 PROBE_INTERVAL_S = 1.0
 COOLING_MIN_S, COOLING_MAX_S = 0.05, 1.0
 PAUSE_S = 0.5  # between two ticks: this process stood still, and could hear nobody meanwhile
-MAX_LOSSES = 5  # a request that takes so many workers down with it is not tried again
+MAX_LOSSES = 5  # a request that so many workers have failed, or were lost with, is not tried again
+MAX_BARREN = 3  # nor one whose workers end so often in a row before they have computed a token of it
 CAUTION = 0.9  # a place that is found just in time is no use when the prompt takes longer than predicted
 SCOUT = 3.0  # the first in line is not turned away before the forecast says so many times the time that it has
 
@@ -104,9 +106,17 @@ class Dispatcher:
         self._num_submitted = 0
         self._ticked_at: float | None = None
         self._probed_at = 0.0
-        self._hopeless_since: float | None = None
+        self._outage = Outage(limits.recovery_timeout_s)
 
     # --- requests ---------------------------------------------------------------------------------------
+
+    def may_recover(self, now: float) -> bool:
+        """No worker serves, but one did not long ago: requests wait for its return, or its successor."""
+        self._look(now)
+        return self._outage.passes(now)
+
+    def _look(self, now: float) -> None:
+        self._outage.look(any(worker.serving for worker in self.workers.values()), now)
 
     @property
     def num_running(self) -> int:
@@ -144,7 +154,7 @@ class Dispatcher:
         target_s: until the first token.  UnavailableError: no place in time.
         """
         serving = [worker for worker in self.workers.values() if worker.serving]
-        if not serving:
+        if not serving and not self.may_recover(now):
             raise UnavailableError("no attention worker is serving", code="not_ready")
         if not self.queue.room_for(num_sequences):
             self.counters.rejected_queue_full += 1
@@ -160,7 +170,7 @@ class Dispatcher:
             patience_s = max(0.1 * target_s, target_s - own_s)
             num_ahead = self.queue.num_ahead(priority)
             # Where nobody waits and a worker has refused nobody, it is asked: it knows, and this is a forecast.
-            if num_ahead or not any(worker.has_room(now) for worker in serving):
+            if serving and (num_ahead or not any(worker.has_room(now) for worker in serving)):
                 predicted_s = predicted_wait_s(reports, num_ahead + num_sequences - 1)
                 wait_s = self._waits.apply(predicted_s)
                 if is_too_long(wait_s, patience_s):
@@ -202,7 +212,7 @@ class Dispatcher:
                 worker.endpoint = member.info.serving
                 self._port.disconnect(key)
                 self._port.connect(key, worker.endpoint)
-            worker.rank, worker.ready, worker.draining = member.rank, member.ready, member.draining
+            worker.follow(member)
         # Last, so that a newcomer can take over from its predecessor.
         for key in [key for key in self.workers if key not in members]:
             gone = self.workers.pop(key)
@@ -224,7 +234,8 @@ class Dispatcher:
         elif isinstance(message, Refused):
             self._on_refused(worker, message, now)
         elif isinstance(message, WorkerStats):
-            worker.stats = message
+            worker.stats, worker.ready = message, message.ready
+            self._look(now)
         if self.queue and (first_word or not isinstance(message, Tokens)):
             self._pump(now)
 
@@ -273,6 +284,7 @@ class Dispatcher:
                 outcome.finish = None
             if outcome.ids and len(sequence.output_ids) == len(outcome.ids):
                 self._started(sequence, now)
+            was_suspect, sequence.num_barren = sequence.num_barren > 0, 0
             sequence.sink.push(sequence, outcome, now)
             if failed:
                 self._on_failed(worker, sequence, chunk, now)
@@ -282,6 +294,8 @@ class Dispatcher:
                 if chunk.finish is None:  # a stop string: the worker does not know yet
                     self._port.send(worker.key, Abort([sequence.req_id]))
                 self._pump(now)
+            elif was_suspect:
+                self._pump(now)  # the next one
         elif outcome is Verdict.GAP:
             self.counters.gaps += 1
             if chunk.finish in (FinishReason.ERROR, FinishReason.ABORT):
@@ -351,12 +365,12 @@ class Dispatcher:
         """Place whatever is queued and fits somewhere; end what has waited too long."""
         for sequence in self.queue.take_expired(now):
             self._expire(sequence, now)
+        self._look(now)
         if not self.queue:
-            self._hopeless_since = None
             for worker in self.workers.values():
                 worker.uncool()
             return
-        if self._is_hopeless(now):
+        if self._outage.is_hopeless(now):
             for sequence in self.queue.take_all():
                 self._fail(sequence, self._nobody(sequence))
             return
@@ -366,6 +380,8 @@ class Dispatcher:
                 return
             if self._may_serve_beside(sequence.avoid_key):
                 rooms = [room for room in rooms if room.key != sequence.avoid_key]
+            if sequence.num_barren:
+                rooms = [room for room in rooms if not room.has_suspect]
             choice = choose_worker(rooms, now)
             if choice is not None:
                 self._place(sequence, choice, now)
@@ -375,6 +391,7 @@ class Dispatcher:
         worker.add(sequence)
         sequence.worker_key = worker.key
         sequence.placed_at = sequence.heard_at = now
+        sequence.num_placed = len(sequence.output_ids)
         sequence.predicted_prefill_s = prefill_s(_reports([worker]), len(sequence.prompt_ids))
         self.counters.placed += 1
         log.debug("%s goes to attention/%d, attempt %d", sequence.req_id, worker.rank, sequence.attempt)
@@ -385,7 +402,14 @@ class Dispatcher:
         """A worker is lost: its sequences go elsewhere, or end."""
         for sequence in list(worker.active.values()):
             worker.remove(sequence)
-            self._lose(sequence, f"attention worker {worker.rank} was lost ({why})", now, worker.key)
+            # A worker that reaches no FFN worker computes nothing: its end says nothing of what it holds.
+            sequence.num_barren += worker.ready and not sequence.has_gained
+            lost = f"attention worker {worker.rank} was lost ({why})"
+            if sequence.num_barren >= MAX_BARREN:
+                guess = f"so were {MAX_BARREN - 1} before it, each before it had computed a token of this request"
+                self._fail(sequence, PeerLostError(f"{lost}; {guess}: it is not tried again"))
+            else:
+                self._lose(sequence, lost, now, worker.key)
 
     def _lose(self, sequence: ClientSequence, why: str, now: float, avoid_key: str) -> None:
         """The worker that ran a sequence is gone or has failed it."""
@@ -415,15 +439,6 @@ class Dispatcher:
     def _may_serve_beside(self, key: str) -> bool:
         """Another worker than that one can be waited for."""
         return any(worker.may_serve for worker in self.workers.values() if worker.key != key)
-
-    def _is_hopeless(self, now: float) -> bool:
-        """No worker has served for so long that what is queued need not wait any longer."""
-        if any(worker.serving for worker in self.workers.values()):
-            self._hopeless_since = None
-            return False
-        if self._hopeless_since is None:
-            self._hopeless_since = now
-        return now - self._hopeless_since >= self.limits.recovery_timeout_s
 
     def _probe_silent(self, now: float, patience_s: float) -> None:
         for worker in self.workers.values():

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from afd.gateway.sequence import ClientSequence
+from afd.messages.membership import Member
 from afd.messages.serving import WorkerStats
 
 PROBE_CREDITS = (
@@ -17,6 +18,8 @@ PROBE_CREDITS = (
 class Worker:
     """What the gateway knows of one attention worker (one incarnation).
 
+    ready: as the view or the worker itself said it, whichever changed last: a coordinator may be away.
+    shown_ready: as the view says it.
     heard_at: last message of any kind; None before the first.
     lost: silent too long (it may come back).
     cooling_until, credits: after a refusal nothing is sent until then, and then `credits` sequences at most; credits
@@ -29,6 +32,7 @@ class Worker:
     endpoint: str
     connected_at: float
     ready: bool = False
+    shown_ready: bool = False
     draining: bool = False
     lost: bool = False
     heard_at: float | None = None
@@ -51,6 +55,17 @@ class Worker:
     def may_serve(self) -> bool:
         """It may serve before long: neither lost nor on its way out."""
         return not self.lost and not self.draining
+
+    @property
+    def has_suspect(self) -> bool:
+        """It runs a sequence whose last worker ended before it had computed a token of it: one is enough at a time."""
+        return any(sequence.num_barren and not sequence.has_gained for sequence in self.active.values())
+
+    def follow(self, member: Member) -> None:
+        """What the view says of it."""
+        self.rank, self.draining = member.rank, member.draining
+        if member.ready != self.shown_ready:
+            self.ready = self.shown_ready = member.ready
 
     def has_room(self, now: float) -> bool:
         """Serving and not cooling down after a refusal."""

@@ -89,6 +89,8 @@ class ClientSequence:
         self.attempt = 0
         self.num_losses = 0  # workers that were lost with it, or failed it
         self.why_lost = ""  # the last of them
+        self.num_barren = 0  # of those that ended, in a row, before a token of it had come
+        self.num_placed = 0  # tokens that it had when its worker got it
         self.output_ids: list[int] = []
         self.cached_tokens = 0
         self.num_preempted = 0
@@ -136,6 +138,11 @@ class ClientSequence:
         if chunk.ids and chunk.first_idx + len(chunk.ids) > self.sampling.max_tokens:
             return f"more than the {self.sampling.max_tokens} tokens asked for"
         return None
+
+    @property
+    def has_gained(self) -> bool:
+        """Its present worker has computed a token of it."""
+        return len(self.output_ids) > self.num_placed
 
     def accept(self, chunk: TokenChunk) -> Delta | Verdict:
         """Take a chunk's new tokens. A delta with `finish` is the last; ERROR and ABORT are left to the caller."""

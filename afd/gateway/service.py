@@ -154,23 +154,27 @@ class GatewayService:
         }
 
     def unready_reason(self) -> str | None:
-        """Why new requests are refused, in one line; None when they are taken."""
+        """Why new requests are refused, in one line; None when they are taken.
+
+        Workers that serve are enough: a coordinator may be away. While nobody serves for a moment, requests wait.
+        """
         if self.draining:
             return "the gateway is shutting down"
         view = self._membership.view()
         if view is None:
             return "the coordinator has not answered yet"
-        if not self._membership.coordinator_alive:
-            return "the coordinator does not answer: running requests go on, new ones wait for it"
         if view.shutdown:
             return "the cluster is shutting down"
+        serving = any(worker.serving for worker in self.dispatcher.workers.values())
+        if serving or self.dispatcher.may_recover(time.monotonic()):
+            return None
+        if not self._membership.coordinator_alive:
+            return "the coordinator does not answer, and no attention worker serves"
         if not view.formed:
             found = f"{len(view.of_role('attention'))} of {view.num_attention} attention workers"
             found += f" and {len(view.of_role('ffn'))} of {view.num_ffn} FFN workers"
             return f"the cluster is not complete: {found} are here"
-        if not any(worker.serving for worker in self.dispatcher.workers.values()):
-            return "no attention worker is ready"
-        return None
+        return "no attention worker is ready"
 
     # --- internals --------------------------------------------------------------------------------------
 

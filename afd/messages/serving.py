@@ -169,6 +169,7 @@ class WorkerStats(msgspec.Struct, tag="stats", frozen=True):
     places_s: until typical requests would be admitted, one after another: those of PLACE_RANKS, as many as are worth
     telling; ascending; empty = all of them now.
     max_tokens: prompt and output together, of the longest sequence that can run here; 0 = not known.
+    ready: it reaches its FFN workers.
     """
 
     rank: int
@@ -183,6 +184,7 @@ class WorkerStats(msgspec.Struct, tag="stats", frozen=True):
     num_preemptions: int = 0
     prefill_token_s: float = 0.0  # predicted, from a place to the first token, per prompt token
     max_tokens: int = 0
+    ready: bool = True
 
 
 WorkerMessage = Union[Tokens, Refused, WorkerStats]

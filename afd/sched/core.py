@@ -195,7 +195,7 @@ class WorkerCore:
         """Tell every gateway the load: when it changed, but not before STATS_MIN_S, and after STATS_MAX_S anyhow."""
         if now < self._stats_due_s:
             return
-        stats = worker_stats(self.rank, self.scheduler, self.admission, draining=self.draining)
+        stats = worker_stats(self.rank, self.scheduler, self.admission, draining=self.draining, ready=self.ready)
         if stats == self._stats and now < self._stats_overdue_s:
             return
         self._outbox.extend((gateway, stats) for gateway in self._leases)

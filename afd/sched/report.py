@@ -22,7 +22,7 @@ class StepSums(Protocol):
     """Seconds with work in flight and nothing to compute."""
 
 
-def worker_stats(rank: int, scheduler: Scheduler, admission: Admission, *, draining: bool) -> WorkerStats:
+def worker_stats(rank: int, scheduler: Scheduler, admission: Admission, *, draining: bool, ready: bool) -> WorkerStats:
     """The worker's load, as it is now. Its cost grows with the number of sequences."""
     outlook, pool = admission.outlook(), scheduler.pool
     return WorkerStats(
@@ -38,6 +38,7 @@ def worker_stats(rank: int, scheduler: Scheduler, admission: Admission, *, drain
         num_preemptions=scheduler.num_preemptions,
         prefill_token_s=outlook.prefill_token_s,
         max_tokens=min(scheduler.config.max_context, pool.num_blocks * pool.block_size),
+        ready=ready,
     )
 
 

@@ -180,14 +180,15 @@ async def test_not_ready_says_why_and_when_to_come_back():
         try:
             rig.membership.publish([])
             assert "0 of 1 attention" in await reason()
+            rig.membership.coordinator_alive = False
+            assert "coordinator does not answer" in await reason()
+            rig.membership.coordinator_alive = True
             rig.membership.publish([worker.member(ready=False)])
             assert "no attention worker is ready" in await reason()
             rig.membership.publish([worker.member()])
             await rig.membership.wait_ready()
             assert (await rig.chat(max_tokens=1)).status_code == 200
             rig.membership.coordinator_alive = False
-            assert "coordinator does not answer" in await reason()
-            rig.membership.coordinator_alive = True
             assert (await rig.chat(max_tokens=1)).status_code == 200
         finally:
             await worker.close()

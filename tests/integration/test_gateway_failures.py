@@ -37,6 +37,12 @@ async def tokens_arrived(rig, count):
             await asyncio.sleep(0.002)
 
 
+async def nobody_serves(rig):
+    """All workers have left, and the gateway knows it."""
+    rig.publish([])
+    await rig.wait_until(lambda: not rig.service.dispatcher.workers)
+
+
 @async_test
 async def test_a_lost_worker_without_a_successor_is_an_error_event():
     async with gateway(MODEL, recovery_timeout_s=0.2) as rig:
@@ -117,26 +123,61 @@ async def test_the_only_worker_silent_is_waited_for():
         rig.worker.allow(1)
         await tokens_arrived(rig, 1)
         rig.worker.mute = True
-        async with asyncio.timeout(10):
-            while (await rig.client.get("/readyz")).status_code == 200:
-                await asyncio.sleep(0.05)
-        assert not request.done()
+        await rig.wait_until(lambda: not any(w.serving for w in rig.service.dispatcher.workers.values()))
+        assert (await rig.client.get("/readyz")).status_code == 200  # who comes now waits, too
+        (late,) = start(rig)
+        await asyncio.sleep(0)
         rig.worker.mute = False
         rig.worker.run_freely()
         async with asyncio.timeout(20):
-            stream = events((await request).text)
-    assert text_of(stream) == expected_text([1, 2], 8)
+            streams = [events((await one).text) for one in (request, late)]
+    assert [text_of(stream) for stream in streams] == [expected_text([1, 2], 8)] * 2
 
 
 @async_test
-async def test_the_coordinator_lost_running_streams_finish_new_requests_wait():
+async def test_who_comes_while_nobody_serves_gets_503_only_when_nobody_has_for_long():
+    async with gateway(MODEL, recovery_timeout_s=0.3) as rig:
+        await nobody_serves(rig)
+        answer = await rig.complete([1])
+        later = await rig.complete([1])
+        ready = await rig.client.get("/readyz")
+    assert [one.status_code for one in (answer, later, ready)] == [503, 503, 503]
+    assert later.json()["error"]["code"] == ready.json()["error"]["code"] == "not_ready"
+    assert "0 of 1 attention workers" in later.json()["error"]["message"]
+
+
+@async_test
+async def test_with_a_ttft_target_who_comes_while_nobody_serves_waits_no_longer_than_that():
+    async with gateway(MODEL, sla={"policy": "enforce", "ttft_ms": 300.0}) as rig:
+        await nobody_serves(rig)
+        answer = await rig.complete([1])
+        assert rig.service.unready_reason() is None
+    assert answer.status_code == 503
+    assert answer.json()["error"]["code"] == "overloaded" and int(answer.headers["retry-after"]) >= 1
+
+
+@async_test
+async def test_a_successor_serves_those_who_came_in_between():
+    async with gateway(MODEL, num_workers=2) as rig:
+        first, second = rig.workers
+        await nobody_serves(rig)
+        requests = start(rig, count=3)
+        await rig.wait_until(lambda: len(rig.service.dispatcher.queue) == 3)
+        rig.publish([second])
+        streams = [events((await request).text) for request in requests]
+    assert [text_of(stream) for stream in streams] == [expected_text([1, 2], 8)] * 3
+
+
+@async_test
+async def test_the_coordinator_lost_running_streams_finish_and_new_requests_are_served():
     async with gateway(MODEL) as rig:
         rig.worker.hold()
         (request,) = start(rig)
         await rig.worker.wait_submits()
         rig.membership.coordinator_alive = False
-        assert (await rig.complete([1])).status_code == 503
         rig.worker.run_freely()
+        assert (await rig.complete([1])).status_code == 200
+        assert (await rig.client.get("/readyz")).status_code == 200
         assert text_of(events((await request).text)) == expected_text([1, 2], 8)
 
 

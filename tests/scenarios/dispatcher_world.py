@@ -48,6 +48,7 @@ class DispatcherWorld:
         self._port = _Port()
         self._scene = Scene("", port=self._port, **LIMITS)
         self._silent: set[str] = set()
+        self._away: set[str] = set()
         self._requests: dict[str, ClientSequence] = {}
         self._told: dict[str, _Told] = {}
 
@@ -57,7 +58,7 @@ class DispatcherWorld:
         """A new view has this worker (ready or loading), and it reports."""
         rank = len(self._scene.members)
         self._show(name, rank, ready=state == "ready")
-        self._scene.say(name, stats(rank), self._now)
+        self._report(name)
 
     def ready(self, name: str) -> None:
         """A new view: the worker serves."""
@@ -85,10 +86,24 @@ class DispatcherWorld:
         end = self._now + float(seconds)
         while self._now < end - 1e-9:
             self._now = min(end, self._now + TICK_S)
-            for name, known in self._scene.members.items():
+            for name in self._scene.members:
                 if name not in self._silent:
-                    self._scene.say(name, stats(known.rank), self._now)
+                    self._report(name)
             self._scene.dispatcher.tick(self._now)
+
+    def away(self, name: str) -> None:
+        """The worker itself says that it reaches no FFN worker; no coordinator is there to publish it."""
+        self._away.add(name)
+        self._report(name)
+
+    def back(self, name: str) -> None:
+        """The worker itself says that it serves."""
+        self._away.remove(name)
+        self._report(name)
+
+    def _report(self, name: str) -> None:
+        known = self._scene.members[name]
+        self._scene.say(name, stats(known.rank, ready=known.ready and name not in self._away), self._now)
 
     # -- commands: requests -------------------------------------------------------------------------------
 

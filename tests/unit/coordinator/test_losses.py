@@ -208,6 +208,19 @@ def test_drain_is_published_and_refused_for_ffn() -> None:
     assert "known: shutdown, drain" in scenario.control("explode").error
 
 
+@pytest.mark.parametrize("other", ["draining", "not ready", "gone"])
+def test_the_last_one_that_serves_is_not_drained(other: str) -> None:
+    scenario = formed("2A1F")
+    if other == "draining":
+        assert scenario.control("drain", "attention/0").ok
+    elif other == "not ready":
+        scenario.sync("a0", ready=False)
+    else:
+        scenario.sync("a0", leaving=True)
+    assert "attention/1 is the only one that serves" in scenario.control("drain", "attention/1").error
+    assert [m.draining for m in scenario.view.of_role("attention") if m.rank == 1] == [False]
+
+
 def test_shutdown_stops_the_coordinator_when_the_last_member_has_left() -> None:
     scenario = formed("1A1F")
     assert scenario.control("shutdown").ok

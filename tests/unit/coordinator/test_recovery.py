@@ -109,9 +109,9 @@ def test_draining_survives() -> None:
     for name in ("a0", "a1"):
         scenario.register(name)
     scenario.register("f0")
-    scenario.control("drain", "attention/1")
     for name in ("a0", "a1", "f0"):
         scenario.sync(name, ready=True)
+    scenario.control("drain", "attention/1")
     scenario.wait(BEAT_S)
     scenario.restart_coordinator()
     come_back(scenario, "a0", "a1")
