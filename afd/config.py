@@ -72,6 +72,8 @@ class TopologyConfig(Section, frozen=True):
 
     topology: str = "1A1F"
     """xAyF = x attention and y FFN workers, or mono = both halves in one process."""
+    standby_ffn: Annotated[int, msgspec.Meta(ge=0, le=64)] = 0
+    """FFN workers that hold every shard of the model in memory, and take over at once from one that is lost."""
     ranks_per_instance: Literal[1] = 1
     """Ranks (devices) of one worker instance."""
     transport: Literal["auto", "shm", "verbs", "tcp"] = "auto"
@@ -350,6 +352,8 @@ def check_config(config: ClusterConfig) -> None:
         raise ConfigError(f"attention.cuda_graphs needs attention.device 'cuda', not {config.attention.device!r}")
     if config.attention.modelled and not topology.mono:
         raise ConfigError(f"attention.modelled has no FFN side: use cluster.topology 'mono', not {topology}")
+    if topology.mono and config.cluster.standby_ffn:
+        raise ConfigError("topology mono has no FFN workers; leave cluster.standby_ffn at 0")
     if topology.mono and config.cluster.transport != "auto":
         raise ConfigError("topology mono has no transport; leave cluster.transport at auto")
     if topology.mono and config.cluster.wire != "auto":

@@ -69,7 +69,7 @@ def status_text(reply: StatusReply, *, url: str = "") -> str:
         "",
     ]
     rows: list[tuple[str, ...]] = [("MEMBER", "STATE", "SEEN", "PROCESS", "METRICS")]
-    rows += [_row(status) for status in reply.members]
+    rows += [_row(status, reply.view.num_ffn) for status in reply.members]
     lines += _table(rows)
     lines += _load(reply.members)
     lines += _pipeline(reply.members)
@@ -89,12 +89,12 @@ def _forecast(forecast: Forecast) -> str:
     )
 
 
-def _row(status: MemberStatus) -> tuple[str, ...]:
+def _row(status: MemberStatus, num_ffn: int) -> tuple[str, ...]:
     member = status.member
     if member.draining:
         state = "draining"
     elif member.ready:
-        state = "ready"
+        state = "on standby" if member.info.role == "ffn" and member.rank >= num_ffn else "ready"
     elif status.loading < 1.0 and member.info.role != "gateway":  # which loads nothing
         state = f"loading {status.loading:.0%}"
     else:

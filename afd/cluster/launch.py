@@ -59,7 +59,8 @@ def files_needed(role: str, config: ClusterConfig) -> int:
     """How many files a process may come to have open: a gateway for its clients, all others for the workers."""
     if role == "gateway":
         return OWN_FILES + config.gateway.max_connections
-    return OWN_FILES + FILES_PER_WORKER * (config.topology.num_attention + config.topology.num_ffn)
+    topology = config.topology
+    return OWN_FILES + FILES_PER_WORKER * (topology.num_attention + topology.num_ffn + config.cluster.standby_ffn)
 
 
 _decoder = msgspec.json.Decoder(RoleLaunch)

@@ -190,7 +190,7 @@ class Supervisor:
         yield "coordinator", -1
         for rank in range(topology.num_attention):
             yield "attention", rank
-        for rank in range(topology.num_ffn):
+        for rank in range(topology.num_ffn + self._config.cluster.standby_ffn):
             yield "ffn", rank
         yield "gateway", 0
 

@@ -67,6 +67,7 @@ class Entry:
     resumed_until: set while this member is known only from the view of an earlier coordinator and has not been heard of
         since; it is given until then.
     drain_asked: an operator asked for the drain (`draining` is what the member says of itself).
+    on_standby: an FFN worker that holds every shard: it has none yet, or has not announced where that is reached.
     num_lines: connections that it follows the view over, one but for a moment while it makes another.
     cut_at: when the last of these closed, until it is heard of again; its kernel closes them when it dies.
     """
@@ -88,6 +89,7 @@ class Entry:
     silent_experts: list[ExpertId] = field(default_factory=list)
     costs: StepCosts | None = None
     broken: dict[str, tuple[float, str]] = field(default_factory=dict)  # peer -> (since, reason)
+    on_standby: bool = False
     num_lines: int = 0
     cut_at: float | None = None
 
@@ -112,6 +114,11 @@ class Entry:
         if not self.is_worker:
             return True
         return self.info.serving != "" if mono else self.info.mesh is not None
+
+    def take_over(self, rank: int) -> None:
+        """From now on this worker, which was on standby, has a lost one's rank; it is ready when it says so again."""
+        self.rank = rank
+        self.ready_since = None
 
     def heard(self, now: float) -> None:
         """Any call from this member."""

@@ -219,6 +219,7 @@ def run_coordinator(
         model=config.model.served_name or config.model.name,
         ffn_parallel=config.cluster.ffn_parallel,
         rules=PlanRules.of(config),
+        num_standby=config.cluster.standby_ffn,
     )
     state = CoordinatorState(spec, timing, cluster_id=uuid.uuid4().hex, now=time.monotonic())
     registry = process_registry("coordinator")

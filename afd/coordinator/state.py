@@ -25,6 +25,7 @@ import msgspec
 from afd.coordinator.claims import MAX_ATTENTION, MAX_EPOCH_SEEN, MAX_GATEWAYS, RefusedError, check_claims
 from afd.coordinator.members import ATTENTION, FFN, GATEWAY, ROLES, Entry, Hearing, Timing, blame
 from afd.coordinator.plan import Planner, PlanRules
+from afd.coordinator.ranks import free_rank, take_over
 from afd.messages.membership import (
     ClusterView,
     ControlReply,
@@ -50,12 +51,13 @@ MAX_SILENT_WARNED = 4096
 
 @dataclass(frozen=True, slots=True)
 class ClusterSpec:
-    """Facts about the cluster that the coordinator is started with."""
+    """Facts about the cluster that the coordinator is started with. num_standby: of FFN workers."""
 
     topology: Topology
     model: str
     ffn_parallel: FfnParallel
     rules: PlanRules
+    num_standby: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,8 +265,10 @@ class CoordinatorState:
         self._epoch_floor = max(self._epoch_floor, request.epoch_seen)
         if entry is None:
             entry = Entry(info, self._free_rank(info), last_seen=now, progress_at=now, moved_at=now)
+            entry.on_standby = info.role == FFN and entry.rank >= self._view.num_ffn
             self._entries[info.incarnation] = entry
-            self._log(logging.INFO, f"{entry.name} joined from {info.host} (pid {info.pid})")
+            place = " on standby" if entry.on_standby else ""
+            self._log(logging.INFO, f"{entry.name} joined{place} from {info.host} (pid {info.pid})")
         elif entry.info.role != info.role:
             raise RefusedError(f"{entry.name} cannot become {info.role}")
         entry.info = info
@@ -293,25 +297,10 @@ class CoordinatorState:
             )
 
     def _free_rank(self, info: WorkerInfo) -> int:
-        """The rank asked for, or the lowest free one; RefusedError when taken, out of range or full."""
         size = {ATTENTION: MAX_ATTENTION, FFN: self._view.num_ffn, GATEWAY: MAX_GATEWAYS}[info.role]
         if self._spec.topology.mono and info.role == ATTENTION:
             size = 1
-        holders = {entry.rank: entry for entry in self._entries.values() if entry.info.role == info.role}
-        if info.rank < 0 or info.role == GATEWAY:
-            free = next((rank for rank in range(size) if rank not in holders), None)
-            if free is None:
-                raise RefusedError(f"all {size} {info.role} ranks are taken", retry=True)
-            return free
-        if info.rank >= size:
-            raise RefusedError(f"rank {info.rank} asked for, but {info.role} ranks end at {size - 1} in this topology")
-        holder = holders.get(info.rank)
-        if holder is not None:
-            raise RefusedError(
-                f"rank {info.rank} is held by another {info.role} worker ({holder.info.host}, pid {holder.info.pid})",
-                retry=True,
-            )
-        return info.rank
+        return free_rank(info, self._entries.values(), size, self._spec.num_standby if info.role == FFN else 0)
 
     def _resume(self, seen: ClusterView, now: float) -> None:
         """Take over the view of an earlier coordinator, when it is newer than anything known here."""
@@ -401,10 +390,10 @@ class CoordinatorState:
 
         goodbye: a member left by itself. After the last gateway that is a cluster that ends, and nothing is waited for.
         """
-        shown = sorted(
-            (entry for entry in self._entries.values() if entry.announced(mono=self._spec.topology.mono)),
-            key=lambda entry: (ROLES.index(entry.info.role), entry.rank),
-        )
+        for name, entry in take_over(self._entries.values(), self._view.num_ffn):
+            self._log(logging.INFO, f"{name}, on standby, takes over as {entry.name}")
+        in_order = sorted(self._entries.values(), key=lambda entry: (ROLES.index(entry.info.role), entry.rank))
+        shown = [entry for entry in in_order if self._serves(entry)]
         workers = frozenset(entry.identity for entry in shown if entry.is_worker)
         num_attention = sum(1 for role, _, _ in workers if role == ATTENTION)
         num_ffn = len(workers) - num_attention
@@ -425,11 +414,17 @@ class CoordinatorState:
             config_hash=holder.info.config_hash if holder is not None else "",
             plan=self._planner.fit(self._view.plan, num_attention),
             members=[entry.member() for entry in shown],
+            standbys=[entry.member() for entry in in_order if entry.on_standby and not self._serves(entry)],
             shutdown=self._shutdown_until is not None,
         )
         if candidate != self._view:
             self._view = msgspec.structs.replace(candidate, version=self._view.version + 1)
             self._actions.append(Published(self._view))
+
+    def _serves(self, entry: Entry) -> bool:
+        """It has a place, and others can reach it there."""
+        has_place = entry.info.role != FFN or entry.rank < self._view.num_ffn
+        return has_place and entry.announced(mono=self._spec.topology.mono)
 
     def _costs(self) -> list[StepCosts]:
         return [entry.costs for entry in self._entries.values() if entry.costs is not None]

@@ -16,6 +16,7 @@ from afd.ffn.path import BatchPath
 from afd.ffn.python_path import PythonPath
 from afd.ffn.relay_path import RelayPath
 from afd.model.cuda import CudaDevice
+from afd.model.halves import FFNHalf
 from afd.model.loading import ModelFolder, load_ffn_half
 from afd.model.sharding import ShardSpec
 from afd.ops.select import select
@@ -39,15 +40,21 @@ class Parts:
     resources: contextlib.ExitStack
 
 
-def build(config: ClusterConfig, folder: ModelFolder, seat: Seat, progress: Progress) -> Parts:
-    """Load this rank's shard and put the parts together. ConfigError where the topology has no FFN workers."""
+def load_shard(config: ClusterConfig, folder: ModelFolder, rank: int, progress: Progress) -> FFNHalf:
+    """The weights of one FFN rank, on this worker's device."""
+    shard = ShardSpec(rank, config.topology.num_ffn, config.cluster.ffn_parallel)
+    ops = select(config.ffn.device, config.model.dtype)
+    return load_ffn_half(folder, shard, ops, progress, weights=config.model.weights)
+
+
+def build(config: ClusterConfig, folder: ModelFolder, seat: Seat, half: FFNHalf) -> Parts:
+    """Put the parts together around a loaded shard. ConfigError where the topology has no FFN workers."""
     section, spec, mesh = config.ffn, folder.spec, seat.mesh
     if mesh is None:
         raise ConfigError("topology mono has no FFN workers: set cluster.topology to xAyF, such as 1A1F")
     threads = ThreadShare(section.threads or 1, section.threads_alone)
     shard = ShardSpec(seat.rank, config.topology.num_ffn, config.cluster.ffn_parallel)
     ops = select(section.device, config.model.dtype)
-    half = load_ffn_half(folder, shard, ops, progress, weights=config.model.weights)
     gangs = GangTable(
         seat.rank,
         config.topology.num_ffn,

@@ -9,11 +9,12 @@ from contextlib import ExitStack, closing
 from functools import partial
 
 from afd.config import ClusterConfig
-from afd.ffn.build import Parts, build
+from afd.ffn.build import Parts, build, load_shard
 from afd.ffn.epochs import EpochFollower
 from afd.ffn.expert_watch import ExpertWatch
 from afd.ffn.metrics import FFNMetrics
 from afd.membership.port import Announce, Join, SyncFields
+from afd.model.halves import FFNHalf
 from afd.worker.process import WorkerProcess
 from afd.worker.seat import IDLE_S, TURN_S, Seat
 from stepmesh.types import Role
@@ -26,11 +27,20 @@ def run_ffn_worker(config: ClusterConfig, secret: bytes, join: Join, stop: threa
     with ExitStack() as life:
         process = life.enter_context(closing(WorkerProcess(Role.FFN, config, secret, join, stop, announce)))
         spec = process.folder.spec
-        seat = process.take_seat()
+        shelf: dict[int, FFNHalf] = {}
+
+        def load_all(seat: Seat) -> None:
+            for rank in range(config.topology.num_ffn):
+                shelf[rank] = load_shard(config, process.folder, rank, process.progress(seat))
+            announce({"ready": True})
+
+        seat = process.take_seat(on_standby=load_all)
         if seat is None:
             return 0
         life.enter_context(closing(seat))
-        parts = build(config, process.folder, seat, process.progress(seat))
+        half = shelf.pop(seat.rank, None) or load_shard(config, process.folder, seat.rank, process.progress(seat))
+        shelf.clear()
+        parts = build(config, process.folder, seat, half)
         life.enter_context(parts.resources)
         FFNMetrics(process.registry, parts.engine, parts.mesh, parts.recent)
         worker, shard = FfnWorker(parts, seat), parts.shard

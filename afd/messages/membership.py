@@ -82,6 +82,8 @@ class ClusterView(msgspec.Struct, frozen=True):
 
     members: the workers that have announced where they can be reached (one still choosing its ports is only in
     the status).
+    standbys: FFN workers that hold every shard: with a rank from num_ffn on they wait, with one below they are to take
+    that place, and are among the members as soon as they have announced where.
     """
 
     cluster_id: Name
@@ -95,6 +97,7 @@ class ClusterView(msgspec.Struct, frozen=True):
     plan: Plan
     members: Annotated[list[Member], Meta(max_length=1024)]
     shutdown: bool = False
+    standbys: Annotated[list[Member], Meta(max_length=64)] = []
 
     def of_role(self, role: str) -> list[Member]:
         """Members of one role in rank order."""

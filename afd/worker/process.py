@@ -68,10 +68,11 @@ class WorkerProcess:
             token=trace_token(secret),
         )
 
-    def take_seat(self, *, serving: str = "") -> Seat | None:
+    def take_seat(self, *, serving: str = "", on_standby: Callable[[Seat], None] = lambda seat: None) -> Seat | None:
         """Join the cluster, get a rank and a mesh; the caller closes it. None when stopped meanwhile.
 
         serving: where gateways reach this worker.
+        on_standby: of an FFN worker that waits for a place: loads every shard.
         """
         config, spec, section = self._config, self.folder.spec, self._section
         info = WorkerInfo(
@@ -87,7 +88,14 @@ class WorkerProcess:
         agreed = config_hash(config, self.folder.fingerprint, spec.hidden, spec.max_top_k)
         layout = payload_layout(config, spec.hidden, spec.max_top_k)
         fields, join, stop = lambda: self._fields(), self._join, self._stop
-        seat = take_seat(config, self._role, self._secret, agreed, layout, info, join, fields, stop)
+
+        def wait(seat: Seat) -> None:
+            self._readiness = (False, "loading the model")
+            on_standby(seat)
+            self._readiness = (True, "")
+            log.info("%s/%d is on standby", self._role.value, seat.rank)
+
+        seat = take_seat(config, self._role, self._secret, agreed, layout, info, join, fields, stop, wait)
         self._readiness = (False, "loading the model")
         return seat
 

@@ -15,6 +15,7 @@ from afd.membership.port import Join, Membership, SyncFields
 from afd.messages.keys import mesh_key
 from afd.messages.membership import ClusterView, WorkerInfo
 from afd.worker.data_plane import mesh_config, published_address
+from afd.worker.standby import wait_for_place
 from stepmesh.layout import PayloadLayout
 from stepmesh.mesh import Mesh
 from stepmesh.types import Role
@@ -69,11 +70,13 @@ def take_seat(
     join: Join,
     fields: Callable[[], SyncFields],
     stop: threading.Event,
+    on_standby: Callable[[Seat], None],
 ) -> Seat | None:
     """Register, get a rank, bind the mesh, publish its address. None when `stop` was set meanwhile.
 
     agreed: config hash (hex).
     info: what the worker says of itself; incarnation, hash and mesh address are filled in.
+    on_standby: an FFN worker that gets no shard yet is to load them all; its rank and its mesh come when one is free.
     """
     info = msgspec.structs.replace(info, incarnation=uuid.uuid4().hex, config_hash=agreed)
     membership = join(info, fields)
@@ -84,6 +87,14 @@ def take_seat(
                 seat.close()
                 return None
         seat.rank = rank
+        if role is Role.FFN and rank >= config.topology.num_ffn and not config.topology.mono:
+            on_standby(seat)
+            membership.set_ready(True)
+            seat.rank = wait_for_place(membership, info.incarnation, stop)
+            if seat.rank < 0:
+                seat.close()
+                return None
+            membership.set_ready(False)  # until it serves there
         if not config.topology.mono:
             seat.mesh = Mesh(mesh_config(config, role, seat.rank, info.incarnation, mesh_key(secret), agreed, layout))
             membership.update_info(msgspec.structs.replace(info, mesh=published_address(seat.mesh.address)))

@@ -159,7 +159,7 @@ async def test_with_a_ttft_target_who_comes_while_nobody_serves_waits_no_longer_
 @async_test
 async def test_a_successor_serves_those_who_came_in_between():
     async with gateway(MODEL, num_workers=2) as rig:
-        first, second = rig.workers
+        second = rig.workers[1]
         await nobody_serves(rig)
         requests = start(rig, count=3)
         await rig.wait_until(lambda: len(rig.service.dispatcher.queue) == 3)

@@ -20,9 +20,9 @@ class CoordinatorWorld:
 
     # -- commands -----------------------------------------------------------------------------------------
 
-    def cluster(self, topology: str) -> None:
-        """The coordinator of such a cluster starts."""
-        self._scenario = Scenario(topology)
+    def cluster(self, topology: str, standby: str = "0") -> None:
+        """The coordinator of such a cluster starts. standby: FFN workers that are to wait."""
+        self._scenario = Scenario(topology, num_standby=int(standby))
         self._num_events, self._view = 0, ""
 
     def register(self, *names: str) -> None:
@@ -30,6 +30,17 @@ class CoordinatorWorld:
             reply = self._scenario.register(name)
             if reply.error:
                 self._said.append(f"{name} is refused: {reply.error}")
+
+    def start(self, *names: str) -> None:
+        """They register, and cannot be reached yet: they load, or are on standby."""
+        for name in names:
+            reply = self._scenario.register(name, bound=False)
+            self._said.append(f"{name} is refused: {reply.error}" if reply.error else f"{name} has rank {reply.rank}")
+
+    def ended(self, name: str) -> None:
+        """Whoever started the process saw its end."""
+        self._scenario.state.ended(name, "killed by SIGKILL", self._scenario.now)
+        self._scenario.silent.add(name)
 
     def ready(self, *names: str) -> None:
         """The workers have loaded, and reach whom they need."""
@@ -92,6 +103,10 @@ class CoordinatorWorld:
             f"{m.info.role}/{m.rank}={m.info.incarnation}{'' if m.ready else ' not ready'}{' draining' * m.draining}"
             for role in ("attention", "ffn")
             for m in view.of_role(role)
+        ]
+        members += [
+            f"{m.info.incarnation} {'is to be ffn/' + str(m.rank) if m.rank < view.num_ffn else 'on standby'}"
+            for m in view.standbys
         ]
         text = f"epoch {view.epoch}{'' if view.formed else ', not formed'}: {', '.join(members) or 'nobody'}"
         if text != self._view:

@@ -29,8 +29,9 @@ RULES = PlanRules(Plan())
 class Scenario:
     """Calls are written in the order in which they happen; `wait` lets live members send heartbeats."""
 
-    def __init__(self, topology: str = "1A1F", *, start: float = 100.0, rules: PlanRules = RULES):
+    def __init__(self, topology: str = "1A1F", *, start: float = 100.0, rules: PlanRules = RULES, num_standby: int = 0):
         self.topology = topology
+        self.num_standby = num_standby
         self.rules = rules
         self.now = start
         self.state = self.new_state("cluster-0")
@@ -42,7 +43,7 @@ class Scenario:
         self.actions: list[Action] = []
 
     def new_state(self, cluster_id: str) -> CoordinatorState:
-        spec = ClusterSpec(Topology.parse(self.topology), "model", FfnParallel.HYBRID, self.rules)
+        spec = ClusterSpec(Topology.parse(self.topology), "model", FfnParallel.HYBRID, self.rules, self.num_standby)
         return CoordinatorState(spec, TIMING, cluster_id=cluster_id, now=self.now)
 
     def restart_coordinator(self, *, away_s: float = 0.0) -> None:
