@@ -27,6 +27,8 @@ from afd.worker.seat import Seat
 from afd.worker.threads import ThreadShare
 from stepmesh.mesh import Mesh
 
+MONO = "topology mono has no FFN workers: set cluster.topology to xAyF, such as 1A1F"
+
 
 @dataclass(frozen=True, slots=True)
 class Parts:
@@ -41,7 +43,9 @@ class Parts:
 
 
 def load_shard(config: ClusterConfig, folder: ModelFolder, rank: int, progress: Progress) -> FFNHalf:
-    """The weights of one FFN rank, on this worker's device."""
+    """The weights of one FFN rank, on this worker's device. ConfigError where the topology has no FFN workers."""
+    if config.topology.mono:
+        raise ConfigError(MONO)
     shard = ShardSpec(rank, config.topology.num_ffn, config.cluster.ffn_parallel)
     ops = select(config.ffn.device, config.model.dtype)
     return load_ffn_half(folder, shard, ops, progress, weights=config.model.weights)
@@ -51,7 +55,7 @@ def build(config: ClusterConfig, folder: ModelFolder, seat: Seat, half: FFNHalf)
     """Put the parts together around a loaded shard. ConfigError where the topology has no FFN workers."""
     section, spec, mesh = config.ffn, folder.spec, seat.mesh
     if mesh is None:
-        raise ConfigError("topology mono has no FFN workers: set cluster.topology to xAyF, such as 1A1F")
+        raise ConfigError(MONO)
     threads = ThreadShare(section.threads or 1, section.threads_alone)
     shard = ShardSpec(seat.rank, config.topology.num_ffn, config.cluster.ffn_parallel)
     ops = select(section.device, config.model.dtype)
