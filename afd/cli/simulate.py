@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
-import time
-from contextlib import nullcontext
 
 from afd.cli.parser import not_negative, one_of, positive, positive_number, ratio
-from afd.plan.deployment import KvDtype
+from afd.plan.deployment import Dispatch, KvDtype
 from afd.plan.weights import BYTES_OF
 
 _DESCRIPTION = """\
@@ -40,14 +37,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--fail",
         action="append",
         default=[],
-        metavar="ROLE:INDEX@S[+RESTART_S]",
-        help="kill attention:I or ffn:I after S seconds, and have a successor ready RESTART_S later (repeatable)",
+        metavar="ROLE:INDEX@S[+RESTART_S|+load]",
+        help="kill attention:I or ffn:I after S seconds; a successor serves RESTART_S later, or when it has loaded "
+        "(repeatable)",
+    )
+    parser.add_argument(
+        "--rollout",
+        action="append",
+        default=[],
+        metavar="ROLE@S",
+        help="from S seconds on replace a role's workers one after the other (repeatable)",
+    )
+    parser.add_argument(
+        "--slow",
+        action="append",
+        default=[],
+        metavar="ROLE:INDEX*FACTOR[@S[+FOR_S]]",
+        help="attention:I or ffn:I takes FACTOR times as long, from S seconds on, for FOR_S seconds (repeatable)",
     )
     parser.add_argument(
         "--detail",
         choices=("ends", "layers"),
         default="ends",
         help="simulate the first and last layer and take the others in closed form, or every layer (ends)",
+    )
+    parser.add_argument(
+        "--baseline",
+        choices=("ep",),
+        help="the same requests through colocated expert parallelism on the same chips",
+    )
+    parser.add_argument(
+        "--seeds", type=positive, metavar="N", help="run with N seeds, and print means with 95 %% confidence intervals"
     )
     parser.add_argument("--per-request", metavar="FILE", help="write one JSON line for each request when it ends")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -65,6 +85,22 @@ def _add_cluster(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--hardware-file", action="append", default=[], metavar="FILE", help="TOML with more chips")
     group.add_argument("--model-file", action="append", default=[], metavar="FILE", help="TOML with more models")
+    group.add_argument("--price", action="append", default=[], metavar="CHIP=USD", help="rent per chip and hour")
+    group.add_argument("--dispatch", type=one_of(Dispatch), choices=list(Dispatch), default=Dispatch.BROADCAST)
+    group.add_argument("--network-gbit", metavar="GBIT[/server]", help="of a chip's link, or of a server's")
+    group.add_argument(
+        "--oversubscription",
+        type=positive_number,
+        metavar="R",
+        help="the network between the roles carries 1/R of the smaller role's links, for all together (no limit)",
+    )
+    group.add_argument(
+        "--expert-skew",
+        type=not_negative,
+        default=0.0,
+        metavar="S",
+        help="a layer's i-th popular expert is asked for i^-S as often as its first (0: alike)",
+    )
     group.add_argument("--efficiency", action="append", default=[], metavar="KEY=VALUE", help="a factor (repeatable)")
     times = group.add_mutually_exclusive_group()
     times.add_argument(
@@ -122,7 +158,7 @@ def _add_load(group: argparse._ArgumentGroup) -> None:
         metavar="N",
         help="what clients allow; answers end before, at lengths the service cannot know (exactly the answer's length)",
     )
-    group.add_argument("--seed", type=int, default=0, help="of lengths and arrivals (0)")
+    group.add_argument("--seed", type=int, default=0, help="of lengths, arrivals and crowded experts (0)")
 
 
 def _add_service(group: argparse._ArgumentGroup) -> None:
@@ -137,23 +173,18 @@ def _add_service(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--block-size", type=int, choices=(8, 16, 32, 64), default=16, help="tokens (16)")
     group.add_argument("--max-queue", type=positive, default=1024, metavar="N", help="of the gateway (1024)")
     group.add_argument("--gang-window-ms", type=not_negative, default=10.0, metavar="MS", help="(10)")
+    group.add_argument(
+        "--load-gb-per-s", type=positive_number, default=2.0, metavar="G", help="weights, an instance (2)"
+    )
+    group.add_argument(
+        "--start-s", type=not_negative, default=10.0, metavar="S", help="of a process, before weights (10)"
+    )
+    group.add_argument("--drain-s", type=not_negative, default=10.0, metavar="S", help="of a worker that leaves (10)")
     group.add_argument("--recovery-timeout-s", type=positive_number, default=60.0, metavar="S", help="(60)")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Simulate and print; returns the exit code."""
-    from afd.simulate.cluster import Simulation  # the service's code, which `afd --help` need not import
-    from afd.simulate.outcomes import outcome_file
-    from afd.simulate.scenario import scenario_of
-    from afd.simulate.text import report_text
+    from afd.simulate.command import run as simulate  # the service's code, which `afd --help` need not import
 
-    scenario = scenario_of(arguments)
-    begun_s = time.perf_counter()
-    with nullcontext() if arguments.per_request is None else outcome_file(arguments.per_request) as watch:
-        report = Simulation(scenario.settings, scenario.arrivals, watch).run()
-    took_s = time.perf_counter() - begun_s
-    if arguments.json:
-        print(json.dumps({**scenario.payload(), **report.payload(), "simulated_in_s": round(took_s, 2)}, indent=1))
-    else:
-        print(report_text(scenario, report, took_s))
-    return 0
+    return simulate(arguments)

@@ -72,7 +72,13 @@ class ColocatedModel:
         return self.template.replace(topology=Topology(max(1, num_chips // self.template.ranks_per_instance), 1))
 
     def times(self, num_chips: int, context: int, num_tokens: int) -> tuple[float, float]:
-        """Compute and all-to-all of one micro-batch of `num_tokens` tokens per chip in one layer, seconds.
+        """Compute and all-to-all of one micro-batch of `num_tokens` tokens per chip in one layer, seconds."""
+        attention_s = attention_time(self._servers(num_chips), self.efficiency, context, num_tokens)
+        ffn_s, transfer_s = self.ffn_times(num_chips, num_tokens * self.template.drafts.rows)
+        return attention_s + ffn_s, transfer_s
+
+    def ffn_times(self, num_chips: int, num_rows: float) -> tuple[float, float]:
+        """FFN and all-to-all of `num_rows` rows per chip in one layer, seconds.
 
         Routed experts are spread over all chips (at least one each), the shared expert is whole on every chip, dense
         FFN layers are sliced over a server, whose collectives show as much as an FFN instance's. Rows to experts of the
@@ -81,7 +87,6 @@ class ColocatedModel:
         deployment, model, efficiency = self._servers(num_chips), self.template.model, self.efficiency
         chip, ranks, layers = deployment.attention_chip, deployment.ranks_per_instance, model.num_layers
         hidden, work = model.hidden, GemmWork(deployment.attention_chip)
-        num_rows = num_tokens * deployment.drafts.rows
         for group in model.ffn:
             fixed = group.layers * group.fixed_weights(hidden)
             if not group.experts:
@@ -97,14 +102,13 @@ class ColocatedModel:
         collective_s = dense_share * sum(collective_times(deployment, efficiency, num_rows * ranks))
         ffn_s = work.seconds(efficiency) / layers + efficiency.launch_s
         ffn_s += efficiency.collective_exposed * collective_s
-        compute_s = attention_time(deployment, efficiency, context, num_tokens) + ffn_s
         routed = sum(group.layers * group.top_k for group in model.ffn) / layers
         row_bytes = routed * num_rows * (dispatch_row_bytes(deployment) + 2 * hidden)
         remote_s = row_bytes * (num_chips - ranks) / num_chips / (chip.network_bytes_per_s * efficiency.network)
         link = chip.interconnect_bytes_per_s * efficiency.interconnect
         if num_chips <= chip.chips_per_domain:
-            return compute_s, row_bytes * (num_chips - 1) / num_chips / link
-        return compute_s, max(remote_s, row_bytes * (ranks - 1) / num_chips / link)
+            return ffn_s, row_bytes * (num_chips - 1) / num_chips / link
+        return ffn_s, max(remote_s, row_bytes * (ranks - 1) / num_chips / link)
 
     def tpot(self, num_chips: int, context: int, num_tokens: int, micro_batches: int) -> float:
         """Seconds per step of `micro_batches` micro-batches of `num_tokens` tokens on each of `num_chips` chips."""

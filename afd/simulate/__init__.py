@@ -4,9 +4,11 @@ The decisions are the service's own code: the gateway's dispatcher, each attenti
 latency model and stream choice, the FFN ranks' gang tables. Only time is modelled: stages take what a
 `afd.plan.stages.StageModel` says.
 
-cluster      wires it and runs it              settings     what is simulated
+cluster      wires it and runs it              settings, scenario   what is simulated, from flags
+members      who is there, comes and goes      planned, rollout     what is lost or replaced when
 gateway      the dispatcher and its clients    worker       an attention worker without tensors
 layers       every layer of every step         closed_form  first and last layer, the inner ones by formula
-arrivals     who asks when for how much        failures     what is lost when
-times        stage times, remembered           results      what came out
+arrivals     who asks when for how much        traces, prompts      recorded requests, and prefixes that they share
+times        stage times, remembered           slowdowns, fabric, experts, loading    what changes them
+results      what came out                     outcomes     of each request
 """

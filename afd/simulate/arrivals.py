@@ -30,10 +30,14 @@ class Arrivals(Protocol):
 
     concurrency: clients of a closed loop, each of which sends its next request when the last one is answered (`at_s` is
         not used); 0 = requests come when they come.
+    shares_prefixes: some request has hash_ids.
     """
 
     @property
     def concurrency(self) -> int: ...
+
+    @property
+    def shares_prefixes(self) -> bool: ...
 
     def __iter__(self) -> Iterator[Request]: ...
 
@@ -73,6 +77,10 @@ class OpenLoop:
     def concurrency(self) -> int:
         return 0
 
+    @property
+    def shares_prefixes(self) -> bool:
+        return False
+
     def __iter__(self) -> Iterator[Request]:
         rng, at_s = random.Random(f"{self.seed}/arrivals"), 0.0
         scale = 1.0 / (self.rate * self.burstiness)
@@ -90,6 +98,10 @@ class ClosedLoop:
     prompt: Lengths
     output: Lengths
     seed: int
+
+    @property
+    def shares_prefixes(self) -> bool:
+        return False
 
     def __iter__(self) -> Iterator[Request]:
         rng = random.Random(f"{self.seed}/arrivals")

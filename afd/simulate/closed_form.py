@@ -13,13 +13,14 @@ A gang moves as its slowest member does. Its table is kept by the FFN rank that 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from afd.ffn.gang import Arrival, GangBatch, GangTable
 from afd.simulate.events import EventQueue
 from afd.simulate.results import Results
 from afd.simulate.settings import Settings
 from afd.simulate.worker import AttentionWorker, Step
+from afd.types import MAX_STREAMS
 
 TICK_S = 1e-6  # a deadline is looked at just after it, whatever the rounding
 DONE_S = 1e-12
@@ -31,7 +32,8 @@ class _Gang:
 
     left_s: what they would still take alone, up to the last layer or through it.
     stretch: how much longer it takes.
-    share: of the FFN's time while it is on its way.
+    share: of the slowest FFN rank's time while it is on its way.
+    mean_share: of an FFN rank's, on average.
     loads: its workers'.
     """
 
@@ -40,26 +42,44 @@ class _Gang:
     layer: int
     left_s: float
     share: float
+    mean_share: float
     ffn_s: float
     stretch: float = 1.0
 
 
-@dataclass(slots=True)
 class _Load:
     """Shares of a worker's processor and of each direction of its link that its steps in flight take, by stream."""
 
-    device: list[float] = field(default_factory=list)
-    out: list[float] = field(default_factory=list)
-    back: list[float] = field(default_factory=list)
-    stretch: float = 1.0
+    __slots__ = ("_back", "_device", "_out", "stretch")
+
+    def __init__(self) -> None:
+        self._device, self._out, self._back = [0.0] * MAX_STREAMS, [0.0] * MAX_STREAMS, [0.0] * MAX_STREAMS
+        self.stretch = 1.0
 
     def set(self, stream: int, device: float = 0.0, out: float = 0.0, back: float = 0.0) -> None:
-        shares = (self.device, self.out, self.back)
-        for share, value in zip(shares, (device, out, back), strict=True):
-            while len(share) <= stream:
-                share.append(0.0)
-            share[stream] = value
-        self.stretch = max(1.0, *map(sum, shares))
+        self._device[stream], self._out[stream], self._back[stream] = device, out, back
+        self.stretch = max(1.0, sum(self._device), sum(self._out), sum(self._back))
+
+
+class _FabricLoad:
+    """Shares of each direction of the network between the roles that the steps in flight take."""
+
+    def __init__(self) -> None:
+        self._shares: dict[tuple[int, int], tuple[float, float]] = {}  # by attention rank and stream
+        self.stretch = 1.0
+
+    def set(self, rank: int, stream: int, out: float, back: float) -> None:
+        self._shares[rank, stream] = (out, back)
+        self._sum_up()
+
+    def forget(self, rank: int) -> None:
+        """The worker has nothing on its way any more."""
+        self._shares = {key: share for key, share in self._shares.items() if key[0] != rank}
+        self._sum_up()
+
+    def _sum_up(self) -> None:
+        shares = self._shares.values()
+        self.stretch = max(1.0, sum(out for out, _ in shares), sum(back for _, back in shares))
 
 
 class ClosedFormPath:
@@ -68,11 +88,14 @@ class ClosedFormPath:
     def __init__(self, settings: Settings, events: EventQueue, results: Results):
         self._settings = settings
         self._times = settings.times
+        self._pace = settings.pace
+        self._fabric = settings.times.fabric
         self._layers = settings.times.num_layers
         self._events = events
         self._results = results
         self._transfers = settings.transfers
         self._loads: dict[int, _Load] = {}  # by attention rank
+        self._fabric_load = _FabricLoad()
         self._tables: list[GangTable] = []
         self._wakes_at: list[float] = []
         self._gangs: list[_Gang] = []
@@ -91,11 +114,14 @@ class ClosedFormPath:
             load = self._loads.get(worker.rank)
             if load is not None:
                 load.set(stream)
+                if self._fabric is not None:
+                    self._fabric_load.set(worker.rank, stream, 0.0, 0.0)
             self._table(stream).idle(worker.rank, stream)
             self._form(stream)
 
     def lose_attention(self, worker: AttentionWorker) -> None:
         self._loads.pop(worker.rank, None)
+        self._fabric_load.forget(worker.rank)
         for idx, table in enumerate(self._tables):
             table.lost(worker.rank)
             self._form(idx)
@@ -104,20 +130,30 @@ class ClosedFormPath:
         self._move_on(self._events.now)
         self._gangs.clear()
         self._loads.clear()
+        self._fabric_load = _FabricLoad()
         self._new_epoch()
 
     # -- first and last layer -----------------------------------------------------------------------------
 
     def _begin(self, step: Step) -> None:
         """Attention of layer 0; the rows arrive at the rank that forms the gang."""
-        load = self._loads.setdefault(step.worker.rank, _Load())
-        alone_s = self._layers * self._layer_s([step], self._times.ffn_s(step.gang_tokens)) + step.head_s
-        own_s = self._layers * step.attention_s + step.head_s
+        load = self._loads.get(step.worker.rank)
+        if load is None:
+            load = self._loads[step.worker.rank] = _Load()
+        layers, now = self._layers, self._events.now
+        ffn_s = self._times.ffn_s(step.gang_tokens) * self._pace.ffn_span(now)[1]
+        alone_s = layers * (step.attention_s + step.to_ffn_s + ffn_s + step.to_attention_s) + step.head_s
+        own_s = layers * step.attention_s + step.head_s
         if self._transfers == "sender":
-            own_s += self._layers * step.to_ffn_s
-        link = self._layers / alone_s if self._transfers == "link" else 0.0
+            own_s += layers * step.to_ffn_s
+        link = layers / alone_s if self._transfers == "link" else 0.0
         load.set(step.stream, own_s / alone_s, link * step.to_ffn_s, link * step.to_attention_s)
         first_s = load.stretch * (step.attention_s + step.to_ffn_s)
+        if self._fabric is not None:
+            rows = layers / alone_s * step.num_tokens
+            out, back = rows * self._fabric.to_ffn_s, rows * self._fabric.to_attention_s
+            self._fabric_load.set(step.worker.rank, step.stream, out, back)
+            first_s = max(first_s, self._fabric_load.stretch * (step.attention_s + step.to_ffn_s))
         self._events.after(first_s, self._arrived, step)
 
     def _arrived(self, step: Step) -> None:
@@ -161,17 +197,20 @@ class ClosedFormPath:
             for step in steps:
                 step.gang_id, step.mask = batch.gang_id, batch.mask
                 step.meet(num_tokens, self._times)
-        ffn_s = self._times.ffn_s(num_tokens)
+        mean, slowest = self._pace.ffn_span(self._events.now)
+        mean_ffn_s = self._times.ffn_s(num_tokens)
+        ffn_s, mean_ffn_s = slowest * mean_ffn_s, mean * mean_ffn_s
         back_s = ffn_s + max(step.to_attention_s for step in steps)
         self._results.gang(batch, [step.attention_s for step in steps], self._weight(batch.layer))
         occupied_s = back_s if self._transfers == "sender" else ffn_s
         layer_s = self._layer_s(steps, ffn_s)
-        share = self._layers * occupied_s / ((self._layers - 1) * layer_s + back_s)
+        of_way = self._layers / ((self._layers - 1) * layer_s + back_s)
+        share, mean_share = of_way * occupied_s, of_way * (occupied_s - ffn_s + mean_ffn_s)
         left_s = back_s
         if batch.layer == 0 and self._layers > 1:
             left_s += (self._layers - 2) * layer_s + _out_s(steps)
         loads = [self._loads[step.worker.rank] for step in steps]
-        return _Gang(steps, loads, batch.layer, left_s, share, ffn_s)
+        return _Gang(steps, loads, batch.layer, left_s, share, mean_share, ffn_s)
 
     def _weight(self, layer: int) -> int:
         """Layers that a gang seen at layer 0 or the last one stands for."""
@@ -189,14 +228,14 @@ class ClosedFormPath:
         self._moved_at = now
         for gang in self._gangs:
             gang.left_s -= passed_s / gang.stretch
-            busy += gang.share / gang.stretch
+            busy += gang.mean_share / gang.stretch
         self._results.ffn_busy_s += busy * passed_s
 
     def _plan(self, now: float) -> None:
         """Stretch every gang by what it shares now; the next one to be through is looked at then."""
-        ffn = sum(gang.share for gang in self._gangs)
+        shared = max(sum(gang.share for gang in self._gangs), self._fabric_load.stretch)
         for gang in self._gangs:
-            gang.stretch = max(ffn, max([load.stretch for load in gang.loads]))
+            gang.stretch = max(shared, max([load.stretch for load in gang.loads]))
         self._version += 1
         if self._gangs:
             next_s = min(gang.left_s * gang.stretch for gang in self._gangs)

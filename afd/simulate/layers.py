@@ -22,9 +22,10 @@ TICK_S = 1e-6  # a deadline is looked at just after it, whatever the rounding
 
 @dataclass(slots=True)
 class _Lane:
-    """One direction of a worker's link. free_s: when it is free."""
+    """One direction of a link. free_s: when it is free. row_s: what a row takes, of the link that all workers share."""
 
     free_s: float = 0.0
+    row_s: float = 0.0
 
 
 @dataclass(slots=True, eq=False)
@@ -40,8 +41,9 @@ class _Device:
 
 @dataclass(slots=True, eq=False)
 class _Rank:
-    """One FFN rank. wakes_at: when it will look at its table although nothing arrives."""
+    """One FFN rank, the idx-th. wakes_at: when it will look at its table although nothing arrives."""
 
+    idx: int
     table: GangTable
     busy: bool = False
     wakes_at: float = float("inf")
@@ -58,6 +60,9 @@ class LayerPath:
         self._sender_waits = settings.transfers == "sender"
         self._devices: dict[str, _Device] = {}
         self._ranks: list[_Rank] = []
+        fabric = settings.times.fabric
+        self._fabric_out = _Lane(row_s=0.0 if fabric is None else fabric.to_ffn_s)
+        self._fabric_back = _Lane(row_s=0.0 if fabric is None else fabric.to_attention_s)
         self._epoch = 0
         self._new_epoch()
 
@@ -101,7 +106,7 @@ class LayerPath:
             return
         step.layer += 1
         step.missing, step.sent_s = len(self._ranks), self._events.now
-        self._events.at(self._over(device.out, step.to_ffn_s), self._arrived, step)
+        self._events.at(self._over(device.out, step.to_ffn_s, self._fabric_out, step), self._arrived, step)
         self._turn(device)
 
     def _next_stage(self, step: Step) -> NextStage:
@@ -145,14 +150,18 @@ class LayerPath:
         device.ready.append(step)
         self._turn(device)
 
-    def _over(self, lane: _Lane, seconds: float) -> float:
-        """When rows that leave now are there."""
+    def _over(self, lane: _Lane, seconds: float, fabric: _Lane, step: Step) -> float:
+        """When rows that leave now are there: through their own link and what all links share, at the same time."""
+        now = self._events.now
         if self._sender_waits:
-            return self._events.now
+            return now
         if self._settings.transfers == "delay":
-            return self._events.now + seconds
-        lane.free_s = max(self._events.now, lane.free_s) + seconds
-        return lane.free_s
+            return now + seconds
+        lane.free_s = max(now, lane.free_s) + seconds
+        if not fabric.row_s:
+            return lane.free_s
+        fabric.free_s = max(now, fabric.free_s) + fabric.row_s * step.num_tokens
+        return max(lane.free_s, fabric.free_s)
 
     # -- FFN side -----------------------------------------------------------------------------------------
 
@@ -194,7 +203,7 @@ class LayerPath:
                 self._events.at(rank.wakes_at, self._deadline, rank, rank.wakes_at)
             return
         rank.busy = True
-        seconds = busy_s = self._times.ffn_s(batch.num_tokens)
+        seconds = busy_s = self._times.ffn_s(batch.num_tokens) * self._settings.pace.ffn(rank.idx, now)
         if self._sender_waits:
             busy_s += max(_step(arrival).to_attention_s for arrival in batch.arrivals)
         if rank is self._ranks[0]:
@@ -210,8 +219,7 @@ class LayerPath:
         if epoch != self._epoch:
             return
         rank.busy = False
-        if rank is self._ranks[0]:
-            self._results.ffn_busy_s += busy_s
+        self._results.ffn_busy_s += busy_s / len(self._ranks)
         former = self._ranks[batch.stream % len(self._ranks)]
         for arrival in batch.arrivals:
             step = _step(arrival)
@@ -224,7 +232,8 @@ class LayerPath:
             if step.missing == 0:
                 step.ffn_s += seconds
                 device = self._device(step.worker)
-                self._events.at(self._over(device.back, step.to_attention_s), self._combined, device, step)
+                there_s = self._over(device.back, step.to_attention_s, self._fabric_back, step)
+                self._events.at(there_s, self._combined, device, step)
         self._serve(rank)
 
     # -- details ------------------------------------------------------------------------------------------
@@ -239,7 +248,7 @@ class LayerPath:
         self._epoch += 1
         num_ffn = self._settings.topology.num_ffn
         window_s = self._settings.gang_window_s
-        self._ranks = [_Rank(GangTable(idx, num_ffn, max_window_s=window_s)) for idx in range(num_ffn)]
+        self._ranks = [_Rank(idx, GangTable(idx, num_ffn, max_window_s=window_s)) for idx in range(num_ffn)]
 
 
 def _step(arrival: Arrival) -> Step:

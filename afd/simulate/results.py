@@ -47,6 +47,7 @@ class Report:
     gang_tokens: its rows.
     lockstep_loss: share by which a gang's slowest member exceeds its mean.
     imbalance: busiest attention worker over the mean.
+    timeline: (seconds, what happened to the cluster).
     """
 
     duration_s: float
@@ -76,6 +77,7 @@ class Report:
     max_live: int
     migrated: int
     preempted: int
+    timeline: tuple[tuple[float, str], ...]
 
     def payload(self) -> dict[str, Any]:
         """The values as JSON, under the names of `afd bench --json` where it has them."""
@@ -106,12 +108,13 @@ class Results:
         self._since: dict[int, float] = {}
         self._any_flying_s = 0.0
         self._any_since = 0.0
-        self.ffn_busy_s = 0.0  # of one rank: all do the same
+        self.ffn_busy_s = 0.0  # of one rank, on average
         self._num_batches = 0
         self._num_members = 0
         self._num_rows = 0
         self._slowest_s = 0.0
         self._mean_s = 0.0
+        self._timeline: list[tuple[float, str]] = []
         self._max_queue = 0
         self._max_live = 0
         self.num_arrived = 0
@@ -149,6 +152,10 @@ class Results:
         """Sequences in the gateway's queue now."""
         if num_sequences > self._max_queue:
             self._max_queue = num_sequences
+
+    def note(self, at_s: float, text: str) -> None:
+        """Something happened to the cluster."""
+        self._timeline.append((round(at_s, 3), text))
 
     # -- workers ------------------------------------------------------------------------------------------
 
@@ -210,4 +217,5 @@ class Results:
             max_live=self._max_live,
             migrated=migrated,
             preempted=preempted,
+            timeline=tuple(self._timeline),
         )

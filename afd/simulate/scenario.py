@@ -6,27 +6,32 @@ import argparse
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from afd.errors import ConfigError
 from afd.plan.calibration import CalibratedStages, load_calibration
 from afd.plan.catalog import find, find_model, load_chips, load_models
+from afd.plan.chips import with_network
 from afd.plan.deployment import Deployment
 from afd.plan.efficiency import Efficiency
 from afd.plan.memory import max_requests, require_weights_fit
-from afd.plan.pipeline import PipelineKind
-from afd.plan.request_rate import BatchLimits, RequestShape, served_rate
+from afd.plan.models import ModelShape
 from afd.plan.search import SearchSpace
 from afd.plan.stages import RooflineStages, StageModel
 from afd.sched.scheduler import SchedulerConfig
-from afd.simulate.arrivals import Arrivals, ClosedLoop, Lengths, OpenLoop
-from afd.simulate.failures import Failure
+from afd.simulate.arrivals import Arrivals
+from afd.simulate.experts import expert_imbalance
+from afd.simulate.fabric import Fabric
+from afd.simulate.loading import LoadTimes
+from afd.simulate.offered_load import RANK_NUM_SEQS, RANK_STEP_TOKENS, arrivals_of
+from afd.simulate.planned import Failure, PlannedRollout
+from afd.simulate.results import Report
 from afd.simulate.settings import Settings
+from afd.simulate.slowdowns import Pace, Slowdown
 from afd.simulate.times import ConstantStages, StepTimes
-from afd.simulate.traces import Trace, TraceLimits
 from afd.types import Topology
 
-RANK_NUM_SEQS = RANK_STEP_TOKENS = 256  # the service's defaults
 AUTO_STREAMS = 3
-NUM_REQUESTS = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +43,18 @@ class Scenario:
     """
 
     deployment: Deployment
+    stages: StageModel
     settings: Settings
     arrivals: Arrivals
     load: str
     rate: float
+
+    def usd_per_mtok(self, report: Report) -> float | None:
+        """Rent of the chips while it ran, over its output; None where a price or output is missing."""
+        rent = self.deployment.usd_per_hour
+        if rent is None or not report.output_tokens:
+            return None
+        return rent / 3600 * report.duration_s / report.output_tokens * 1e6
 
     def payload(self) -> dict[str, Any]:
         """What was simulated, as JSON."""
@@ -63,16 +76,17 @@ class Scenario:
 def scenario_of(arguments: argparse.Namespace) -> Scenario:
     """Flags as a scenario."""
     deployment = _deployment(arguments)
-    efficiency = Efficiency().with_overrides(arguments.efficiency)
+    efficiency = efficiency_of(arguments, deployment.model, deployment.topology.num_ffn)
     require_weights_fit(deployment, efficiency)
     stages = _stages(arguments, deployment, efficiency)
     ranks, limit = deployment.ranks_per_instance, deployment.model.max_context
-    arrivals, rate, load = _arrivals(arguments, deployment, stages, efficiency)
+    arrivals, rate, words = arrivals_of(arguments, deployment, stages, efficiency)
     if arguments.min_chunk_tokens > (arguments.max_step_tokens or RANK_STEP_TOKENS * ranks):
         raise ConfigError("--min-chunk-tokens must not exceed --max-step-tokens")
+    load = LoadTimes.of(deployment, efficiency, arguments.load_gb_per_s, arguments.start_s)
     settings = Settings(
         topology=deployment.topology,
-        times=StepTimes(stages, deployment),
+        times=StepTimes(stages, deployment, _fabric(arguments, deployment, efficiency)),
         scheduler=SchedulerConfig(
             max_step_tokens=arguments.max_step_tokens or RANK_STEP_TOKENS * ranks,
             min_chunk_tokens=arguments.min_chunk_tokens,
@@ -82,9 +96,7 @@ def scenario_of(arguments: argparse.Namespace) -> Scenario:
         ),
         num_blocks=arguments.kv_blocks or _num_blocks(deployment, efficiency, arguments.block_size),
         block_size=arguments.block_size,
-        hash_block_tokens=arguments.hash_block_tokens
-        if isinstance(arrivals, Trace) and arrivals.shares_prefixes
-        else 0,
+        hash_block_tokens=arguments.hash_block_tokens if arrivals.shares_prefixes else 0,
         auto_streams=0 if arguments.streams else AUTO_STREAMS,
         policy=arguments.sla_policy,
         tpot_s=arguments.sla_tpot_ms / 1e3,
@@ -96,13 +108,20 @@ def scenario_of(arguments: argparse.Namespace) -> Scenario:
         max_tokens=arguments.max_tokens or 0,
         transfers=arguments.transfers or ("link" if arguments.calibrate is None else "delay"),
         detail=arguments.detail,
-        failures=tuple(Failure.parse(text, deployment.topology) for text in arguments.fail),
+        failures=tuple(Failure.parse(text, deployment.topology, load) for text in arguments.fail),
+        rollouts=tuple(PlannedRollout.parse(text) for text in arguments.rollout),
+        load=load,
+        drain_s=arguments.drain_s,
+        pace=Pace(
+            tuple(Slowdown.parse(text, deployment.topology) for text in arguments.slow), deployment.topology.num_ffn
+        ),
     )
-    return Scenario(deployment, settings, arrivals, load, rate)
+    return Scenario(deployment, stages, settings, arrivals, words, rate)
 
 
 def _deployment(arguments: argparse.Namespace) -> Deployment:
-    chips, topology = load_chips(arguments.hardware_file, []), Topology.parse(arguments.topology)
+    chips, topology = load_chips(arguments.hardware_file, arguments.price), Topology.parse(arguments.topology)
+    chips = with_network(chips, arguments.network_gbit)
     attention, ffn = find(chips, arguments.attention, "chip"), find(chips, arguments.ffn, "chip")
     streams = arguments.streams or AUTO_STREAMS
     space = SearchSpace(
@@ -113,8 +132,32 @@ def _deployment(arguments: argparse.Namespace) -> Deployment:
         streams=(streams,),
         kv_dtype=arguments.attention_dtype,
         ranks_per_instance=arguments.ranks_per_instance,
+        dispatch=arguments.dispatch,
     )
     return space.deployment(attention, ffn, topology, streams)
+
+
+def efficiency_of(arguments: argparse.Namespace, model: ModelShape, num_holders: int) -> Efficiency:
+    """The factors, with the imbalance that skewed experts make among so many FFN instances, or chips."""
+    efficiency = Efficiency().with_overrides(arguments.efficiency)
+    if not arguments.expert_skew:
+        return efficiency
+    if arguments.stages is not None or arguments.calibrate is not None:
+        raise ConfigError("--expert-skew changes data-sheet times: measured and constant ones have what they have")
+    if efficiency.expert_imbalance != Efficiency().expert_imbalance:
+        raise ConfigError("--expert-skew and --efficiency expert_imbalance=... say the same: give one")
+    if not model.max_top_k:
+        raise ConfigError(f"--expert-skew: {model.name} has no experts")
+    imbalance = expert_imbalance(model, num_holders, arguments.expert_skew, arguments.seed)
+    return msgspec.structs.replace(efficiency, expert_imbalance=imbalance)
+
+
+def _fabric(arguments: argparse.Namespace, deployment: Deployment, efficiency: Efficiency) -> Fabric | None:
+    if arguments.oversubscription is None:
+        return None
+    if arguments.stages is not None or arguments.calibrate is not None or arguments.transfers in ("sender", "delay"):
+        raise ConfigError("--oversubscription needs data-sheet links: leave out --stages, --calibrate and --transfers")
+    return Fabric.of(deployment, efficiency, arguments.oversubscription)
 
 
 def _stages(arguments: argparse.Namespace, deployment: Deployment, efficiency: Efficiency) -> StageModel:
@@ -133,66 +176,3 @@ def _num_blocks(deployment: Deployment, efficiency: Efficiency, block_size: int)
     if num_tokens < block_size:
         raise ConfigError(f"a {deployment.attention_chip.title} holds no KV cache beside its weights")
     return num_tokens // block_size
-
-
-def _arrivals(
-    arguments: argparse.Namespace, deployment: Deployment, stages: StageModel, efficiency: Efficiency
-) -> tuple[Arrivals, float, str]:
-    """(arrivals, requests/s or 0, in words)"""
-    limit, allowed = deployment.model.max_context, arguments.max_tokens or 0
-    if arguments.trace is not None:
-        limits = TraceLimits(
-            max_context=limit,
-            num_requests=arguments.requests or 0,
-            max_tokens=allowed,
-            skip_long=arguments.skip_long,
-            speed=arguments.trace_speed,
-            hash_block_tokens=arguments.hash_block_tokens,
-        )
-        trace = Trace(arguments.trace, limits)
-        return trace, 0.0, f"{trace.summary}, {trace.mean_prompt:.0f} tokens in, {trace.mean_output:.0f} out on average"
-    num_requests = arguments.requests or NUM_REQUESTS
-    prompt = Lengths(arguments.input_len, arguments.range_ratio)
-    output = Lengths(arguments.output_len, arguments.range_ratio)
-    longest = prompt.longest + max(output.longest, allowed)
-    if longest > limit:
-        raise ConfigError(f"requests of {longest} tokens are past the limit of {deployment.model.name}: {limit} tokens")
-    if allowed and allowed < output.longest:
-        raise ConfigError(f"--max-tokens {allowed} is below the longest answer: {output.longest} tokens")
-    sizes = f"{num_requests} requests, {prompt.mean} tokens in, {output.mean} out"
-    if arguments.concurrency:
-        closed = ClosedLoop(num_requests, arguments.concurrency, prompt, output, arguments.seed)
-        return closed, 0.0, f"{sizes}, {arguments.concurrency} clients"
-    rate, share = arguments.rate or 0.0, ""
-    if not rate:
-        rate = arguments.load * _capacity(arguments, deployment, stages, efficiency)
-        share = f" ({arguments.load:.0%} of the forecast)"
-    arrivals = OpenLoop(num_requests, rate, arguments.burstiness, prompt, output, arguments.seed)
-    return arrivals, rate, f"{sizes}, {rate:.4g} requests/s{share}"
-
-
-def _capacity(
-    arguments: argparse.Namespace, deployment: Deployment, stages: StageModel, efficiency: Efficiency
-) -> float:
-    """Requests/s of the busiest steady state within the TPOT target and the limits of the service."""
-    if arguments.stages is not None:
-        raise ConfigError("--stages are constant, so no batch is the best: give --rate or --concurrency")
-    ranks = deployment.ranks_per_instance
-    served = served_rate(
-        stages,
-        efficiency,
-        deployment,
-        RequestShape(arguments.input_len, arguments.output_len),
-        BatchLimits(
-            (arguments.max_num_seqs or RANK_NUM_SEQS * ranks) / ranks,
-            (arguments.max_step_tokens or RANK_STEP_TOKENS * ranks) / ranks,
-        ),
-        arguments.sla_tpot_ms / 1e3,
-        PipelineKind.CONSERVATIVE if arguments.transfers == "sender" else PipelineKind.OPTIMISTIC,
-    )
-    if served is None:
-        raise ConfigError(
-            f"{deployment.topology} does not hold a TPOT of {arguments.sla_tpot_ms:g} ms at any batch: "
-            f"give --rate or --concurrency"
-        )
-    return served.rate

@@ -7,11 +7,14 @@ from typing import Literal
 
 from afd.sched.policy import Policy
 from afd.sched.scheduler import SchedulerConfig
-from afd.simulate.failures import Failure
+from afd.simulate.loading import LoadTimes
+from afd.simulate.planned import Failure, PlannedRollout
+from afd.simulate.slowdowns import Pace
 from afd.simulate.times import StepTimes
 from afd.types import Topology
 
 Detail = Literal["ends", "layers"]
+AT_ONCE, NO_SLOWDOWNS = LoadTimes(), Pace()
 Transfers = Literal["link", "sender", "delay"]
 
 
@@ -25,6 +28,9 @@ class Settings:
     max_waiting, max_queue: as `attention.max_waiting` and `gateway.max_queue`.
     stops_early: answers end by a stop token, so that the service cannot know their length; else by max_tokens.
     transfers: what one keeps busy: the worker's link (bandwidth), its sender, or nothing (latency alone).
+    load: until a new worker serves.
+    drain_s: what a worker that leaves has for what it runs, as `gateway.drain_s`.
+    pace: which workers are slower than their kind, and when.
     detail: "layers" simulates every layer, "ends" the first and the last one.
     """
 
@@ -48,3 +54,7 @@ class Settings:
     transfers: Transfers = "link"
     detail: Detail = "ends"
     failures: tuple[Failure, ...] = ()
+    rollouts: tuple[PlannedRollout, ...] = ()
+    load: LoadTimes = AT_ONCE
+    drain_s: float = 10.0
+    pace: Pace = NO_SLOWDOWNS

@@ -16,8 +16,10 @@ from afd.plan.deployment import Deployment
 from afd.plan.stages import Prefill, StageModel, StageTimes
 from afd.sched.latency import StepLoad, attended
 from afd.sched.sequence import BatchItem
+from afd.simulate.fabric import Fabric
 from afd.types import Topology
 
+_NO_FABRIC = Fabric(0.0, 0.0)
 _BITS, _PREFILL_BITS = 7, 5
 _MAX_MIXED = 20_000  # prices of steps with prefill that are remembered
 
@@ -59,9 +61,13 @@ class ConstantStages:
 
 
 class StepTimes:
-    """Seconds of one layer (head: of one step) for whole workers. Jitter is spread over all stages."""
+    """Seconds of one layer (head: of one step) for whole workers. Jitter is spread over all stages.
 
-    def __init__(self, stages: StageModel, deployment: Deployment):
+    fabric: what all workers' rows share between the roles; None = their own links and those of the FFN instances.
+    """
+
+    def __init__(self, stages: StageModel, deployment: Deployment, fabric: Fabric | None = None):
+        self.fabric = fabric
         self.num_layers, self.vocab = deployment.model.num_layers, deployment.model.vocab
         self._stages = stages
         self._deployment = deployment
@@ -135,11 +141,14 @@ class StepTimes:
         own, gang = rounded(num_tokens), rounded(max(num_tokens, gang_tokens))
         seconds = self._transfer.get((own, gang))
         if seconds is None:
+            shared = self.fabric or _NO_FABRIC
             alone = self._stages.times(self._alone, 1, own / self._ranks)
             merged = self._times(gang / self._deployment.topology.num_attention)
             seconds = self._transfer[own, gang] = (
-                self._slack * max(alone.to_ffn_s, merged.to_ffn_s),
-                self._slack * max(alone.to_attention_s, merged.to_attention_s),
+                max(self._slack * alone.to_ffn_s, self._slack * merged.to_ffn_s, own * shared.to_ffn_s),
+                max(
+                    self._slack * alone.to_attention_s, self._slack * merged.to_attention_s, own * shared.to_attention_s
+                ),
             )
         return seconds
 

@@ -183,6 +183,7 @@ class AttentionWorker:
         begun: list[Step] = []
         if not self.core.ready or not self.alive:
             return begun
+        pace = self._settings.pace.attention(self.rank, now)
         for stream in range(self.scheduler.num_slots):
             if stream in self.flying:
                 continue
@@ -196,7 +197,7 @@ class AttentionWorker:
             load = StepLoad.of(batch)
             chunks = [item for item in batch.items if item.num_new > 1] if load.num_tokens > len(batch.items) else ()
             attention_s, head_s = self._times.attention_s(load, chunks), self._times.head_s(load.num_samples)
-            step = Step(self, batch, load, now, attention_s, head_s)
+            step = Step(self, batch, load, now, pace * attention_s, pace * head_s)
             step.meet(self._gang_tokens.get(stream, 0), self._times)
             if not self.flying:
                 self._results.took_off(self.rank, now)

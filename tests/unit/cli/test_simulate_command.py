@@ -44,6 +44,46 @@ def test_the_rate_is_a_share_of_the_planners_forecast(simulate):
     assert rates[1] == pytest.approx(2 * rates[0])
 
 
+def test_networks_and_crowded_experts_cost_throughput_of_a_closed_loop(simulate):
+    def tokens_per_s(*flags):
+        fixed = (
+            "--model",
+            "step3",
+            "--ranks-per-instance",
+            "8",
+            "--topology",
+            "2A2F",
+            "--concurrency",
+            "400",
+            "--json",
+        )
+        result = json.loads(simulate(*fixed, "--requests", "400", "--input-len", "8", *flags)[1])
+        assert result["num_answered"] == 400 and result["usd_per_mtok"] > 0.0
+        return result["output_throughput"]
+
+    free = tokens_per_s()
+    assert tokens_per_s("--oversubscription", "32") < tokens_per_s("--oversubscription", "8") < free
+    assert tokens_per_s("--network-gbit", "10") < free and tokens_per_s("--slow", "ffn:0*2") < 0.8 * free
+
+
+def test_several_seeds_have_intervals(simulate):
+    code, out, _ = simulate("--rate", "200", "--seeds", "3", "--json")
+    result = json.loads(out)
+    assert code == 0 and result["seeds"] == 3 and [run["seed"] for run in result["runs"]] == [0, 1, 2]
+    throughput = [run["output_throughput"] for run in result["runs"]]
+    interval = result["intervals"]["output_throughput"]
+    assert interval["mean"] == pytest.approx(sum(throughput) / 3) and interval["ci95"] > 0.0
+    assert "3 seeds, 95 % confidence" in simulate("--rate", "200", "--seeds", "3")[1]
+
+
+def test_the_same_requests_without_afd(simulate):
+    flags = ("--model", "step3", "--ranks-per-instance", "8", "--topology", "2A2F", "--concurrency", "32")
+    result = json.loads(simulate(*flags, "--baseline", "ep", "--json")[1])
+    assert result["baseline"]["name"] == "EP32 on 32 x H800" and result["baseline"]["num_answered"] == 40
+    assert result["baseline"]["output_tokens"] == result["output_tokens"] == 40 * 12
+    assert "AFD's goodput is" in simulate(*flags, "--baseline", "ep")[1]
+
+
 def test_a_trace_file_is_replayed(simulate, tmp_path):
     trace = tmp_path / "trace.jsonl"
     trace.write_text("".join(f'{{"at_s": {0.1 * i}, "input_len": {5 + i}, "output_len": 3}}\n' for i in range(9)))
@@ -99,6 +139,22 @@ def test_a_calibration_gives_the_stage_times(simulate, tmp_path):
         (["--model", "step3", "--topology", "1A1F"], "GB of ffn weights"),
         (["--min-chunk-tokens", "999"], "--min-chunk-tokens must not exceed --max-step-tokens"),
         (["--efficiency", "gemm=7"], "gemm"),
+        (["--slow", "ffn:1*2"], "2A1F has ffn workers 0 to 0"),
+        (["--slow", "ffn:0"], "is not ROLE:INDEX*FACTOR"),
+        (["--rollout", "ffn"], "is not ROLE@SECONDS"),
+        (["--fail", "ffn:0@3+soon"], "is not ROLE:INDEX@SECONDS"),
+        (["--seeds", "1"], "--seeds must be 2 to 31"),
+        (["--seeds", "3", "--baseline", "ep"], "--seeds: --per-request and --baseline are of one run"),
+        (["--seeds", "3", "--trace", "x"], "--seeds: a trace is the same with every seed"),
+        (
+            ["--baseline", "ep", "--rate", "9", "--slow", "ffn:0*2"],
+            "--baseline ep knows no --fail, --rollout and --slow",
+        ),
+        (["--baseline", "ep", "--rate", "9", "--ffn", "h20"], "the two roles have different chips"),
+        (["--expert-skew", "1"], "smollm2-135m-instruct has no experts"),
+        (["--expert-skew", "1", "--stages", "attention_us=5,ffn_us=5", "--rate", "9"], "data-sheet times"),
+        (["--oversubscription", "2", "--transfers", "delay"], "--oversubscription needs data-sheet links"),
+        (["--network-gbit", "fast"], "expected Gbit/s per chip"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(simulate, flags, complaint):

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from afd.sched.scheduler import SchedulerConfig
 from afd.simulate.arrivals import ClosedLoop, Lengths, OpenLoop
 from afd.simulate.cluster import Simulation, StuckError
-from afd.simulate.failures import Failure
+from afd.simulate.loading import LoadTimes
+from afd.simulate.planned import Failure
 from afd.simulate.times import ConstantStages
 from afd.types import Topology
 from tests.unit.simulate.cluster_under_test import settings, stage
@@ -23,7 +24,7 @@ def poisson(num_requests=60, rate=60.0, seed=0):
 
 
 def fail(*texts, topology="2A1F"):
-    return tuple(Failure.parse(text, Topology.parse(topology)) for text in texts)
+    return tuple(Failure.parse(text, Topology.parse(topology), LoadTimes(3.0, 4.0)) for text in texts)
 
 
 def ended(report):

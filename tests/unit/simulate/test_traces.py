@@ -13,7 +13,7 @@ from afd.errors import ConfigError
 from afd.sched.scheduler import SchedulerConfig
 from afd.simulate.arrivals import Lengths, OpenLoop, Request
 from afd.simulate.cluster import HOP_S, Simulation
-from afd.simulate.failures import Failure
+from afd.simulate.planned import Failure
 from afd.simulate.prompts import Prompts
 from afd.simulate.times import ConstantStages
 from afd.simulate.traces import Trace, TraceLimits
