@@ -20,11 +20,14 @@ FAST := tests/test_architecture.py tests/sim tests/contract tests/unit -k "not (
 	simulate cli/test_simulate_command.py attention/test_engine.py attention/test_gpu_path.py plan/test_plan_search.py stepmesh/cli stepmesh/test_native.py \
 	stepmesh/test_processes.py plan/test_plan_figures.py trace/test_trace_picture.py)
 # Long demonstrations of single subjects: a release in network namespaces, every family, hostile input.
-CAMPAIGNS := tests/k8s tests/fuzz tests/e2e/test_families.py tests/integration/test_config_keys_oracle.py
+CAMPAIGNS := tests/k8s tests/fuzz tests/kill tests/e2e/test_families.py tests/integration/test_config_keys_oracle.py
+# Processes that `make test-kill` loses, for each topology, and what they are drawn from.
+KILLS ?= 300
+KILL_SEED ?= 1
 # Promises in milliseconds: nothing runs beside.
 PUNCTUAL := tests/integration/test_overload.py
 
-.PHONY: setup serve test test-long test-campaigns test-punctual test-fast test-matrix test-gpu test-rdma bench-rdma fuzz lint format clean
+.PHONY: setup serve test test-long test-campaigns test-punctual test-fast test-matrix test-gpu test-kill test-rdma bench-rdma fuzz lint format clean
 
 setup: $(STAMP)
 
@@ -65,6 +68,10 @@ test-gpu: setup
 # Hostile input at full volume, a few minutes; every campaign prints what repeats it.
 fuzz: setup
 	AFD_FUZZ=full AFD_FUZZ_SEED=$(FUZZ_SEED) $(BIN)/python -m pytest tests/fuzz -s --timeout 900
+
+# Hours: every kind of process is killed again and again under streaming load; a table of pauses for each topology.
+test-kill: setup
+	AFD_KILLS=$(KILLS) AFD_KILL_SEED=$(KILL_SEED) $(BIN)/python -m pytest tests/kill -s
 
 # The verbs transport over a real RDMA stack, in a QEMU guest of Debian's (root, apt-get; nothing of .venv is used).
 test-rdma:

@@ -69,8 +69,10 @@ def main() -> None:
     parser.add_argument("--topology", default="2A1F", help="one or several: 2A1F,3A2F")
     parser.add_argument("--kills", type=int, default=10, help="losses for each topology")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--roles", default="attention", help="lost together: attention,ffn,coordinator,both,ffn+ffn")
-    parser.add_argument("--hows", default="kill", help="kill,stop:SECONDS")
+    parser.add_argument(
+        "--roles", default="attention", help="lost together: attention,ffn,coordinator,both,ffn+ffn,attention/0"
+    )
+    parser.add_argument("--hows", default="kill", help="kill,stop:SECONDS,keep:SECONDS (successors are killed too)")
     parser.add_argument("--haste", type=float, default=0.0, help="share of losses that do not wait for recovery")
     parser.add_argument("--model", default="tests/fixtures/step3-tiny", help="any that afd up takes")
     parser.add_argument("--streams", type=int, default=8, help="clients, each with one stream at a time")

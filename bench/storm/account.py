@@ -7,6 +7,7 @@ between the loss and the next one. What runs meanwhile without being concerned i
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ class Stream:
     error: how it ended, if not complete.
     refused: an error before anything was taken (HTTP 429 or 503).
     num_wrong: tokens that differ from the undisturbed run's by more than rounding; known after the storm.
+    server: the gateway that it was sent to.
     """
 
     prompt_idx: int
@@ -36,15 +38,21 @@ class Stream:
     error: str = ""
     refused: bool = False
     num_wrong: int = 0
+    server: int = 0
 
     def runs_at(self, at_s: float) -> bool:
         """It has a token by then, and not all of them."""
         return bool(self.token_s) and self.token_s[0] <= at_s < self.ended_s
 
+    def last_s(self, at_s: float) -> float:
+        """When its last token before `at_s` came, of a stream that runs then."""
+        return self.token_s[bisect_right(self.token_s, at_s) - 1]
+
     def longest_gap_s(self, begin_s: float, end_s: float) -> float:
-        """The longest time without a token of those that reach into [begin, end): until the next token, or its end."""
+        """The longest time without a token of those that reach into [begin, end). It lasts until the next token, the
+        stream's end in an error, or `end_s`: what comes behind that is another loss's."""
         moments = [*self.token_s, self.ended_s] if self.error else self.token_s
-        return max((b - a for a, b in pairwise(moments) if b > begin_s and a < end_s), default=0.0)
+        return max((min(b, end_s) - a for a, b in pairwise(moments) if b > begin_s and a < end_s), default=0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +115,8 @@ def account(
 ) -> list[Line]:
     """One line for each kind of loss, in the order in which they came first.
 
-    standstills: from when to when the observer itself could not run.
+    standstills: from when to when the observer itself could not run. Times of a loss do not count where one of them
+    reaches into its gaps.
     """
     ways = defaultdict(list)
     for placement in sorted(placements, key=lambda placement: placement.at_s):
@@ -118,7 +127,10 @@ def account(
         line.num_losses += 1
         line.num_unhealed += event.whole_s is None and not event.loss.hasty
         _count_ends(line, [stream for stream in streams if event.at_s <= stream.ended_s < event.until_s])
-        is_measured = not any(begin < event.until_s and end > event.at_s for begin, end in standstills)
+        begin_s = min(
+            (stream.last_s(event.at_s) for stream in streams if stream.runs_at(event.at_s)), default=event.at_s
+        )
+        is_measured = not any(begin < event.until_s and end > begin_s for begin, end in standstills)
         line.num_unmeasured += not is_measured
         for stream in streams:
             concerned = stream.runs_at(event.at_s) and _is_concerned(event, ways[stream.request_id])

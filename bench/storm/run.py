@@ -22,6 +22,7 @@ from bench.storm.undisturbed import Undisturbed
 BEGIN_S = 60.0
 SETTLE_S = 2.0
 CALM_WINDOW_S = 3.0
+NUM_WORST = 6
 
 
 class RunningCluster(Protocol):
@@ -50,14 +51,20 @@ class Load:
 class Storm:
     """What came of it.
 
+    each: the lines of single losses, as `happened`.
+    num_unplaced: streams of which the gateway's log does not tell who served them.
+    standstill_s: how long the observer could not run, in all.
     ended: why it was over before its last loss; "" = it was not.
     num_different: streams whose tokens are not those of most streams with their prompt, by rounding or not.
     """
 
     streams: list[Stream]
     lines: list[Line]
+    each: list[Line]
     undisturbed_s: list[float]
     num_different: int
+    num_unplaced: int
+    standstill_s: float
     ended: str = ""
     happened: list[Happened] = field(default_factory=list)
 
@@ -76,9 +83,22 @@ class Storm:
         summary = (
             f"{len(self.happened)} losses, {len(self.streams)} streams: {num_lost} ended in error, "
             f"{num_refused} refused, {self.num_wrong} tokens wrong; "
-            f"{self.num_different} streams differ within rounding or are wrong"
+            f"{self.num_different} streams differ within rounding or are wrong; "
+            f"the observer stood still for {self.standstill_s:.1f} s"
         )
-        return "\n".join([table(self.lines, self.undisturbed_s), "", summary, *([self.ended] if self.ended else [])])
+        ended = [self.ended] if self.ended else []
+        return "\n".join(
+            [table(self.lines, self.undisturbed_s), "", summary, *ended, "longest pauses:", *self._worst()]
+        )
+
+    def _worst(self) -> list[str]:
+        """Losses with the longest pauses, of streams concerned or not."""
+        rows = []
+        for idx, (event, line) in enumerate(zip(self.happened, self.each, strict=True)):
+            own_s, other_s = max(line.pauses_s, default=0.0), max(line.gaps_s, default=0.0)
+            what = f"  {idx + 1}. {', '.join(event.loss.targets)}: {line.kind}: {own_s:.2f} s, others {other_s:.2f} s"
+            rows.append((max(own_s, other_s), what))
+        return [what for _, what in sorted(rows, reverse=True)[:NUM_WORST]]
 
 
 def prompts_of(num_prompts: int, vocab_size: int) -> list[list[int]]:
@@ -100,32 +120,37 @@ def run_storm(
     midnight_s = (
         time.perf_counter() - (clock - clock.replace(hour=0, minute=0, second=0, microsecond=0)).total_seconds()
     )
-    traffic = Traffic(cluster.url, model, prompts, load.num_tokens, load.num_users, load.patience_s)
+    traffic = Traffic([cluster.url], model, prompts, load.num_tokens, load.num_users, load.patience_s)
     happened: list[Happened] = []
     ended = ""
     with Scene(cluster.supervisor_pid, Path(cluster.env["XDG_RUNTIME_DIR"])) as scene, traffic:
         calm_begin_s = _wait_for_first_tokens(traffic, load.num_users)
         time.sleep(load.calm_s)  # the undisturbed time itself
         calm_end_s = time.perf_counter()
+        scene.take_stock()
         for loss in losses:
             ended = _wait(scene, loss, happened, load.patience_s, tell)
             if ended:
                 break
-            targets = scene.strike(loss)
-            now = time.perf_counter()
-            happened.append(Happened(loss, now, now, None))
-            tell(f"{now - calm_end_s:7.2f} s  {len(happened)}/{len(losses)}  {', '.join(targets)}: {loss.kind}")
+            at_s, targets = scene.strike(loss)
+            happened.append(Happened(loss, at_s, at_s, None))
+            tell(f"{at_s - calm_end_s:7.2f} s  {len(happened)}/{len(losses)}  {', '.join(targets)}: {loss.kind}")
         if happened and not ended:
             ended = _wait(scene, Loss((), delay_s=SETTLE_S), happened, load.patience_s, tell)
     for idx, event in enumerate(happened):
         until_s = happened[idx + 1].at_s if idx + 1 < len(happened) else float("inf")
         happened[idx] = replace(event, until_s=until_s)
     num_different = undisturbed.judge(traffic.streams, prompts)
+    placements = placements_of(list(cluster.lines), midnight_s)
+    placed = {placement.request_id for placement in placements}
     return Storm(
         traffic.streams,
-        account(traffic.streams, placements_of(list(cluster.lines), midnight_s), happened, traffic.standstills),
+        account(traffic.streams, placements, happened, traffic.standstills),
+        [line for e in happened for line in account(traffic.streams, placements, [e], traffic.standstills)],
         undisturbed_gaps_s(traffic.streams, calm_begin_s, calm_end_s, CALM_WINDOW_S),
         num_different,
+        sum(bool(stream.token_s) and stream.request_id not in placed for stream in traffic.streams),
+        sum(end - begin for begin, end in traffic.standstills),
         ended,
         happened,
     )

@@ -7,7 +7,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import msgspec
@@ -18,7 +19,6 @@ from afd.errors import CoordinatorError
 from afd.membership.client import CoordinatorClient
 from afd.messages.keys import grpc_token
 from afd.messages.membership import StatusReply
-from afd.types import Topology
 from bench.storm.plan import Loss
 
 POLL_S = 0.02
@@ -36,10 +36,10 @@ class Scene:
         [run_file] = (runtime_dir / "afd").glob("*.json")
         self._run = msgspec.json.decode(run_file.read_bytes(), type=RunInfo)
         self._supervisor = psutil.Process(supervisor_pid)
-        self._topology = Topology.parse(self._run.topology)
         token = grpc_token(bytes.fromhex(self._run.secret))
         self._client = CoordinatorClient(self._run.coordinator, token, timeout_s=STATUS_TIMEOUT_S)
         self._killed: set[int] = set()
+        self._stock: Counter[str] = Counter()
         self._resuming: list[tuple[threading.Timer, list[int]]] = []
 
     def __enter__(self) -> Scene:
@@ -48,6 +48,7 @@ class Scene:
     def __exit__(self, *exc: object) -> None:
         for timer, pids in self._resuming:
             timer.cancel()
+            timer.join()
             _signal(pids, signal.SIGCONT)
         self._client.close()
 
@@ -56,16 +57,21 @@ class Scene:
         """The supervisor lives."""
         return self._supervisor.is_running() and self._supervisor.status() != psutil.STATUS_ZOMBIE
 
+    def take_stock(self) -> None:
+        """Who is here now is what a whole cluster has: standbys too."""
+        self._stock = self._count(ready=False)
+        if not self._stock:
+            raise RuntimeError(f"the coordinator {self._run.coordinator} does not say who its members are")
+
     def is_whole(self) -> bool:
-        """Every process of the topology is there and ready, none of them one that was killed, none stopped."""
+        """As many ready processes of each role as at the last stock-taking, none of them killed or stopped."""
         if any(timer.is_alive() for timer, _ in self._resuming):
             return False
-        found = list(self._members(self._status()))
-        ready = [name for name, pid, is_ready in found if is_ready and pid not in self._killed]
-        roles = [name.partition("/")[0] for name in ready]
-        topology = self._topology
-        enough = roles.count("attention") >= topology.num_attention and roles.count("ffn") >= topology.num_ffn
-        return enough and "gateway" in roles
+        return self._count(ready=True) >= self._stock
+
+    def _count(self, *, ready: bool) -> Counter[str]:
+        members = self._members(self._status())
+        return Counter(name.split("/")[0] for name, pid, works in members if pid not in self._killed and works >= ready)
 
     def wait_until_whole(self, until_s: float) -> bool:
         """until_s: of `time.perf_counter()`. False where it is not by then, or the cluster has ended."""
@@ -75,18 +81,28 @@ class Scene:
             time.sleep(POLL_S)
         return False
 
-    def strike(self, loss: Loss) -> tuple[str, ...]:
-        """Lose the processes; those of its targets that were there."""
+    def strike(self, loss: Loss) -> tuple[float, tuple[str, ...]]:
+        """Lose the processes: when, and those of its targets that were there. Blocks while successors are killed."""
         pids = self._pids(loss.targets)
-        if loss.hold_s:
-            _signal(pids.values(), signal.SIGSTOP)
-            timer = threading.Timer(loss.hold_s, _signal, (list(pids.values()), signal.SIGCONT))
-            timer.start()
-            self._resuming.append((timer, list(pids.values())))
+        at_s = time.perf_counter()
+        if loss.how == "stop":
+            self._stop(list(pids.values()), loss.hold_s)
         else:
-            _signal(pids.values(), signal.SIGKILL)
-            self._killed.update(pids.values())
-        return tuple(pids)
+            self._kill(pids.values())
+        while loss.how == "keep" and time.perf_counter() < at_s + loss.hold_s:
+            self._kill(self._pids(loss.targets).values())
+            time.sleep(POLL_S)
+        return at_s, tuple(pids)
+
+    def _kill(self, pids: Collection[int]) -> None:
+        _signal(pids, signal.SIGKILL)
+        self._killed.update(pids)
+
+    def _stop(self, pids: list[int], hold_s: float) -> None:
+        _signal(pids, signal.SIGSTOP)
+        timer = threading.Timer(hold_s, _signal, (pids, signal.SIGCONT))
+        timer.start()
+        self._resuming.append((timer, pids))
 
     def _pids(self, targets: tuple[str, ...]) -> dict[str, int]:
         members = {name: pid for name, pid, _ in self._members(self._status())}
@@ -122,7 +138,7 @@ class Scene:
             yield name, member.info.pid, member.ready
 
 
-def _signal(pids: object, signum: int) -> None:
-    for pid in list(pids):  # type: ignore[call-overload]
+def _signal(pids: Collection[int], signum: int) -> None:
+    for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signum)

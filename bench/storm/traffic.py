@@ -63,7 +63,9 @@ class _Reader:
 
 
 class Traffic:
-    """`with Traffic(url, model, prompts, num_tokens, num_users) as traffic: ...; traffic.streams`.
+    """`with Traffic(urls, model, prompts, num_tokens, num_users) as traffic: ...; traffic.streams`.
+
+    urls: of the gateways. Users are spread over them; one whose request fails sends the next to the next gateway.
 
     The users run in a thread of their own until the context ends; each then finishes its request, within `patience_s`.
     streams: every request, in the order sent.
@@ -72,7 +74,7 @@ class Traffic:
 
     def __init__(
         self,
-        url: str,
+        urls: Sequence[str],
         model: str,
         prompts: Sequence[Sequence[int]],
         num_tokens: int,
@@ -81,7 +83,7 @@ class Traffic:
     ):
         self.streams: list[Stream] = []
         self.standstills: list[tuple[float, float]] = []
-        self._url = ServerUrl.parse(url)
+        self._urls = [ServerUrl.parse(url) for url in urls]
         self._num_tokens = num_tokens
         self._num_users = num_users
         self._patience_s = patience_s
@@ -115,40 +117,44 @@ class Traffic:
             self._failure = error
 
     async def _all_users(self) -> None:
-        client = HttpClient(self._url)
-        users = [asyncio.create_task(self._user(client, idx)) for idx in range(self._num_users)]
+        clients = [HttpClient(url) for url in self._urls]
+        users = [asyncio.create_task(self._user(clients, idx)) for idx in range(self._num_users)]
         try:
-            while not self._stop.is_set():
-                begin = time.perf_counter()
+            left_s = self._patience_s  # standing still costs none of it
+            while left_s > 0 and not all(user.done() for user in users):
+                begin_s = time.perf_counter()
                 await asyncio.sleep(TICK_S)
-                if time.perf_counter() - begin > STANDSTILL_S:
-                    self.standstills.append((begin, time.perf_counter()))
-            async with asyncio.timeout(self._patience_s):
-                await asyncio.gather(*users)
-        except TimeoutError:
-            pass  # the streams that are cancelled now say so themselves
+                end_s = time.perf_counter()
+                if end_s - begin_s > STANDSTILL_S:
+                    self.standstills.append((begin_s, end_s))
+                elif self._stop.is_set():
+                    left_s -= end_s - begin_s
         finally:
             for user in users:
                 user.cancel()
             await asyncio.gather(*users, return_exceptions=True)
-            await client.close()
+            for client in clients:
+                await client.close()
 
-    async def _user(self, client: HttpClient, first_idx: int) -> None:
-        idx = first_idx
+    async def _user(self, clients: list[HttpClient], first_idx: int) -> None:
+        idx = server = first_idx
         while not self._stop.is_set():
-            stream = Stream(idx % len(self._bodies), time.perf_counter())
+            server %= len(clients)
+            stream = Stream(idx % len(self._bodies), time.perf_counter(), server=server)
             self.streams.append(stream)
             reader = _Reader(stream)
             try:
-                await client.post("/v1/completions", self._bodies[stream.prompt_idx], reader)
+                await clients[server].post("/v1/completions", self._bodies[stream.prompt_idx], reader)
                 reader.finish(self._num_tokens)
             except (TransferError, ProtocolError, msgspec.DecodeError) as error:
                 stream.error = stream.error or f"{type(error).__name__}: {error}"
             except asyncio.CancelledError:
-                stream.error = f"not ended {self._patience_s:g} s after the storm"
+                silent_s = time.perf_counter() - (stream.token_s or [stream.sent_s])[-1]
+                stream.error = f"not ended {self._patience_s:g} s after the storm, silent for {silent_s:.1f} s"
                 raise
             finally:
                 stream.ended_s = time.perf_counter()
             idx += self._num_users
             if stream.error:
+                server += 1
                 await asyncio.sleep(RETRY_S)

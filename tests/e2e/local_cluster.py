@@ -109,6 +109,10 @@ class LocalCluster:
         left = [str(path) for path in self.run_dir.rglob("*") if not path.is_dir()]
         assert not left, f"left behind: {left}"
 
+    @property
+    def supervisor_pid(self) -> int:
+        return self.process.pid
+
     def pid_of(self, role: str, rank: int | None = None) -> int:
         """Process id of the newest process of a role ("attention", 1)."""
         for process in reversed(self._all_processes()[1:]):

@@ -43,10 +43,10 @@ def test_an_ffn_worker_concerns_all_a_coordinator_none(targets, concerned):
 
 
 def test_a_pause_is_looked_for_until_the_next_loss_alone():
-    streams = [stream("a", 9.9, 10.5, 19.9, 20.5, 29.0)]
+    streams = [stream("a", 9.9, 10.5, 19.9, 29.0), stream("b", 9.9, 14.0, 19.9, 20.1, 20.2, 29.0)]
     first, second = account(streams, [], [happened("ffn/0"), happened("coordinator", at_s=20.0, until_s=30.0)])
-    assert first.pauses_s == pytest.approx([9.4])
-    assert second.gaps_s == pytest.approx([8.5])
+    assert first.pauses_s == pytest.approx([9.4, 5.9])
+    assert second.gaps_s == pytest.approx([9.1, 8.8])
 
 
 def test_a_stream_that_ended_in_an_error_paused_until_then():
@@ -79,6 +79,8 @@ def test_where_the_observer_stood_still_counts_count_and_times_do_not():
     [line] = account(streams, [], [happened("ffn/0")], [(11.0, 13.0)])
     assert (line.num_lost, line.num_concerned, line.num_unmeasured) == (1, 1, 1)
     assert line.pauses_s == line.whole_s == []
+    [line] = account(streams, [], [happened("ffn/0")], [(9.8, 9.95)])
+    assert line.num_unmeasured == 1
     [line] = account(streams, [], [happened("ffn/0")], [(8.0, 9.9), (20.0, 21.0)])
     assert line.num_unmeasured == 0 and line.pauses_s
 
@@ -91,7 +93,7 @@ def test_not_whole_in_time_is_told_of_those_that_waited_for_it():
 
 def test_undisturbed_windows():
     streams = [stream("a", 0.0, 0.5, 3.9, 4.0, 8.0), stream("b", 5.0, 9.0)]
-    assert undisturbed_gaps_s(streams, 0.0, 7.0, 3.0) == pytest.approx([3.4, 4.0])
+    assert undisturbed_gaps_s(streams, 0.0, 7.0, 3.0) == pytest.approx([2.5, 3.4])
 
 
 def test_a_table_of_nothing_and_of_something():

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from afd.types import Topology
 from bench.storm.plan import Loss, draw_losses
 
-ROLES = ["attention", "ffn", "coordinator", "both", "attention+attention", "attention+ffn+coordinator"]
+ROLES = ["attention", "ffn", "coordinator", "both", "attention+attention", "attention/1+attention", "ffn/0+coordinator"]
 
 
 @given(
@@ -17,7 +17,7 @@ ROLES = ["attention", "ffn", "coordinator", "both", "attention+attention", "atte
     st.integers(0, 30),
     st.integers(),
     st.lists(st.sampled_from(ROLES), min_size=1),
-    st.lists(st.sampled_from(["kill", "stop:0.5", "stop:8"]), min_size=1),
+    st.lists(st.sampled_from(["kill", "stop:0.5", "keep:8"]), min_size=1),
 )
 def test_a_seed_says_all(topology, num, seed, roles, hows):
     losses = draw_losses(topology, num, seed, roles, hows, haste=0.3)
@@ -45,18 +45,23 @@ def test_another_seed_is_another_storm():
     assert draw_losses(Topology(3, 2), 20, 1) != draw_losses(Topology(3, 2), 20, 2)
 
 
-@pytest.mark.parametrize("roles", ["attention+attention", "encoder", "ffn+ffn", "attention+", ""])
+@pytest.mark.parametrize(
+    "roles", ["attention+attention", "encoder", "ffn+ffn", "attention+", "", "ffn/1", "attention/0+attention"]
+)
 def test_what_the_topology_has_not_is_refused(roles):
     with pytest.raises(ValueError, match="1A1F has"):
         draw_losses(Topology(1, 1), 1, 1, [roles])
 
 
-@pytest.mark.parametrize("how", ["", "stop", "stop:", "stop:0", "stop:-1", "stop:nan", "stop:x", "kill:1", "hang:1"])
+@pytest.mark.parametrize(
+    "how", ["", "stop", "stop:", "stop:0", "stop:-1", "stop:nan", "stop:x", "kill:1", "hang:1", "keep"]
+)
 def test_a_way_that_is_none_is_refused(how):
-    with pytest.raises(ValueError, match="neither"):
+    with pytest.raises(ValueError, match="is none of"):
         draw_losses(Topology(1, 1), 1, 1, hows=[how])
 
 
 def test_a_kind_says_what_is_lost_together_and_how():
     assert Loss(("attention/0", "attention/1")).kind == "attention + attention killed"
-    assert Loss(("coordinator",), hold_s=5.0, hasty=True).kind == "coordinator stopped 5 s in haste"
+    assert Loss(("coordinator",), "stop", 5.0, hasty=True).kind == "coordinator stopped 5 s in haste"
+    assert Loss(("coordinator",), "keep", 60.0).kind == "coordinator gone for 60 s"
