@@ -33,6 +33,7 @@ from afd.sched.scheduler import SUSPECT, Scheduler
 from afd.sched.sequence import Output, Sequence
 from afd.sched.streams import StreamChooser
 from afd.sched.submission import admit
+from afd.sched.trial_turn import TrialTurn
 from afd.types import FinishReason
 
 log = logging.getLogger(__name__)
@@ -91,6 +92,7 @@ class WorkerCore:
         self._news: list[Output] = []
         self._num_arrivals = 0
         self._others_serve = False
+        self._turn = TrialTurn()
         self._max_streams = scheduler.num_streams
         self._patience_until_s: float | None = None  # while FFN workers are out of reach
         self._stats: WorkerStats | None = None
@@ -128,6 +130,7 @@ class WorkerCore:
             log.warning("a gateway went silent: %d of its requests aborted", num_aborted)
         if not self.ready and self._patience_until_s is not None and now >= self._patience_until_s:
             self._give_up()
+        self.scheduler.trials_open = self._turn.is_open(now)
         step = self.scheduler.num_steps
         if self.scheduler.idle and step != self._checked_step and now >= self._check_due_s:
             self._checked_step, self._check_due_s = step, now + CHECK_S
@@ -140,6 +143,8 @@ class WorkerCore:
 
     def adopt(self, view: ClusterView) -> None:
         """A new view of the cluster: its plan counts from each stream's next step on."""
+        ranks = [member.rank for member in view.of_role("attention")]
+        self._turn.follow(sum(rank < self.rank for rank in ranks), len(ranks))
         others = (member for member in view.of_role("attention") if member.rank != self.rank)
         self._others_serve = any(member.ready and not member.draining for member in others)
         self._max_streams = view.plan.max_streams
@@ -147,6 +152,8 @@ class WorkerCore:
 
     def set_ready(self, ready: bool, why_not: str, now: float) -> None:
         """Whether every FFN worker can be reached, and why not."""
+        if ready and not self.ready:
+            self._turn.begin(now)
         self.ready, self.why_not_ready = ready, "" if ready else why_not
         if ready:
             self._patience_until_s = None
@@ -166,7 +173,8 @@ class WorkerCore:
     def interrupted(self, reason: str, now: float) -> None:
         """The steps in flight were lost with an FFN worker, and have been booked as failed.
 
-        A step that was lost MAX_INTERRUPTIONS times in a row, the last time with nothing beside it, is not tried again.
+        A request that was lost MAX_INTERRUPTIONS times in a row, the last time with nothing beside it, is not tried
+        again.
         """
         self._wait_from(now)
         guilty = [seq for seq in self.scheduler.sequences() if seq.num_interrupted >= MAX_INTERRUPTIONS]

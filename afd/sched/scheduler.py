@@ -74,7 +74,8 @@ class Scheduler:
         self._pace = pace
         self._flying: dict[int, StepLoad] = {}  # only with a pace
         self._suspects: set[Sequence] = set()  # running ones that were interrupted SUSPECT times
-        self._trial = 0  # step of the micro-batch of suspects that runs alone
+        self._trial = 0  # step of the suspect that runs alone
+        self.trials_open = True  # it may: no other worker tries one of its own
         self._num_pauses: dict[int, int] = {}  # by stream: steps in a row without prefill although prompts wait
         self.num_streams = config.num_streams
         self.max_step_tokens = config.max_step_tokens
@@ -174,7 +175,7 @@ class Scheduler:
             return None
         self._step += 1
         batch = MicroBatch(stream, self._step, tuple(items))
-        if self._suspects:
+        if self._suspects and self.trials_open:
             self._trial = self._step
         if self._pace is not None:
             self._flying[stream] = StepLoad.of(batch)
@@ -275,10 +276,13 @@ class Scheduler:
     # -- details ------------------------------------------------------------------------------------------
 
     def _on_trial(self, running: Seq[Sequence]) -> list[Sequence]:
-        """The sequences of a stream that may run now: its suspects, once nothing is in flight."""
+        """The sequences of a stream that may run now: one suspect, once nothing is in flight; those that are none while
+        another worker has its turn."""
+        if not self.trials_open:
+            return [seq for seq in running if seq not in self._suspects]
         if any(seq.in_flight for seqs in self._running for seq in seqs):
             return []
-        return [seq for seq in running if seq in self._suspects]
+        return sorted((seq for seq in running if seq in self._suspects), key=SERVICE_ORDER)[:1]
 
     def _prefill(self, prefills: Seq[Sequence], budget: int, items: list[BatchItem]) -> None:
         """Add chunks of at most `budget` tokens together.

@@ -52,10 +52,11 @@ class ScriptedWorker:
         policy: Policy = "off",
         max_waiting: int = 3,
         ready: bool = True,
+        rank: int = 0,
     ) -> ScriptedWorker:
         scheduler = Scheduler(SchedulerConfig(max_context=64, num_streams=num_streams), BlockPool(num_blocks, 4))
         admission = Admission(scheduler, LatencyModel(), policy=policy, tpot_s=0.05, ttft_s=5.0)
-        core = WorkerCore(0, scheduler, admission, CoreLimits(VOCAB_SIZE, max_waiting, recovery_timeout_s=10.0))
+        core = WorkerCore(rank, scheduler, admission, CoreLimits(VOCAB_SIZE, max_waiting, recovery_timeout_s=10.0))
         worker = cls(core)
         if ready:
             core.set_ready(True, "", 0.0)
