@@ -7,7 +7,9 @@ module of Python's limited API. Without a working compiler the package installs 
 
 from __future__ import annotations
 
+import os
 import platform
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -16,18 +18,19 @@ from setuptools.command.build_ext import build_ext
 SOURCE_DIR = Path("afd/ops/cpu/src")
 RELAY_DIR = Path("afd/relay/src")  # a second interface of the same library: layers and the exchanges between them
 MESH_HEADERS = sorted(Path("stepmesh").glob("*.h"))
+# Those that take long to compile come first: they are compiled side by side.
 SOURCES = [
+    "isa_portable.cpp",
     "abi.cpp",
     "api.cpp",
     "attention_plan.cpp",
     "layer.cpp",
     "run.cpp",
     "thread_pool.cpp",
-    "isa_portable.cpp",
 ]
 SOURCES += ["sample.cpp", "sample_cut.cpp", "sample_portable.cpp"]
 RELAY_SOURCES = ["relay.cpp", "relay_abi.cpp"]
-X86_SOURCES = ["isa_avx2.cpp", "isa_avx512.cpp", "sample_avx2.cpp", "sample_avx512.cpp"]
+X86_SOURCES = ["isa_avx512.cpp", "isa_avx2.cpp", "sample_avx2.cpp", "sample_avx512.cpp"]
 FLAGS = ["-std=c++17", "-O3", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi", "-g0"]
 AVX2_FLAGS = ["-mavx2", "-mfma"]
 # The last two: GCC's AVX-512 headers trip its own warnings.
@@ -56,7 +59,7 @@ IS_X86 = platform.machine() in ("x86_64", "AMD64")
 
 
 class BuildKernels(build_ext):
-    """build_ext with flags per source file and a file name without Python's ABI tag."""
+    """build_ext with flags per source file, on all cores, and a file name without Python's ABI tag."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return str(Path(*fullname.split(".")).with_suffix(".so"))
@@ -65,16 +68,24 @@ class BuildKernels(build_ext):
         return []
 
     def build_extension(self, ext: Extension) -> None:
-        plain_compile = self.compiler._compile
+        plain_compile, plain_link = self.compiler._compile, self.compiler.link_shared_object
+        objects: list[Future[None]] = []
 
         def compile_with_flags(obj, src, suffix, cc_args, extra_args, pp_opts):  # type: ignore[no-untyped-def]
-            plain_compile(obj, src, suffix, cc_args, extra_args + FILE_FLAGS.get(Path(src).name, []), pp_opts)
+            flags = extra_args + FILE_FLAGS.get(Path(src).name, [])
+            objects.append(pool.submit(plain_compile, obj, src, suffix, cc_args, flags, pp_opts))
 
-        self.compiler._compile = compile_with_flags
+        def link_what_is_compiled(*args, **kwargs):  # type: ignore[no-untyped-def]
+            for compiled in objects:
+                compiled.result()
+            plain_link(*args, **kwargs)
+
+        self.compiler._compile, self.compiler.link_shared_object = compile_with_flags, link_what_is_compiled
         try:
-            super().build_extension(ext)
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                super().build_extension(ext)
         finally:
-            self.compiler._compile = plain_compile
+            self.compiler._compile, self.compiler.link_shared_object = plain_compile, plain_link
 
 
 setup(
@@ -82,7 +93,7 @@ setup(
         Extension(
             "afd.ops.cpu._native",
             sources=[
-                *(str(SOURCE_DIR / name) for name in SOURCES + (X86_SOURCES if IS_X86 else [])),
+                *(str(SOURCE_DIR / name) for name in (X86_SOURCES if IS_X86 else []) + SOURCES),
                 *(str(RELAY_DIR / name) for name in RELAY_SOURCES),
             ],
             include_dirs=["stepmesh", str(SOURCE_DIR)],

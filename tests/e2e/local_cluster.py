@@ -16,7 +16,8 @@ from pathlib import Path
 import httpx
 import psutil
 
-from tests.e2e.warm_start import WarmUp
+from tests.e2e import warm_start
+from tests.fakes.warm_process import WarmProcess, afd
 
 START_S = 90.0
 STOP_S = 20.0
@@ -48,7 +49,7 @@ class LocalCluster:
 
     def __enter__(self) -> LocalCluster:
         begun = time.monotonic()
-        self.process = self._start_cold() if self._cold else WarmUp(self._command, self.env)
+        self.process = self._start_cold() if self._cold else WarmProcess(warm_start.up, self._command, self.env)
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         if not self._ready.wait(START_S) or not self.url:
@@ -162,8 +163,9 @@ class LocalCluster:
 
     def status(self) -> dict:
         """`afd status --json`."""
-        command = [sys.executable, "-m", "afd", "status", "--json"]
-        return json.loads(subprocess.run(command, env=self.env, capture_output=True, check=True, timeout=30).stdout)
+        exit_code, output = afd(["status", "--json"], self.env, 30)
+        assert exit_code == 0, output
+        return json.loads(output)
 
     def metrics(self, role: str, rank: int = 0) -> dict[str, float]:
         """Samples of one worker's /metrics, labels included in the key; of the gateway with role "gateway"."""

@@ -17,51 +17,44 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.fakes import supervisor
+from tests.fakes.warm_process import WarmProcess, afd
+
 ROOT = Path(__file__).resolve().parents[2]
 WAIT_S = 20.0
-UP = """
-import sys
-from functools import partial
-from afd.cluster.fork_server import ForkServer
-from afd.cluster.restart import RestartPolicy
-from afd.cluster.supervisor import Supervisor
-from afd.config import resolve_config
-topology, restart, forks = sys.argv[1], sys.argv[2] == "restart", sys.argv[3] == "forks"
-behaviours = dict(word.split("=") for word in sys.argv[4:])
-config = resolve_config(None, {
-    "cluster.topology": topology, "gateway.port": 0, "gateway.drain_s": 0.2, "model.served_name": "fake",
-    "coordinator.lost_after_s": 2.0, "coordinator.restart_grace_s": 1.0, "coordinator.heartbeat_s": 0.05,
-})
-def command(role, rank):
-    name = f"{role}/{rank}" if rank >= 0 else role
-    return [sys.executable, "-m", "tests.fakes.role", role, behaviours.get(name, "serve"), name]
-def policy():
-    return RestartPolicy(0.05, 0.1)
-server = partial(ForkServer, command=[sys.executable, "-m", "tests.fakes.fork_server", *sys.argv[4:]])
-sys.exit(Supervisor(
-    config, b"s" * 32, restart=policy if restart else None, command=command, fork_server=server if forks else None
-).run())
-"""
+NAMES = re.compile(r"(coordinator|fork-server|\w+/\d+)$")
 
 
 class Up:
-    """One `afd up`, its output as it comes, and the processes under it."""
+    """One `afd up`, its output as it comes, and the processes under it.
 
-    def __init__(self, run_base: Path, topology: str, *behaviours: str, restart: bool = True, forks: bool = False):
+    forks: workers come from a fork server.
+
+    cold: the supervisor and what it spawns are fresh interpreters, else forked (tests/fakes/warm_process.py).
+    """
+
+    def __init__(
+        self,
+        run_base: Path,
+        topology: str,
+        *behaviours: str,
+        restart: bool = True,
+        forks: bool = False,
+        cold: bool = False,
+    ):
         self.env = {**os.environ, "XDG_RUNTIME_DIR": str(run_base)}
         self.run_base = run_base
         self.lines: list[str] = []
         self._changed = threading.Condition()
-        self.process = subprocess.Popen(
-            [
-                sys.executable,
-                "-c",
-                UP,
-                topology,
-                "restart" if restart else "no",
-                "forks" if forks else "spawns",
-                *behaviours,
-            ],
+        words = [topology, "restart" if restart else "no", "forks" if forks else "spawns", *behaviours]
+        self.process = self._start_cold(words) if cold else WarmProcess(supervisor.warm, words, self.env)
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+        self.seen: set[psutil.Process] = set()
+
+    def _start_cold(self, words: list[str]) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "tests.fakes.supervisor", *words],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -69,9 +62,6 @@ class Up:
             cwd=ROOT,
             start_new_session=True,
         )
-        self._reader = threading.Thread(target=self._read)
-        self._reader.start()
-        self.seen: set[psutil.Process] = set()
 
     def _read(self) -> None:
         assert self.process.stdout is not None
@@ -100,18 +90,18 @@ class Up:
         found = {}
         for child in psutil.Process(self.process.pid).children():
             try:
-                words = " ".join(child.cmdline()).split()  # a title that was set is one word
+                # A warm process has a name; the title of another is one word, or several.
+                last = NAMES.search(child.name()) or NAMES.search(" ".join(child.cmdline()).rstrip())
             except psutil.NoSuchProcess:
                 continue
-            if len(words) > 4:
-                found[words[-1]] = child
+            if last:
+                found[last[0]] = child
         self.seen |= set(found.values())
         return found
 
     def status(self) -> dict[str, object]:
-        command = [sys.executable, "-m", "afd", "status", "--json"]
-        answer = subprocess.run(command, env=self.env, cwd=ROOT, capture_output=True, timeout=WAIT_S, check=False)
-        return json.loads(answer.stdout) if answer.stdout else {}
+        exit_code, output = afd(["status", "--json"], self.env, WAIT_S)
+        return json.loads(output) if exit_code == 0 else {}
 
     def wait_status(self, wanted: Callable[[dict[str, dict[str, object]]], bool]) -> dict[str, object]:
         until = time.monotonic() + WAIT_S
@@ -159,7 +149,7 @@ def up(tmp_path: Path) -> Iterator[Callable[..., Up]]:
 
 @pytest.mark.parametrize("forks", [False, True], ids=["spawned", "forked"])
 def test_a_cluster_comes_up_heals_and_stops_on_ctrl_c(up: Callable[..., Up], forks: bool) -> None:
-    cluster = up("2A1F", forks=forks)
+    cluster = up("2A1F", forks=forks, cold=not forks)
     ready = cluster.wait_line("AFD is ready: http://127.0.0.1:")
     cluster.wait_line("curl ")
     members = {"coordinator", "attention/0", "attention/1", "ffn/0", "gateway/0"}
@@ -198,7 +188,7 @@ def test_a_cluster_comes_up_heals_and_stops_on_ctrl_c(up: Callable[..., Up], for
 def test_kill_9_of_the_supervisor_leaves_nothing(
     up: Callable[..., Up], behaviours: list[str], forks: bool, line: str, num_children: int
 ) -> None:
-    cluster = up("1A1F", *behaviours, forks=forks)
+    cluster = up("1A1F", *behaviours, forks=forks, cold=True)
     cluster.wait_line(line)
     assert len(cluster.children()) == num_children
     cluster.process.kill()
@@ -209,7 +199,7 @@ def test_kill_9_of_the_supervisor_leaves_nothing(
 @pytest.mark.parametrize("forks", [False, True], ids=["spawned", "forked"])
 def test_roles_are_process_groups_of_the_supervisors_session(up: Callable[..., Up], forks: bool) -> None:
     """Ctrl-C is not for them; and one session, since Linux gives a core's time out by sessions, polling or not."""
-    cluster = up("1A1F", forks=forks)
+    cluster = up("1A1F", forks=forks, cold=True)
     cluster.wait_line("AFD is ready: http://127.0.0.1:")
     session = os.getsid(cluster.process.pid)
     for process in cluster.children().values():
@@ -293,16 +283,11 @@ def test_afd_drain_takes_one_worker_out_and_afd_stop_all(up: Callable[..., Up]) 
     cluster = up("2A1F")
     cluster.wait_line("AFD is ready")
     cluster.children()
-
-    def afd(*words: str) -> None:
-        command = [sys.executable, "-m", "afd", *words]
-        subprocess.run(command, env=cluster.env, cwd=ROOT, check=True, timeout=WAIT_S)
-
-    afd("drain", "attention/1")
+    assert afd(["drain", "attention/1"], cluster.env, WAIT_S) == (0, "")
     cluster.wait_line("afd up: attention/1 has left the cluster")
     cluster.wait_status(lambda s: s["view"]["epoch"] == 2)
     assert "attention/1" not in cluster.children()
-    afd("stop")
+    assert afd(["stop"], cluster.env, WAIT_S)[0] == 0
     assert cluster.end() == 0
     for name in ("gateway/0", "attention/0", "ffn/0"):
         assert any(f"{name} left" in line for line in cluster.lines)
@@ -313,19 +298,10 @@ def test_two_clusters_live_side_by_side_and_kill_9_of_one_leaves_nothing(up: Cal
     for cluster in (first, second):
         cluster.wait_line("AFD is ready")
         cluster.children()
-    command = [sys.executable, "-m", "afd", "status"]
-    both = subprocess.run(command, env=first.env, cwd=ROOT, capture_output=True, text=True, timeout=WAIT_S, check=False)
-    assert both.returncode == 2 and "choose one with --pid" in both.stderr
-    one = subprocess.run(
-        [*command, "--pid", str(second.process.pid)],
-        env=first.env,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=WAIT_S,
-        check=True,
-    )
-    assert "mono" in one.stdout and "attention/0" in one.stdout
+    exit_code, both = afd(["status"], first.env, WAIT_S)
+    assert exit_code == 2 and "choose one with --pid" in both
+    exit_code, one = afd(["status", "--pid", str(second.process.pid)], first.env, WAIT_S)
+    assert exit_code == 0 and "mono" in one and "attention/0" in one
     first.process.kill()
     first.process.wait(WAIT_S)
     _, alive = psutil.wait_procs(first.seen, timeout=5.0)
