@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from afd.errors import RequestError
 from afd.gateway.api.schema import chat_decoder, completion_decoder, detokenize_decoder, tokenize_decoder
 from afd.gateway.templating import ChatTemplate
 from tests.fakes.async_test import async_test
@@ -103,6 +104,24 @@ ASKING = {
     "audio": {"voice": "alloy"},
     "prompt_embeds": "AAAA",
     "suffix": "x",
+    "reasoning": {"effort": "high"},
+    "thinking": {"type": "disabled"},
+    "enable_thinking": False,
+    "reasoning_format": "parsed",
+    "reasoning_budget": 0,
+    "thinking_budget": 100,
+    "prompt_mode": "reasoning",
+    "safe_prompt": True,
+    "web_search_options": {},
+    "format": "json",
+    "top_n_sigma": 1.5,
+    "top_a": 0.2,
+    "tfs_z": 0.9,
+    "samplers": ["top_k"],
+    "do_sample": False,
+    "lora": [{"id": 0, "scale": 0.5}],
+    "num_predict": 5,
+    "random_seed": 5,
 }
 
 
@@ -128,6 +147,16 @@ async def test_fields_that_are_not_served_are_refused_by_name(kind):
             for value in (None, *harmless):
                 answer = await rig.client.post(path, json={**body, name: value})
                 assert answer.status_code == 200, (name, value, answer.text)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_byte_order_mark_before_the_body_is_passed_over(kind):
+    _, decoder, body = KINDS[kind]
+    data = json.dumps(body).encode()
+    assert decoder.decode(b"\xef\xbb\xbf" + data) == decoder.decode(data)
+    for bad in (b"\xef\xbb", b"\xef\xbb\xbf", b"\xef\xbb\xbf" * 2 + data, b" \xef\xbb\xbf" + data):
+        with pytest.raises(RequestError, match="not valid JSON"):
+            decoder.decode(bad)
 
 
 @async_test

@@ -6,6 +6,7 @@ Unknown fields are ignored, as vLLM does; fields of other servers that are known
 from __future__ import annotations
 
 import re
+from codecs import BOM_UTF8
 from typing import Annotated, Any, Generic, TypeVar
 
 import msgspec
@@ -137,6 +138,7 @@ class BodyDecoder(Generic[T]):
         self._decoder: msgspec.json.Decoder[T] = msgspec.json.Decoder(body_type)
 
     def decode(self, data: bytes) -> T:
+        data = data.removeprefix(BOM_UTF8)  # some editors and shells put it there, and other servers pass over it
         try:
             try:
                 body = self._decoder.decode(data)

@@ -26,6 +26,7 @@ _SHARED: Fields = {
     "json_schema": (),
     "ebnf": (),
     "grammar": ("",),
+    "format": ("",),
     "stop_regex": ([],),
     "allowed_token_ids": (),
     "bad_words": ([],),
@@ -41,9 +42,15 @@ _SHARED: Fields = {
     "dry_multiplier": (0,),
     "xtc_probability": (0,),
     "dynatemp_range": (0,),
+    "top_n_sigma": (-1, 0),
+    "top_a": (0,),
+    "tfs_z": (1,),
+    "samplers": (),
+    "do_sample": (True,),
     "logits_processors": ([],),
     "custom_logit_processor": (),
     "lora_path": (),
+    "lora": ([],),
     # what comes with it
     "prompt_logprobs": (),
     "logprob_token_ids": ([],),
@@ -54,14 +61,24 @@ _SHARED: Fields = {
     "truncate_prompt_tokens": (),
     "truncation_side": (),
     "cache_salt": (),
-    # how long it is, in other words
+    # fields of ours, in other words
     "n_predict": (-1,),
+    "num_predict": (-1,),
+    "random_seed": (),
     "max_new_tokens": (),
     "min_new_tokens": (0,),
 }
+# How long a model thinks before it answers, in the words of many servers.
+_THINKING: Fields = {"reasoning_effort": (), "reasoning": (), "thinking": (), "enable_thinking": ()}
 CHAT: Fields = _SHARED | {
-    "reasoning_effort": (),
+    **_THINKING,
     "include_reasoning": (True,),
+    "reasoning_format": ("none", "raw"),
+    "reasoning_budget": (-1,),
+    "thinking_budget": (),
+    "prompt_mode": (),
+    "safe_prompt": (False,),
+    "web_search_options": (),
     "echo": (False,),
     "best_of": (1,),
     "chat_template": (),
@@ -73,7 +90,7 @@ CHAT: Fields = _SHARED | {
     "audio": (),
 }
 COMPLETION: Fields = _SHARED | {"prompt_embeds": (), "suffix": ("",)}
-TOKENIZE: Fields = {"chat_template": ()}
+TOKENIZE: Fields = {"chat_template": (), **_THINKING}
 
 _HINTS = {
     "chat_template": "the model's own is used",
@@ -82,7 +99,10 @@ _HINTS = {
     "min_new_tokens": "it is min_tokens here",
     "n_predict": "it is max_tokens here",
     "repeat_penalty": "it is repetition_penalty here",
-    "reasoning_effort": "a template that reads it takes it from chat_template_kwargs",
+    "num_predict": "it is max_tokens here",
+    "random_seed": "it is seed here",
+    "do_sample": "temperature 0 is greedy",
+    **dict.fromkeys(_THINKING, "a template that reads it takes it from chat_template_kwargs"),
 }
 
 
