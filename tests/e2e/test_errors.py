@@ -8,8 +8,6 @@ import random
 import re
 import shutil
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import psutil
@@ -17,21 +15,18 @@ import pytest
 
 from tests.e2e.conftest import STEP3_TINY
 from tests.e2e.local_cluster import LocalCluster
+from tests.fakes.warm_process import afd
 
 MODEL = ("--model", STEP3_TINY, "--dtype", "float32")
 
 
-def afd(*args: str, within_s: float = 30) -> subprocess.CompletedProcess:
-    """Run one command to its end."""
-    return subprocess.run([sys.executable, "-m", "afd", *args], capture_output=True, text=True, timeout=within_s)
-
-
-def one_error_line(result: subprocess.CompletedProcess) -> str:
-    """The command failed with exactly one error line and no traceback."""
-    assert result.returncode == 2, (result.returncode, result.stdout, result.stderr)
-    assert "Traceback" not in result.stderr
-    errors = [line for line in result.stderr.splitlines() if "error" in line.lower()]
-    assert len(errors) == 1, result.stderr
+def one_error_line(*args: str, within_s: float = 30) -> str:
+    """The command fails with exactly one error line and no traceback."""
+    exit_code, output = afd([*args], {**os.environ, "PYTHONWARNINGS": ""}, within_s)
+    assert exit_code == 2, (exit_code, output)
+    assert "Traceback" not in output
+    errors = [line for line in output.splitlines() if "error" in line.lower()]
+    assert len(errors) == 1, output
     return errors[0]
 
 
@@ -97,14 +92,13 @@ def test_workers_that_do_not_belong_are_refused_by_name(tmp_path):
         [log_line] = [line for line in cluster.lines if "coordinator listens on" in line]
         coordinator = re.search(r"listens on ([\d.]+:\d+)", log_line)[1]
         joining = ("--coordinator", coordinator, "--topology", "1A1F")
-        line = one_error_line(afd("ffn", *MODEL, *joining, "--secret-file", wrong))
+        line = one_error_line("ffn", *MODEL, *joining, "--secret-file", wrong)
         assert "secret" in line
         other = ("--model", "dummy:step3-tiny", "--dtype", "float32")
-        line = one_error_line(afd("ffn", *other, *joining, "--secret-file", right))
+        line = one_error_line("ffn", *other, *joining, "--secret-file", right)
         assert "model" in line
-        line = one_error_line(
-            afd("attention", "--model", STEP3_TINY, "--dtype", "bfloat16", *joining, "--secret-file", right)
-        )
+        other = ("--model", STEP3_TINY, "--dtype", "bfloat16")
+        line = one_error_line("attention", *other, *joining, "--secret-file", right)
         assert "dtype" in line
         assert len(cluster.greedy_ids([1, 2, 3], 4)) == 4
 
@@ -112,7 +106,7 @@ def test_workers_that_do_not_belong_are_refused_by_name(tmp_path):
 def test_a_port_in_use_is_named_before_anything_starts(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        line = one_error_line(afd("up", *MODEL, "--port", str(port)))
+        line = one_error_line("up", *MODEL, "--port", str(port))
         assert str(port) in line and "in use" in line
 
 
@@ -129,7 +123,7 @@ def test_a_port_in_use_is_named_before_anything_starts(tmp_path):
     ],
 )
 def test_a_wrong_flag_is_one_line(args, words):
-    line = one_error_line(afd("up", *args))
+    line = one_error_line("up", *args)
     assert all(word in line for word in words)
 
 
@@ -138,12 +132,12 @@ def test_a_truncated_weight_file_is_named(tmp_path):
     shutil.copytree(STEP3_TINY, folder)
     path = folder / "model.safetensors"
     os.truncate(path, path.stat().st_size - 1000)
-    line = one_error_line(afd("up", "--model", str(folder), "--port", "0"))
+    line = one_error_line("up", "--model", str(folder), "--port", "0")
     assert "model.safetensors" in line
 
 
 def test_an_unknown_key_in_the_file_is_named(tmp_path):
     path = tmp_path / "cluster.toml"
     path.write_text("[gateway]\nprot = 8000\n")
-    line = one_error_line(afd("up", "--config", str(path)))
+    line = one_error_line("up", "--config", str(path))
     assert "prot" in line and str(path) in line

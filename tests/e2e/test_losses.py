@@ -117,7 +117,8 @@ def test_without_a_coordinator_streams_go_on_and_new_requests_are_served(tmp_pat
 
 @pytest.mark.parametrize("victim", ["gateway", "supervisor"])
 def test_a_killed_gateway_or_supervisor_closes_connections_and_leaves_nothing(victim, tmp_path):
-    cluster = LocalCluster(tmp_path, *MODEL, "--topology", "1A1F", "--no-restart", expect_exit=None, cold=True)
+    cold = victim == "supervisor"
+    cluster = LocalCluster(tmp_path, *MODEL, "--topology", "1A1F", "--no-restart", expect_exit=None, cold=cold)
     with cluster:
         streams = start_streams(cluster, 2)
         os.kill(cluster.process.pid if victim == "supervisor" else cluster.pid_of("gateway"), signal.SIGKILL)
