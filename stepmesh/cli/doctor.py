@@ -134,7 +134,7 @@ def _rdma_software(facts: Facts) -> Iterator[Finding]:
         fix = "let the user read and write /dev/infiniband/uverbs* (group rdma, or a udev rule)"
         yield Finding(FAIL, "/dev/infiniband", "no permission", fix)
     if facts.max_locked_bytes != _UNLIMITED:
-        fix = "ulimit -l unlimited, LimitMEMLOCK=infinity in the unit, or CAP_IPC_LOCK in the container"
+        fix = "ulimit -l unlimited, LimitMEMLOCK=infinity in the unit (for a container: its runtime's)"
         yield Finding(
             WARN, "locked memory", f"limit {facts.max_locked_bytes >> 10} KiB: slots cannot be registered", fix
         )

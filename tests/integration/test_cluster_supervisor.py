@@ -21,7 +21,7 @@ from tests.fakes import supervisor
 from tests.fakes.warm_process import WarmProcess, afd
 
 ROOT = Path(__file__).resolve().parents[2]
-WAIT_S = 20.0
+WAIT_S = 50.0
 NAMES = re.compile(r"(coordinator|fork-server|\w+/\d+)$")
 
 
