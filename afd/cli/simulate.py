@@ -49,6 +49,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="from S seconds on replace a role's workers one after the other (repeatable)",
     )
     parser.add_argument(
+        "--scale",
+        action="append",
+        default=[],
+        metavar="WORKERS@S",
+        help="from S seconds on there are to be so many attention workers (repeatable)",
+    )
+    parser.add_argument(
         "--slow",
         action="append",
         default=[],

@@ -55,6 +55,6 @@ def _colocated(scenario: Scenario, efficiency: Efficiency) -> tuple[str, Colocat
         raise ConfigError("--baseline ep: the two roles have different chips, and no one kind of chip does both")
     if not isinstance(scenario.stages, RooflineStages) or settings.times.fabric is not None:
         raise ConfigError("--baseline ep has data-sheet times: leave out --calibrate, --stages, --oversubscription")
-    if settings.failures or settings.rollouts or not settings.pace.steady:
-        raise ConfigError("--baseline ep knows no --fail, --rollout and --slow")
+    if settings.failures or settings.rollouts or settings.scalings or not settings.pace.steady:
+        raise ConfigError("--baseline ep knows no --fail, --rollout, --scale and --slow")
     return f"EP{num_chips} on {num_chips} x {chip.title}", ColocatedModel(deployment, efficiency), num_chips

@@ -42,7 +42,7 @@ class Simulation:
         """
         self._settings = settings
         self._events = EventQueue()
-        self._results = Results(settings.topology, settings.tpot_s, settings.ttft_s)
+        self._results = Results(settings.tpot_s, settings.ttft_s)
         path_of = path_of or (LayerPath if settings.detail == "layers" else ClosedFormPath)
         path = path_of(settings, self._events, self._results)
         self._gateway = Gateway(settings, arrivals, self._events, self._results, self._to_worker, watch)
@@ -58,6 +58,8 @@ class Simulation:
         for planned in self._settings.rollouts:
             begin = Rollout(planned.role, self._members, self._events, self._settings.load).begin
             self._events.after(START_S + planned.at_s, begin)
+        for scaling in self._settings.scalings:
+            self._events.after(START_S + scaling.at_s, self._members.resize, scaling.num_attention)
         gateway, results = self._gateway, self._results
         while not gateway.done:
             self._seen = results.num_news
@@ -70,6 +72,7 @@ class Simulation:
         for worker in self.workers:
             worker.fail("the end", self._events.now)
         intended = [(failure.at_s, str(failure)) for failure in self._settings.failures]
+        intended += [(scaling.at_s, str(scaling)) for scaling in self._settings.scalings]
         intended += [(rollout.at_s, str(rollout)) for rollout in self._settings.rollouts]
         for at_s, what in intended:
             if START_S + at_s > self._events.now:

@@ -36,6 +36,7 @@ class Members:
         self._of_rank: dict[int, AttentionWorker] = {}
         self._draining: set[str] = set()
         self._ffn_down: set[int] = set()
+        self._num_attention = settings.topology.num_attention
         self._num_incarnations = 0
         self._num_preempted = 0
 
@@ -46,8 +47,7 @@ class Members:
 
     def size(self, role: str) -> int:
         """Places of a role."""
-        topology = self._settings.topology
-        return topology.num_attention if role == "attention" else topology.num_ffn
+        return self._num_attention if role == "attention" else self._settings.topology.num_ffn
 
     def note(self, text: str) -> None:
         """A line of the report's time line."""
@@ -99,12 +99,22 @@ class Members:
         self._events.after(LOST_AFTER_S, self._forget, worker)
 
     def return_attention(self, rank: int) -> None:
-        """A successor serves, unless the place is taken."""
+        """A successor or a newcomer serves, unless the place is taken or there is none any more."""
         worker = self._of_rank.get(rank)
-        if worker is None or not worker.alive:
+        if rank < self._num_attention and (worker is None or not worker.alive):
             self.note(f"attention/{rank} serves")
             self._start(rank)
             self.publish()
+
+    def resize(self, num_attention: int) -> None:
+        """So many places for attention workers: newcomers serve when they have loaded, the highest ranks drain."""
+        before, self._num_attention = self._num_attention, num_attention
+        if before != num_attention:
+            self.note(f"{before} attention workers should be {num_attention}")
+        for rank in range(before, num_attention):
+            self._events.after(self._settings.load.attention_s, self.return_attention, rank)
+        for rank in range(num_attention, before):
+            self.drain(rank, lambda: None)
 
     def drain(self, rank: int, gone: Callable[[], None]) -> None:
         """A worker takes nothing new, finishes what it can within `drain_s`, and leaves; the gateway moves the rest.
@@ -141,12 +151,14 @@ class Members:
         worker.introduce(self._events.now)
         worker.set_ready(not self._ffn_down, "an FFN worker is lost", self._events.now)
         self.alive[key] = self._of_rank[rank] = worker
+        self._results.joined(key, self._events.now)
         self._report(worker)
 
     def _end(self, worker: AttentionWorker, why: str) -> None:
         worker.fail(why, self._events.now)
         worker.alive = False
         del self.alive[worker.key]
+        self._results.left(worker.key, self._events.now)
         self._draining.discard(worker.key)
         self._num_preempted += worker.scheduler.num_preemptions
         self._path.lose_attention(worker)

@@ -1,4 +1,5 @@
-"""What is planned to happen: losses (`--fail ROLE:INDEX@SECONDS[+RESTART_S]`), rollouts (`--rollout ROLE@SECONDS`)."""
+"""What is planned to happen: losses (`--fail ROLE:INDEX@SECONDS[+RESTART_S]`), rollouts (`--rollout
+ROLE@SECONDS`), other numbers of attention workers (`--scale WORKERS@SECONDS`)."""
 
 from __future__ import annotations
 
@@ -6,11 +7,13 @@ import re
 from dataclasses import dataclass
 
 from afd.errors import ConfigError
+from afd.plan.search import MAX_ATTENTION
 from afd.simulate.loading import LoadTimes
 from afd.types import Topology
 
 _FAILURE = re.compile(r"^(attention|ffn):(\d{1,4})@(\d+(?:\.\d+)?)(?:\+(load|\d+(?:\.\d+)?))?$")
 
+_SCALING = re.compile(r"^([1-9]\d{0,2})@(\d+(?:\.\d+)?)$")
 _ROLLOUT = re.compile(r"^(attention|ffn)@(\d+(?:\.\d+)?)$")
 
 
@@ -59,3 +62,22 @@ class PlannedRollout:
         if match is None:
             raise ConfigError(f"--rollout {text!r} is not ROLE@SECONDS, such as attention@30")
         return cls(match[1], float(match[2]))
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedScaling:
+    """From `at_s` on there are to be so many attention workers."""
+
+    num_attention: int
+    at_s: float
+
+    def __str__(self) -> str:
+        return f"the change to {self.num_attention} attention workers"
+
+    @classmethod
+    def parse(cls, text: str) -> PlannedScaling:
+        """ "4@30"; ConfigError otherwise."""
+        match = _SCALING.match(text)
+        if match is None or int(match[1]) > MAX_ATTENTION:
+            raise ConfigError(f"--scale {text!r} is not WORKERS@SECONDS, such as 4@30, of 1 to {MAX_ATTENTION}")
+        return cls(int(match[1]), float(match[2]))

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from array import array
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from afd.ffn.gang import GangBatch
 from afd.simulate.outcomes import Outcome
-from afd.types import Topology
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +40,8 @@ class Report:
     num_good: answered within both targets.
     cached_tokens: of the answered requests' prompts, found in a prefix cache.
     e2el: from a request's arrival to its last token.
-    attention_busy, ffn_busy: share of the duration.
+    attention_workers: that were there, on average.
+    attention_busy, ffn_busy: share of the time in which workers were there.
     attention_bubble, ffn_bubble: idle share while a step was in flight on that worker, or anywhere.
     gang_size: attention workers a batch.
     gang_tokens: its rows.
@@ -65,6 +65,7 @@ class Report:
     ttft: Spread
     tpot: Spread
     e2el: Spread
+    attention_workers: float
     attention_busy: float
     attention_bubble: float
     ffn_busy: float
@@ -92,7 +93,7 @@ class Report:
 class Results:
     """Books of a simulation: 24 bytes a finished request, the rest does not grow."""
 
-    def __init__(self, topology: Topology, tpot_s: float, ttft_s: float):
+    def __init__(self, tpot_s: float, ttft_s: float):
         self._tpot_s, self._ttft_s = tpot_s, ttft_s
         self._ttfts, self._tpots, self._e2els = array("d"), array("d"), array("d")
         self._refused: Counter[str] = Counter()
@@ -103,7 +104,9 @@ class Results:
         self._cached_tokens = 0
         self._output_tokens = 0
         self._ended_at = 0.0
-        self._attention_busy_s = [0.0] * topology.num_attention
+        self._attention_busy_s: defaultdict[int, float] = defaultdict(float)  # by rank
+        self._joined_at: dict[str, float] = {}  # attention workers that are there, by key
+        self._worker_s = 0.0  # of those that are gone
         self._flying_s = 0.0
         self._since: dict[int, float] = {}
         self._any_flying_s = 0.0
@@ -171,6 +174,14 @@ class Results:
         if not self._since:
             self._any_flying_s += now - self._any_since
 
+    def joined(self, key: str, now: float) -> None:
+        """An attention worker serves from now on."""
+        self._joined_at[key] = now
+
+    def left(self, key: str, now: float) -> None:
+        """It is gone."""
+        self._worker_s += now - self._joined_at.pop(key)
+
     def attention_busy(self, rank: int, seconds: float) -> None:
         self._attention_busy_s[rank] += seconds
 
@@ -187,8 +198,9 @@ class Results:
     def report(self, *, migrated: int, preempted: int) -> Report:
         duration_s = self._ended_at or 1.0
         num_batches = max(1, self._num_batches)
-        busy_s = self._attention_busy_s
-        mean_busy_s = sum(busy_s) / len(busy_s)
+        busy_s = self._attention_busy_s.values()
+        mean_busy_s = sum(busy_s) / max(1, len(busy_s))
+        worker_s = self._worker_s + sum(max(0.0, self._ended_at - at_s) for at_s in self._joined_at.values())
         return Report(
             duration_s=self._ended_at,
             num_requests=self.num_arrived,
@@ -205,7 +217,8 @@ class Results:
             ttft=Spread.of(self._ttfts),
             tpot=Spread.of(self._tpots),
             e2el=Spread.of(self._e2els),
-            attention_busy=mean_busy_s / duration_s,
+            attention_workers=worker_s / duration_s,
+            attention_busy=sum(busy_s) / worker_s if worker_s else 0.0,
             attention_bubble=max(0.0, 1.0 - sum(busy_s) / self._flying_s) if self._flying_s else 0.0,
             ffn_busy=self.ffn_busy_s / duration_s,
             ffn_bubble=max(0.0, 1.0 - self.ffn_busy_s / self._any_flying_s) if self._any_flying_s else 0.0,

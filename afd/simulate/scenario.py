@@ -24,7 +24,7 @@ from afd.simulate.experts import expert_imbalance
 from afd.simulate.fabric import Fabric
 from afd.simulate.loading import LoadTimes
 from afd.simulate.offered_load import RANK_NUM_SEQS, RANK_STEP_TOKENS, arrivals_of
-from afd.simulate.planned import Failure, PlannedRollout
+from afd.simulate.planned import Failure, PlannedRollout, PlannedScaling
 from afd.simulate.results import Report
 from afd.simulate.settings import Settings
 from afd.simulate.slowdowns import Pace, Slowdown
@@ -50,10 +50,12 @@ class Scenario:
     rate: float
 
     def usd_per_mtok(self, report: Report) -> float | None:
-        """Rent of the chips while it ran, over its output; None where a price or output is missing."""
-        rent = self.deployment.usd_per_hour
-        if rent is None or not report.output_tokens:
+        """Rent of the chips while they were there, over its output; None where a price or output is missing."""
+        deployment = self.deployment
+        if deployment.usd_per_hour is None or not report.output_tokens:
             return None
+        more = (report.attention_workers - deployment.topology.num_attention) * deployment.ranks_per_instance
+        rent = deployment.usd_per_hour + more * deployment.attention_chip.price
         return rent / 3600 * report.duration_s / report.output_tokens * 1e6
 
     def payload(self) -> dict[str, Any]:
@@ -110,6 +112,7 @@ def scenario_of(arguments: argparse.Namespace) -> Scenario:
         detail=arguments.detail,
         failures=tuple(Failure.parse(text, deployment.topology, load) for text in arguments.fail),
         rollouts=tuple(PlannedRollout.parse(text) for text in arguments.rollout),
+        scalings=tuple(PlannedScaling.parse(text) for text in arguments.scale),
         load=load,
         drain_s=arguments.drain_s,
         pace=Pace(

@@ -8,7 +8,7 @@ from typing import Literal
 from afd.sched.policy import Policy
 from afd.sched.scheduler import SchedulerConfig
 from afd.simulate.loading import LoadTimes
-from afd.simulate.planned import Failure, PlannedRollout
+from afd.simulate.planned import Failure, PlannedRollout, PlannedScaling
 from afd.simulate.slowdowns import Pace
 from afd.simulate.times import StepTimes
 from afd.types import Topology
@@ -55,6 +55,7 @@ class Settings:
     detail: Detail = "ends"
     failures: tuple[Failure, ...] = ()
     rollouts: tuple[PlannedRollout, ...] = ()
+    scalings: tuple[PlannedScaling, ...] = ()
     load: LoadTimes = AT_ONCE
     drain_s: float = 10.0
     pace: Pace = NO_SLOWDOWNS

@@ -22,6 +22,7 @@ from afd.types import Topology
 _NO_FABRIC = Fabric(0.0, 0.0)
 _BITS, _PREFILL_BITS = 7, 5
 _MAX_MIXED = 20_000  # prices of steps with prefill that are remembered
+_MAX_AS_ASKED = 8_192  # transfers, by exact sizes: most are asked for again at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +80,7 @@ class StepTimes:
         self._head: dict[int, float] = {}
         self._ffn: dict[int, float] = {}
         self._transfer: dict[tuple[int, int], tuple[float, float]] = {}
+        self._as_asked: dict[tuple[float, float], tuple[float, float]] = {}  # of `_transfer`, before rounding
 
     def attention_s(self, load: StepLoad, chunks: Sequence[BatchItem] = ()) -> float:
         """Combine, attention and dispatch of one layer of a worker's micro-batch. chunks: of its items, prefill."""
@@ -138,6 +140,14 @@ class StepTimes:
 
         At the worker's end its own rows count, at the FFN's end all rows of the gang: whichever takes longer.
         """
+        known = self._as_asked.get((num_tokens, gang_tokens))
+        if known is None:
+            if len(self._as_asked) == _MAX_AS_ASKED:
+                self._as_asked.clear()
+            known = self._as_asked[num_tokens, gang_tokens] = self._rounded_transfer_s(num_tokens, gang_tokens)
+        return known
+
+    def _rounded_transfer_s(self, num_tokens: float, gang_tokens: float) -> tuple[float, float]:
         own, gang = rounded(num_tokens), rounded(max(num_tokens, gang_tokens))
         seconds = self._transfer.get((own, gang))
         if seconds is None:
@@ -158,8 +168,8 @@ class StepTimes:
 
 def rounded(value: float, bits: int = _BITS) -> int:
     """The nearest whole number of at most so many significant bits; at least 1 for what is above 0."""
-    number = max(1, int(value + 0.5)) if value > 0.0 else 0
+    number = int(value + 0.5)
     if number < 1 << bits:
-        return number
+        return number or int(value > 0.0)
     shift = number.bit_length() - bits
     return ((number + (1 << (shift - 1))) >> shift) << shift

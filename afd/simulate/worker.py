@@ -73,7 +73,7 @@ class Step:
     num_tokens: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.stream, self.num_tokens = self.batch.stream, self.batch.num_tokens
+        self.stream, self.num_tokens = self.batch.stream, int(self.load.num_tokens)
 
     def meet(self, gang_tokens: int, times: StepTimes) -> None:
         """Join a gang of so many rows: the rows of the stream's last gang, until its own are known."""

@@ -141,6 +141,7 @@ def test_a_calibration_gives_the_stage_times(simulate, tmp_path):
         (["--efficiency", "gemm=7"], "gemm"),
         (["--slow", "ffn:1*2"], "2A1F has ffn workers 0 to 0"),
         (["--slow", "ffn:0"], "is not ROLE:INDEX*FACTOR"),
+        (["--scale", "0@3"], "is not WORKERS@SECONDS"),
         (["--rollout", "ffn"], "is not ROLE@SECONDS"),
         (["--fail", "ffn:0@3+soon"], "is not ROLE:INDEX@SECONDS"),
         (["--seeds", "1"], "--seeds must be 2 to 31"),
@@ -148,7 +149,7 @@ def test_a_calibration_gives_the_stage_times(simulate, tmp_path):
         (["--seeds", "3", "--trace", "x"], "--seeds: a trace is the same with every seed"),
         (
             ["--baseline", "ep", "--rate", "9", "--slow", "ffn:0*2"],
-            "--baseline ep knows no --fail, --rollout and --slow",
+            "--baseline ep knows no --fail, --rollout,",
         ),
         (["--baseline", "ep", "--rate", "9", "--ffn", "h20"], "the two roles have different chips"),
         (["--expert-skew", "1"], "smollm2-135m-instruct has no experts"),

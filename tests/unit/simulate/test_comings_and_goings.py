@@ -11,7 +11,7 @@ from afd.plan.efficiency import Efficiency
 from afd.simulate.arrivals import Lengths, OpenLoop
 from afd.simulate.cluster import Simulation
 from afd.simulate.loading import LoadTimes
-from afd.simulate.planned import Failure, PlannedRollout
+from afd.simulate.planned import Failure, PlannedRollout, PlannedScaling
 from afd.simulate.times import ConstantStages
 from afd.types import Topology
 from tests.unit.simulate.cluster_under_test import settings, stage
@@ -48,7 +48,7 @@ def test_ffn_ranks_are_replaced_one_after_the_other_and_everybody_waits():
         (1.25, "ffn/0 serves"),
         (1.25, "rollout of ffn is over"),
     )
-    assert not report.lost and report.refused.keys() == {"not_ready"}
+    assert report.num_answered == 60 and not report.lost and not report.refused
     assert report.tpot.p99_ms * 29 > 450, "whoever ran stood still for half a second at a time"
 
 
@@ -84,3 +84,25 @@ def test_what_did_not_happen_is_said():
 def test_what_is_no_rollout_is_said(text):
     with pytest.raises(ConfigError, match="is not ROLE@SECONDS"):
         PlannedRollout.parse(text)
+
+
+def test_attention_workers_are_added_when_they_have_loaded_and_drain_when_there_are_too_many():
+    """1.5 s: one worker, three from 0.5 s on (asked for at 0.2), two of them again from 1.0 s on."""
+    scalings = (PlannedScaling(3, 0.2), PlannedScaling(2, 1.0))
+    report = run("1A1F", scalings=scalings, load=LoadTimes(0.3, 9.0))
+    assert report.timeline[:4] == (
+        (0.2, "1 attention workers should be 3"),
+        (0.5, "attention/1 serves"),
+        (0.5, "attention/2 serves"),
+        (1.0, "3 attention workers should be 2"),
+    )
+    assert report.timeline[4] == (1.0, "attention/2 drains")
+    assert report.num_answered == 60 and not report.lost and not report.refused
+    least, most = 1 + 2 * 0.5 / report.duration_s, 1 + 2 * (report.duration_s - 0.5) / report.duration_s
+    assert least < report.attention_workers < most and 0.0 < report.attention_busy < 1.0
+
+
+def test_a_newcomer_that_is_not_wanted_any_more_does_not_come():
+    report = run("1A1F", scalings=(PlannedScaling(2, 0.2), PlannedScaling(1, 0.3)), load=LoadTimes(0.3, 9.0))
+    assert report.timeline == ((0.2, "1 attention workers should be 2"), (0.3, "2 attention workers should be 1"))
+    assert report.attention_workers == pytest.approx(1.0) and report.num_answered == 60
