@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from afd.errors import ConfigError
-from afd.types import MAX_STREAMS, DispatchMode, FfnParallel, Topology
+from afd.types import MAX_STREAMS, DispatchMode, FfnParallel, Topology, host_port
 
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 Positive = Annotated[float, msgspec.Meta(gt=0, le=1e9)]  # finite: clocks and waits must take it
@@ -48,7 +48,7 @@ class Listener(Section, frozen=True):
 
     def reachable(self, bound: str) -> str:
         """ "host:port" for the others; bound: "host:port" or "tcp://host:port" of a socket that listens."""
-        return f"{self.reachable_host}:{bound.rpartition(':')[2]}"
+        return host_port(self.reachable_host, bound.rpartition(":")[2])
 
 
 class ModelConfig(Section, frozen=True):
@@ -333,6 +333,8 @@ def check_config(config: ClusterConfig) -> None:
     if config.attention.min_chunk_tokens > config.attention.max_step_tokens:
         raise ConfigError("attention.min_chunk_tokens must not exceed attention.max_step_tokens")
     host, _, port = config.coordinator.address.rpartition(":")
+    if ":" in host.strip("[]") and not (host.startswith("[") and host.endswith("]")):
+        raise ConfigError(f"coordinator.address {config.coordinator.address!r}: an IPv6 address stands in brackets")
     if not host or not (port.isascii() and port.isdigit()) or int(port) > 65535:
         raise ConfigError(f"coordinator.address {config.coordinator.address!r} is not host:port")
     if 3 * config.coordinator.heartbeat_s > config.coordinator.lost_after_s:

@@ -9,6 +9,11 @@ from enum import StrEnum
 from afd.errors import ConfigError
 
 
+def host_port(host: str, port: int | str) -> str:
+    """ "host:port"; an IPv6 address stands in brackets."""
+    return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
+
+
 class FinishReason(StrEnum):
     """Why a request ended. STOP and LENGTH are OpenAI's words."""
 

@@ -16,7 +16,7 @@ import zmq
 from afd.errors import ConfigError
 from afd.messages.codec import MessageError, encode
 from afd.messages.serving import GatewayMessage, WorkerMessage, WorkerStats, gateway_message_decoder
-from afd.messages.serving_sockets import server_socket
+from afd.messages.serving_sockets import bind, server_socket
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class GatewayLink:
         self._owns_context = context is None
         self._socket: zmq.Socket[Any] = server_socket(self._context, secret, max_bytes)
         try:
-            self._socket.bind(endpoint)
+            bind(self._socket, endpoint)
         except zmq.ZMQError as error:
             self.close()
             raise ConfigError(f"attention.port: cannot listen on {endpoint}: {error.strerror}") from error

@@ -17,6 +17,7 @@ from afd.config import ClusterConfig
 from afd.errors import PeerLostError
 from afd.membership.port import Announce, Join
 from afd.messages.serving import to_worker_bytes
+from afd.types import host_port
 from afd.worker.process import WorkerProcess
 from afd.worker.seat import IDLE_S, TURN_S, Seat
 from stepmesh.types import Role
@@ -36,7 +37,7 @@ def run_attention_worker(
     section = config.attention
     with ExitStack() as life:
         process = life.enter_context(closing(WorkerProcess(Role.ATTENTION, config, secret, join, stop, announce)))
-        spec, endpoint = process.folder.spec, f"tcp://{section.host}:{section.port or '*'}"
+        spec, endpoint = process.folder.spec, f"tcp://{host_port(section.host, section.port or '*')}"
         link = life.enter_context(closing(GatewayLink(secret, endpoint, to_worker_bytes(config, spec.max_context))))
         seat = process.take_seat(serving=f"tcp://{section.reachable(link.address)}")
         if seat is None:

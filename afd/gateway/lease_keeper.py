@@ -11,7 +11,7 @@ import zmq
 
 from afd.messages.codec import encode
 from afd.messages.serving import Lease, lease_identity
-from afd.messages.serving_sockets import client_socket
+from afd.messages.serving_sockets import client_socket, connect
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class LeaseKeeper:
         for key, endpoint in wanted - sockets.keys():
             socket = client_socket(context, self._secret, self._identity)
             try:
-                socket.connect(endpoint)
+                connect(socket, endpoint)
             except zmq.ZMQError:  # the link for requests says so
                 socket.close(linger=0)
             else:

@@ -25,6 +25,7 @@ from afd.gateway.service import GatewayService
 from afd.host.open_files import OWN_FILES, open_files_limit
 from afd.membership.port import Membership
 from afd.telemetry.rare_log import RareLog
+from afd.types import host_port
 
 log = logging.getLogger(__name__)
 
@@ -129,7 +130,7 @@ def url_of(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
     if host in ("0.0.0.0", "::"):
         host = "localhost"
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"http://{host_port(host, port)}"
 
 
 def _on_refused(service: GatewayService) -> Callable[[RequestError, str], None]:

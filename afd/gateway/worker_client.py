@@ -13,7 +13,7 @@ import zmq.asyncio
 
 from afd.messages.codec import MessageError, encode
 from afd.messages.serving import GatewayMessage, WorkerMessage, worker_message_decoder
-from afd.messages.serving_sockets import client_socket
+from afd.messages.serving_sockets import client_socket, connect
 from afd.telemetry.rare_log import RareLog
 
 log = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ class WorkerClient:
         """Open a link; the connection itself comes about (and back) in the background."""
         socket = client_socket(self._ctx, self._secret, self._identity)
         try:
-            socket.connect(endpoint)
+            connect(socket, endpoint)
         except zmq.ZMQError as error:
             socket.close()
             log.error("attention worker %s published an endpoint that is none: %r (%s)", key, endpoint, error)

@@ -34,6 +34,18 @@ def _set_limits(socket: zmq.Socket[Any], max_message_bytes: int) -> None:
     socket.heartbeat_timeout = HEARTBEAT_TIMEOUT_MS
 
 
+def bind(socket: zmq.Socket[Any], endpoint: str) -> None:
+    """Listen on "tcp://host:port", where the host may be "[::1]"; raises ZMQError."""
+    socket.ipv6 = "[" in endpoint
+    socket.bind(endpoint)
+
+
+def connect(socket: zmq.Socket[Any], endpoint: str) -> None:
+    """Connect to "tcp://host:port", where the host may be "[::1]"; raises ZMQError."""
+    socket.ipv6 = "[" in endpoint
+    socket.connect(endpoint)
+
+
 def server_socket(ctx: zmq.Context[SocketT], secret: bytes, max_message_bytes: int) -> SocketT:
     """An attention worker's ROUTER, not bound yet. Frames: [gateway identity, message].
 

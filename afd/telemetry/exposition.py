@@ -30,6 +30,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from afd import __version__
 from afd.errors import ConfigError
+from afd.types import host_port
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +88,7 @@ class MetricsServer:
             self._socket = socket.create_server((host, port), family=family, backlog=MAX_PENDING)
         except OSError as error:
             raise ConfigError(f"metrics cannot listen on {host}:{port}: {error.strerror}") from error
-        self.address = f"{host}:{self._socket.getsockname()[1]}"
+        self.address = host_port(host, self._socket.getsockname()[1])
         self._loop = asyncio.new_event_loop()
         self._site = _Site(self._loop, registry, ready, pages or {}, token)
         self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)

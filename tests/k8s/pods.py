@@ -14,13 +14,15 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import IO
 
+from afd.types import host_port
 from tests.k8s.chart import REPOSITORY, Object
 
 CLONE_NEWNET = 0x40000000
-SUBNET = "10.77.0"
+SUBNETS = {"IPv4": ("10.77.0.", 24), "IPv6": ("fd77::", 64)}
 # Runs in the pod's namespaces: its files, a root that cannot be written to, then the container's command.
 ENTER = """
 set -e
@@ -67,7 +69,8 @@ class Network:
         self._namespaces: list[str] = []
         self._add(self._hub)
         ip("-n", self._hub, "link", "add", "bridge", "type", "bridge")
-        ip("-n", self._hub, "addr", "add", f"{SUBNET}.1/24", "dev", "bridge")
+        for family in SUBNETS:
+            self._address(self._hub, "bridge", family, 1)
         ip("-n", self._hub, "link", "set", "bridge", "up")
 
     def _add(self, namespace: str) -> None:
@@ -75,20 +78,27 @@ class Network:
         self._namespaces.append(namespace)
         ip("-n", namespace, "link", "set", "lo", "up")
 
-    def attach(self, pod: str) -> tuple[str, str]:
-        """A new namespace with an address: (namespace, address)."""
+    def _address(self, namespace: str, device: str, family: str, number: int) -> str:
+        prefix, length = SUBNETS[family]
+        address = f"{prefix}{number}"
+        nodad = ("nodad",) if family == "IPv6" else ()  # nobody else can have it: usable at once
+        ip("-n", namespace, "addr", "add", f"{address}/{length}", "dev", device, *nodad)
+        return address
+
+    def attach(self, pod: str, family: str) -> tuple[str, str]:
+        """A new namespace with one address, of this family: (namespace, address)."""
         number = len(self._namespaces)
-        namespace, port, address = f"{self._tag}-{pod}", f"port{number}", f"{SUBNET}.{number + 1}"
+        namespace, port = f"{self._tag}-{pod}", f"port{number}"
         self._add(namespace)
         ip("-n", namespace, "link", "add", "eth0", "type", "veth", "peer", "name", port, "netns", self._hub)
-        ip("-n", namespace, "addr", "add", f"{address}/24", "dev", "eth0")
+        address = self._address(namespace, "eth0", family, number + 1)
         ip("-n", namespace, "link", "set", "eth0", "up")
         ip("-n", self._hub, "link", "set", port, "master", "bridge", "up")
         return namespace, address
 
     @contextlib.contextmanager
     def inside(self) -> Iterator[None]:
-        """Sockets that this thread makes in here are on the bridge, at SUBNET.1."""
+        """Sockets that this thread makes in here are on the bridge."""
         with open("/proc/thread-self/ns/net", "rb") as home, open(f"/run/netns/{self._hub}", "rb") as hub:
             _setns(hub.fileno())
             try:
@@ -110,11 +120,13 @@ def _setns(fd: int) -> None:
 class Pod:
     """One pod of a workload. `start` runs its container, again after it has ended."""
 
-    def __init__(self, network: Network, role: str, ordinal: int, template: Object, folder: Path, name: str):
+    def __init__(
+        self, network: Network, role: str, ordinal: int, template: Object, folder: Path, name: str, family: str
+    ):
         self.role = role
         self.name = name
         self.ordinal = ordinal
-        self.namespace, self.address = network.attach(self.name)
+        self.namespace, self.address = network.attach(self.name, family)
         (self.container,) = template["spec"]["containers"]
         self.labels = template["metadata"]["labels"]
         self._etc = folder / self.name / "etc"
@@ -124,6 +136,10 @@ class Pod:
     @property
     def ports(self) -> dict[str, int]:
         return {entry["name"]: entry["containerPort"] for entry in self.container["ports"]}
+
+    def url(self, port: str) -> str:
+        """Of one of the container's ports, by name."""
+        return f"http://{host_port(self.address, self.ports[port])}"
 
     def mount(self, files: dict[str, bytes]) -> None:
         """Files below /etc, by absolute path. Before `start`."""
@@ -139,14 +155,24 @@ class Pod:
 
     def start(self) -> None:
         """Run the container's command with the kubelet's substitutions."""
+        self.process = self._enter(self.container["args"], self._log)
+
+    def execute(self, *arguments: str) -> str:
+        """`kubectl exec`: what afd prints in the container; it must succeed."""
+        process = self._enter(arguments, subprocess.PIPE)
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == 0, output
+        return output.decode()
+
+    def _enter(self, arguments: Sequence[str], output: IO[bytes] | int) -> subprocess.Popen[bytes]:
         environment = {"PATH": os.environ["PATH"], "LANG": "C.UTF-8", "PYTHONDONTWRITEBYTECODE": "1"}
         environment["PYTHONPATH"] = str(REPOSITORY)  # the image has it installed
         environment |= {entry["name"]: entry["value"] for entry in self.container["env"] if "value" in entry}
         environment |= {"POD_IP": self.address, "AFD_RANK": str(self.ordinal)}
         command = [sys.executable, "-m", "afd"]
-        for text in self.container["args"]:
+        for text in arguments:
             command.append(text.replace("$(POD_IP)", self.address).replace("$(AFD_RANK)", str(self.ordinal)))
-        self.process = subprocess.Popen(
+        return subprocess.Popen(
             [
                 *(
                     "ip",
@@ -167,7 +193,7 @@ class Pod:
             cwd="/",
             env=environment,
             stdin=subprocess.DEVNULL,
-            stdout=self._log,
+            stdout=output,
             stderr=subprocess.STDOUT,
         )
 

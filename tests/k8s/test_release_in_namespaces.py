@@ -2,7 +2,7 @@
 
 Command lines, configuration files, Secret, ports and probes are the chart's, unchanged; Services are lines of
 /etc/hosts. One release serves all tests of this file, in their order; a second one of the same name, in another
-namespace of the same cluster, stands beside it.
+namespace of the same cluster, stands beside it, with IPv6 addresses.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ VALUES: Values = {
 }
 NEIGHBOUR: Values = {
     **SECRET,
+    "ipFamily": "IPv6",
     "model": {"name": "dummy:step3-tiny", "dtype": "float32"},
     "drainSeconds": 5,
     "gateway": {"drainSeconds": 5},
@@ -46,6 +47,7 @@ NEIGHBOUR: Values = {
 }
 START_S = 240.0
 KEY = "k-8s"
+CONFIG = "/etc/afd/config/afd.toml"
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 
 pytestmark = [pytest.mark.timeout(480)]
@@ -68,6 +70,7 @@ class Release:
     def __init__(self, folder: Path, network: Network, values: Values, namespace: str, secret: bytes):
         self.objects = tuple(render_values(values, namespace=namespace))
         self._namespace = namespace
+        self._family = values.get("ipFamily", "IPv4")
         self._folder = folder
         self._network = network
         self._templates = dict(pod_templates(self.objects))
@@ -81,7 +84,8 @@ class Release:
 
     def add(self, role: str, ordinal: int) -> Pod:
         tag = "" if self._namespace == NAMESPACE else f"{self._namespace}-"
-        pod = Pod(self._network, role, ordinal, self._templates[role], self._folder, f"{tag}{role}-{ordinal}")
+        name = f"{tag}{role}-{ordinal}"
+        pod = Pod(self._network, role, ordinal, self._templates[role], self._folder, name, self._family)
         self.pods[f"{role}-{ordinal}"] = pod
         return pod
 
@@ -98,7 +102,7 @@ class Release:
     def start(self, pod: Pod) -> None:
         files = {
             "/etc/hosts": self._hosts(),
-            "/etc/afd/config/afd.toml": config_text(self.objects, pod.role).encode(),
+            CONFIG: config_text(self.objects, pod.role).encode(),
             "/etc/afd/secret/cluster-secret": self._secret,
         }
         if pod.role == "gateway":
@@ -111,6 +115,24 @@ class Release:
             self.start(pod)
         within(START_S, lambda: self.ready(*self.pods.values()), "every pod is ready")
 
+    def upgrade(self, values: Values) -> set[str]:
+        """What `helm upgrade` brings about: mounted files change; the names of pods whose template did are replaced."""
+        before, self.objects = self._templates, tuple(render_values(values, namespace=self._namespace))
+        self._templates = dict(pod_templates(self.objects))
+        replaced = {name for name, pod in self.pods.items() if before[pod.role] != self._templates[pod.role]}
+        for name, pod in self.pods.items():
+            if name in replaced:
+                pod.terminate()
+                assert pod.process is not None and pod.process.wait(30) == 0, pod.log()[-2000:]
+                self.start(pod)
+            else:
+                pod.remount(CONFIG, config_text(self.objects, pod.role).encode())
+        within(START_S, lambda: self.ready(*self.pods.values()), "every pod is ready")
+        return replaced
+
+    def pids(self) -> dict[str, int]:
+        return {name: pod.process.pid for name, pod in self.pods.items() if pod.process is not None}
+
     def beside(self, values: Values, namespace: str) -> Release:
         """Another release of the same name, in another namespace, on the same network."""
         return Release(self._folder, self._network, values, namespace, b"another-secret-of-32-characters!\n")
@@ -119,9 +141,7 @@ class Release:
         """Status of the container's probe, asked as the kubelet asks; 0 = no answer."""
         request = pod.container[f"{kind}Probe"]["httpGet"]
         try:
-            return httpx.get(
-                f"http://{pod.address}:{pod.ports[request['port']]}{request['path']}", timeout=2
-            ).status_code
+            return httpx.get(f"{pod.url(request['port'])}{request['path']}", timeout=2).status_code
         except httpx.TransportError:
             return 0
 
@@ -132,15 +152,13 @@ class Release:
         return all(self.probe(pod, "readiness") == 200 for pod in pods)
 
     def metrics(self, pod: Pod) -> dict[str, float]:
-        port = pod.ports.get("metrics", pod.ports.get("http"))
-        text = httpx.get(f"http://{pod.address}:{port}/metrics", timeout=5).text
+        text = httpx.get(f"{pod.url('metrics' if 'metrics' in pod.ports else 'http')}/metrics", timeout=5).text
         samples = (line.rsplit(" ", 1) for line in text.splitlines() if line and not line.startswith("#"))
         return {name: float(value) for name, value in samples}
 
     @property
     def url(self) -> str:
-        gateway = self.pods["gateway-0"]
-        return f"http://{gateway.address}:{gateway.ports['http']}"
+        return self.pods["gateway-0"].url("http")
 
     def chat(self, **body: Any) -> httpx.Response:
         return httpx.post(
@@ -214,6 +232,12 @@ def test_every_probe_answers_and_every_port_is_open_beyond_the_pod(release: Rele
             assert release.probe(pod, kind) == 200, f"{pod.name} {kind}"
 
 
+def test_status_is_told_in_a_pod(release: Release) -> None:
+    """`kubectl exec deploy/afd-coordinator -- afd status --config ...`, as docs/operations.md has it."""
+    text = release.pods["coordinator-0"].execute("status", f"--config={CONFIG}")
+    assert text.startswith("2A2F  smollm2-135m-instruct  formed")
+
+
 def test_no_two_pods_share_a_host(release: Release) -> None:
     """All links are TCP: shared memory would need one network namespace."""
     links = [key for key in release.metrics(release.pods["attention-0"]) if key.startswith("afd_mesh_peer{")]
@@ -247,17 +271,22 @@ def test_a_release_of_the_same_name_in_another_namespace_is_another_cluster(rele
 
 
 def test_a_changed_log_level_restarts_nobody(release: Release) -> None:
-    """What `helm upgrade --set log.level=debug` does: no pod template changes, the mounted files do."""
-    louder = tuple(render_values({**VALUES, "log": {"level": "debug"}}))
-    assert dict(pod_templates(louder)) == dict(pod_templates(release.objects))
-    before = {name: pod.process.pid for name, pod in release.pods.items() if pod.process is not None}
-    for pod in release.pods.values():
-        pod.remount("/etc/afd/config/afd.toml", config_text(louder, pod.role).encode())
+    """`helm upgrade --set log.level=debug`: no pod template changes, the mounted files do."""
+    before = release.pids()
+    assert release.upgrade({**VALUES, "log": {"level": "debug"}}) == set()
     for pod in release.pods.values():
         within(30.0, lambda pod=pod: "the log level is debug now" in pod.log(), f"{pod.name} logs more")  # type: ignore[misc]
-        pod.remount("/etc/afd/config/afd.toml", config_text(release.objects, pod.role).encode())
-    assert {name: pod.process.pid for name, pod in release.pods.items() if pod.process is not None} == before
-    assert release.ready(*release.pods.values())
+    assert release.upgrade(VALUES) == set()
+    assert release.pids() == before
+
+
+def test_a_gateways_setting_restarts_gateways_only(release: Release) -> None:
+    before = release.pids()
+    config = {**VALUES["config"], "gateway": {"max_n": 1}}
+    assert release.upgrade({**VALUES, "config": config}) == {"gateway-0"}
+    after = release.pids()
+    assert {name for name in before if before[name] != after[name]} == {"gateway-0"}
+    assert release.chat(n=2).status_code == 400 and release.chat(max_tokens=4).status_code == 200
 
 
 def test_the_autoscaler_watches(release: Release) -> None:

@@ -11,7 +11,7 @@ from afd.attention.gateway_link import RECEIVE_BATCH, GatewayLink
 from afd.errors import ConfigError
 from afd.messages.codec import encode
 from afd.messages.serving import Abort, Refused, Tokens, worker_message_decoder
-from afd.messages.serving_sockets import client_socket
+from afd.messages.serving_sockets import client_socket, connect
 from tests.fakes.worker_core import ScriptedWorker, submit
 
 SECRET = b"s" * 32
@@ -22,11 +22,11 @@ PATIENCE_S = 10.0
 class Conversation:
     """A link and one gateway that is connected to it."""
 
-    def __init__(self) -> None:
+    def __init__(self, endpoint: str = "tcp://127.0.0.1:*") -> None:
         self.context = zmq.Context()
-        self.link = GatewayLink(SECRET, "tcp://127.0.0.1:*", 1 << 20)
+        self.link = GatewayLink(SECRET, endpoint, 1 << 20)
         self.dealer = client_socket(self.context, SECRET, GATEWAY)
-        self.dealer.connect(self.link.address)
+        connect(self.dealer, self.link.address)
 
     def send(self, *messages: object) -> None:
         for message in messages:
@@ -106,6 +106,16 @@ def test_what_is_no_message_is_dropped_and_the_rest_is_heard(talk):
             assert all(0 <= token < 100 for token in seq.tokens)
             worker.tell(Abort([seq.req_id]))
     assert worker.core.scheduler.idle
+
+
+def test_an_ipv6_address_is_one_like_others():
+    talk = Conversation("tcp://[::1]:*")
+    try:
+        assert talk.link.address.startswith("tcp://[::1]:")
+        talk.send(submit("a"))
+        assert talk.received(1) == [submit("a")]
+    finally:
+        talk.close()
 
 
 def test_a_port_that_is_taken_is_one_line(talk):

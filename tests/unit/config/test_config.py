@@ -43,6 +43,7 @@ def test_a_file_sets_and_an_override_wins(tmp_path: Path) -> None:
         ('[model]\ndtype = "int4"\n', r"model\.dtype"),
         ("[attention]\nmin_chunk_tokens = 512\n", "min_chunk_tokens must not exceed attention.max_step_tokens"),
         ('[coordinator]\naddress = "nowhere"\n', "'nowhere' is not host:port"),
+        ('[coordinator]\naddress = "::1:7070"\n', "'::1:7070': an IPv6 address stands in brackets"),
         ('[cluster]\ntopology = "mono"\ntransport = "tcp"\n', "mono has no transport"),
         ('[cluster]\ntopology = "mono"\nwire = "fp8"\n', "mono sends no rows"),
         ('[cluster]\ntopology = "mono"\ndispatch = "sparse"\n', "mono sends no rows"),

@@ -20,6 +20,8 @@ LAYOUT = PayloadLayout(hidden=8, max_tokens=4, max_top_k=2, dispatch_dtype=WireD
         (Listener(host="0.0.0.0", advertise_host="10.0.0.7"), "tcp://0.0.0.0:7071", "10.0.0.7:7071"),
         (Listener(host="0.0.0.0", advertise_host="ffn-0"), "0.0.0.0:9102", "ffn-0:9102"),
         (Listener(host="127.0.0.1"), "127.0.0.1:4000", "127.0.0.1:4000"),
+        (Listener(host="::", advertise_host="fd00::7"), "tcp://[::]:7071", "[fd00::7]:7071"),
+        (Listener(host="::1"), "[::1]:9102", "[::1]:9102"),
     ],
 )
 def test_a_bound_address_as_the_others_reach_it(listener: Listener, bound: str, published: str) -> None:
