@@ -4,7 +4,7 @@ Each stage is an overlay over this machine's root file system, in memory: what D
 here, instruction by instruction, with the RUN lines unchanged. Then the image is entered as its user, with a read-only
 root: `afd version`, and the default command until the HEALTHCHECK passes. Differences from a real build: the base is
 this machine (its Python, its packages), so a library that the slim image lacks would not be missed. Downloads what pip
-needs.
+and uv need, as their variables (PIP_..., UV_...) say; which build of PyTorch, too.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class Stage:
 
     def run(self, command: list[str], *, user: str = "0:0") -> subprocess.Popen[bytes]:
         """Start a command inside, as `docker run` would."""
-        environment = {"PATH": os.environ["PATH"], **self.environment}
+        given = {name: value for name, value in os.environ.items() if name.startswith(("PIP_", "UV_"))}
+        environment = {"PATH": os.environ["PATH"], **given, **self.environment}
         uid, gid = user.split(":")
         enter = ["chroot", f"--userspec={uid}:{gid}", "--groups=", str(self.root)]
         script = f"cd {shlex.quote(self.folder)} && exec {shlex.join(command)}"

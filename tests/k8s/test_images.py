@@ -76,7 +76,7 @@ def test_a_target_is_small_and_runs_as_nobody(target: str) -> None:
 
 
 def test_the_user_is_the_charts() -> None:
-    values = (CHART / "templates" / "_pod.tpl").read_text()
+    values = (CHART / "values.yaml").read_text()
     assert "runAsUser: 10001" in values and "runAsGroup: 10001" in values
 
 
@@ -95,6 +95,18 @@ def test_what_is_installed_is_pinned() -> None:
             if words[:2] == ["apt-get", "install"]:
                 packages = [one for one in words[2:] if not one.startswith("-")]
                 assert packages and all("=" in one for one in packages)
+
+
+def test_pytorch_is_its_cpu_build_unless_one_asks_for_cuda() -> None:
+    """The default of pip's own index carries CUDA, several GB of it; and a cuda image without it would be none."""
+    assert instructions("build", "ARG") == ["UV_TORCH_BACKEND=cpu"]
+    (libraries,) = [step for step in instructions("build", "RUN") if "runtime.txt" in step]
+    commands = [command.strip() for command in libraries.split("&&")]
+    (torch,) = [idx for idx, one in enumerate(commands) if one.endswith(" torch")]
+    assert "uv pip install" in commands[torch] and "--torch-backend" not in commands[torch], "the argument says it"
+    assert torch < min(idx for idx, one in enumerate(commands) if "-r runtime.txt" in one)
+    assert "assert torch.version.cuda" in instructions("cuda", "RUN")[-1]
+    assert all("args" not in one["build"] and one["build"]["target"] == "cpu" for one in roles().values())
 
 
 def test_the_runtime_requirements_are_the_packages() -> None:
