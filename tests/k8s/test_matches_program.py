@@ -15,7 +15,7 @@ import yaml
 from afd.cli.flags import config_from_args
 from afd.cli.main import build_parser
 from afd.config import ClusterConfig, resolve_config
-from afd.types import Topology
+from afd.types import Topology, host_port
 from tests.k8s import config_schema
 from tests.k8s.chart import (
     CHART,
@@ -86,20 +86,21 @@ def test_the_configuration_file_is_the_programs(name: str) -> None:
 
 @pytest.mark.parametrize("name", VALUE_SETS)
 def test_every_command_line_parses_and_says_where_to_listen(name: str, tmp_path: Path) -> None:
+    everywhere = "::" if name == "platform" else "0.0.0.0"
     for role, (container, args) in parsed(name, tmp_path).items():
         assert args.command == role
         ports = {entry["name"]: entry["containerPort"] for entry in container["ports"]}
         if role == "autoscale":
-            assert (args.host, args.metrics_port) == ("0.0.0.0", ports["metrics"])
+            assert (args.host, args.metrics_port) == (everywhere, ports["metrics"])
             assert isinstance(args.min, Topology) and isinstance(args.max, Topology)
             continue
         config = config_from_args(args)
         if role == "coordinator":
-            assert config.coordinator.address == f"0.0.0.0:{ports['grpc']}"
+            assert config.coordinator.address == host_port(everywhere, ports["grpc"])
             assert config.coordinator.metrics_port == ports["metrics"]
             continue
         section: Any = getattr(config, role)
-        assert (section.host, section.advertise_host) == ("0.0.0.0", "10.1.2.3")
+        assert (section.host, section.advertise_host) == (everywhere, "10.1.2.3")
         if role == "gateway":
             assert ports == {"http": section.port}
         else:
@@ -188,7 +189,7 @@ def test_the_environment_is_what_the_arguments_quote_and_what_the_values_add(nam
     for role, template in pod_templates(rendered(name)):
         container = template["spec"]["containers"][0]
         quoted = {match for text in container["args"] for match in re.findall(r"\$\((\w+)\)", text)}
-        added = {entry["name"] for entry in values.get(role, {}).get("env", [])}
+        added = {entry["name"] for part in (role, "pods") for entry in values.get(part, {}).get("env", [])}
         if role in ("attention", "ffn"):
             added |= {entry["name"] for entry in values.get("rdma", {}).get("env", [])}
         names = [entry["name"] for entry in container["env"]]

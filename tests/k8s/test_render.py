@@ -226,6 +226,33 @@ def test_what_platform_teams_ask_of_pods() -> None:
     assert account["metadata"]["annotations"] == {"example.com/role": "reader"}
 
 
+def test_what_a_role_says_again_is_the_roles_own() -> None:
+    """Kubernetes takes no two items of a name, and a Pod no two handlers of an event."""
+    specs = {role: template["spec"] for role, template in pod_templates(rendered("platform"))}
+    for role, level, skew in (("ffn", "ffn", 2), ("attention", "all", 1)):
+        spec = specs[role]
+        added = [(one["name"], one.get("value")) for one in spec["containers"][0]["env"]]
+        assert sorted(one for one in added if one[0] in ("LEVEL", "ZONE")) == [("LEVEL", level), ("ZONE", "a")]
+        assert [one["maxSkew"] for one in spec["topologySpreadConstraints"]] == [skew]
+    stop = specs["gateway"]["containers"][0]["lifecycle"]["preStop"]
+    assert stop == {"exec": {"command": ["/bin/sleep", "9"]}}
+
+
+def test_a_cluster_has_its_own_ways() -> None:
+    objects = rendered("platform")
+    service = named(objects, "Service", "afd-gateway")["spec"]
+    assert (service["type"], service["loadBalancerClass"]) == ("LoadBalancer", "example.com/lb")
+    assert service["ports"] == [{"name": "http", "port": 80, "targetPort": "http", "nodePort": 30080}]
+    for role, template in pod_templates(objects):
+        spec = template["spec"]
+        assert not {"runAsUser", "runAsGroup", "fsGroup"} & spec["securityContext"].keys()
+        assert spec["containers"][0]["image"] == "registry.corp.example:5000/llm/afd:0.1.0@sha256:" + 64 * "a"
+        assert template["metadata"]["annotations"]["sidecar.istio.io/inject"] == "false"
+        volumes = [one["csi"] for one in spec["volumes"] if "csi" in one]
+        bucket = {"driver": "bucket.example", "volumeAttributes": {"b": "m"}, "readOnly": True}
+        assert volumes == ([bucket] if role in ("gateway", "attention", "ffn") else [])
+
+
 def test_a_roles_own_affinity_is_beside_the_placement() -> None:
     for role, template in pod_templates(rendered("pod-extras")):
         terms = template["spec"]["affinity"]["podAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]

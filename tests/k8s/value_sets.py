@@ -87,6 +87,41 @@ POD_EXTRAS: Values = {
     },
 }
 
+# Of a cluster that has its own ways: addresses, users, load balancers, a bucket as a volume, images by digest.
+PLATFORM: Values = {
+    **SECRET,
+    "ipFamily": "IPv6",
+    "securityContext": {"runAsUser": None, "runAsGroup": None, "fsGroup": None},
+    "image": {"repository": "registry.corp.example:5000/llm/afd", "tag": "0.1.0@sha256:" + 64 * "a"},
+    "imagePullSecrets": [{"name": "registry"}],
+    "model": {
+        "name": "/models/m",
+        "volume": {"csi": {"driver": "bucket.example", "volumeAttributes": {"b": "m"}}},
+    },
+    "pods": {
+        "podAnnotations": {"sidecar.istio.io/inject": "false"},
+        "env": [{"name": "LEVEL", "value": "all"}, {"name": "ZONE", "value": "a"}],
+        "topologySpreadConstraints": [
+            {"maxSkew": 1, "topologyKey": "zone", "whenUnsatisfiable": "ScheduleAnyway", "labelSelector": {}}
+        ],
+    },
+    "ffn": {
+        "env": [{"name": "LEVEL", "value": "ffn"}],
+        "topologySpreadConstraints": [
+            {"maxSkew": 2, "topologyKey": "zone", "whenUnsatisfiable": "ScheduleAnyway", "labelSelector": {}}
+        ],
+    },
+    "gateway": {
+        "lifecycle": {"preStop": {"exec": {"command": ["/bin/sleep", "9"]}}},
+        "service": {
+            "type": "LoadBalancer",
+            "nodePort": 30080,
+            "spec": {"loadBalancerClass": "example.com/lb", "ipFamilyPolicy": "PreferDualStack"},
+        },
+    },
+    "autoscale": {"enabled": True},
+}
+
 DOWNLOAD: Values = {
     **SECRET,
     "model": {
@@ -159,6 +194,7 @@ VALUE_SETS: dict[str, Values] = {
     "rdma-rack": RDMA_RACK,
     "everything": EVERYTHING,
     "pod-extras": POD_EXTRAS,
+    "platform": PLATFORM,
     "download": DOWNLOAD,
     "attention-on-gpus": {**SECRET, "attention": {"device": "cuda"}, "topology": "1A2F"},
     "shared-memory": {**SECRET, "transport": "shm", "hostNetwork": True, "networkPolicy": {"enabled": False}},
@@ -248,6 +284,31 @@ REFUSED: dict[str, tuple[Values, str]] = {
     "pool": ({"gateway": {"inferencePool": {"enabled": True}}}, "needs gateway.inferencePool.endpointPicker"),
     "gateways": ({"gateway": {"replicas": 9, "hpa": {"enabled": True}}}, "gateway.hpa.maxReplicas is below"),
     "claim of nothing": ({"attention": {"resourceClaims": [{"name": "gpu"}]}}, "/attention/resourceClaims/0"),
+    "a volume of the chart's": (
+        {"pods": {"extraVolumes": [{"name": "scratch", "emptyDir": {}}]}},
+        "there are two of scratch; some are the chart's own: config, secret, scratch",
+    ),
+    "a mount of nothing": (
+        {"ffn": {"extraVolumeMounts": [{"name": "cache", "mountPath": "/c"}]}},
+        "ffn.extraVolumeMounts: no volume is called cache",
+    ),
+    "a variable of the chart's": (
+        {"attention": {"env": [{"name": "POD_IP", "value": "::1"}]}},
+        "attention.env (with pods.env): there are two of POD_IP",
+    ),
+    "a container twice": (
+        {"ffn": {"extraContainers": [{"name": "a", "image": "a:1"}, {"name": "a", "image": "b:1"}]}},
+        "ffn.extraContainers (with pods.extraContainers): there are two of a",
+    ),
+    "request above limit": (
+        {"ffn": {"resources": {"requests": {"cpu": "4500m"}}}},
+        "ffn.resources: the request of cpu, 4500m, is above the limit, 4",
+    ),
+    "strategy": ({"ffn": {"updateStrategy": {"type": "Recreate"}}}, "/ffn/updateStrategy/type"),
+    "selector of the Service": (
+        {"gateway": {"service": {"spec": {"selector": {}}}}},
+        "invalid propertyName 'selector'",
+    ),
     "two scalers": (
         {"attention": {"hpa": {"enabled": True}}, "autoscale": {"enabled": True, "mode": "apply"}},
         "attention.hpa and autoscale.mode apply would both set",

@@ -8,6 +8,7 @@
 {{- if not (regexMatch "^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$" .Release.Namespace) -}}
 {{- fail (printf "namespace %q: it may hold only lower-case letters, digits and -, at most 63, and neither begin nor end with -" .Release.Namespace) -}}
 {{- end -}}
+{{- include "afd.checkPods" . -}}
 {{- include "afd.checkWorkers" . -}}
 {{- include "afd.checkScaling" . -}}
 {{- include "afd.checkUpgrade" . -}}
@@ -32,6 +33,52 @@
 {{- end -}}
 {{- if and .enabled .egress $v.model.download.image (not .egressTo) -}}
 {{- fail "model.download needs a way out of the pods: name it in networkPolicy.egressTo, or set networkPolicy.egress to false" -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* What Kubernetes would refuse of a pod, only once the pod is to be made. */}}
+{{- define "afd.checkPods" -}}
+{{- range $role := list "gateway" "coordinator" "attention" "ffn" "autoscale" -}}
+{{- $own := include "afd.role" (list $ $role) | fromJson -}}
+{{- $taken := dict
+  "env" (list "POD_IP" "HOME" "AFD_RANK")
+  "extraVolumes" (list "config" "secret" "scratch" "tls" "shm" "model")
+  "extraVolumeMounts" (list "/etc/afd/config" "/etc/afd/secret" "/etc/afd/tls" "/tmp" "/dev/shm" $.Values.model.mountPath)
+  "initContainers" (list $role "download" "doctor")
+  "extraContainers" (list $role "download" "doctor")
+  "resourceClaims" list
+  "topologySpreadConstraints" list
+-}}
+{{- $volumes := $taken.extraVolumes -}}
+{{- range $key, $names := $taken -}}
+{{- range get $own $key -}}
+{{- $name := include "afd.itemName" . -}}
+{{- if has $name $names -}}
+{{- fail (printf "%s.%s (with pods.%s): there are two of %s; some are the chart's own: %s" $role $key $key $name (join ", " (get $taken $key))) -}}
+{{- end -}}
+{{- $names = append $names $name -}}
+{{- end -}}
+{{- if eq $key "extraVolumes" -}}
+{{- $volumes = $names -}}
+{{- end -}}
+{{- end -}}
+{{- range $own.extraVolumeMounts -}}
+{{- if not (has .name $volumes) -}}
+{{- fail (printf "%s.extraVolumeMounts: no volume is called %s; extraVolumes say what it is" $role .name) -}}
+{{- end -}}
+{{- end -}}
+{{- include "afd.checkResources" (list (printf "%s.resources" $role) $own.resources) -}}
+{{- end -}}
+{{- include "afd.checkResources" (list "model.download.resources" .Values.model.download.resources) -}}
+{{- end -}}
+
+{{- define "afd.checkResources" -}}
+{{- $resources := index . 1 -}}
+{{- range $name, $limit := $resources.limits -}}
+{{- $request := get $resources.requests $name | default 0 -}}
+{{- if gt (include "afd.quantity" $request | float64) (include "afd.quantity" $limit | float64) -}}
+{{- fail (printf "%s: the request of %s, %v, is above the limit, %v" (index $ 0) $name $request $limit) -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}
@@ -72,9 +119,7 @@
 {{- fail "model.volume.emptyDir is empty: model.download says what fills it" -}}
 {{- end -}}
 {{- if eq (include "afd.workerValue" (list . "attention" "device") | fromJson).value "cpu" -}}
-{{- $limit := include "afd.bytes" $v.attention.resources.limits.memory | int64 -}}
-{{- $cache := mulf $v.attention.kvCacheGiB 1073741824 | int64 -}}
-{{- if ge $cache $limit -}}
+{{- if ge (mulf $v.attention.kvCacheGiB 1073741824) (include "afd.quantity" $v.attention.resources.limits.memory | float64) -}}
 {{- fail (printf "attention.kvCacheGiB %v does not fit the memory limit of an attention worker, %v, which also holds its half of the model" $v.attention.kvCacheGiB $v.attention.resources.limits.memory) -}}
 {{- end -}}
 {{- end -}}

@@ -41,6 +41,11 @@ helm.sh/chart: {{ printf "%s-%s" (index . 0).Chart.Name (index . 0).Chart.Versio
 {{- regexReplaceAll ".*A([0-9]+)F" .Values.topology "${1}" -}}
 {{- end -}}
 
+{{/* Every address of the pod, of its family: that of $(POD_IP). */}}
+{{- define "afd.anyHost" -}}
+{{- eq .Values.ipFamily "IPv6" | ternary "::" "0.0.0.0" -}}
+{{- end -}}
+
 {{/* Every port of the release. Metrics ports differ by role, so that roles share a node in the host's network. */}}
 {{- define "afd.ports" -}}
 gateway: 8000
@@ -52,14 +57,24 @@ metrics: {attention: 9101, ffn: 9102, coordinator: 9103, autoscale: 9104}
 
 {{/*
 The values of one role as JSON; call with (list $ "attention"). What .Values.pods says of every pod comes first: lists are
-joined, maps merged, anything else is the role's own where it has one.
+joined, maps merged, anything else is the role's own where it has one, as are items of the same name.
 */}}
 {{- define "afd.role" -}}
 {{- $own := deepCopy (get (index . 0).Values (index . 1)) -}}
 {{- range $key, $common := deepCopy (index . 0).Values.pods -}}
 {{- $mine := get $own $key -}}
 {{- if kindIs "slice" $common -}}
-{{- $_ := set $own $key (concat $common ($mine | default list) | default list) -}}
+{{- $names := list -}}
+{{- range $mine | default list -}}
+{{- $names = append $names (include "afd.itemName" .) -}}
+{{- end -}}
+{{- $joined := list -}}
+{{- range $common -}}
+{{- if not (has (include "afd.itemName" . | default "\n") $names) -}}
+{{- $joined = append $joined . -}}
+{{- end -}}
+{{- end -}}
+{{- $_ := set $own $key (concat $joined ($mine | default list) | default list) -}}
 {{- else if kindIs "map" $common -}}
 {{- $_ := set $own $key (mustMerge ($mine | default dict) $common) -}}
 {{- else -}}
@@ -67,6 +82,15 @@ joined, maps merged, anything else is the role's own where it has one.
 {{- end -}}
 {{- end -}}
 {{- toJson $own -}}
+{{- end -}}
+
+{{/* By what Kubernetes tells the items of a list apart (mounts, spread constraints, all that has a name); "" = not at all. */}}
+{{- define "afd.itemName" -}}
+{{- if .topologyKey -}}
+{{ .topologyKey }} {{ .whenUnsatisfiable }}
+{{- else -}}
+{{ .mountPath | default .name | default "" }}
+{{- end -}}
 {{- end -}}
 
 {{/* {"value": what a worker's own values or, where they leave it open, the release's say}; (list $ "ffn" "device"). */}}
@@ -117,11 +141,11 @@ joined, maps merged, anything else is the role's own where it has one.
 {{ include "afd.fullname" . }}-coordinator.{{ .Release.Namespace }}.svc:{{ (include "afd.ports" . | fromYaml).coordinator }}
 {{- end -}}
 
-{{/* Bytes of a Kubernetes quantity such as 8Gi, as a whole number. */}}
-{{- define "afd.bytes" -}}
+{{/* A Kubernetes quantity such as 8Gi or 500m as a number. */}}
+{{- define "afd.quantity" -}}
 {{- $text := toString . -}}
 {{- $unit := regexFind "[a-zA-Z]+$" $text -}}
 {{- $scale := get (dict "" 1 "m" 0.001 "k" 1e3 "M" 1e6 "G" 1e9 "T" 1e12 "P" 1e15 "E" 1e18 "Ki" 1024 "Mi" 1048576
     "Gi" 1073741824 "Ti" 1099511627776 "Pi" 1125899906842624 "Ei" 1152921504606846976) $unit -}}
-{{- mulf (float64 (trimSuffix $unit $text)) (float64 $scale) | int64 -}}
+{{- mulf (float64 (trimSuffix $unit $text)) (float64 $scale) -}}
 {{- end -}}

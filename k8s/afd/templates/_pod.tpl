@@ -31,9 +31,9 @@ enableServiceLinks: false
 terminationGracePeriodSeconds: {{ $own.terminationGracePeriodSeconds | default (index . 2) | int }}
 securityContext:
   runAsNonRoot: true
-  runAsUser: 10001
-  runAsGroup: 10001
-  fsGroup: 10001
+  {{- with $root.Values.securityContext }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
   # A volume with a model is not walked through at each start.
   fsGroupChangePolicy: OnRootMismatch
   seccompProfile: {type: RuntimeDefault}
@@ -190,6 +190,11 @@ livenessProbe:
   hostPath: {path: {{ .hostPath.path | quote }}, type: {{ $filled | ternary "DirectoryOrCreate" "Directory" }}}
   {{- else if hasKey . "emptyDir" }}
   emptyDir: {sizeLimit: {{ .emptyDir.sizeLimit | toJson }}}
+  {{- else if .nfs }}
+  {{- /* As Kubernetes has them; read-only unless something fills them. */}}
+  nfs: {{ set (deepCopy .nfs) "readOnly" (not $filled) | toJson }}
+  {{- else if .csi }}
+  csi: {{ set (deepCopy .csi) "readOnly" (not $filled) | toJson }}
   {{- else }}
   image: {reference: {{ .image.reference | quote }}}
   {{- end }}

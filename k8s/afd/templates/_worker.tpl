@@ -33,7 +33,7 @@ spec:
       args:
         - {{ $role }}
         - --config=/etc/afd/config/afd.toml
-        - --host=0.0.0.0
+        - "--host={{ include "afd.anyHost" $root }}"
         - --advertise-host=$(POD_IP)
         {{- if .rank }}
         - --rank=$(AFD_RANK)
