@@ -337,4 +337,5 @@ def test_a_command_in_the_text_exists(command: str) -> None:
         with pytest.raises(SystemExit, match="0"):
             build_parser().parse_args([*words, "--help"])
     else:
-        build_parser().parse_args(words)
+        named_alone = words[-1].startswith("--") and words[-1] not in ("--once",)
+        build_parser().parse_args([*words, "1"] if named_alone else words)

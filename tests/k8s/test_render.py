@@ -18,7 +18,18 @@ import yaml
 from afd.cli.main import main
 from afd.cluster.chart import SECRET_KEY, find_helm
 from afd.errors import ConfigError
-from tests.k8s.chart import CHART, REPOSITORY, Object, config_text, named, of_kind, pod_templates, render_text, rendered
+from tests.k8s.chart import (
+    CHART,
+    REPOSITORY,
+    Object,
+    config_text,
+    named,
+    of_kind,
+    pod_templates,
+    render_text,
+    render_values,
+    rendered,
+)
 from tests.k8s.value_sets import RDMA_RACK, REFUSED, VALUE_SETS, Values
 
 CRD_SCHEMA = json.loads((REPOSITORY / "tests/fixtures/k8s/disaggregatedset.v1.schema.json").read_text())
@@ -127,6 +138,18 @@ def test_the_topology_is_the_number_of_pods(shape: str, topology: str, num_atten
         roles = named(objects, "DisaggregatedSet", "afd")["spec"]["roles"]
         sizes = {f"afd-{role['name']}": role["spec"]["replicas"] for role in roles}
     assert sizes == {"afd-attention": num_attention, "afd-ffn": num_ffn}
+
+
+@pytest.mark.parametrize("shape", ["statefulsets", "disaggregatedset"])
+def test_ffn_workers_on_standby_are_pods_beside_the_shards(shape: str) -> None:
+    values = {"shape": shape, "topology": "1A2F", "ffn": {"standby": 1}, "secret": {"existingSecret": "s"}}
+    objects = tuple(render_values(values))
+    if shape == "statefulsets":
+        assert named(objects, "StatefulSet", "afd-ffn")["spec"]["replicas"] == 3
+    else:
+        assert named(objects, "DisaggregatedSet", "afd")["spec"]["roles"][1]["spec"]["replicas"] == 3
+    assert "standby_ffn = 1" in config_text(objects, "coordinator")
+    assert 'topology = "1A2F"' in config_text(objects, "ffn")
 
 
 def test_an_outside_scaler_owns_the_number_of_attention_workers() -> None:

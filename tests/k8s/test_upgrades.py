@@ -51,6 +51,7 @@ def restarted(change: Values) -> set[str]:
         ({"config": {"ffn": {"gang_window_ms": 5.0}}}, {"ffn", "coordinator"}),
         ({"attention": {"kvCacheGiB": 3}}, {"attention"}),
         ({"topology": "3A2F"}, {"gateway", "coordinator"}),
+        ({"ffn": {"standby": 1}}, {"coordinator"}),
         ({"gateway": {"drainSeconds": 900}}, {"gateway"}),
         ({"drainSeconds": 60}, {"attention"}),
         ({"recoveryTimeoutSeconds": 900}, {"gateway", "attention"}),

@@ -24,7 +24,7 @@
 {{- end -}}
 {{- $set := dict
   "model" (dict "name" $v.model.name "served_name" $v.model.servedName "dtype" $v.model.dtype "max_context" $v.model.maxContext)
-  "cluster" (dict "topology" $topology "transport" $v.transport "ffn_parallel" $v.ffnParallel
+  "cluster" (dict "topology" $topology "standby_ffn" $v.ffn.standby "transport" $v.transport "ffn_parallel" $v.ffnParallel
       "dispatch" $v.dispatch "secret_file" "/etc/afd/secret/cluster-secret" "recovery_timeout_s" $v.recoveryTimeoutSeconds)
   "attention" (dict "streams" $v.streams "kv_cache_gib" $v.attention.kvCacheGiB "max_num_seqs" $v.attention.maxNumSeqs
       "max_step_tokens" $v.attention.maxStepTokens "port" $ports.serving "metrics_port" $ports.metrics.attention

@@ -41,6 +41,11 @@ helm.sh/chart: {{ printf "%s-%s" (index . 0).Chart.Name (index . 0).Chart.Versio
 {{- regexReplaceAll ".*A([0-9]+)F" .Values.topology "${1}" -}}
 {{- end -}}
 
+{{/* FFN workers with those on standby. */}}
+{{- define "afd.numFfnPods" -}}
+{{- add (include "afd.numFfn" . | int) .Values.ffn.standby -}}
+{{- end -}}
+
 {{/* Every address of the pod, of its family: that of $(POD_IP). */}}
 {{- define "afd.anyHost" -}}
 {{- eq .Values.ipFamily "IPv6" | ternary "::" "0.0.0.0" -}}
