@@ -43,6 +43,13 @@ def _build(parser: argparse.ArgumentParser) -> None:
         metavar="CHIP:N,..",
         help="the chips there are: h20:32,h800:16 (no --max-gpus then)",
     )
+    parser.add_argument("--rate", type=positive_number, default=None, metavar="R", help="requests a second to serve")
+    parser.add_argument(
+        "--sla-ttft-ms", type=positive_number, default=5000.0, metavar="MS", help="99th percentile of TTFT (5000)"
+    )
+    parser.add_argument(
+        "--utilisation", type=positive_number, default=0.8, metavar="SHARE", help="planned load of servers (0.8)"
+    )
     parser.add_argument(
         "--heterogeneous", action="store_true", help="also try every pair of the named and of the report's four chips"
     )
@@ -104,7 +111,17 @@ def _add_catalog(parser: argparse.ArgumentParser, default: bool = False) -> None
 
 def _add_target(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default=None, metavar="NAME|PATH", help="a known model, or a config.json")
-    parser.add_argument("--context", type=positive, default=4096, metavar="N", help="cached tokens per request (4096)")
+    parser.add_argument(
+        "--context",
+        type=positive,
+        default=None,
+        metavar="N",
+        help="cached tokens per request (4096, or by the lengths)",
+    )
+    parser.add_argument(
+        "--input-len", type=positive, default=None, metavar="N", help="tokens of a prompt: prefill is planned too"
+    )
+    parser.add_argument("--output-len", type=positive, default=None, metavar="N", help="tokens of an answer")
     parser.add_argument("--sla-tpot-ms", type=positive_number, default=50.0, metavar="MS", help="mean TPOT (50)")
     parser.add_argument("--attention", type=_names, default=None, metavar="CHIP[,CHIP]", help="chips for A (h800)")
     parser.add_argument("--ffn", type=_names, default=None, metavar="CHIP[,CHIP]", help="chips for F (h800)")

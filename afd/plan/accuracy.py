@@ -69,28 +69,28 @@ def _tpot(estimate: Estimate, attention: float, ffn: float) -> float:
 
 
 def _attention_range(deployment: Deployment) -> tuple[float, float]:
-    chip = deployment.attention_chip.name
-    found = [ATTENTION.get((chip, type(group)), UNMEASURED) for group in deployment.model.attention]
+    chips = [part.chip.name for part in deployment.attention_parts]
+    found = [ATTENTION.get((chip, type(group)), UNMEASURED) for chip in chips for group in deployment.model.attention]
     low, high = min(low for low, _ in found), max(high for _, high in found)
     return min(1.0, low) * (1 - MARGIN), max(1.0, high) * (1 + MARGIN)
 
 
 def _ffn_range(deployment: Deployment) -> tuple[float, float]:
-    return FFN.get(deployment.ffn_chip.name, UNMEASURED)
+    found = [FFN.get(part.chip.name, UNMEASURED) for part in deployment.ffn_parts]
+    return min(low for low, _ in found), max(high for _, high in found)
 
 
 def _reason(deployment: Deployment) -> str:
-    attention, ffn = deployment.attention_chip, deployment.ffn_chip
     kinds = sorted({type(group).__name__.upper() for group in deployment.model.attention})
-    unknown = any((attention.name, type(group)) not in ATTENTION for group in deployment.model.attention)
+    chips = [part.chip for part in deployment.attention_parts]
+    unknown = [c.title for c in chips if any((c.name, type(g)) not in ATTENTION for g in deployment.model.attention)]
     low, high = _attention_range(deployment)
     parts = []
     if unknown:
-        parts.append(f"nobody has published {' or '.join(kinds)} on {attention.title}")
+        parts.append(f"nobody has published {' or '.join(kinds)} on {' or '.join(unknown)}")
     elif low < 0.85 or high > 1.2:
-        parts.append(
-            f"{' and '.join(kinds)} on {attention.title}: {low:.2f} to {high:.2f} of the forecast where it was measured"
-        )
-    if ffn.name not in FFN:
-        parts.append(f"nobody has published an FFN stage on {ffn.title}")
+        where = " and ".join(chip.title for chip in chips)
+        parts.append(f"{' and '.join(kinds)} on {where}: {low:.2f} to {high:.2f} of the forecast where it was measured")
+    if strange := [part.chip.title for part in deployment.ffn_parts if part.chip.name not in FFN]:
+        parts.append(f"nobody has published an FFN stage on {' or '.join(strange)}")
     return "; ".join(parts) or "both stages are near published measurements"

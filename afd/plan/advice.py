@@ -9,11 +9,12 @@ from dataclasses import dataclass
 
 from afd.plan.baselines import SideBySide, colocated_on, side_by_side
 from afd.plan.colocated import Colocated
-from afd.plan.deployment import Deployment, KvDtype
+from afd.plan.deployment import Deployment, KvDtype, Part
 from afd.plan.estimate import Estimate, Estimator, Objective
 from afd.plan.memory import max_requests
+from afd.plan.mixed import MixedSearch
 from afd.plan.pipeline import analytic_ratio
-from afd.plan.search import SearchSpace, search
+from afd.plan.search import SearchSpace, rank, search
 from afd.plan.tcp import TcpFallback, tcp_fallback
 from afd.types import Topology
 
@@ -77,7 +78,7 @@ class Advice:
     """What the planner recommends, and how it compares.
 
     plans: best first, empty when nothing holds the SLA, and then `reason` says how far off the closest is.
-    today: the best that the software can start: instances of one rank. None where nothing such holds the SLA.
+    today: what the software can start, best first: instances of one rank. Empty where nothing such holds the SLA.
     colocated: the cheapest per token of `baselines` (the fastest per chip without prices).
     baselines: without AFD on the same chips, by name.
     other_kv: the other width of the KV cache and AFD's gain with it; None where either side then misses the SLA.
@@ -87,7 +88,7 @@ class Advice:
 
     plans: tuple[Estimate, ...]
     reason: str
-    today: Estimate | None
+    today: tuple[Estimate, ...]
     comparison: Comparison | None
     colocated: Colocated | None
     baselines: tuple[Colocated, ...]
@@ -101,13 +102,15 @@ class Advice:
 def advise(space: SearchSpace, estimator: Estimator, objective: Objective) -> Advice:
     """Searches, and judges the winner. Pure."""
     plans = search(space, estimator, objective)
+    mixed = [] if estimator.measured else MixedSearch(space, estimator, objective).plans(plans)
+    plans = rank([*plans, *mixed], space) if mixed else plans
     baselines = [c for chip in space.chips for c in colocated_on(space, estimator, objective, chip)]
     baseline = _cheapest(baselines)
     best = plans[0] if plans else None
     return Advice(
         plans=tuple(plans),
         reason="" if best else _nearest_miss(space, estimator, objective),
-        today=_today(space, estimator, objective, best),
+        today=tuple(_today(space, estimator, objective, plans)),
         comparison=None if best is None or baseline is None else _compare(space, estimator, best, baseline),
         colocated=baseline,
         baselines=tuple(sorted(baselines, key=lambda c: -c.tgs)),
@@ -119,11 +122,12 @@ def advise(space: SearchSpace, estimator: Estimator, objective: Objective) -> Ad
     )
 
 
-def _today(space: SearchSpace, estimator: Estimator, objective: Objective, best: Estimate | None) -> Estimate | None:
-    if best is not None and best.deployment.ranks_per_instance == RANKS_TODAY:
-        return best
-    plans = search(dataclasses.replace(space, ranks_per_instance=RANKS_TODAY), estimator, objective)
-    return plans[0] if plans else None
+def _today(
+    space: SearchSpace, estimator: Estimator, objective: Objective, plans: Sequence[Estimate]
+) -> Sequence[Estimate]:
+    if plans and plans[0].deployment.ranks_per_instance == RANKS_TODAY:
+        return plans
+    return search(dataclasses.replace(space, ranks_per_instance=RANKS_TODAY), estimator, objective)
 
 
 def _with_other_kv(space: SearchSpace, estimator: Estimator, objective: Objective) -> tuple[KvDtype, float] | None:
@@ -165,11 +169,14 @@ def _compare(space: SearchSpace, estimator: Estimator, plan: Estimate, baseline:
 
 def _curve(space: SearchSpace, estimator: Estimator, plan: Estimate, baseline: Colocated) -> tuple[ContextPoint, ...]:
     """Both designs over contexts: AFD on the winner's chips, colocated on the baseline's."""
-    attention, ffn = plan.deployment.attention_chip, plan.deployment.ffn_chip
-    narrowed = dataclasses.replace(space, attention_chips=[attention], ffn_chips=[ffn])
+    roles = (plan.deployment.attention_parts, plan.deployment.ffn_parts)
+    attention, ffn = ([part.chip for part in parts] for parts in roles)
+    narrowed = dataclasses.replace(space, attention_chips=attention, ffn_chips=ffn)
     points, context = [], min(FIRST_CONTEXT, space.model.max_context)
-    while context <= min(space.model.max_context, LAST_CONTEXT):
-        objective = dataclasses.replace(plan.objective, context=context)
+    while context <= LAST_CONTEXT:
+        objective = plan.objective.at_context(context)
+        if objective.longest > space.model.max_context:
+            break
         plans = search(narrowed, estimator, objective)
         colocated = _cheapest(colocated_on(space, estimator, objective, baseline.chip))
         points.append(
@@ -193,6 +200,8 @@ def closed_form_ratio(estimator: Estimator, plan: Estimate) -> float | None:
     best.
     """
     deployment, y = plan.deployment, plan.deployment.topology.num_ffn
+    if deployment.mixed:
+        return None  # instances of different speed have no ratio
     one, two = (
         estimator.estimate(deployment.replace(topology=Topology(x * y, y)), plan.objective, plan.num_tokens).stage.ffn_s
         for x in (1, 2)
@@ -235,6 +244,11 @@ def _miss_text(space: SearchSpace, closest: Estimate | None, objective: Objectiv
 
 
 def describe(deployment: Deployment) -> str:
-    """ "2A2F (A on H800, F on H20, 32 chips)"."""
-    chips = f"A on {deployment.attention_chip.title}, F on {deployment.ffn_chip.title}"
+    """ "2A2F (A on H800, F on H20, 32 chips)"; "5A1F (A on 4 x H20 + 1 x H800, F on H800, 48 chips)"."""
+    chips = f"A on {role_chips(deployment.attention_parts)}, F on {role_chips(deployment.ffn_parts)}"
     return f"{deployment.topology} ({chips}, {deployment.num_chips} chips)"
+
+
+def role_chips(parts: Sequence[Part]) -> str:
+    """ "H20"; "4 x H20 + 1 x H800" where there are several kinds."""
+    return parts[0].chip.title if len(parts) == 1 else " + ".join(part.text for part in parts)

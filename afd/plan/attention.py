@@ -56,6 +56,18 @@ class AttentionGroup(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
         return 0
 
     @property
+    def prefill_flops_per_key(self) -> int:
+        """As `flops_per_key`, where a prompt is computed in another form than decodes are."""
+        return self.flops_per_key
+
+    def prefill_flops(self, prompt: float) -> float:
+        """FLOPs of the mean row of a prompt, all layers of the group: half of the prompt before it, or its window."""
+        keys = prompt / 2
+        if self.window and prompt > self.window:
+            keys = self.window - self.window**2 / (2 * prompt)
+        return self.layers * (self.prefill_flops_per_key * keys + self.state_flops)
+
+    @property
     def state_elements(self) -> int:
         """Elements of a recurrent state per request and layer, read and written every step."""
         return 0
@@ -168,6 +180,11 @@ class Mla(AttentionGroup, frozen=True, kw_only=True, tag="mla"):
     def flops_per_key(self) -> int:
         """The report counts the value product as wide as the score (576, not 512): 5.6 % above the exact count."""
         return 4 * self.heads * (self.kv_rank + self.rope_dim)
+
+    @property
+    def prefill_flops_per_key(self) -> int:
+        """Keys and values of each head at full width: no latent is multiplied."""
+        return 2 * self.heads * (self.head_dim + self.rope_dim + self.v_head_dim)
 
 
 class Lightning(AttentionGroup, frozen=True, kw_only=True, tag="lightning"):

@@ -21,21 +21,27 @@ def colocated_on(space: SearchSpace, estimator: Estimator, objective: Objective,
     return sorted(best, key=lambda c: -c.tgs)
 
 
+def layouts_on(space: SearchSpace, estimator: Estimator, objective: Objective, chip: Chip) -> list[Colocated]:
+    """Every size of every kind of layout that holds the SLA, each at its best batch."""
+    expert, tensor = _by_kind(space, estimator, objective, chip)
+    return [*expert, *tensor]
+
+
 def _by_kind(
     space: SearchSpace, estimator: Estimator, objective: Objective, chip: Chip
 ) -> tuple[list[Colocated], list[Colocated]]:
     """The best expert parallel deployment of each size and number of stages, and the tensor parallel ones."""
-    template, limit, efficiency = _template(space, chip), space.limit(chip), estimator.efficiency
+    template, limit, efficiency = server_template(space, chip), space.limit(chip), estimator.efficiency
     ranks = template.ranks_per_instance
     expert, tensor = [], []
     for stages in stage_counts(ranks, limit):
-        model = ColocatedModel(template, efficiency, stages)
+        model = ColocatedModel(template, efficiency, stages, objective.requests)
         expert += [model.best(objective, [size]) for size in server_sizes(ranks, limit // stages)]
-        tensor.append(TensorParallelModel(template, efficiency, stages).best(objective))
+        tensor.append(TensorParallelModel(template, efficiency, stages, objective.requests).best(objective))
     return [c for c in expert if c is not None], [c for c in tensor if c is not None]
 
 
-def _template(space: SearchSpace, chip: Chip) -> Deployment:
+def server_template(space: SearchSpace, chip: Chip) -> Deployment:
     """Whole servers, however many ranks an instance of AFD has."""
     servers = dataclasses.replace(space, ranks_per_instance=min(chip.chips_per_server, space.limit(chip)))
     return servers.deployment(chip, chip, Topology(1, 1), streams=1)
@@ -64,8 +70,8 @@ def side_by_side(space: SearchSpace, estimator: Estimator, objective: Objective)
     """All chips of the inventory without AFD; None without an inventory, or when no kind of them holds the SLA."""
     parts = []
     for chip in space.chips if space.inventory else ():
-        expert, tensor = _by_kind(space, estimator, objective, chip)  # of every size: whole copies fill the inventory
-        whole = [(c, space.limit(chip) // c.num_chips) for c in (*expert, *tensor)]
+        every = layouts_on(space, estimator, objective, chip)  # of every size: whole copies fill the inventory
+        whole = [(c, space.limit(chip) // c.num_chips) for c in every]
         if whole:
             parts.append(max(whole, key=lambda part: part[1] * part[0].num_chips * part[0].tgs))
     return SideBySide(tuple(parts)) if parts else None

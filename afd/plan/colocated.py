@@ -14,7 +14,16 @@ from afd.plan.efficiency import Efficiency
 from afd.plan.estimate import MAX_BATCH, Objective
 from afd.plan.hardware import Chip
 from afd.plan.memory import HEAD_BYTES
-from afd.plan.stages import GemmWork, attention_time, collective_times, dispatch_row_bytes, draft_time, head_time
+from afd.plan.request_rate import RequestShape
+from afd.plan.stages import (
+    GemmWork,
+    Prefill,
+    attention_time,
+    collective_times,
+    dispatch_row_bytes,
+    draft_time,
+    head_time,
+)
 from afd.sched.largest import largest
 from afd.types import Topology
 
@@ -32,6 +41,7 @@ class Colocated:
     layout: "EP40", "TP8 x PP2", ...
     micro_batches: per chip.
     batch: requests decoding at once, over all chips.
+    lanes, prompt_s: prompts that are computed at once beside the decodes, and how long one takes; 0 = elsewhere.
     """
 
     layout: str
@@ -40,6 +50,17 @@ class Colocated:
     micro_batches: int
     batch: int
     tpot_s: float
+    step_s: float = 0.0
+    lanes: float = 0.0
+    prompt_s: float = 0.0
+
+    @property
+    def chips(self) -> dict[str, int]:
+        return {self.chip.name: self.num_chips}
+
+    @property
+    def usd_per_hour(self) -> float | None:
+        return None if self.chip.usd_per_hour is None else self.num_chips * self.chip.usd_per_hour
 
     @property
     def requests_per_chip(self) -> float:
@@ -62,19 +83,23 @@ class ColocatedModel:
 
     stages: pipeline stages, each of the given number of chips. They divide the weights, and leave a step as long as it
     is: while one stage computes its layers of a micro-batch, the others compute theirs of others.
+    requests: whose prompts are computed in the same steps, each by one chip; None = elsewhere.
     """
 
     template: Deployment
     efficiency: Efficiency
     stages: int = 1
+    requests: RequestShape | None = None
 
     def _servers(self, num_chips: int) -> Deployment:
         return self.template.replace(topology=Topology(max(1, num_chips // self.template.ranks_per_instance), 1))
 
     def times(self, num_chips: int, context: int, num_tokens: int) -> tuple[float, float]:
         """Compute and all-to-all of one micro-batch of `num_tokens` tokens per chip in one layer, seconds."""
-        attention_s = attention_time(self._servers(num_chips), self.efficiency, context, num_tokens)
-        ffn_s, transfer_s = self.ffn_times(num_chips, num_tokens * self.template.drafts.rows)
+        prefill = self._prefill(num_tokens)
+        num_rows = num_tokens * self.template.drafts.rows + (0.0 if prefill is None else prefill.num_tokens)
+        attention_s = attention_time(self._servers(num_chips), self.efficiency, context, num_tokens, prefill)
+        ffn_s, transfer_s = self.ffn_times(num_chips, num_rows)
         return attention_s + ffn_s, transfer_s
 
     def ffn_times(self, num_chips: int, num_rows: float) -> tuple[float, float]:
@@ -110,6 +135,11 @@ class ColocatedModel:
             return ffn_s, row_bytes * (num_chips - 1) / num_chips / link
         return ffn_s, max(remote_s, row_bytes * (ranks - 1) / num_chips / link)
 
+    def _prefill(self, num_tokens: float) -> Prefill | None:
+        if self.requests is None:
+            return None
+        return self.requests.prefill_beside(num_tokens * self.template.drafts.emitted, 1)
+
     def tpot(self, num_chips: int, context: int, num_tokens: int, micro_batches: int) -> float:
         """Seconds per step of `micro_batches` micro-batches of `num_tokens` tokens on each of `num_chips` chips."""
         compute_s, transfer_s = self.times(num_chips, context, num_tokens)
@@ -118,7 +148,9 @@ class ColocatedModel:
         head_s = head_time(servers, self.efficiency, num_tokens * drafts.rows)
         head_s = micro_batches * (head_s + draft_time(servers, self.efficiency, context, num_tokens))
         layers_s = self.template.pipeline_layers * busy_s * self.efficiency.colocated_stretch
-        hops_s = hops_time(self.template, self.efficiency, self.stages, micro_batches * num_tokens * drafts.rows)
+        prefill = self._prefill(num_tokens)
+        rows = num_tokens * drafts.rows + (0.0 if prefill is None else prefill.num_tokens)
+        hops_s = hops_time(self.template, self.efficiency, self.stages, micro_batches * rows)
         return (layers_s + head_s + hops_s) * (1.0 + self.efficiency.jitter) / drafts.emitted
 
     def capacity(self, num_chips: int, context: int) -> int:
@@ -147,7 +179,8 @@ class ColocatedModel:
         def tpot(batch: int) -> float:
             return self.tpot(num_chips, context, batch, micro_batches)
 
-        most = min(MAX_BATCH, self.capacity(num_chips, context) // micro_batches)
+        held = self.capacity(num_chips, context) // micro_batches - (self.requests is not None)  # and a prompt
+        most = min(MAX_BATCH, max(0, held))
         batch = largest(most, lambda num_tokens: tpot(num_tokens) <= objective.sla_tpot_s)
         if not batch:
             return None
@@ -158,7 +191,29 @@ class ColocatedModel:
             micro_batches=micro_batches,
             batch=micro_batches * batch * num_chips * self.stages,
             tpot_s=tpot(batch),
+            **beside(
+                self.template,
+                self.requests,
+                self._prefill(batch),
+                micro_batches * num_chips * self.stages,
+                tpot(batch),
+            ),
         )
+
+
+def beside(
+    template: Deployment, requests: RequestShape | None, prefill: Prefill | None, places: int, tpot_s: float
+) -> dict[str, float]:
+    """What a `Colocated` says of its prompts. prefill: in one of its `places`, the micro-batches of all chips."""
+    step_s = tpot_s * template.drafts.emitted
+    if requests is None or prefill is None:
+        return {"step_s": step_s}
+    at_once = prefill.num_tokens / requests.prompt
+    return {
+        "step_s": step_s,
+        "lanes": places * max(1.0, at_once),
+        "prompt_s": step_s * max(1.0, 1.0 / at_once),
+    }
 
 
 def layout_name(inner: str, stages: int) -> str:

@@ -22,12 +22,18 @@ from afd.plan.estimate import Estimate, Estimator, Objective
 from afd.plan.hardware import Chip
 from afd.plan.limits import feasibility
 from afd.plan.memory import max_requests, require_weights_fit
+from afd.plan.mixed import Counts, MixedSearch, parse_counts
 from afd.plan.models import ModelShape
 from afd.plan.payload import advice_payload, estimate_payload
 from afd.plan.report import REPORT_CHIPS, REPORT_MODELS
+from afd.plan.request_rate import RequestShape
 from afd.plan.search import SearchSpace
 from afd.plan.stages import RooflineStages, StageModel
+from afd.plan.traffic import Traffic, serve
+from afd.plan.traffic_report import traffic_payload, traffic_text
 from afd.types import Topology
+
+DEFAULT_CONTEXT = 4096
 
 EXIT_OK = 0
 EXIT_INFEASIBLE = 1
@@ -37,28 +43,32 @@ EXIT_INFEASIBLE = 1
 def run_search(arguments: argparse.Namespace) -> int:
     """`afd plan`: ranked topologies, AFD against colocated EP, TCP, how to start the winner."""
     space = _space(arguments)
-    estimator = _estimator(arguments, space)
-    advice = advise(space, estimator, _objective(arguments))
+    estimator, objective, traffic = _estimator(arguments, space), _objective(arguments), _traffic(arguments)
+    advice = advise(space, estimator, objective)
+    served = None
+    if traffic is not None:
+        served = serve(space, estimator, objective, traffic, advice.plans, advice.today)
     if arguments.json:
         payload = advice_payload(advice, estimator, arguments.model, arguments.top)
+        payload["traffic"] = None if served is None else traffic_payload(served)
         _print_json({**_question(arguments, space.model), **payload, "efficiency": _factors(estimator)})
     else:
+        if served is not None:
+            print(f"{traffic_text(served)}\n")
         print(text.advice_text(advice, estimator, arguments.model, arguments.top))
         print(f"\n{_assumptions(arguments, estimator)}")
+    if served is not None:
+        return EXIT_OK if served.enough else EXIT_INFEASIBLE
     return EXIT_OK if advice.plans else EXIT_INFEASIBLE
 
 
 def run_tgs(arguments: argparse.Namespace) -> int:
     """`afd plan tgs`: one topology at its best stream count and batch, or at a given batch."""
     space = _space(arguments)
-    if len(space.attention_chips) > 1 or len(space.ffn_chips) > 1:
-        raise ConfigError("afd plan tgs takes one --attention and one --ffn chip")
     estimator, objective = _estimator(arguments, space), _objective(arguments)
     topology = Topology.parse(arguments.topology)
-    deployments = [
-        space.deployment(space.attention_chips[0], space.ffn_chips[0], topology, streams) for streams in space.streams
-    ]
-    deployments[0].check_context(objective.context)
+    deployments = _deployments(arguments, space, MixedSearch(space, estimator, objective), topology)
+    deployments[0].check_context(objective.longest)
     require_weights_fit(deployments[0], estimator.efficiency)
     if arguments.batch is not None:
         best = _quickest(deployments, estimator, objective, arguments.batch)
@@ -122,6 +132,34 @@ def run_figures(arguments: argparse.Namespace) -> int:
     return EXIT_OK
 
 
+def _deployments(
+    arguments: argparse.Namespace, space: SearchSpace, mixed: MixedSearch, topology: Topology
+) -> list[Deployment]:
+    """The topology at each depth, with the given instances of each chip; ConfigError where they do not add up."""
+    attention, ffn = (_counts(arguments, role, topology) for role in ("attention", "ffn"))
+    if len(attention) == len(ffn) == 1:
+        return [space.deployment(space.attention_chips[0], space.ffn_chips[0], topology, m) for m in space.streams]
+    if arguments.calibrate is not None:
+        raise ConfigError("--calibrate: the measured times belong to one chip a role")
+    found = [shape for streams in space.streams for shape in mixed.shapes(attention, ffn, streams)]
+    if not found:
+        raise ConfigError(f"{topology}: one kind of its attention chips does not hold a request beside its weights")
+    return found
+
+
+def _counts(arguments: argparse.Namespace, role: str, topology: Topology) -> Counts:
+    names, total = (
+        getattr(arguments, role) or ["h800"],
+        topology.num_attention if role == "attention" else topology.num_ffn,
+    )
+    counts = parse_counts(names, f"--{role}")
+    if not counts and len(names) > 1:
+        raise ConfigError(f"afd plan tgs takes one --{role} chip, or instances of each: --{role} h20:4,h800:1")
+    if counts and sum(counts.values()) != total:
+        raise ConfigError(f"--{role} {','.join(names)}: {sum(counts.values())} instances, but {topology} has {total}")
+    return tuple(counts.items()) or ((names[0], total),)
+
+
 def _quickest(deployments: Sequence[Deployment], estimator: Estimator, objective: Objective, batch: int) -> Estimate:
     """The depth with the shortest step among those over which `batch` divides; ConfigError when there is none."""
     found, refusal = [], None
@@ -157,8 +195,13 @@ def _space(arguments: argparse.Namespace) -> SearchSpace:
     inventory = {}
     if getattr(arguments, "inventory", None) is not None:
         inventory = parse_inventory(arguments.inventory, catalog)
-    attention = arguments.attention or list(inventory) or ["h800"]
-    ffn = arguments.ffn or list(inventory) or ["h800"]
+    attention, ffn = (
+        list(parse_counts(names, option) or names)
+        for names, option in (
+            (arguments.attention or list(inventory) or ["h800"], "--attention"),
+            (arguments.ffn or list(inventory) or ["h800"], "--ffn"),
+        )
+    )
     if getattr(arguments, "heterogeneous", False):
         attention = ffn = list(dict.fromkeys((*attention, *ffn, *REPORT_CHIPS)))
     if inventory and (missing := {*attention, *ffn} - {*inventory}):
@@ -189,7 +232,34 @@ def _estimator(arguments: argparse.Namespace, space: SearchSpace) -> Estimator:
 
 
 def _objective(arguments: argparse.Namespace) -> Objective:
-    return Objective(arguments.context, arguments.sla_tpot_ms * 1e-3, arguments.pipeline)
+    requests = _requests(arguments)
+    context = arguments.context or (DEFAULT_CONTEXT if requests is None else requests.context)
+    return Objective(context, arguments.sla_tpot_ms * 1e-3, arguments.pipeline, requests)
+
+
+def _requests(arguments: argparse.Namespace) -> RequestShape | None:
+    """Lengths, where they are given; ConfigError where they make no sense together."""
+    prompt, output = arguments.input_len, arguments.output_len
+    if prompt is None and output is None:
+        return None
+    if prompt is None or output is None:
+        raise ConfigError("--input-len and --output-len go together")
+    if arguments.context is not None:
+        raise ConfigError("--context follows from --input-len and --output-len: leave it out")
+    if output < 2:
+        raise ConfigError("--output-len 1: an answer of one token comes from prefill alone, there is nothing to decode")
+    return RequestShape(prompt, output)
+
+
+def _traffic(arguments: argparse.Namespace) -> Traffic | None:
+    requests = _requests(arguments)
+    if requests is None:
+        if arguments.rate is not None:
+            raise ConfigError("--rate needs the lengths of requests: --input-len and --output-len")
+        return None
+    if not 0.0 < arguments.utilisation < 1.0:
+        raise ConfigError(f"--utilisation {arguments.utilisation:g}: expected a share between 0 and 1, such as 0.8")
+    return Traffic(requests, arguments.rate or 0.0, arguments.sla_ttft_ms * 1e-3, arguments.utilisation)
 
 
 def _model(arguments: argparse.Namespace, name: str) -> ModelShape:
@@ -202,7 +272,8 @@ def _chips(arguments: argparse.Namespace, names: Sequence[str]) -> list[Chip]:
 
 
 def _question(arguments: argparse.Namespace, model: ModelShape) -> dict[str, Any]:
-    return {"model": model.name, "context": arguments.context, "sla_tpot_ms": arguments.sla_tpot_ms}
+    context = _objective(arguments).context
+    return {"model": model.name, "context": context, "sla_tpot_ms": arguments.sla_tpot_ms}
 
 
 def _factors(estimator: Estimator) -> dict[str, float]:

@@ -130,6 +130,11 @@ def deploy_of(plan: Estimate, estimator: Estimator, shape: str) -> Deploy:
             f"its instances have {deployment.ranks_per_instance} chips each and a worker of AFD has one: plan with "
             f"--ranks-per-instance 1",
         )
+    if deployment.mixed:
+        obstacles.append(
+            "a role of it has several kinds of chips, and the chart gives a role one: plan with one each, such as "
+            f"--attention {deployment.attention_chip.name} --ffn {deployment.ffn_chip.name}"
+        )
     kv_bytes = report["attention"]["kv_bytes"]
     wide = plan.requests_per_chip * deployment.model.kv_resident_bytes(context, KV_BYTES)
     if kv_bytes < 0.99 * wide:
@@ -145,7 +150,9 @@ def deploy_of(plan: Estimate, estimator: Estimator, shape: str) -> Deploy:
         dispatch=str(deployment.dispatch),
         weights="auto" if bytes_per_weight > 1.5 else "int8-all",
         tpot_ms=plan.objective.sla_tpot_s * 1e3,
-        max_step_tokens=max(256, plan.num_tokens),
+        max_step_tokens=max(
+            256, math.ceil(plan.num_tokens + (0.0 if plan.prefill is None else plan.prefill.num_tokens))
+        ),
         max_num_seqs=plan.requests_per_chip,
         attention=planned["attention"],
         ffn=planned["ffn"],

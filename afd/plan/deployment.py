@@ -35,12 +35,31 @@ class Dispatch(StrEnum):
     SPARSE = "sparse"
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Instances of one kind of chip within a role.
+
+    load: work of one of them over the mean of the role: requests of an attention instance, experts and slices of an
+        FFN instance.
+    """
+
+    chip: Chip
+    instances: int
+    load: float = 1.0
+
+    @property
+    def text(self) -> str:
+        """ "4 x H20"."""
+        return f"{self.instances} x {self.chip.title}"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Deployment:
-    """A model on an xAyF topology of two chips, and how it runs.
+    """A model on an xAyF topology, and how it runs.
 
     The widths of weights are the model's (`ModelShape.weights`); embedding and LM head are 16-bit.
 
+    attention_more, ffn_more: instances that are of another kind of chip than the role's other ones.
     ranks_per_instance: chips of one instance; both roles have the same number (rank i talks to rank i).
     streams: micro-batches in flight, the pipeline's depth.
     """
@@ -54,6 +73,8 @@ class Deployment:
     ranks_per_instance: int = 8
     dispatch: Dispatch = Dispatch.BROADCAST
     drafts: Drafts = NO_DRAFTS
+    attention_more: tuple[Part, ...] = ()
+    ffn_more: tuple[Part, ...] = ()
 
     def __post_init__(self) -> None:
         if self.topology.mono:
@@ -62,6 +83,9 @@ class Deployment:
             raise ConfigError(f"streams must be 1 to {MAX_STREAMS}, found {self.streams}")
         if self.ranks_per_instance < 1:
             raise ConfigError(f"ranks per instance must be positive, found {self.ranks_per_instance}")
+        for role, parts in (("attention", self.attention_parts), ("FFN", self.ffn_parts)):
+            if any(part.instances < 1 or part.load <= 0.0 for part in parts):
+                raise ConfigError(f"{self.topology}: the {role} instances of each kind, and their loads, are positive")
         if self.drafts.count and self.model.draft is None:
             raise ConfigError(f"--mtp {self.drafts.count}: {self.model.name} has no layers that predict further tokens")
         if self.dispatch is Dispatch.SPARSE and (self.model.has_shared_expert or not self.model.max_top_k):
@@ -87,11 +111,51 @@ class Deployment:
         return self.attention_ranks + self.ffn_ranks
 
     @property
+    def attention_parts(self) -> tuple[Part, ...]:
+        """The kinds of attention instances; all of them where they are of one."""
+        return _parts(self.attention_chip, self.topology.num_attention, self.attention_more)
+
+    @property
+    def ffn_parts(self) -> tuple[Part, ...]:
+        return _parts(self.ffn_chip, self.topology.num_ffn, self.ffn_more)
+
+    @property
+    def mixed(self) -> bool:
+        """One role has several kinds of chips."""
+        return bool(self.attention_more or self.ffn_more)
+
+    def attention_views(self) -> list[tuple[Deployment, float]]:
+        """Each kind of attention instances as if all were of it, and its load."""
+        if not self.attention_more:
+            return [(self, 1.0)]
+        return [
+            (dataclasses.replace(self, attention_chip=part.chip, attention_more=()), part.load)
+            for part in self.attention_parts
+        ]
+
+    def ffn_views(self) -> list[tuple[Deployment, float]]:
+        """Each kind of FFN instances as if all were of it, and its load."""
+        if not self.ffn_more:
+            return [(self, 1.0)]
+        return [(dataclasses.replace(self, ffn_chip=part.chip, ffn_more=()), part.load) for part in self.ffn_parts]
+
+    @property
+    def chips(self) -> dict[str, int]:
+        """Chips of each kind by name."""
+        used: dict[str, int] = {}
+        for part in (*self.attention_parts, *self.ffn_parts):
+            used[part.chip.name] = used.get(part.chip.name, 0) + part.instances * self.ranks_per_instance
+        return used
+
+    @property
     def usd_per_hour(self) -> float | None:
         """Rent of all chips; None when a price is missing."""
-        if self.attention_chip.usd_per_hour is None or self.ffn_chip.usd_per_hour is None:
-            return None
-        return self.attention_ranks * self.attention_chip.price + self.ffn_ranks * self.ffn_chip.price
+        total = 0.0
+        for part in (*self.attention_parts, *self.ffn_parts):
+            if part.chip.usd_per_hour is None:
+                return None
+            total += part.instances * self.ranks_per_instance * part.chip.usd_per_hour
+        return total
 
     def replace(
         self,
@@ -110,15 +174,15 @@ class Deployment:
             ffn_chip=ffn_chip or self.ffn_chip,
         )
 
-    def fullest_share(self, experts: int) -> float:
-        """Share of a layer's experts on the FFN instance that holds most: experts are whole, sliced only within one."""
-        return -(-experts // self.topology.num_ffn) / experts if experts else 1.0 / self.topology.num_ffn
+    def fullest_share(self, experts: int, load: float = 1.0) -> float:
+        """Share of a layer's experts on the fullest FFN instance of such a load: experts are whole, sliced inside."""
+        share = load / self.topology.num_ffn
+        return min(experts, math.ceil(experts * share - 1e-9)) / experts if experts else share
 
     @property
     def one_domain(self) -> bool:
         """Both roles lie within one domain of a fast interconnect, which then carries their rows."""
-        chip = self.attention_chip
-        return chip.name == self.ffn_chip.name and self.num_chips <= chip.chips_per_domain
+        return self.num_chips <= self.attention_chip.chips_per_domain and len(self.chips) == 1
 
     def sent_share(self) -> float:
         """Share of rows that one FFN instance receives: 1 for broadcast, else the chance that it is hit.
@@ -139,6 +203,15 @@ class Deployment:
             raise ConfigError(
                 f"context {context} is past the limit of {self.model.name}: {self.model.max_context} tokens"
             )
+
+
+def _parts(chip: Chip, instances: int, more: tuple[Part, ...]) -> tuple[Part, ...]:
+    """Those that are left of `instances` are of `chip`; loads are over the mean, so theirs follows from the others'."""
+    if not more:
+        return (Part(chip, instances),)
+    left = instances - sum(part.instances for part in more)
+    load = (instances - sum(part.instances * part.load for part in more)) / left if left > 0 else 0.0
+    return (Part(chip, left, load), *more)
 
 
 def _hit_share(experts: int, top_k: int, instances: int) -> float:

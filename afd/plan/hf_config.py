@@ -80,7 +80,7 @@ def _draft(keys: Keys, model_type: str, layers: int, hidden: int) -> DraftLayer 
 
     Step-3.5's are dense (and have heads of their own), DeepSeek's are mixtures like its last layer.
     """
-    count = keys.integer("num_nextn_predict_layers", "num_mtp_layers", default=0)
+    count = keys.integer("num_nextn_predict_layers", "num_mtp_layers", "num_mtp_modules", default=0)
     if not count:
         return None
     listed = keys.value("layer_types")
@@ -104,6 +104,10 @@ def _layer_kinds(keys: Keys, model_type: str, layers: int) -> list[Any]:
             raise ConfigError(f"{keys.where}: layer_types must list {layers} layers")
         return listed[:layers]  # entries beyond are MTP heads
     if "sliding_window_pattern" in keys and "sliding_window" in keys:
+        letters = keys.value("sliding_window_pattern")  # "LLLG": local and global
+        if isinstance(letters, str) and letters and not set(letters) - {"L", "G"}:
+            kinds = {"L": "sliding_attention", "G": "full_attention"}
+            return [kinds[letters[i % len(letters)]] for i in range(layers)]
         pattern = max(1, keys.integer("sliding_window_pattern"))
         return ["full_attention" if (i + 1) % pattern == 0 else "sliding_attention" for i in range(layers)]
     if model_type.startswith("gemma2"):

@@ -9,18 +9,20 @@ from afd.plan.hf_keys import Keys
 from afd.plan.models import FfnGroup
 
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
-_TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_k", "experts_per_token")
+_TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "moe_k", "experts_per_token")
 _MOE_WIDTH = ("moe_intermediate_size", "expert_ffn_hidden_size")
-_DENSE_WIDTH = ("intermediate_size_mlp", "intermediate_size", "ffn_hidden_size", "n_inner")
+_DENSE_WIDTH = ("intermediate_size_mlp", "intermediate_size", "ffn_hidden_size", "ffn_dim", "n_inner")
 _SHARED_WIDTH = ("shared_expert_intermediate_size", "share_expert_dim", "shared_intermediate_size")
 _SHARED_COUNT = ("n_shared_experts", "moe_num_shared_experts", "num_shared_experts", "num_shared_expert")
 
 _UNGATED = ("gpt2", "gpt_neox", "opt", "phi", "falcon", "starcoder2")
+_UNGATED_ACTIVATIONS = ("relu", "relu2", "squared_relu")
 
 
 def ffn_groups(keys: Keys, model_type: str, layers: int) -> list[FfnGroup]:
     """One group of one layer for each layer, in order."""
-    matrices = 2 if model_type in _UNGATED else 3
+    activation = keys.value("hidden_act", "hidden_activation", "activation_function")
+    matrices = 2 if model_type in _UNGATED or activation in _UNGATED_ACTIVATIONS else 3
     experts = _maximum(keys, _EXPERTS)
     if experts <= 1:
         width = keys.integer(*_DENSE_WIDTH)

@@ -28,6 +28,7 @@ _PATTERNS = {
     "experts that compute nothing": r"zero_expert\w*|num_(zero|null)_experts",
     "tables and layers beside the decoder's": r"(ngram|n_gram|engram)_\w+|hidden_size_per_layer_input|moe_latent_size",
     "a gate on attention's output": r"attn_output_gate|attention_output_gate",
+    "a dense FFN beside the experts": r"use_residual|parallel_attn_mlp_res|moe_residual\w*",
     "an encoder": r"is_encoder_decoder|add_cross_attention",
 }
 _STRIDES = "moe_every_n_layers?|expert_interval|moe_frequency|moe_layer_frequency"

@@ -37,31 +37,36 @@ def attention_memory(deployment: Deployment, efficiency: Efficiency, context: in
     return _use(deployment.attention_chip, efficiency, weights, kv_bytes)
 
 
-def ffn_memory(deployment: Deployment, efficiency: Efficiency) -> MemoryUse:
-    """One FFN chip of the instance that holds most experts."""
+def ffn_memory(deployment: Deployment, efficiency: Efficiency, load: float = 1.0) -> MemoryUse:
+    """One FFN chip of the instance that holds most experts, of those with such a load."""
     model, weights = deployment.model, 0.0
     for group in model.ffn:
-        weights += group.layers * group.fixed_weights(model.hidden) * model.weights.shared / deployment.ffn_ranks
-        held = deployment.fullest_share(group.experts) * group.experts / deployment.ranks_per_instance
+        fixed = load * group.fixed_weights(model.hidden) / deployment.ffn_ranks
+        weights += group.layers * fixed * model.weights.shared
+        held = deployment.fullest_share(group.experts, load) * group.experts / deployment.ranks_per_instance
         weights += group.layers * held * group.expert_weights(model.hidden) * model.weights.routed
     return _use(deployment.ffn_chip, efficiency, weights, 0.0)
 
 
 def max_requests(deployment: Deployment, efficiency: Efficiency, context: int) -> int:
-    """Requests of `context` tokens that one attention chip holds; 0 when a role does not fit at all."""
-    if ffn_memory(deployment, efficiency).free_bytes < 0:
+    """Requests of `context` tokens that one attention chip holds, the mean over kinds; 0 when a role does not fit."""
+    if any(ffn_memory(view, efficiency, load).free_bytes < 0 for view, load in deployment.ffn_views()):
         return 0
-    free = attention_memory(deployment, efficiency, context, 0).free_bytes
-    one = attention_memory(deployment, efficiency, context, 1).kv_bytes
-    return max(0, int(free // one)) if one else 1 << 20
+    least = 1 << 20
+    for view, load in deployment.attention_views():
+        free = attention_memory(view, efficiency, context, 0).free_bytes
+        one = load * attention_memory(view, efficiency, context, 1).kv_bytes
+        least = min(least, max(0, int(free // one))) if one else least
+    return least
 
 
 def require_weights_fit(deployment: Deployment, efficiency: Efficiency) -> None:
     """ConfigError naming the role whose weights do not fit its chips."""
-    for role, use, chip in (
-        ("attention", attention_memory(deployment, efficiency, 1, 0), deployment.attention_chip),
-        ("ffn", ffn_memory(deployment, efficiency), deployment.ffn_chip),
-    ):
+    uses = [
+        ("attention", attention_memory(v, efficiency, 1, 0), v.attention_chip) for v, _ in deployment.attention_views()
+    ]
+    uses += [("ffn", ffn_memory(v, efficiency, load), v.ffn_chip) for v, load in deployment.ffn_views()]
+    for role, use, chip in uses:
         if use.free_bytes < 0:
             room = use.free_bytes + use.weight_bytes
             raise ConfigError(

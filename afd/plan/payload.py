@@ -11,6 +11,7 @@ from afd.plan.accuracy import Accuracy, accuracy_of
 from afd.plan.advice import Advice
 from afd.plan.colocated import Colocated
 from afd.plan.deploy import deploy_payload
+from afd.plan.deployment import Part
 from afd.plan.estimate import Estimate, Estimator
 
 
@@ -30,6 +31,8 @@ def estimate_payload(estimate: Estimate, estimator: Estimator) -> dict[str, Any]
         "topology": str(deployment.topology),
         "attention_chip": deployment.attention_chip.name,
         "ffn_chip": deployment.ffn_chip.name,
+        "attention_parts": [_part_payload(part) for part in deployment.attention_parts],
+        "ffn_parts": [_part_payload(part) for part in deployment.ffn_parts],
         "chips": deployment.num_chips,
         "ranks_per_instance": deployment.ranks_per_instance,
         "context": estimate.objective.context,
@@ -38,6 +41,7 @@ def estimate_payload(estimate: Estimate, estimator: Estimator) -> dict[str, Any]
         "weight_bytes": msgspec.structs.asdict(deployment.model.weights),
         "drafts": {"count": deployment.drafts.count, "emitted": deployment.drafts.emitted},
         "forecast_range": None if estimator.measured else _range_payload(accuracy_of(estimate)),
+        "prefill": prefill_payload(estimate, estimator),
         "attention_dtype": str(deployment.kv_dtype),
         "streams": deployment.streams,
         "micro_batch": estimate.micro_batch,
@@ -71,6 +75,23 @@ def estimate_payload(estimate: Estimate, estimator: Estimator) -> dict[str, Any]
     }
 
 
+def _part_payload(part: Part) -> dict[str, Any]:
+    return {"chip": part.chip.name, "instances": part.instances, "load": part.load}
+
+
+def prefill_payload(estimate: Estimate, estimator: Estimator) -> dict[str, Any] | None:
+    """Prompts in the steps of the decodes; None = elsewhere. TTFT is that of an empty queue."""
+    prefill = estimate.prefill
+    if prefill is None:
+        return None
+    return {
+        "rows_per_attention_chip": prefill.num_tokens,
+        "share": estimator.prefill_share(estimate),
+        "requests_per_s": estimate.requests_per_s,
+        "ttft_ms": estimate.ttft_s * 1e3,
+    }
+
+
 def advice_payload(advice: Advice, estimator: Estimator, model_argument: str, top: int) -> dict[str, Any]:
     """The search's answer: `plans` best first (at most `top`), how the winner compares, and how to start it."""
     best = advice.plans[0] if advice.plans else None
@@ -78,7 +99,7 @@ def advice_payload(advice: Advice, estimator: Estimator, model_argument: str, to
         "plans": [estimate_payload(plan, estimator) for plan in advice.plans[:top]],
         "num_plans": len(advice.plans),
         "reason": advice.reason,
-        "today": None if advice.today is None else estimate_payload(advice.today, estimator),
+        "today": estimate_payload(advice.today[0], estimator) if advice.today else None,
         "inventory": inventory_payload(advice),
         "baselines": [colocated_payload(c) for c in advice.baselines],
         "colocated": None if advice.colocated is None else colocated_payload(advice.colocated),

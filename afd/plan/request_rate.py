@@ -25,6 +25,16 @@ class RequestShape:
     output: float
 
     @property
+    def prompt_rows(self) -> float:
+        """Rows of prefill for each token that is decoded; an answer of one token has none of those."""
+        return self.prompt / (self.output - 1.0)
+
+    def prefill_beside(self, num_decoded: float, num_ranks: int) -> Prefill:
+        """Prompt rows of one chip that keep up with `num_decoded` tokens; `num_ranks` chips share a prompt."""
+        rows = num_decoded * self.prompt_rows
+        return Prefill.of_prompts(rows, self.prompt, rows * num_ranks)
+
+    @property
     def num_rows(self) -> float:
         """Rows that a request costs."""
         return self.prompt + self.output - 1.0

@@ -82,9 +82,7 @@ class SearchSpace:
         """Deployments like this one within the inventory; 1 without one."""
         if not self.inventory:
             return 1
-        used = {deployment.attention_chip.name: deployment.attention_ranks}
-        used[deployment.ffn_chip.name] = used.get(deployment.ffn_chip.name, 0) + deployment.ffn_ranks
-        return min(self.inventory.get(name, 0) // count for name, count in used.items())
+        return min(self.inventory.get(name, 0) // count for name, count in deployment.chips.items())
 
     def tokens_per_s(self, estimate: Estimate) -> float:
         """Output tokens per second of all copies that fit the inventory."""
@@ -102,7 +100,7 @@ def search(space: SearchSpace, estimator: Estimator, objective: Objective) -> li
     smallest: list[Deployment] = []
     for attention, ffn in space.pairs():
         probe = space.deployment(attention, ffn, Topology(1, 1), streams=min(space.streams))
-        probe.check_context(objective.context)
+        probe.check_context(objective.longest)
         smallest.append(probe)
         if _fits(space, probe):
             found += _search_pair(space, estimator, objective, probe)

@@ -58,12 +58,16 @@ class Prefill:
     @classmethod
     def of_prompts(cls, num_tokens: float, prompt: float, chunk: float) -> Prefill:
         """The mean over all chunks of prompts of `prompt` tokens each, computed `chunk` at a time."""
-        chunk = min(chunk, prompt)
+        chunk = min(max(1.0, chunk), prompt)
         return cls(num_tokens, (prompt + 1) / 2, num_tokens / chunk, (prompt + chunk) / 2)
 
     def split(self, parts: int) -> Prefill:
         """One of `parts` equal shares."""
-        return Prefill(self.num_tokens / parts, self.context, self.num_chunks / parts, self.span)
+        return self.scaled(1 / parts)
+
+    def scaled(self, factor: float) -> Prefill:
+        """So many times as much of the same."""
+        return Prefill(self.num_tokens * factor, self.context, self.num_chunks * factor, self.span)
 
 
 class StageModel(Protocol):
@@ -79,7 +83,7 @@ class StageModel(Protocol):
     ) -> StageTimes:
         """Stage times of `num_tokens` decodes a rank with `context` cached tokens each, and of `prefill` beside them.
 
-        Numbers are means; the rows of both together are more than none.
+        Numbers are means, also over the kinds of ranks; the rows of both together are more than none.
         """
         ...
 
@@ -99,14 +103,15 @@ class RooflineStages:
     ) -> StageTimes:
         rows = num_tokens * deployment.drafts.rows + (0.0 if prefill is None else prefill.num_tokens)
         to_ffn_s, to_attention_s = transfer_times(deployment, self.efficiency, rows)
-        return StageTimes(
-            attention_s=attention_time(deployment, self.efficiency, context, num_tokens, prefill),
-            ffn_s=ffn_time(deployment, self.efficiency, rows),
-            to_ffn_s=to_ffn_s,
-            to_attention_s=to_attention_s,
-            head_s=head_time(deployment, self.efficiency, num_tokens * deployment.drafts.rows)
-            + draft_time(deployment, self.efficiency, context, num_tokens),
-        )
+        attention_s = ffn_s = head_s = 0.0
+        for view, load in deployment.attention_views():
+            tokens, prompts = num_tokens * load, None if prefill is None else prefill.scaled(load)
+            attention_s = max(attention_s, attention_time(view, self.efficiency, context, tokens, prompts))
+            one_s = head_time(view, self.efficiency, tokens * deployment.drafts.rows)
+            head_s = max(head_s, one_s + draft_time(view, self.efficiency, context, tokens))
+        for view, load in deployment.ffn_views():
+            ffn_s = max(ffn_s, ffn_time(view, self.efficiency, rows, load))
+        return StageTimes(attention_s, ffn_s, to_ffn_s, to_attention_s, head_s)
 
 
 def gemm_time(
@@ -135,14 +140,24 @@ def core_time(
 
 
 def chunks_time(
-    chip: Chip, efficiency: Efficiency, group: AttentionGroup, prefill: Prefill, kv_bytes: float | None
+    chip: Chip,
+    efficiency: Efficiency,
+    group: AttentionGroup,
+    prefill: Prefill,
+    kv_bytes: float | None,
+    ranks: int = 1,
+    shards: int = 1,
 ) -> float:
-    """Attention core of prefill chunks, all layers of a group, one chip: bytes of each chunk, FLOPs of each row."""
+    """Attention core of prefill chunks, all layers of a group: bytes of each chunk, FLOPs of each row.
+
+    ranks: chips that share the heads.  shards: over which the cache is spread.
+    """
     width = group.kv_bytes if kv_bytes is None else kv_bytes
     peak = chip.peak_flops if width <= 1 else chip.bf16_flops
     moved = prefill.num_chunks * group.moved_bytes(prefill.span, width)
     moved_s = moved / chip.memory_bytes_per_s / efficiency.core_bandwidth(width)
-    return max(moved_s, prefill.num_tokens * group.core_flops(prefill.context) / peak / efficiency.core_flops)
+    flops = prefill.num_tokens * group.core_flops(prefill.context)
+    return max(moved_s / shards, flops / ranks / peak / efficiency.core_flops)
 
 
 def attention_time(
@@ -163,8 +178,10 @@ def attention_time(
     return (core_s + linear_s) / model.num_layers + combine_s + efficiency.launch_s
 
 
-def ffn_time(deployment: Deployment, efficiency: Efficiency, num_tokens: float) -> float:
+def ffn_time(deployment: Deployment, efficiency: Efficiency, num_tokens: float, load: float = 1.0) -> float:
     """A rank of the fullest FFN instance, plus what shows of the all-gather before and reduce-scatter after.
+
+    num_tokens: rows of one attention rank.  load: the instance's share of experts and slices over the mean.
 
     Experts are whole in an instance and sliced over its ranks; what every token uses is sliced over all of them. Both
     collectives run over the server's interconnect beside other micro-batches' GEMMs; an instance can still not be
@@ -175,9 +192,9 @@ def ffn_time(deployment: Deployment, efficiency: Efficiency, num_tokens: float) 
     work = GemmWork(chip)
     for group in model.ffn:
         fixed, expert = group.fixed_weights(model.hidden), group.expert_weights(model.hidden)
-        work.add(model.weights.shared, group.layers * fixed / deployment.ffn_ranks, batch)
+        work.add(model.weights.shared, load * group.layers * fixed / deployment.ffn_ranks, batch)
         if group.experts:
-            share = deployment.fullest_share(group.experts)
+            share = deployment.fullest_share(group.experts, load)
             rows = min(1.0, share * efficiency.expert_imbalance) * batch * group.top_k
             work.add_experts(
                 model.weights.routed, group.layers * expert / ranks, share * group.experts_hit(batch), rows
@@ -226,10 +243,12 @@ def transfer_times(deployment: Deployment, efficiency: Efficiency, num_tokens: f
     """Seconds to the FFN and back, set by the end of a pair that moves more; a link's directions do not compete."""
     topology = deployment.topology
     share = deployment.sent_share()
-    per_row = max(
-        topology.num_ffn / _link_bytes_per_s(deployment, deployment.attention_chip, efficiency),
-        topology.num_attention / _link_bytes_per_s(deployment, deployment.ffn_chip, efficiency),
-    )
+    per_row = 0.0
+    for view, load in deployment.attention_views():
+        link = _link_bytes_per_s(deployment, view.attention_chip, efficiency)
+        per_row = max(per_row, load * topology.num_ffn / link)
+    for view, _ in deployment.ffn_views():
+        per_row = max(per_row, topology.num_attention / _link_bytes_per_s(deployment, view.ffn_chip, efficiency))
     seconds_per_byte = num_tokens * share * per_row
     return (
         efficiency.wire_s + seconds_per_byte * dispatch_row_bytes(deployment),

@@ -5,12 +5,14 @@ Bandwidth only: TCP also costs host copies and CPU time, so "holds" is necessary
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import msgspec
 
 from afd.plan.deployment import Deployment
 from afd.plan.estimate import Estimate, Estimator, Objective
+from afd.plan.hardware import Chip
 from afd.plan.limits import WIRE_BYTES_PER_ELEMENT
 
 LINK_GBIT = (10.0, 25.0, 100.0, 400.0)
@@ -66,7 +68,13 @@ def _rows(deployment: Deployment, objective: Objective, rate: float) -> int:
 
 
 def _with_links(deployment: Deployment, rate: float) -> Deployment:
-    return deployment.replace(
-        attention_chip=msgspec.structs.replace(deployment.attention_chip, network_gbit_per_s=rate),
-        ffn_chip=msgspec.structs.replace(deployment.ffn_chip, network_gbit_per_s=rate),
+    def slow(chip: Chip) -> Chip:
+        return msgspec.structs.replace(chip, network_gbit_per_s=rate)
+
+    return dataclasses.replace(
+        deployment,
+        attention_chip=slow(deployment.attention_chip),
+        ffn_chip=slow(deployment.ffn_chip),
+        attention_more=tuple(dataclasses.replace(part, chip=slow(part.chip)) for part in deployment.attention_more),
+        ffn_more=tuple(dataclasses.replace(part, chip=slow(part.chip)) for part in deployment.ffn_more),
     )

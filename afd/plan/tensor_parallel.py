@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from afd.plan.colocated import Colocated, hops_time, layout_name
+from afd.plan.colocated import Colocated, beside, hops_time, layout_name
 from afd.plan.deployment import Deployment
 from afd.plan.efficiency import Efficiency
 from afd.plan.estimate import MAX_BATCH, Objective
 from afd.plan.memory import HEAD_BYTES
-from afd.plan.stages import GemmWork, draft_time, head_time
+from afd.plan.request_rate import RequestShape
+from afd.plan.stages import GemmWork, Prefill, chunks_time, draft_time, head_time
 from afd.sched.largest import largest
 
 
@@ -24,6 +25,7 @@ class TensorParallelModel:
     template: Deployment
     efficiency: Efficiency
     stages: int = 1
+    requests: RequestShape | None = None
 
     @property
     def _ranks(self) -> int:
@@ -32,24 +34,31 @@ class TensorParallelModel:
     def tpot(self, context: int, num_tokens: int) -> float:
         """Seconds per step of a micro-batch of `num_tokens` tokens; as many micro-batches as stages are in flight."""
         template, efficiency = self.template, self.efficiency
-        drafts, rows = template.drafts, num_tokens * template.drafts.rows / self._ranks
+        drafts, prefill = template.drafts, self._prefill(num_tokens)
+        rows = num_tokens * drafts.rows / self._ranks
         layers_s = self._layers_s(context, num_tokens) * efficiency.colocated_stretch
         layers_s *= template.pipeline_layers / template.model.num_layers
         head_s = head_time(template, efficiency, rows)
         head_s += draft_time(template, efficiency, context, num_tokens / self._ranks)
-        hops_s = hops_time(template, efficiency, self.stages, rows)
+        prompts = 0.0 if prefill is None else prefill.num_tokens / self._ranks
+        hops_s = hops_time(template, efficiency, self.stages, rows + prompts)
         return (layers_s + head_s + hops_s) * (1.0 + efficiency.jitter) / drafts.emitted
 
     def _layers_s(self, context: int, num_tokens: int) -> float:
         template, efficiency, ranks = self.template, self.efficiency, self._ranks
         model, chip = template.model, template.attention_chip
         core_s, work, rows = 0.0, GemmWork(chip), num_tokens * template.drafts.rows
+        prefill = self._prefill(num_tokens)
         for attention in model.attention:
             width = template.kv_dtype.bytes_per_element or attention.kv_bytes
             moved = num_tokens * attention.moved_bytes(context, width) / min(ranks, attention.kv_shards)
             moved_s = moved / chip.memory_bytes_per_s / efficiency.core_bandwidth(width)
             flops = rows * attention.core_flops(context) / ranks
             core_s += max(moved_s, flops / chip.flops_at(min(width, 2.0)) / efficiency.core_flops)
+            if prefill is not None:
+                shards = min(ranks, attention.kv_shards)
+                core_s += chunks_time(chip, efficiency, attention, prefill, width, ranks, shards)
+        rows += 0.0 if prefill is None else prefill.num_tokens
         work.add(model.weights.linear, model.linear_weights / ranks, rows)
         for group in model.ffn:
             work.add(model.weights.shared, group.layers * group.fixed_weights(model.hidden) / ranks, rows)
@@ -60,6 +69,11 @@ class TensorParallelModel:
         link = chip.interconnect_bytes_per_s * efficiency.interconnect
         reduce_s = 2 * (ranks - 1) / ranks * rows * 2 * model.hidden / link
         return core_s + work.seconds(efficiency) + model.num_layers * 2 * (reduce_s + efficiency.launch_s)
+
+    def _prefill(self, num_tokens: float) -> Prefill | None:
+        if self.requests is None:
+            return None
+        return self.requests.prefill_beside(num_tokens * self.template.drafts.emitted, 1)
 
     def capacity(self, context: int) -> int:
         """Requests of `context` tokens in one micro-batch; each stage holds its layers of all of them."""
@@ -78,7 +92,7 @@ class TensorParallelModel:
     def best(self, objective: Objective) -> Colocated | None:
         """The largest batch under the SLA; None when not even one request holds it or fits."""
         context = objective.context
-        most = min(MAX_BATCH, self.capacity(context))
+        most = min(MAX_BATCH, max(0, self.capacity(context) - (self.requests is not None)))  # and a prompt
         batch = largest(most, lambda num_tokens: self.tpot(context, num_tokens) <= objective.sla_tpot_s)
         if not batch:
             return None
@@ -89,4 +103,11 @@ class TensorParallelModel:
             micro_batches=self.stages,
             batch=batch * self.stages,
             tpot_s=self.tpot(context, batch),
+            **beside(
+                self.template,
+                self.requests,
+                self._prefill(batch),
+                self.stages,
+                self.tpot(context, batch),
+            ),
         )

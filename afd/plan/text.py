@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from afd.plan.accuracy import accuracy_of
-from afd.plan.advice import RANKS_TODAY, Advice, Comparison, describe
+from afd.plan.advice import RANKS_TODAY, Advice, Comparison, describe, role_chips
 from afd.plan.colocated import Colocated
 from afd.plan.cost import CostRow
 from afd.plan.deploy import deploy_payload
-from afd.plan.deployment import Deployment
+from afd.plan.deployment import Deployment, Part
 from afd.plan.efficiency import Efficiency
 from afd.plan.estimate import Estimate, Estimator
 from afd.plan.limits import Feasibility
@@ -34,14 +34,14 @@ def _usd(value: float | None) -> str:
 
 def plans_table(plans: Sequence[Estimate]) -> str:
     headers = ["topology", "chips", "streams", "batch", "tok/s/chip", "TPOT ms", "A us", "F us", "link us", "bound"]
-    names = {chip.name for p in plans for chip in (p.deployment.attention_chip, p.deployment.ffn_chip)}
+    several = len({name for plan in plans for name in plan.deployment.chips}) > 1
     rows = []
     for plan in plans:
         deployment = plan.deployment
-        name = f"{deployment.topology} {deployment.attention_chip.title}+{deployment.ffn_chip.title}"
+        name = f"{deployment.topology} {_short(deployment.attention_parts)}+{_short(deployment.ffn_parts)}"
         rows.append(
             [
-                name if len(names) > 1 else str(deployment.topology),
+                name if several else str(deployment.topology),
                 str(deployment.num_chips),
                 str(deployment.streams),
                 str(plan.batch),
@@ -55,6 +55,10 @@ def plans_table(plans: Sequence[Estimate]) -> str:
             ]
         )
     return table([*headers, "USD/Mtok"], rows)
+
+
+def _short(parts: Sequence[Part]) -> str:
+    return parts[0].chip.title if len(parts) == 1 else f"({role_chips(parts)})"
 
 
 def estimate_text(estimate: Estimate) -> str:
@@ -80,9 +84,36 @@ def estimate_text(estimate: Estimate) -> str:
             f"{estimate.micro_batch}, {estimate.num_tokens} tokens per attention chip",
             f"per layer: {busy} of a cycle of {cycle_s * 1e6:.0f} us (budget {estimate.stage_budget_s * 1e6:.0f} us); "
             f"bound by {estimate.bound}",
+            *_loads_text(estimate),
+            *_prefill_text(estimate),
             _precision_text(estimate.deployment),
         ]
     )
+
+
+def _loads_text(estimate: Estimate) -> list[str]:
+    """What each kind of a role does, where there are several."""
+    deployment, lines = estimate.deployment, []
+    if deployment.attention_more:
+        shares = ", ".join(f"{p.load * estimate.num_tokens:.0f} on {p.chip.title}" for p in deployment.attention_parts)
+        lines.append(f"tokens of an attention chip and micro-batch: {shares}")
+    if deployment.ffn_more:
+        shares = ", ".join(
+            f"{p.load / deployment.topology.num_ffn:.1%} on {p.chip.title}" for p in deployment.ffn_parts
+        )
+        lines.append(f"of the FFN, each instance: {shares}")
+    return lines
+
+
+def _prefill_text(estimate: Estimate) -> list[str]:
+    requests, prefill = estimate.objective.requests, estimate.prefill
+    if requests is None or prefill is None or estimate.requests_per_s is None:
+        return []
+    return [
+        f"prompts of {requests.prompt:g} tokens in the same steps: {prefill.num_tokens:.1f} rows of an attention chip "
+        f"and micro-batch, {estimate.requests_per_s:,.1f} requests/s with a full batch; a prompt alone takes "
+        f"{estimate.ttft_s * 1e3:.0f} ms to its first token"
+    ]
 
 
 def _precision_text(deployment: Deployment) -> str:
@@ -132,7 +163,7 @@ def advice_text(advice: Advice, estimator: Estimator, model_argument: str, top: 
 
 def _today_text(advice: Advice) -> str:
     """What can be started, before what could be."""
-    best, today = advice.plans[0].deployment, advice.today
+    best, today = advice.plans[0].deployment, advice.today[0] if advice.today else None
     if best.ranks_per_instance == RANKS_TODAY:
         return "instances of one chip, as `afd up` and the chart start them today:"
     wanted = f"the plans below need instances of {best.ranks_per_instance} chips, which `afd up` does not start yet"

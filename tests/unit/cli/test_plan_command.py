@@ -4,6 +4,7 @@ import json
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -138,6 +139,10 @@ def test_search_answers_everything_at_once(run_json):
 def test_search_as_text_says_what_matters(run):
     code, out, _ = run("--model", "step3")
     assert code == 0
+    shown = Path("docs/planning.md").read_text().partition("## What a search prints")[2].split("```")[1]
+    printed = out.splitlines()
+    for line in shown.strip().splitlines():
+        assert line == "..." or line in printed
     for expected in (
         "2A2F",
         "bound by attention",

@@ -92,9 +92,59 @@ def test_the_tiny_step3_fixture_is_mfa_with_shared_experts(models):
     assert model.kv_resident_bytes(1, kv_bytes=1) == 5 * 64
 
 
+def test_squared_relu_has_no_gate():
+    """Nemotron-4 340B, as it is called: 96 layers of 2 x 18432 x 73728."""
+    nemotron = {
+        "model_type": "nemotron",
+        "hidden_size": 18432,
+        "num_attention_heads": 96,
+        "num_key_value_heads": 8,
+        "num_hidden_layers": 96,
+        "intermediate_size": 73728,
+        "max_position_embeddings": 4096,
+        "vocab_size": 256000,
+        "hidden_act": "relu2",
+    }
+    assert shape(nemotron).total_params / 1e9 == pytest.approx(341, rel=0.002)
+
+
+def test_hunyuan_lists_experts_by_layer():
+    hunyuan = {
+        "model_type": "hunyuan_v1_moe",
+        "hidden_size": 4096,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "num_hidden_layers": 32,
+        "head_dim": 128,
+        "intermediate_size": 3072,
+        "moe_intermediate_size": [3072] * 32,
+        "moe_topk": [8] * 32,
+        "num_shared_expert": [1] * 32,
+        "num_experts": 64,
+        "use_cla": False,
+        "max_position_embeddings": 32768,
+        "vocab_size": 128167,
+        "tie_word_embeddings": True,
+    }
+    assert shape(hunyuan).total_params / 1e9 == pytest.approx(80.4, rel=0.005)
+    assert shape(hunyuan).active_params / 1e9 == pytest.approx(13.0, rel=0.05)
+
+
+def test_letters_name_local_and_global_layers():
+    config = {**GEMMA3, "sliding_window_pattern": "LLLG", "num_hidden_layers": 32}
+    assert {(g.layers, g.window) for g in shape(config).attention} == {(24, 1024), (8, 0)}
+
+
+def test_draft_layers_by_the_name_that_minimax_gives_them():
+    config = {**MIXTRAL, "num_mtp_modules": 3}
+    assert shape(config).draft.count == 3
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"parallel_attn_mlp_res": True}, "parallel_attn_mlp_res = True means a dense FFN beside the experts"),
+        ({"sliding_window": 9, "sliding_window_pattern": "LX"}, "sliding_window_pattern must be a number"),
         ({"layer_types": ["linear_attention"] * 32}, "attention kind 'linear_attention' of 'mixtral' is not modelled"),
         ({"layer_types": ["full_attention"]}, "layer_types must list 32 layers"),
         ({"hidden_size": None}, "needs hidden_size or n_embd"),

@@ -53,8 +53,8 @@ def test_four_h20_and_two_h800_servers_at_8k():
     assert total == pytest.approx(sum(n * c.num_chips * c.tgs for c, n in advice.all_chips.parts))
     assert {c.chip.name for c, _ in advice.all_chips.parts} == {"h20", "h800"}
     assert 48 * best.tgs > total
-    assert advice.today.deployment.ranks_per_instance == 1
-    assert advice.today.tgs < best.tgs
+    assert advice.today[0].deployment.ranks_per_instance == 1
+    assert advice.today[0].tgs < best.tgs
 
 
 def test_an_inventory_bounds_each_kind_and_counts_copies():
