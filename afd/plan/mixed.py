@@ -25,6 +25,8 @@ Counts = tuple[tuple[str, int], ...]
 GAIN = 1.002
 """A step that serves less than this much more is not taken."""
 
+MAX_STEPS = 24
+
 STARTS = 3
 """Topologies of one kind a role from which the search starts, of different pairs of chips."""
 
@@ -68,13 +70,14 @@ class MixedSearch:
         return [balanced for shape in self._shapes(attention, ffn, streams) for balanced in self._balanced(shape)]
 
     def _climb(self, plan: Estimate) -> Estimate:
-        while True:
+        for _ in range(MAX_STEPS):
             streams = [plan.deployment.streams]
             near = [self.best(*state, streams) for state in self._steps(*_state(plan.deployment))]
             best = max((e for e in near if e is not None), key=self.space.tokens_per_s, default=plan)
             if self.space.tokens_per_s(best) < GAIN * self.space.tokens_per_s(plan):
-                return self.best(*_state(plan.deployment), self.space.streams) or plan
+                break
             plan = best
+        return self.best(*_state(plan.deployment), self.space.streams) or plan
 
     def _steps(self, attention: Counts, ffn: Counts) -> Iterator[tuple[Counts, Counts]]:
         """One instance more or less, of another kind, or in the other role."""
@@ -150,7 +153,7 @@ class MixedSearch:
             slope = max((high - low) / (many - few), 1e-12)
             lines.append((low - slope * few, slope))
         counts = [part.instances for part in shape.attention_parts]
-        total = num_tokens * sum(counts)
+        total = float(num_tokens * sum(counts))
         total += sum(count * base / slope for count, (base, slope) in zip(counts, lines, strict=True))
         equal_s = total / sum(count / slope for count, (_, slope) in zip(counts, lines, strict=True))
         tokens = [(equal_s - base) / slope for base, slope in lines]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 from afd.plan.colocated import ColocatedModel
 from afd.plan.deployment import Deployment
@@ -23,7 +24,7 @@ MAX_ROWS = 1 << 14
 """Rows of a chip in one pass beyond which nothing is tried: one prompt, or this many."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class PrefillUnit:
     """`num_chips` chips, all of `template`'s attention chip, that compute `num_prompts` prompts in one pass."""
 
@@ -41,7 +42,7 @@ class PrefillUnit:
     def usd_per_hour(self) -> float | None:
         return None if self.chip.usd_per_hour is None else self.num_chips * self.chip.usd_per_hour
 
-    @property
+    @cached_property
     def pass_s(self) -> float:
         """Seconds of one pass."""
         rows = self.num_prompts * self.prompt / self.num_chips

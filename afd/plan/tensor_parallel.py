@@ -47,7 +47,7 @@ class TensorParallelModel:
     def _layers_s(self, context: int, num_tokens: int) -> float:
         template, efficiency, ranks = self.template, self.efficiency, self._ranks
         model, chip = template.model, template.attention_chip
-        core_s, work, rows = 0.0, GemmWork(chip), num_tokens * template.drafts.rows
+        core_s, work, rows = 0.0, GemmWork(chip), float(num_tokens * template.drafts.rows)
         prefill = self._prefill(num_tokens)
         for attention in model.attention:
             width = template.kv_dtype.bytes_per_element or attention.kv_bytes

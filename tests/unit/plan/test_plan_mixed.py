@@ -9,6 +9,7 @@ from afd.errors import ConfigError
 from afd.plan.accuracy import accuracy_of
 from afd.plan.advice import advise, describe
 from afd.plan.catalog import load_chips, load_models
+from afd.plan.chips import with_network
 from afd.plan.deploy import deploy_of
 from afd.plan.deployment import Deployment, Part
 from afd.plan.efficiency import Efficiency
@@ -160,3 +161,19 @@ def test_counts_of_instances():
     for names in (["h20:4", "h800"], ["h20:0"], ["h20:x"], ["h20:1", "h20:2"]):
         with pytest.raises(ConfigError, match=r"--ffn .*expected instances of each kind"):
             parse_counts(names, "--ffn")
+
+
+def test_a_mix_serves_no_more_at_longer_contexts_nor_behind_slower_links():
+    def best(context, gbit):
+        slow = with_network({name: CHIPS[name] for name in ("h20", "h800")}, str(gbit))
+        mine = dataclasses.replace(space(40, 40), attention_chips=list(slow.values()), ffn_chips=list(slow.values()))
+        search_here = MixedSearch(mine, ESTIMATOR, Objective(context, 0.05))
+        found = search_here.best((("h20", 4), ("h800", 1)), (("h20", 1), ("h800", 1)), (3,))
+        return 0.0 if found is None else found.tgs
+
+    for rates in (
+        [best(context, 400) for context in (2048, 8192, 32768)],
+        [best(8192, gbit) for gbit in (400, 50, 10)],
+    ):
+        assert rates == sorted(rates, reverse=True)
+        assert rates[0] > rates[-1] > 0.0
