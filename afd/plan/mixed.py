@@ -8,6 +8,7 @@ The search starts at the best topologies of one kind a role and takes the step t
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -135,20 +136,21 @@ class MixedSearch:
         if by_memory is None:
             return
         balanced = by_memory
-        for _ in range(2):  # what is fixed in a stage weighs differently at another batch
+        for _ in range(3):  # what is fixed in a stage weighs differently at another batch
             best = self.estimator.best(balanced, self.objective)
             if best is None:
                 break
-            loads = self._equal_times(views, shape, best.num_tokens)
+            loads = self._equal_times(views, balanced, best.num_tokens)
             balanced = (_with_loads(shape, loads) if loads else None) or balanced
         yield balanced
         yield by_memory
 
     def _equal_times(self, views: Sequence[Deployment], shape: Deployment, num_tokens: int) -> list[float]:
-        """Tokens a rank of each kind, `num_tokens` in the mean, by lines through two batches; [] = one gets none."""
+        """Tokens a rank of each kind, `num_tokens` in the mean, by lines near what it has now; [] = one gets none."""
         lines = []
-        for view in views:
-            few, many = max(1, num_tokens // 2), 2 * num_tokens
+        for view, part in zip(views, shape.attention_parts, strict=True):
+            few = max(1, int(0.8 * part.load * num_tokens))
+            many = max(few + 1, math.ceil(1.25 * part.load * num_tokens))
             low, high = (self.estimator.estimate(view, self.objective, n).stage.attention_s for n in (few, many))
             slope = max((high - low) / (many - few), 1e-12)
             lines.append((low - slope * few, slope))
