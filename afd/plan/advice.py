@@ -98,6 +98,14 @@ class Advice:
     analytic_ratio: float | None
     tcp: tuple[TcpFallback, ...]
 
+    @property
+    def inventory_gain(self) -> float | None:
+        """Tokens per second of all chips of an inventory over theirs without AFD; None without either."""
+        if not self.copies or self.all_chips is None:
+            return None
+        best = self.plans[0]
+        return self.copies * best.deployment.num_chips * best.tgs / self.all_chips.tokens_per_s
+
 
 def advise(space: SearchSpace, estimator: Estimator, objective: Objective) -> Advice:
     """Searches, and judges the winner. Pure."""

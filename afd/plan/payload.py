@@ -134,6 +134,7 @@ def inventory_payload(advice: Advice) -> dict[str, Any] | None:
         "chips_used": 0 if best is None else advice.copies * best.deployment.num_chips,
         "colocated_tokens_per_s": None if others is None else others.tokens_per_s,
         "colocated": None if others is None else others.text,
+        "afd_gain": advice.inventory_gain,
     }
 
 
@@ -151,7 +152,7 @@ def comparison_payload(advice: Advice) -> dict[str, Any] | None:
         return None
     return {
         "afd_gain": comparison.gain,
-        "worth_it": comparison.gain > 1.0,
+        "worth_it": (advice.inventory_gain or comparison.gain) > 1.0,
         "batch_ratio": comparison.batch_ratio,
         "attention_share": comparison.attention_share,
         "step_ratio": comparison.step_ratio,

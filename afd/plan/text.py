@@ -191,7 +191,7 @@ def _inventory_text(advice: Advice, best: Estimate) -> str:
         other = advice.all_chips
         lines.append(
             f"without AFD: {other.text}: {other.tokens_per_s:,.0f} tokens/s in all; AFD gives "
-            f"{total / other.tokens_per_s:.2f} x that"
+            f"{advice.inventory_gain:.2f} x that"
         )
     return "\n".join(lines)
 
@@ -207,8 +207,13 @@ def _comparison_text(advice: Advice) -> str:
     comparison = advice.comparison
     if comparison is None:
         return f"without AFD no layout holds the SLA here ({advice.plans[0].tgs:,.0f} tokens/s per chip with it)"
-    best, verdict = comparison.colocated, "pays" if comparison.gain > 1 else "does not pay"
-    lines = [f"AFD {verdict}: {comparison.gain:.2f} x {best.layout} on {best.chip.title}. Without AFD:"]
+    best, whole = comparison.colocated, advice.inventory_gain
+    verdict = "pays" if (whole or comparison.gain) > 1 else "does not pay"
+    gain = f"{comparison.gain:.2f} x {best.layout} on {best.chip.title}"
+    if whole is not None:
+        unit = "chip" if best.usd_per_mtok is None else "USD"
+        gain = f"{whole:.2f} x all your chips without it, {gain} for each {unit}"
+    lines = [f"AFD {verdict}: {gain}. Without AFD:"]
     lines += [f"  {_colocated_text(c)}" for c in advice.baselines]
     if advice.other_kv is not None:
         width, gain = advice.other_kv

@@ -52,7 +52,8 @@ def test_four_h20_and_two_h800_servers_at_8k():
     total = advice.all_chips.tokens_per_s
     assert total == pytest.approx(sum(n * c.num_chips * c.tgs for c, n in advice.all_chips.parts))
     assert {c.chip.name for c, _ in advice.all_chips.parts} == {"h20", "h800"}
-    assert 48 * best.tgs > total
+    assert advice.inventory_gain == pytest.approx(48 * best.tgs / total)
+    assert advice.inventory_gain > 1.3
     assert advice.today[0].deployment.ranks_per_instance == 1
     assert advice.today[0].tgs < best.tgs
 
@@ -222,3 +223,26 @@ def test_no_instance_holds_less_than_its_share(num, experts):
     share = step3(f"1A{num}F", ranks_per_instance=1).fullest_share(experts)
     assert 1 / num <= share * (1 + 1e-12)
     assert share <= max(2 / num, 1 / experts)
+
+
+def test_a_gpu_and_its_host_are_judged_as_one_machine():
+    """A CPU is not worth a GPU: the verdict is over the whole inventory, where the host alone is what there is without
+    AFD."""
+    tiny = {"chips_per_server": 1, "usd_per_hour": None, "network_gbit_per_s": 200.0, "interconnect_gb_per_s": 25.0}
+    gpu = msgspec.structs.replace(
+        CHIPS["l20"], name="gpu", bf16_tflops=165.0, fp8_tflops=330.0, memory_gib=24.0, memory_gb_per_s=1008.0, **tiny
+    )
+    host = msgspec.structs.replace(
+        CHIPS["l20"], name="host", bf16_tflops=8.0, fp8_tflops=None, memory_gib=512.0, memory_gb_per_s=400.0, **tiny
+    )
+    mine = SearchSpace(
+        model=MODELS["qwen3-235b-a22b"].weighted("int4"),
+        attention_chips=[gpu],
+        ffn_chips=[host],
+        max_chips=2,
+        inventory={"gpu": 1, "host": 1},
+        ranks_per_instance=1,
+    )
+    advice = advise(mine, ESTIMATOR, Objective(4096, 0.2))
+    assert len(advice.all_chips.parts) == 1
+    assert advice.comparison.gain < 1 < advice.inventory_gain
