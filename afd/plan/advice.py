@@ -134,7 +134,7 @@ def _today(
     space: SearchSpace, estimator: Estimator, objective: Objective, plans: Sequence[Estimate]
 ) -> Sequence[Estimate]:
     if plans and plans[0].deployment.ranks_per_instance == RANKS_TODAY:
-        return plans
+        return [plan for plan in plans if not plan.deployment.mixed]
     return search(dataclasses.replace(space, ranks_per_instance=RANKS_TODAY), estimator, objective)
 
 

@@ -164,9 +164,11 @@ def advice_text(advice: Advice, estimator: Estimator, model_argument: str, top: 
 def _today_text(advice: Advice) -> str:
     """What can be started, before what could be."""
     best, today = advice.plans[0].deployment, advice.today[0] if advice.today else None
-    if best.ranks_per_instance == RANKS_TODAY:
+    if best.ranks_per_instance == RANKS_TODAY and not best.mixed:
         return "instances of one chip, as `afd up` and the chart start them today:"
     wanted = f"the plans below need instances of {best.ranks_per_instance} chips, which `afd up` does not start yet"
+    if best.ranks_per_instance == RANKS_TODAY:
+        wanted = "the first plan below has several kinds of chips in a role, which the chart does not place"
     if today is None:
         return f"runs today (instances of one chip): nothing holds the SLA; {wanted}"
     gain = ""
@@ -209,11 +211,11 @@ def _comparison_text(advice: Advice) -> str:
         return f"without AFD no layout holds the SLA here ({advice.plans[0].tgs:,.0f} tokens/s per chip with it)"
     best, whole = comparison.colocated, advice.inventory_gain
     verdict = "pays" if (whole or comparison.gain) > 1 else "does not pay"
-    gain = f"{comparison.gain:.2f} x {best.layout} on {best.chip.title}"
+    said = f"{comparison.gain:.2f} x {best.layout} on {best.chip.title}"
     if whole is not None:
         unit = "chip" if best.usd_per_mtok is None else "USD"
-        gain = f"{whole:.2f} x all your chips without it, {gain} for each {unit}"
-    lines = [f"AFD {verdict}: {gain}. Without AFD:"]
+        said = f"{whole:.2f} x all your chips without it, {said} for each {unit}"
+    lines = [f"AFD {verdict}: {said}. Without AFD:"]
     lines += [f"  {_colocated_text(c)}" for c in advice.baselines]
     if advice.other_kv is not None:
         width, gain = advice.other_kv

@@ -19,6 +19,7 @@ from afd.plan.mixed import MixedSearch, parse_counts
 from afd.plan.search import SearchSpace, search
 from afd.plan.stages import RooflineStages, attention_time, ffn_time, transfer_times
 from afd.plan.tcp import tcp_fallback
+from afd.plan.text import advice_text
 from afd.types import Topology
 
 MODELS, CHIPS = load_models(), load_chips()
@@ -179,3 +180,11 @@ def test_a_mix_serves_no_more_at_longer_contexts_nor_behind_slower_links():
     ):
         assert rates == sorted(rates, reverse=True)
         assert rates[0] > rates[-1] > 0.0
+
+
+def test_what_can_be_started_today_has_one_kind_of_chips_a_role():
+    advice = advise(space(16, 16, ranks_per_instance=1), ESTIMATOR, OBJECTIVE)
+    assert any(plan.deployment.mixed for plan in advice.plans)
+    assert advice.today
+    assert not any(plan.deployment.mixed for plan in advice.today)
+    assert "runs today (instances of one chip): " in advice_text(advice, ESTIMATOR, "step3", 3)
