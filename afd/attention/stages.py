@@ -26,6 +26,7 @@ class StageTotals:
     with the core.
     ahead_s: preparing next steps while rows are away.
     step_s, step_exposed_s: steps' durations, and what was exposed within them, summed over all streams' steps.
+    num_tokens, num_attended, num_sampled: rows computed, KV entries that they read, output tokens.
     """
 
     attention_s: float = 0.0
@@ -40,6 +41,8 @@ class StageTotals:
     step_exposed_s: float = 0.0
     num_steps: int = 0
     num_tokens: int = 0
+    num_attended: float = 0.0
+    num_sampled: int = 0
     num_exchanges: int = 0
     num_gang_members: int = 0  # summed over exchanges: / num_exchanges = mean gang size
 
@@ -171,7 +174,10 @@ class StageClock:
             self._ended_s = None
         totals = self.totals
         totals.num_steps += 1
+        load = StepLoad.of(batch)
         totals.num_tokens += batch.num_tokens
+        totals.num_attended += load.context_tokens
+        totals.num_sampled += batch.num_samples
         took_s = now - started_s
         self.step_s = took_s if self.step_s == 0.0 else (1 - EMA) * self.step_s + EMA * took_s
         sums = self._steps.pop(stream)
@@ -182,7 +188,7 @@ class StageClock:
         self._samples.append(
             StepSample(
                 stream=stream,
-                load=StepLoad.of(batch),
+                load=load,
                 attention_s=sums.attention_s,
                 head_s=sums.head_s,
                 ffn_s=sums.ffn_s,

@@ -209,6 +209,7 @@ class Entry:
             loading=self.loading,
             stats=self.stats,
             silent_experts=self.silent_experts,
+            costs=self.costs,
         )
 
 

@@ -146,6 +146,7 @@ class GatewayService:
         return {
             "running": float(self.dispatcher.num_running),
             "queued": float(len(self.dispatcher.queue)),
+            "arrived": float(self.dispatcher.num_arrived),
             "finished": float(report.num_requests),
             "tpot_p99_ms": report.tpot_p99_s * 1e3,
             "ttft_p99_ms": report.ttft_p99_s * 1e3,

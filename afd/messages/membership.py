@@ -138,12 +138,22 @@ class PairReport(msgspec.Struct, frozen=True):
 Cost = Annotated[float, Meta(ge=0, le=1e6)]
 
 
+class StageLines(msgspec.Struct, frozen=True):
+    """Seconds of a step's stages as lines through many steps (`afd.sched.trend`), in the form of `StepCosts`."""
+
+    attention: tuple[Cost, Cost, Cost]
+    head: tuple[Cost, Cost]
+    ffn: tuple[Cost, Cost]
+
+
 class StepCosts(msgspec.Struct, frozen=True):
     """An attention worker's cost curves (`afd.sched.latency`), in seconds a step, summed over layers; and what it runs.
 
     attention: base, per token, per KV entry read.
     head: base, per row.
     ffn: base, per token of the gang.
+    lines: for readers who look farther than the next steps.
+    link_row_s: both ways of the bytes of one of its rows (`afd.sched.link`); None = not known yet.
     tokens, context, rows: a step of all its num_seqs running sequences together, as in `StepLoad`; 0 while it is idle.
     corrections: measured over modelled cycle, by number of streams.
     num_steps: behind the curves.
@@ -164,6 +174,8 @@ class StepCosts(msgspec.Struct, frozen=True):
     gang_size: Cost = 1.0
     wait_share: Cost = 0.0
     corrections: Annotated[dict[int, Cost], Meta(max_length=64)] = {}
+    lines: StageLines | None = None
+    link_row_s: Cost | None = None
 
 
 class SyncRequest(msgspec.Struct, frozen=True):
@@ -223,6 +235,7 @@ class MemberStatus(msgspec.Struct, frozen=True):
     loading: float
     stats: dict[str, float]
     silent_experts: list[ExpertId] = []
+    costs: StepCosts | None = None
 
 
 class Forecast(msgspec.Struct, frozen=True):

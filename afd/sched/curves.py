@@ -16,6 +16,8 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from operator import mul, truediv
 
+from afd.sched.trend import Trend
+
 MEASURED = 0.15  # standard deviation of a measured step, relative to it
 DRIFT = 0.01  # of a coefficient, per step
 FLOOR = 0.1  # and at least so much of what the first step alone would make of it
@@ -50,6 +52,7 @@ class Curve:
         self._scale = list(guess)
         self._covariance: list[list[float]] = []
         self._seen = SeenSizes()
+        self.trend = Trend(len(guess))  # for readers who look farther than the next steps
         self.num_samples = 0
 
     @property
@@ -75,6 +78,7 @@ class Curve:
         if self.num_samples >= TRUSTED:
             seconds = min(seconds, OUTLIER * max(expected_s, self(*features)))
         self.num_samples += 1
+        self.trend.add(seconds, features, max(SMALLEST_S, expected_s))
         self._correct(seconds - expected_s, expected_s, features)
         self._seen.add(features[1], seconds, features[2] if len(features) > 2 else 0.0)
 
@@ -85,6 +89,7 @@ class Curve:
         other._scale = [factor * value for value in self._scale]
         other._covariance = [[factor * factor * entry for entry in row] for row in self._covariance]
         other._seen = self._seen.scaled(factor)
+        other.trend = self.trend.scaled(factor)
         other.num_samples = self.num_samples
         return other
 

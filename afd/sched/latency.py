@@ -14,12 +14,14 @@ import msgspec
 
 from afd.sched.curves import OUTLIER, TRUSTED, Curve
 from afd.sched.cycle import cycle_s
+from afd.sched.link import LinkCost
 from afd.sched.sequence import MicroBatch
 
 COLD_STEPS = 2  # a process's first steps touch weights and KV for the first time: they tell nothing of later ones
 CORRECTION_EMA = 0.1
 CORRECTION_LIMITS = (0.5, 4.0)
 TRANSFER_FALL, TRANSFER_RISE = 0.3, 0.1
+SHORTEST_S = 1e-6
 
 
 class StepLoad(msgspec.Struct, frozen=True):
@@ -123,6 +125,7 @@ class LatencyModel:
         self._shared = _Costs()
         self._alone = _Costs() if max(self._speedups) > 1.0 else self._shared
         self.transfer_s = 2e-3 if overlap else 0.0
+        self.link = LinkCost()
         self._num_cold = 0
         self._others = 0.0  # rows of other attention workers in our gangs
         self._loads: dict[int, StepLoad] = {}
@@ -147,6 +150,8 @@ class LatencyModel:
         self._loads[sample.stream] = load
         if len(self._loads) >= len(sample.in_flight):  # else a stream beside it has not said yet what it computes
             self._observe_cycle(sample.took_s)
+            if sample.gang_tokens:
+                self._observe_link(sample)
 
     @property
     def num_steps(self) -> int:
@@ -247,6 +252,15 @@ class LatencyModel:
             self.transfer_s += TRANSFER_FALL * (seconds - self.transfer_s)
         elif alone:
             self.transfer_s += TRANSFER_RISE * (min(seconds, OUTLIER * self.transfer_s + 1e-3) - self.transfer_s)
+
+    def _observe_link(self, sample: StepSample) -> None:
+        if self.num_steps < TRUSTED:
+            return
+        loads = list(self._loads.values())
+        sides = [self.step_s(load, len(loads)) for load in loads]
+        busiest_s = max(sum(own for own, _ in sides), sum(ffn for _, ffn in sides))
+        seconds = max(SHORTEST_S, sample.exchange_s - sample.ffn_s)
+        self.link.observe(sample.load.num_tokens, seconds, self.cycle_s(loads), len(loads), busiest_s)
 
     def _observe_cycle(self, took_s: float) -> None:
         loads = list(self._loads.values())

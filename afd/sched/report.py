@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from afd.messages.membership import StepCosts
+from afd.messages.membership import StageLines, StepCosts
 from afd.messages.serving import WorkerStats
 from afd.sched.latency import LatencyModel
 from afd.sched.policy import Admission
@@ -84,4 +84,15 @@ class CostReporter:
             gang_size=self._gang_size,
             wait_share=min(1.0, waited_s / passed_s) if passed_s > 0.0 else 0.0,
             corrections=model.corrections(load),
+            lines=_lines(model),
+            link_row_s=model.link.row_s,
         )
+
+
+def _lines(model: LatencyModel) -> StageLines:
+    """Of several streams, as the curves."""
+    own, ffn = model.slowdowns(2)
+    a0, a1, a2 = (own * value for value in model.attention.trend.coefficients)
+    h0, h1 = (own * value for value in model.head.trend.coefficients)
+    f0, f1 = (ffn * value for value in model.ffn.trend.coefficients)
+    return StageLines((a0, a1, a2), (h0, h1), (f0, f1))

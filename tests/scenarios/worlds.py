@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tests.scenarios.autoscale_world import AutoscaleWorld
 from tests.scenarios.coordinator_world import CoordinatorWorld
 from tests.scenarios.dispatcher_world import DispatcherWorld
 from tests.scenarios.gangs_world import GangsWorld
@@ -12,6 +13,7 @@ from tests.scenarios.worker_world import WorkerWorld
 
 FOLDER = Path(__file__).parent
 WORLDS: dict[str, type[World]] = {
+    "autoscale": AutoscaleWorld,
     "coordinator": CoordinatorWorld,
     "dispatcher": DispatcherWorld,
     "gangs": GangsWorld,

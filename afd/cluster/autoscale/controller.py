@@ -39,7 +39,7 @@ class Target(Protocol):
 class Controller:
     """One round per call of `step`.
 
-    target: scales the attention workers; None = recommend only.
+    target: scales the attention workers, as many as are best beside the present FFN workers; None = recommend only.
     """
 
     def __init__(
@@ -48,15 +48,17 @@ class Controller:
         adviser: Adviser,
         metrics: AutoscaleMetrics,
         *,
+        observer: Observer,
         target: Target | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         self._coordinator = coordinator
         self._adviser = adviser
+        self._setter = adviser.for_running()
         self._metrics = metrics
         self._target = target
         self._clock = clock
-        self._observer = Observer()
+        self._observer = observer
         self._reachable = False
 
     def ready(self) -> tuple[bool, str]:
@@ -83,7 +85,7 @@ class Controller:
             if advice.changed:
                 self._tell(seen, advice)
         if self._target is not None:
-            self._scale(self._target, seen, advice)
+            self._scale(self._target, seen, None if advice is None or seen is None else self._setter.observe(seen, now))
         return advice
 
     def run(self, stop: threading.Event, interval_s: float) -> None:
@@ -93,9 +95,8 @@ class Controller:
             self.step()
 
     def _tell(self, seen: Observation, advice: Recommendation) -> None:
-        size = f"{seen.num_attention}A{seen.num_ffn}F"
-        verdict = "is right" if str(advice) == size else f"should be {advice}"
-        text = f"autoscale: {size} {verdict} ({advice.reason})"
+        verdict = "is right" if advice.size == seen.size else f"should be {advice.size}"
+        text = f"autoscale: {seen.size} {verdict} ({advice.reason})"
         log.info("%s", text)
         try:
             self._coordinator.control(ControlRequest("note", text))
@@ -109,8 +110,8 @@ class Controller:
         try:
             current = target.replicas()
             wanted = max(current, self._adviser.limits.smallest.num_attention)
-            if seen is not None and advice is not None and seen.num_attention == current:
-                wanted = advice.num_attention
+            if seen is not None and advice is not None and seen.size.num_attention == current:
+                wanted = advice.size.num_attention
             if wanted == current:
                 return
             target.set_replicas(wanted)

@@ -26,8 +26,8 @@ class AutoscaleMetrics:
 
     def advised(self, seen: Observation, advice: Recommendation) -> None:
         for role, present, wanted, busy in (
-            ("attention", seen.num_attention, advice.num_attention, seen.attention_busy),
-            ("ffn", seen.num_ffn, advice.num_ffn, seen.ffn_busy),
+            ("attention", seen.size.num_attention, advice.size.num_attention, seen.attention_busy),
+            ("ffn", seen.size.num_ffn, advice.size.num_ffn, seen.ffn_busy),
         ):
             self._instances.labels(role).set(present)
             self._recommended.labels(role).set(wanted)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
+import msgspec
 import pytest
 from prometheus_client import CollectorRegistry
 
@@ -25,7 +26,9 @@ from afd.messages.membership import (
     Member,
     MemberStatus,
     Plan,
+    StageLines,
     StatusReply,
+    StepCosts,
     WorkerInfo,
 )
 from afd.types import Topology
@@ -33,9 +36,24 @@ from afd.types import Topology
 CA_FILE = Path(__file__).parents[2] / "fixtures" / "tls" / "cert.pem"
 
 
-def member(role: str, rank: int, **stats: float) -> MemberStatus:
+COSTS = StepCosts(  # two such workers beside one FFN worker serve 466 tokens/s within 45 ms, with the load of `cluster`
+    attention=(1e-3, 4e-3 / 3, 0.0),
+    head=(0.0, 0.0),
+    ffn=(1e-3, 1e-4),
+    transfer_s=0.0,
+    num_steps=1000,
+    num_seqs=10,
+    tokens=10.0,
+    context=1000.0,
+    rows=10.0,
+    num_streams=3,
+    lines=StageLines((1e-3, 4e-3 / 3, 0.0), (0.0, 0.0), (1e-3, 1e-4)),
+)
+
+
+def member(role: str, rank: int, *, costs: StepCosts | None = None, **stats: float) -> MemberStatus:
     info = WorkerInfo(role, f"{role}{rank}", "host", 1, "")
-    return MemberStatus(Member(info, rank, ready=True), age_s=0.1, loading=1.0, stats=stats)
+    return MemberStatus(Member(info, rank, ready=True), age_s=0.1, loading=1.0, stats=stats, costs=costs)
 
 
 def status(members: list[MemberStatus], *, formed: bool = True) -> StatusReply:
@@ -44,12 +62,15 @@ def status(members: list[MemberStatus], *, formed: bool = True) -> StatusReply:
 
 
 def cluster(busy_s: float, *, num_attention: int = 2, formed: bool = True, **gateway: float) -> StatusReply:
-    """Attention workers that have computed for busy_s, an FFN worker for half of it."""
-    workers = [member("attention", rank, busy_s=busy_s, kv_free=0.5, waiting=1.0) for rank in range(num_attention)]
-    return status(
-        [*workers, member("ffn", 0, busy_s=busy_s / 2), member("gateway", 0, **gateway)],
-        formed=formed,
-    )
+    """Attention workers that have computed for busy_s, 250 tokens in each second; an FFN worker for half of it.
+
+    25 answers of 20 tokens a second, after prompts of 41.
+    """
+    tokens = 250.0 * busy_s
+    load = {"busy_s": busy_s, "sampled": tokens, "rows": 3.0 * tokens, "attended": 90.0 * tokens, "kv_free": 0.5}
+    workers = [member("attention", rank, costs=COSTS, **load) for rank in range(num_attention)]
+    gateway = {"arrived": num_attention * tokens / 20.0, "running": 0.0, "queued": 0.0, **gateway}
+    return status([*workers, member("ffn", 0, busy_s=busy_s / 2), member("gateway", 0, **gateway)], formed=formed)
 
 
 class FakeCoordinator:
@@ -96,6 +117,7 @@ class Rig:
             self.coordinator,
             Adviser(Policy(grow_s=10.0, settle_s=10.0), Limits(Topology.parse("2A1F"), Topology.parse("4A2F"))),
             AutoscaleMetrics(self.registry),
+            observer=Observer(3),
             target=target,
             clock=self.tick,
         )
@@ -106,25 +128,73 @@ class Rig:
 
     def run(self) -> list[str]:
         rounds = len(self.coordinator.replies)
-        return [str(self.controller.step()) for _ in range(rounds)]
+        advice = [self.controller.step() for _ in range(rounds)]
+        return [str(one and one.size) for one in advice]
 
     def metric(self, name: str, **labels: str) -> float | None:
         return self.registry.get_sample_value(name, labels)
 
 
-def test_counters_become_shares_of_the_time_between_two_answers() -> None:
-    observer = Observer()
+def test_counters_become_rates_over_the_last_minute_and_what_a_token_costs() -> None:
+    observer = Observer(3)
     assert observer.observe(cluster(100.0), 0.0) is None
-    seen = observer.observe(cluster(106.0, queued=3.0, finished=20.0, tpot_p99_ms=40.0, ttft_p99_ms=900.0), 10.0)
-    assert seen is not None
-    assert (seen.num_attention, seen.num_ffn) == (2, 1)
+    seen = observer.observe(cluster(106.0, finished=20.0, tpot_p99_ms=40.0, ttft_p99_ms=900.0), 10.0)
+    assert seen is not None and seen.costs is not None
+    assert seen.size == Topology(2, 1)
     assert seen.attention_busy == pytest.approx(0.6) and seen.ffn_busy == pytest.approx(0.3)
-    assert seen.kv_used == pytest.approx(0.5) and seen.queued == 5 and seen.num_finished == 20
+    assert seen.tokens_per_s == pytest.approx(300.0) and seen.costs.rows == pytest.approx(3.0)
+    assert seen.costs.streams == range(3, 4)
+    assert seen.kv_used == pytest.approx(0.5) and seen.num_finished == 20
     assert seen.tpot_p99_s == pytest.approx(0.04) and seen.ttft_p99_s == pytest.approx(0.9)
 
 
+def test_who_waits_or_was_turned_away_is_asked_for_and_who_asks_again_is_not_counted_for_ever() -> None:
+    """3,000 tokens are decoded in ten seconds: 150 answers of 20."""
+    for more, asked in ((75.0, 450.0), (9e9, 1200.0)):
+        observer = Observer(3)
+        observer.observe(cluster(100.0), 0.0)
+        crowd = cluster(106.0, arrived=2 * 250.0 * 106.0 / 20.0 + more, queued=more)
+        seen = observer.observe(crowd, 10.0)
+        assert seen is not None and seen.tokens_per_s == pytest.approx(asked)
+        assert seen.costs is not None and seen.costs.rows == pytest.approx(3.0), "their prompts are not computed yet"
+
+
+def test_costs_are_a_mean_over_several_answers_of_one_size() -> None:
+    observer, noisy = (
+        Observer(3),
+        msgspec.structs.replace(COSTS, lines=StageLines((1e-3, 4e-3 / 3, 0.0), (0.0, 0.0), (11e-3, 1e-4))),
+    )
+    for step in range(20):
+        reply = cluster(float(step))
+        costs = noisy if step == 19 else COSTS
+        members = [msgspec.structs.replace(one, costs=one.costs and costs) for one in reply.members]
+        seen = observer.observe(msgspec.structs.replace(reply, members=members), 10.0 * step)
+    assert seen is not None and seen.costs is not None
+    assert seen.costs.ffn[1].base_s == pytest.approx(2e-3, rel=0.01)
+    seen = observer.observe(cluster(20.0, num_attention=3), 200.0)
+    assert seen is not None and seen.costs is not None
+    assert seen.costs.ffn[1].base_s == pytest.approx(1e-3), "another size begins anew"
+
+
+def with_link(reply: StatusReply, row_s: float) -> StatusReply:
+    members = [
+        msgspec.structs.replace(one, costs=one.costs and msgspec.structs.replace(one.costs, link_row_s=row_s))
+        for one in reply.members
+    ]
+    return msgspec.structs.replace(reply, members=members)
+
+
+def test_what_was_learnt_of_a_link_outlives_the_workers() -> None:
+    observer = Observer(3)
+    observer.observe(cluster(0.0), 0.0)
+    observer.observe(with_link(cluster(10.0), 2e-4), 10.0)
+    seen = observer.observe(cluster(20.0, num_attention=4), 20.0)
+    assert seen is not None and seen.costs is not None
+    assert seen.costs.link_row_s == pytest.approx(4e-4), "of twice as many rows at the FFN worker's end"
+
+
 def test_a_restarted_worker_counts_from_its_second_answer() -> None:
-    observer = Observer()
+    observer = Observer(3)
     observer.observe(status([member("attention", 0, busy_s=500.0), member("ffn", 0, busy_s=0.0)]), 0.0)
     assert observer.observe(status([member("attention", 1, busy_s=2.0), member("ffn", 0, busy_s=1.0)]), 10.0) is None
     seen = observer.observe(status([member("attention", 1, busy_s=6.0), member("ffn", 0, busy_s=1.0)]), 20.0)
@@ -135,7 +205,7 @@ def test_advice_is_told_once_and_exported() -> None:
     rig = Rig([cluster(busy) for busy in (0.0, 10.0, 20.0, 30.0)])
     assert rig.run() == ["None", "2A1F", "3A1F", "3A1F"]
     assert len(rig.coordinator.notes) == 1
-    assert rig.coordinator.notes[0].startswith("autoscale: 2A1F should be 3A1F (2 sequences queue; attention 100% busy")
+    assert rig.coordinator.notes[0].startswith("autoscale: 2A1F should be 3A1F (500 tokens/s are asked for; within")
     assert rig.metric("afd_autoscale_recommended_instances", role="attention") == 3
     assert rig.metric("afd_autoscale_instances", role="attention") == 2
     assert rig.metric("afd_autoscale_busy_ratio", role="ffn") == pytest.approx(0.5)
