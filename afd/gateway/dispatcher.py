@@ -145,13 +145,6 @@ class Dispatcher:
         if any(worker.serving for worker in self.workers.values()):
             self._judge(1, 0, priority, self.limits.ttft_s if ttft_s is None else ttft_s, now)
 
-    @property
-    def num_arrived(self) -> int:
-        """Sequences that clients have asked for since the start; a request that was turned away counts as one."""
-        counts = self.counters
-        turned_away = counts.rejected_queue_full + counts.rejected_ttft
-        return counts.placed - counts.refused - counts.migrated + turned_away + len(self.queue)
-
     def _judge(
         self, num_sequences: int, num_prompt: int, priority: int, target_s: float, now: float
     ) -> tuple[float, float | None]:

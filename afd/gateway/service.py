@@ -146,7 +146,7 @@ class GatewayService:
         return {
             "running": float(self.dispatcher.num_running),
             "queued": float(len(self.dispatcher.queue)),
-            "arrived": float(self.dispatcher.num_arrived),
+            "arrived": float(_num_arrived(self.dispatcher)),
             "finished": float(report.num_requests),
             "tpot_p99_ms": report.tpot_p99_s * 1e3,
             "ttft_p99_ms": report.ttft_p99_s * 1e3,
@@ -258,3 +258,10 @@ def _limits(config: ClusterConfig, model: ServedModel) -> DispatchLimits:
         silence_s=max(config.coordinator.stall_timeout_s, MIN_SILENCE_S),
         vocab_size=model.vocab_size,
     )
+
+
+def _num_arrived(dispatcher: Dispatcher) -> int:
+    """Sequences that clients have asked for since the start; a request that was turned away counts as one."""
+    counts = dispatcher.counters
+    turned_away = counts.rejected_queue_full + counts.rejected_ttft
+    return counts.placed - counts.refused - counts.migrated + turned_away + len(dispatcher.queue)
