@@ -184,7 +184,12 @@ def test_a_mix_serves_no_more_at_longer_contexts_nor_behind_slower_links():
 
 def test_what_can_be_started_today_has_one_kind_of_chips_a_role():
     advice = advise(space(16, 16, ranks_per_instance=1), ESTIMATOR, OBJECTIVE)
-    assert any(plan.deployment.mixed for plan in advice.plans)
+    (mix,) = [plan for plan in advice.plans if plan.deployment.mixed][:1]
     assert advice.today
     assert not any(plan.deployment.mixed for plan in advice.today)
-    assert "runs today (instances of one chip): " in advice_text(advice, ESTIMATOR, "step3", 3)
+    for first, start in (
+        (advice.plans[0], "instances of one chip, as `afd up` and the chart start them today:"),
+        (mix, "runs today (instances of one chip): "),
+    ):
+        asked = dataclasses.replace(advice, plans=(first,), copies=1)
+        assert advice_text(asked, ESTIMATOR, "step3", 1).startswith(start)
