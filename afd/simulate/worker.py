@@ -226,7 +226,9 @@ class AttentionWorker:
                     in_flight=(step.stream, *self.flying),
                 )
             )
-        self._publish(self._news(progress))
+        news = self._news(progress)
+        if news or self._learns:  # else there is nothing to tell, and no number of streams to choose
+            self._publish(news)
 
     def fail(self, reason: str, now: float) -> None:
         """Nothing in flight is booked; its sequences run the step again."""
