@@ -22,13 +22,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+import kubernetes_validate
 import pytest
 import yaml
 
-from afd.cli.main import build_parser
-from tests.e2e.warm_start import WarmUp
+from afd.cli.main import build_parser, main
+from afd.plan.catalog import load_models
+from tests.fakes.warm_process import WarmProcess
 from tests.k8s.api_server import Cluster, api_server
 from tests.k8s.chart import REPOSITORY, Object, of_kind, render_values
+from tests.k8s.pod_security import against_restricted
 
 PAGE = (REPOSITORY / "docs" / "operations.md").read_text()
 FRAME = re.compile(r"(?:<!-- not run: (?P<reason>[^\n]+) -->\n)?```(?P<language>\w*)\n(?P<text>.*?)^```$", re.M | re.S)
@@ -64,7 +67,7 @@ class User:
 
     def __init__(self, folder: Path, cluster: Cluster, url: str):
         self.folder, self.cluster = folder, cluster
-        self.processes: list[WarmUp] = []
+        self.processes: list[WarmProcess] = []
         self.coordinator = ""
         shutil.copytree(REPOSITORY / "deploy", folder / "deploy")
         (folder / "k8s").symlink_to(REPOSITORY / "k8s")
@@ -86,10 +89,10 @@ class User:
         assert (result.returncode != 0) == fails, result.stdout + result.stderr
         return result.stdout + result.stderr
 
-    def afd(self, line: str) -> WarmUp:
+    def afd(self, line: str) -> WarmProcess:
         """An afd command in the background."""
         arguments = [str(self.folder / one) if (self.folder / one).is_file() else one for one in shlex.split(line)[1:]]
-        self.processes.append(WarmUp(arguments, self.env))
+        self.processes.append(WarmProcess(main, arguments, self.env))
         return self.processes[-1]
 
     def get(self, kind: str, name: str) -> Object:
@@ -325,6 +328,29 @@ def test_the_values_of_a_download_are_the_charts() -> None:
     for one in of_kind(objects, "StatefulSet"):
         (fetch,) = one["spec"]["template"]["spec"]["initContainers"]
         assert (fetch["name"], fetch["args"]) == ("download", ["org/model", "/models/m"])
+
+
+def test_the_job_that_fills_a_claim_may_run_anywhere() -> None:
+    (text,) = [one.text for one in FRAMES if one.text.startswith("# fill.yaml")]
+    job = yaml.safe_load(named(text))
+    kubernetes_validate.validate(job, "1.36", strict=True)
+    assert not list(against_restricted(job["spec"]["template"]["spec"]))
+
+
+def test_the_sizes_of_models_are_the_planners() -> None:
+    """Attention's half with embedding and head, the FFN's, and a request's KV cache, at 16 bits."""
+    rows = re.findall(r"^\| ([a-z0-9.-]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", PAGE, re.M)
+    assert len(rows) == 7
+    models = load_models()
+    for name, attention, ffn, kv in rows:
+        model = models[name]
+        held = 2 * (model.linear_weights + model.embedding_weights)
+        experts = sum(
+            group.layers * (group.fixed_weights(model.hidden) + group.experts * group.expert_weights(model.hidden))
+            for group in model.ffn
+        )
+        found = [held / 2**30, 2 * experts / 2**30, model.kv_resident_bytes(8192, 2) / 2**30]
+        assert [f"{found[0]:.1f}", f"{found[1]:.1f}", f"{found[2]:.2f}"] == [attention, ffn, kv], name
 
 
 INLINE = sorted(set(re.findall(r"`(afd [a-z][^`|]*?) *(?:\|[^`]*)?`", FRAME.sub("", PAGE).replace("\n", " "))))
