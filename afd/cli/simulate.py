@@ -77,6 +77,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seeds", type=positive, metavar="N", help="run with N seeds, and print means with 95 %% confidence intervals"
     )
     parser.add_argument("--per-request", metavar="FILE", help="write one JSON line for each request when it ends")
+    parser.add_argument(
+        "--autoscale", metavar="MIN:MAX", help="what `afd autoscale` would advise for this load, such as 1A1F:8A4F"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 

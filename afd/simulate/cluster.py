@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from afd.errors import AfdError
 from afd.messages.serving import GatewayMessage
+from afd.simulate.advice import LOOK_S, Advice
 from afd.simulate.arrivals import Arrivals
 from afd.simulate.closed_form import ClosedFormPath
 from afd.simulate.events import EventQueue
@@ -36,8 +37,10 @@ class Simulation:
         arrivals: Arrivals,
         watch: Callable[[Outcome], None] | None = None,
         path_of: PathFactory | None = None,
+        advice: Advice | None = None,
     ):
         """watch: told what became of each request, when it ends; `at_s` counts from the first second of arrivals.
+        advice: looks on (`Settings.advises`).
         path_of: makes another way of steps through the layers than that of attention and FFN workers.
         """
         self._settings = settings
@@ -48,6 +51,7 @@ class Simulation:
         self._gateway = Gateway(settings, arrivals, self._events, self._results, self._to_worker, watch)
         self._members = Members(settings, self._events, self._results, self._gateway, path)
         self._seen = 0
+        self._advice = advice
 
     def run(self) -> Report:
         """Simulate until every request has been answered or refused. StuckError after an hour without an answer."""
@@ -60,6 +64,8 @@ class Simulation:
             self._events.after(START_S + planned.at_s, begin)
         for scaling in self._settings.scalings:
             self._events.after(START_S + scaling.at_s, self._members.resize, scaling.num_attention)
+        if self._advice is not None:
+            self._events.after(START_S, self._look, self._advice)
         gateway, results = self._gateway, self._results
         while not gateway.done:
             self._seen = results.num_news
@@ -83,6 +89,11 @@ class Simulation:
     def workers(self) -> list[AttentionWorker]:
         """The workers that live (tests look at their books)."""
         return list(self._members.alive.values())
+
+    def _look(self, advice: Advice) -> None:
+        if not self._gateway.exhausted:
+            advice.look(self.workers, self._results.ffn_busy_s, self._gateway.dispatcher, self._events.now)
+            self._events.after(LOOK_S, self._look, advice)
 
     def _to_worker(self, key: str, message: GatewayMessage) -> None:
         self._events.after(HOP_S, self._members.handle, key, message)

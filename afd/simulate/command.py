@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from typing import Any
 
 from afd.errors import ConfigError
+from afd.simulate.advice import Advice, limits_of
 from afd.simulate.baseline import simulate_baseline
 from afd.simulate.cluster import Simulation
 from afd.simulate.outcomes import outcome_file
@@ -26,8 +27,12 @@ def run(arguments: argparse.Namespace) -> int:
     scenario = scenario_of(arguments)
     begun_s = time.perf_counter()
     with nullcontext() if arguments.per_request is None else outcome_file(arguments.per_request) as watch:
-        report = Simulation(scenario.settings, scenario.arrivals, watch).run()
+        advice = None if arguments.autoscale is None else Advice(scenario.settings, limits_of(arguments.autoscale))
+        report = Simulation(scenario.settings, scenario.arrivals, watch, advice=advice).run()
     payload, text = _payload(scenario, report), report_text(scenario, report)
+    if advice is not None:
+        payload["autoscale"] = advice.text()
+        text += "\n" + advice.text()
     if arguments.baseline is not None:
         deployment = scenario.deployment
         efficiency = efficiency_of(arguments, deployment.model, deployment.num_chips)
@@ -48,8 +53,8 @@ def _run_seeds(arguments: argparse.Namespace) -> None:
     check_seeds(arguments.seeds)
     if arguments.trace is not None:
         raise ConfigError("--seeds: a trace is the same with every seed")
-    if arguments.per_request is not None or arguments.baseline is not None:
-        raise ConfigError("--seeds: --per-request and --baseline are of one run, give --seed")
+    if any(value is not None for value in (arguments.per_request, arguments.baseline, arguments.autoscale)):
+        raise ConfigError("--seeds: --per-request, --baseline and --autoscale are of one run, give --seed")
     runs = []
     for seed in range(arguments.seed, arguments.seed + arguments.seeds):
         scenario = scenario_of(argparse.Namespace(**{**vars(arguments), "seed": seed}))

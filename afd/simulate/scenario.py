@@ -99,6 +99,7 @@ def scenario_of(arguments: argparse.Namespace) -> Scenario:
         num_blocks=arguments.kv_blocks or _num_blocks(deployment, efficiency, arguments.block_size),
         block_size=arguments.block_size,
         hash_block_tokens=arguments.hash_block_tokens if arrivals.shares_prefixes else 0,
+        advises=arguments.autoscale is not None,
         auto_streams=0 if arguments.streams else AUTO_STREAMS,
         policy=arguments.sla_policy,
         tpot_s=arguments.sla_tpot_ms / 1e3,

@@ -31,6 +31,7 @@ class Settings:
     load: until a new worker serves.
     drain_s: what a worker that leaves has for what it runs, as `gateway.drain_s`.
     pace: which workers are slower than their kind, and when.
+    advises: workers measure what steps cost and say so, for the autoscaler.
     detail: "layers" simulates every layer, "ends" the first and the last one.
     """
 
@@ -52,6 +53,7 @@ class Settings:
     stops_early: bool = False
     max_tokens: int = 0
     transfers: Transfers = "link"
+    advises: bool = False
     detail: Detail = "ends"
     failures: tuple[Failure, ...] = ()
     rollouts: tuple[PlannedRollout, ...] = ()

@@ -15,6 +15,7 @@ from afd.sched.core import CoreLimits, WorkerCore
 from afd.sched.latency import LatencyModel, StepLoad, StepSample
 from afd.sched.policy import Admission, Policy
 from afd.sched.prefill import PrefillBudget
+from afd.sched.report import CostReporter
 from afd.sched.scheduler import Scheduler
 from afd.sched.sequence import MicroBatch, Output, Progress, Sequence, SequenceState
 from afd.sched.streams import StreamChooser
@@ -84,6 +85,31 @@ class Step:
         self.to_ffn_s, self.to_attention_s = times.transfer_s(self.num_tokens, self.gang_tokens)
 
 
+@dataclass(slots=True)
+class StepSums:
+    """What an attention worker has counted since its start, as `afd.attention.stages.StageTotals` does.
+
+    wait_s: not counted: a path does not tell who waits.
+    """
+
+    busy_s: float = 0.0
+    wait_s: float = 0.0
+    num_rows: int = 0
+    num_attended: float = 0.0
+    num_sampled: int = 0
+    num_exchanges: int = 0
+    num_gang_members: int = 0
+
+    def add(self, step: Step, num_layers: int) -> None:
+        """One finished step."""
+        self.busy_s += num_layers * step.attention_s + step.head_s
+        self.num_rows += step.num_tokens
+        self.num_attended += step.load.context_tokens
+        self.num_sampled += int(step.load.num_samples)
+        self.num_exchanges += num_layers
+        self.num_gang_members += num_layers * max(1, step.mask.bit_count())
+
+
 class DataPath(Protocol):
     """The way of steps through the layers. It keeps the FFN ranks' tables."""
 
@@ -125,19 +151,21 @@ class AttentionWorker:
         # Observing admits everything, as "off" does; its forecasts would cost much and change nothing.
         policy: Policy = "enforce" if settings.policy == "enforce" else "off"
         chooser = StreamChooser(self.latency) if settings.auto_streams else None
+        self.sums = StepSums()
         self.core = WorkerCore(
             rank,
             self.scheduler,
             Admission(self.scheduler, self.latency, policy=policy, tpot_s=settings.tpot_s, ttft_s=settings.ttft_s),
             CoreLimits(settings.times.vocab, settings.max_waiting, settings.recovery_timeout_s),
             chooser=chooser,
+            reporter=CostReporter(self.latency, self.scheduler, self.sums) if settings.advises else None,
         )
         self._settings = settings
         self._times = settings.times
         self._targets = targets
         self._results = results
         self._say = say
-        self._learns = policy == "enforce" or chooser is not None
+        self._learns = policy == "enforce" or chooser is not None or settings.advises
         self._words = _Words()
         self._told: dict[str, tuple[Sequence, int]] = {}  # by request: output tokens of it that the gateway has
         self._gang_tokens: dict[int, int] = {}  # of each stream's last gang
@@ -211,6 +239,8 @@ class AttentionWorker:
         if not self.flying:
             self._results.landed(self.rank, now)
         self._gang_tokens[step.stream] = step.gang_tokens
+        if self._settings.advises:
+            self.sums.add(step, self._times.num_layers)
         progress = self.scheduler.commit(step.batch, self._sampled(step.batch))
         if self._learns:
             self.latency.observe(

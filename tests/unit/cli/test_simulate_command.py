@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -76,6 +77,16 @@ def test_several_seeds_have_intervals(simulate):
     assert "3 seeds, 95 % confidence" in simulate("--rate", "200", "--seeds", "3")[1]
 
 
+def test_what_the_autoscaler_would_advise(simulate):
+    code, out, _ = simulate("--requests", "300", "--rate", "40", "--autoscale", "1A1F:4A4F")
+    found = re.search(
+        r"^autoscale: 2A1F -> \dA\dF: ([\d,]+) tokens/s are asked for; .* 2A1F serves ([\d,]+)", out, re.M
+    )
+    assert code == 0 and found is not None
+    asked, served = (int(number.replace(",", "")) for number in found.groups())
+    assert asked == pytest.approx(40 * 12, rel=0.3) and served > asked
+
+
 def test_the_same_requests_without_afd(simulate):
     flags = ("--model", "step3", "--ranks-per-instance", "8", "--topology", "2A2F", "--concurrency", "32")
     result = json.loads(simulate(*flags, "--baseline", "ep", "--json")[1])
@@ -145,7 +156,8 @@ def test_a_calibration_gives_the_stage_times(simulate, tmp_path):
         (["--rollout", "ffn"], "is not ROLE@SECONDS"),
         (["--fail", "ffn:0@3+soon"], "is not ROLE:INDEX@SECONDS"),
         (["--seeds", "1"], "--seeds must be 2 to 31"),
-        (["--seeds", "3", "--baseline", "ep"], "--seeds: --per-request and --baseline are of one run"),
+        (["--autoscale", "4A1F:2A2F"], "--min 4A1F exceeds --max 2A2F"),
+        (["--seeds", "3", "--baseline", "ep"], "--seeds: --per-request, --baseline and --autoscale are of one run"),
         (["--seeds", "3", "--trace", "x"], "--seeds: a trace is the same with every seed"),
         (
             ["--baseline", "ep", "--rate", "9", "--slow", "ffn:0*2"],
