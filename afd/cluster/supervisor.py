@@ -175,6 +175,8 @@ class Supervisor:
             for other in self._children.values():
                 if other is not child:
                     self._configure(other)
+        if child.role == "coordinator" and "lost" in news:
+            self._end_lost(str(news["lost"]))
         if child.role == "gateway" and "url" in news:
             self._url = str(news["url"])
             self._progress[child.name].ready = True
@@ -314,6 +316,13 @@ class Supervisor:
         due = self._policies[child.name].next_start(now)
         self._console.note(f"starting {child.name} again in {due - now:.1f} s")
         self._due[child.name] = due
+
+    def _end_lost(self, incarnation: str) -> None:
+        """A worker that was declared lost, and may hang for long, is in its successor's way."""
+        for child in self._children.values():
+            if child.incarnation == incarnation and child.role in ("attention", "ffn") and self._stopping is None:
+                self._console.note(f"{child.name} (pid {child.pid}) was declared lost: killing it")
+                child.signal(signal.SIGKILL)
 
     def _tell_of_end(self, child: Child, exit_code: int) -> None:
         """The coordinator need not wait for its silence."""

@@ -62,8 +62,11 @@ class CoordinatorServer:
         clock: Callable[[], float] = time.monotonic,
         metrics: CoordinatorMetrics | None = None,
         credentials: grpc.ServerCredentials | None = None,
+        on_lost: Callable[[str], None] = lambda incarnation: None,
     ):
+        """on_lost: told of each member that is declared lost, by `step`."""
         self._state = state
+        self._on_lost = on_lost
         self._clock = clock
         self._lock = threading.Lock()
         self._news = threading.Condition(self._lock)  # notified when the view has changed, or a follower has gone
@@ -194,9 +197,10 @@ class CoordinatorServer:
             case Published(view):
                 if self._metrics is not None:
                     self._metrics.published(view)
-            case Lost(role):
+            case Lost(role, incarnation):
                 if self._metrics is not None:
                     self._metrics.lost(role)
+                self._on_lost(incarnation)
             case Stop():
                 return True
         return False
@@ -229,6 +233,7 @@ def run_coordinator(
         token=grpc_token(secret),
         metrics=CoordinatorMetrics(registry),
         credentials=server_credentials(config.coordinator),
+        on_lost=lambda incarnation: announce({"lost": incarnation}),
     )
     host = server.address.rpartition(":")[0]
     try:

@@ -77,9 +77,10 @@ class Log:
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """A member of this role was declared lost (to be counted; the log line comes beside it)."""
+    """A member was declared lost (to be counted, and ended by who started it; the log line comes beside it)."""
 
     role: str
+    incarnation: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -375,7 +376,7 @@ class CoordinatorState:
         if entry.is_worker:
             self._remember_lost(entry.info.incarnation, why)
         self._log(logging.WARNING, f"{entry.name} lost: {why}")
-        self._actions.append(Lost(entry.info.role))
+        self._actions.append(Lost(entry.info.role, entry.info.incarnation))
 
     def _remember_lost(self, incarnation: str, why: str) -> None:
         self._lost[incarnation] = why

@@ -92,4 +92,4 @@ Join = Callable[[WorkerInfo, Callable[[], SyncFields]], Membership]
 """How a worker joins: what it says of itself, and the heartbeat fields; returns at once (registration goes on)."""
 
 Announce = Callable[[dict[str, object]], None]
-"""One line of news to the supervisor, if there is one: {"loading": 0.5}, {"ready": True}, {"url": ...}."""
+"""One line of news to the supervisor, if there is one: {"ready": True}, {"url": ...}, {"lost": ...}."""

@@ -237,6 +237,19 @@ def test_a_forked_worker_that_dies_is_told_with_its_exit_code_and_last_lines(up:
     assert cluster.end() == 2
 
 
+def test_a_worker_that_hangs_is_replaced_without_waiting_for_it(up: Callable[..., Up]) -> None:
+    cluster = up("1A1F", forks=True)
+    cluster.wait_line("AFD is ready")
+    before, since = cluster.children()["ffn/0"], len(cluster.lines)
+    before.suspend()
+    cluster.wait_line(r"ffn/0 lost: no heartbeat", since=since)
+    cluster.wait_line(rf"ffn/0 \(pid {before.pid}\) was declared lost: killing it", since=since)
+    cluster.wait_line("ffn/0 is ready again", since=since)
+    assert cluster.children()["ffn/0"].pid != before.pid
+    cluster.process.send_signal(signal.SIGTERM)
+    assert cluster.end() == 0
+
+
 def test_ctrl_c_while_the_fork_server_imports(up: Callable[..., Up]) -> None:
     cluster = up("1A1F", "fork-server=deaf", forks=True)
     cluster.wait_line("the fork server imports for ever")
