@@ -29,9 +29,9 @@ def start(rig, *, count=1, stream=True, **fields):
     return [asyncio.ensure_future(rig.complete([1, 2], stream=stream, **fields)) for _ in range(count)]
 
 
-async def tokens_arrived(rig, count):
-    """Until the gateway holds so many tokens of its running sequences."""
-    workers = rig.service.dispatcher.workers.values()
+async def tokens_arrived(rig, count, worker=None):
+    """Until the gateway holds so many tokens of its running sequences, of one worker's where one is given."""
+    workers = [w for w in rig.service.dispatcher.workers.values() if worker is None or w.key == worker.incarnation]
     async with asyncio.timeout(10):
         while sum(len(sequence.output_ids) for worker in workers for sequence in worker.active.values()) < count:
             await asyncio.sleep(0.002)
@@ -84,7 +84,7 @@ async def test_streams_go_on_at_another_worker():
         await first.wait_submits()
         await second.wait_submits()
         first.allow(3)
-        await tokens_arrived(rig, 3)
+        await tokens_arrived(rig, 3, first)
         rig.publish([second])
         streams = [events((await request).text) for request in requests]
         assert rig.service.dispatcher.counters.migrated == 1

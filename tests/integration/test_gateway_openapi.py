@@ -115,7 +115,7 @@ async def test_gets_are_as_described():
 
 @async_test
 async def test_errors_are_as_described():
-    async with gateway(MODEL, limits={"max_body_bytes": 1000}) as rig:
+    async with gateway(MODEL, limits={"max_body_bytes": 1000}, recovery_timeout_s=0.05) as rig:
         document = await document_of(rig)
         post = rig.client.post
         for path in ("/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"):
