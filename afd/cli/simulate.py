@@ -80,6 +80,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--autoscale", metavar="MIN:MAX", help="what `afd autoscale` would advise for this load, such as 1A1F:8A4F"
     )
+    parser.add_argument(
+        "--autoscale-apply", action="store_true", help="with --autoscale: the number of attention workers follows it"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 

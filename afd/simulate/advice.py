@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from afd.cluster.autoscale.decision import Demand, Limits, Observation, Policy, wish
+from afd.cluster.autoscale.decision import Adviser, Demand, Limits, Observation, Policy, wish
 from afd.cluster.autoscale.observation import Observer
 from afd.gateway.dispatcher import Dispatcher
 from afd.messages.membership import ClusterView, Member, MemberStatus, Plan, StatusReply, WorkerInfo
@@ -16,16 +16,24 @@ LOOK_S = 0.5
 
 
 class Advice:
-    """Looks at the cluster twice a simulated second while requests arrive; decides once, by the last look."""
+    """Looks at the cluster twice a simulated second while requests arrive; its text is of the last look.
 
-    def __init__(self, settings: Settings, limits: Limits):
+    policy: None = that of `afd autoscale`, with the targets of the settings.
+    follow: whether the number of attention workers is to follow, as with `afd autoscale --apply`, after the same waits.
+    """
+
+    def __init__(self, settings: Settings, limits: Limits, *, policy: Policy | None = None, follow: bool = False):
         self._settings = settings
         self._limits = limits
+        self._policy = policy or Policy(settings.tpot_s, settings.ttft_s, settings.scheduler.max_num_seqs)
+        self._setter = Adviser(self._policy, limits, fixed_ffn=True) if follow else None
         self._observer = Observer(0 if settings.auto_streams else settings.scheduler.num_streams)
         self._seen: Observation | None = None
 
-    def look(self, workers: Iterable[AttentionWorker], ffn_busy_s: float, gateway: Dispatcher, now: float) -> None:
-        """Once every LOOK_S."""
+    def look(
+        self, workers: Iterable[AttentionWorker], ffn_busy_s: float, gateway: Dispatcher, now: float
+    ) -> int | None:
+        """Once every LOOK_S -> how many attention workers there are to be from now on; None = nothing to say."""
         settings = self._settings
         workers, num_ffn = list(workers), settings.topology.num_ffn
         arrived = gateway.counters.placed - gateway.counters.refused - gateway.counters.migrated
@@ -40,14 +48,17 @@ class Advice:
         members.append(_member("gateway", 0, load))
         plan = Plan(max_streams=settings.auto_streams or settings.scheduler.num_streams)
         view = ClusterView("simulated", 1, 1, len(workers), num_ffn, "", "", "hybrid", plan, [])
-        self._seen = self._observer.observe(StatusReply(view, members, []), now) or self._seen
+        seen = self._observer.observe(StatusReply(view, members, []), now)
+        self._seen = seen or self._seen
+        if seen is None or self._setter is None:
+            return None
+        return self._setter.observe(seen, now).size.num_attention
 
     def text(self) -> str:
         """One line, as `afd autoscale --once` prints it."""
         if self._seen is None:
             return "autoscale: too short to say"
-        settings = self._settings
-        policy = Policy(settings.tpot_s, settings.ttft_s, settings.scheduler.max_num_seqs)
+        policy = self._policy
         asked = wish(self._seen, Demand.of(self._seen, policy), policy, self._limits)
         return f"autoscale: {self._seen.size} -> {asked.size}: {asked.reason}"
 

@@ -40,7 +40,7 @@ class Simulation:
         advice: Advice | None = None,
     ):
         """watch: told what became of each request, when it ends; `at_s` counts from the first second of arrivals.
-        advice: looks on (`Settings.advises`).
+        advice: looks on (`Settings.advises`), and may have the number of attention workers follow.
         path_of: makes another way of steps through the layers than that of attention and FFN workers.
         """
         self._settings = settings
@@ -92,7 +92,10 @@ class Simulation:
 
     def _look(self, advice: Advice) -> None:
         if not self._gateway.exhausted:
-            advice.look(self.workers, self._results.ffn_busy_s, self._gateway.dispatcher, self._events.now)
+            members, workers = self._members, self.workers
+            wanted = advice.look(workers, self._results.ffn_busy_s, self._gateway.dispatcher, self._events.now)
+            if wanted is not None and len(workers) == members.size("attention"):  # nobody is on the way, in or out
+                members.resize(wanted)
             self._events.after(LOOK_S, self._look, advice)
 
     def _to_worker(self, key: str, message: GatewayMessage) -> None:

@@ -27,7 +27,7 @@ def run(arguments: argparse.Namespace) -> int:
     scenario = scenario_of(arguments)
     begun_s = time.perf_counter()
     with nullcontext() if arguments.per_request is None else outcome_file(arguments.per_request) as watch:
-        advice = None if arguments.autoscale is None else Advice(scenario.settings, limits_of(arguments.autoscale))
+        advice = _advice(arguments, scenario)
         report = Simulation(scenario.settings, scenario.arrivals, watch, advice=advice).run()
     payload, text = _payload(scenario, report), report_text(scenario, report)
     if advice is not None:
@@ -46,6 +46,14 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         print(f"{text}\nsimulated in {took_s:.1f} s")
     return 0
+
+
+def _advice(arguments: argparse.Namespace, scenario: Scenario) -> Advice | None:
+    if arguments.autoscale is not None:
+        return Advice(scenario.settings, limits_of(arguments.autoscale), follow=arguments.autoscale_apply)
+    if arguments.autoscale_apply:
+        raise ConfigError("--autoscale-apply follows what --autoscale MIN:MAX advises: give that, too")
+    return None
 
 
 def _run_seeds(arguments: argparse.Namespace) -> None:

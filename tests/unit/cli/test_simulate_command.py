@@ -157,6 +157,7 @@ def test_a_calibration_gives_the_stage_times(simulate, tmp_path):
         (["--fail", "ffn:0@3+soon"], "is not ROLE:INDEX@SECONDS"),
         (["--seeds", "1"], "--seeds must be 2 to 31"),
         (["--autoscale", "4A1F:2A2F"], "--min 4A1F exceeds --max 2A2F"),
+        (["--autoscale-apply"], "--autoscale-apply follows what --autoscale MIN:MAX advises"),
         (["--seeds", "3", "--baseline", "ep"], "--seeds: --per-request, --baseline and --autoscale are of one run"),
         (["--seeds", "3", "--trace", "x"], "--seeds: a trace is the same with every seed"),
         (

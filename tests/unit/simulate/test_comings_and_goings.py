@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from afd.cluster.autoscale.decision import Policy
 from afd.errors import ConfigError
 from afd.plan.catalog import load_chips, load_models
 from afd.plan.deployment import Deployment
 from afd.plan.efficiency import Efficiency
+from afd.simulate.advice import Advice, limits_of
 from afd.simulate.arrivals import Lengths, OpenLoop
 from afd.simulate.cluster import Simulation
 from afd.simulate.loading import LoadTimes
@@ -106,3 +108,16 @@ def test_a_newcomer_that_is_not_wanted_any_more_does_not_come():
     report = run("1A1F", scalings=(PlannedScaling(2, 0.2), PlannedScaling(1, 0.3)), load=LoadTimes(0.3, 9.0))
     assert report.timeline == ((0.2, "1 attention workers should be 2"), (0.3, "2 attention workers should be 1"))
     assert report.attention_workers == pytest.approx(1.0) and report.num_answered == 60
+
+
+def test_the_number_of_attention_workers_follows_the_autoscaler():
+    """60 requests/s for 50 tokens each; one worker serves about 1,800 tokens/s, two serve them all."""
+    slow = settings("1A1F", ConstantStages(stage(400, 100)), detail="ends", advises=True, load=LoadTimes(1.0, 9.0))
+    policy = Policy(max_num_seqs=64, grow_s=3.0, settle_s=2.0)
+    advice = Advice(slow, limits_of("1A1F:4A1F"), policy=policy, follow=True)
+    arrivals = OpenLoop(600, 60.0, 4.0, Lengths(1), Lengths(50), seed=0)
+    report = Simulation(slow, arrivals, advice=advice).run()
+    (asked_s, asked), (serves_s, serves) = report.timeline
+    assert asked == "1 attention workers should be 2" and serves == "attention/1 serves"
+    assert policy.grow_s <= asked_s < 2 * policy.grow_s and serves_s == asked_s + 1.0
+    assert report.num_answered == 600 and advice.text().startswith("autoscale: 2A1F -> 2A1F")
