@@ -8,7 +8,7 @@ from tests.e2e.conftest import SMOLLM2
 from tests.e2e.local_cluster import LocalCluster
 from tests.e2e.pauses import EVERYTHING, check_pause
 
-NUM_TOKENS = 100
+NUM_TOKENS = 60
 ROLES = ("gateway", "coordinator", "attention", "ffn", "gateway coordinator", "coordinator attention", EVERYTHING)
 
 
