@@ -220,9 +220,8 @@ class MembershipThread:
             self._say_goodbye()
         except CoordinatorError as error:
             self._fail(error)
-        except Exception as error:  # a callback's bug must not become a silent loss of membership
-            log.exception("the membership thread failed")
-            self._fail(MembershipLostError(f"the membership thread failed: {error!r}"))
+        except Exception as error:
+            self._crash(error)
 
     def _pause(self, seconds: float) -> bool:
         """Wait for the next heartbeat or for urgent news; False when closing."""
@@ -337,8 +336,9 @@ class MembershipThread:
             try:
                 for view in self._client.follow(incarnation):
                     self._take(view)
-            except Exception:  # a callback's bug: the heartbeats' thread will find it, too, and say so
-                log.exception("following the view failed")
+            except Exception as error:
+                self._crash(error)
+                return
             with self._changed:
                 self._changed.wait_for(lambda: self._closing, FOLLOW_AGAIN_S)
 
@@ -380,8 +380,15 @@ class MembershipThread:
         if news:
             log.warning("%s; going on with the last plan", error)
 
+    def _crash(self, error: Exception) -> None:
+        """A callback's bug must not become a silent loss of membership."""
+        log.exception("the membership thread failed")
+        self._fail(MembershipLostError(f"the membership thread failed: {error!r}"))
+
     def _fail(self, error: CoordinatorError) -> None:
         with self._changed:
+            if self._error is not None:
+                return  # the other thread came first
             self._error = error
             self._changed.notify_all()
         if self._on_fatal is not None:

@@ -9,7 +9,7 @@ import pytest
 
 from afd.membership.client import CoordinatorClient
 from afd.membership.thread import MembershipTiming
-from afd.messages.membership import RegisterRequest
+from afd.messages.membership import ClusterView, RegisterRequest
 from tests.integration.test_coordinator_service import (
     TOKEN,
     Joined,
@@ -34,6 +34,22 @@ def test_a_change_reaches_members_without_waiting_for_their_heartbeat(join: Call
         gateway.wait_view(lambda view: len(view.members) == 1)
         join(running.address, info("ffn"), timing=SLOW_BEATS)
         gateway.wait_view(lambda view: len(view.members) == 2)
+
+
+def test_a_callback_that_fails_on_a_pushed_view_is_fatal_and_not_silent(join: Callable[..., Joined]) -> None:
+    patient = {"coordinator.lost_after_s": 600.0, "coordinator.heartbeat_s": 60.0}
+    with coordinator(**patient) as running:
+        gateway = join(running.address, info("gateway"), timing=SLOW_BEATS)
+        gateway.wait_rank()
+
+        def look(view: ClusterView) -> None:
+            if len(view.members) > 1:
+                raise RuntimeError("a bug")
+
+        gateway.membership.on_view(look)
+        join(running.address, info("ffn"), timing=SLOW_BEATS)
+        assert "a bug" in str(gateway.fatal.get(timeout=10.0))
+        assert gateway.membership.lost
 
 
 def test_a_member_whose_connections_close_is_lost_long_before_its_silence_counts(join: Callable[..., Joined]) -> None:
