@@ -287,6 +287,11 @@ class ClusterConfig(Section, frozen=True):
     def topology(self) -> Topology:
         return Topology.parse(self.cluster.topology)
 
+    @property
+    def num_ffn_workers(self) -> int:
+        """FFN workers of the cluster, those on standby included."""
+        return self.topology.num_ffn + self.cluster.standby_ffn
+
 
 def resolve_config(file: str | None, overrides: dict[str, Any]) -> ClusterConfig:
     """TOML file (optional) plus overrides such as {"model.name": "..."} -> ClusterConfig; ConfigError otherwise."""

@@ -59,8 +59,7 @@ def files_needed(role: str, config: ClusterConfig) -> int:
     """How many files a process may come to have open: a gateway for its clients, all others for the workers."""
     if role == "gateway":
         return OWN_FILES + config.gateway.max_connections
-    topology = config.topology
-    return OWN_FILES + FILES_PER_WORKER * (topology.num_attention + topology.num_ffn + config.cluster.standby_ffn)
+    return OWN_FILES + FILES_PER_WORKER * (config.topology.num_attention + config.num_ffn_workers)
 
 
 _decoder = msgspec.json.Decoder(RoleLaunch)

@@ -151,7 +151,7 @@ def check_ports(config: ClusterConfig) -> None:
     topology = config.topology
     for section, count, name in (
         (config.attention, topology.num_attention, "attention"),
-        (config.ffn, topology.num_ffn + config.cluster.standby_ffn, "ffn"),
+        (config.ffn, config.num_ffn_workers, "ffn"),
     ):
         fixed = {key: getattr(section, key) for key in ("port", "mesh_port", "metrics_port") if hasattr(section, key)}
         for key, value in fixed.items():

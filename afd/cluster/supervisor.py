@@ -192,7 +192,7 @@ class Supervisor:
         yield "coordinator", -1
         for rank in range(topology.num_attention):
             yield "attention", rank
-        for rank in range(topology.num_ffn + self._config.cluster.standby_ffn):
+        for rank in range(self._config.num_ffn_workers):
             yield "ffn", rank
         yield "gateway", 0
 

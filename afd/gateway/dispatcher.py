@@ -13,6 +13,7 @@ from typing import Protocol
 
 from afd.errors import AfdError, PeerLostError, RequestError, UnavailableError
 from afd.gateway.admission import AdmissionQueue, Correction, is_too_long, predicted_wait_s, prefill_s
+from afd.gateway.counters import DispatchCounters
 from afd.gateway.outage import Outage
 from afd.gateway.router import Worker, choose_worker
 from afd.gateway.sequence import ClientSequence, Delta, Verdict
@@ -80,20 +81,6 @@ class DispatchLimits:
     vocab_size: int = 1 << 31
 
 
-@dataclass(slots=True)
-class DispatchCounters:
-    """Cumulative, for /metrics."""
-
-    placed: int = 0
-    refused: int = 0  # by a worker
-    migrated: int = 0
-    workers_lost: int = 0
-    gaps: int = 0
-    stale_chunks: int = 0
-    rejected_queue_full: int = 0
-    rejected_ttft: int = 0
-
-
 class Dispatcher:
     def __init__(self, gateway_id: str, limits: DispatchLimits, port: WorkerPort):
         self.limits = limits
@@ -110,13 +97,23 @@ class Dispatcher:
 
     # --- requests ---------------------------------------------------------------------------------------
 
+    @property
+    def serves(self) -> bool:
+        """Some worker takes sequences, unless it is full."""
+        return any(worker.serving for worker in self.workers.values())
+
+    @property
+    def num_arrived(self) -> int:
+        """Sequences that clients have asked for since the start; a request that was turned away counts as one."""
+        return self.counters.num_taken + self.counters.num_turned_away + len(self.queue)
+
     def may_recover(self, now: float) -> bool:
         """No worker serves, but one did not long ago: requests wait for its return, or its successor."""
         self._look(now)
         return self._outage.passes(now)
 
     def _look(self, now: float) -> None:
-        self._outage.look(any(worker.serving for worker in self.workers.values()), now)
+        self._outage.look(self.serves, now)
 
     @property
     def num_running(self) -> int:
@@ -142,7 +139,7 @@ class Dispatcher:
 
         While no worker serves, requests are read all the same: what is wrong with one is told then, too.
         """
-        if any(worker.serving for worker in self.workers.values()):
+        if self.serves:
             self._judge(1, 0, priority, self.limits.ttft_s if ttft_s is None else ttft_s, now)
 
     def _judge(

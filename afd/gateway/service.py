@@ -146,7 +146,7 @@ class GatewayService:
         return {
             "running": float(self.dispatcher.num_running),
             "queued": float(len(self.dispatcher.queue)),
-            "arrived": float(_num_arrived(self.dispatcher)),
+            "arrived": float(self.dispatcher.num_arrived),
             "finished": float(report.num_requests),
             "tpot_p99_ms": report.tpot_p99_s * 1e3,
             "ttft_p99_ms": report.ttft_p99_s * 1e3,
@@ -166,8 +166,7 @@ class GatewayService:
             return "the coordinator has not answered yet"
         if view.shutdown:
             return "the cluster is shutting down"
-        serving = any(worker.serving for worker in self.dispatcher.workers.values())
-        if serving or self.dispatcher.may_recover(time.monotonic()):
+        if self.dispatcher.serves or self.dispatcher.may_recover(time.monotonic()):
             return None
         if not self._membership.coordinator_alive:
             return "the coordinator does not answer, and no attention worker serves"
@@ -258,10 +257,3 @@ def _limits(config: ClusterConfig, model: ServedModel) -> DispatchLimits:
         silence_s=max(config.coordinator.stall_timeout_s, MIN_SILENCE_S),
         vocab_size=model.vocab_size,
     )
-
-
-def _num_arrived(dispatcher: Dispatcher) -> int:
-    """Sequences that clients have asked for since the start; a request that was turned away counts as one."""
-    counts = dispatcher.counters
-    turned_away = counts.rejected_queue_full + counts.rejected_ttft
-    return counts.placed - counts.refused - counts.migrated + turned_away + len(dispatcher.queue)

@@ -36,12 +36,10 @@ class Advice:
         """Once every LOOK_S -> how many attention workers there are to be from now on; None = nothing to say."""
         settings = self._settings
         workers, num_ffn = list(workers), settings.topology.num_ffn
-        arrived = gateway.counters.placed - gateway.counters.refused - gateway.counters.migrated
-        turned_away = gateway.counters.rejected_queue_full + gateway.counters.rejected_ttft
         load = {
             "running": float(gateway.num_running),
             "queued": float(len(gateway.queue)),
-            "arrived": float(arrived + turned_away + len(gateway.queue)),
+            "arrived": float(gateway.num_arrived),
         }
         members = [_attention(worker) for worker in workers]
         members += [_member("ffn", rank, {"busy_s": ffn_busy_s}) for rank in range(num_ffn)]

@@ -22,19 +22,9 @@ H800 = ["--attention", "h800", "--ffn", "h800"]
 
 
 @pytest.fixture
-def run(capsys):
+def run_json(run_plan):
     def run_command(*arguments):
-        code = main(["plan", *arguments])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run_command
-
-
-@pytest.fixture
-def run_json(run):
-    def run_command(*arguments):
-        code, out, err = run(*arguments, "--json")
+        code, out, err = run_plan(*arguments, "--json")
         assert err == ""
         return code, json.loads(out)
 
@@ -60,17 +50,17 @@ def test_cost_of_afd_and_of_chosen_models(run_json):
     assert round(rows[0]["ffn_usd_per_mtok"], 3) == 0.030
 
 
-def test_cost_beyond_a_models_limit_is_computed_and_said_to_be(run, run_json):
+def test_cost_beyond_a_models_limit_is_computed_and_said_to_be(run_plan, run_json):
     """Report Fig. 3: Step-3 at 128K, 0.700 USD on H800 (61 x 131072 x 512 B of cache)."""
     _, rows = run_json("cost", "--model", "step3", "--chip", "h800", "--context", "131072")
     assert rows[0]["total_usd_per_mtok"] == pytest.approx(0.700, abs=0.001)
-    code, out, _ = run("cost", "--context", "131072")
+    code, out, _ = run_plan("cost", "--context", "131072")
     assert code == 0
     assert "step3 serves 65536 tokens" in out
 
 
-def test_an_inventory_and_a_network_as_text(run):
-    code, out, _ = run(
+def test_an_inventory_and_a_network_as_text(run_plan):
+    code, out, _ = run_plan(
         "--model", "step3", "--context", "8192", "--inventory", "h20:32,h800:16", "--network-gbit", "100/server"
     )
     assert code == 0
@@ -86,8 +76,8 @@ def test_an_inventory_and_a_network_as_text(run):
         assert expected in out
 
 
-def test_cost_as_text(run):
-    code, out, _ = run("cost", "--model", "step3", "--context", "8192")
+def test_cost_as_text(run_plan):
+    code, out, _ = run_plan("cost", "--model", "step3", "--context", "8192")
     assert code == 0
     assert "0.063" in out
 
@@ -105,10 +95,10 @@ def test_tgs_of_table_8(run_json, topology, context, dtype, batch, tgs):
     assert plan["tgs"] == pytest.approx(plan["batch"] / plan["chips"] / plan["tpot_ms"] * 1e3)
 
 
-def test_tgs_at_a_given_batch_and_as_text(run, run_json):
+def test_tgs_at_a_given_batch_and_as_text(run_plan, run_json):
     _, plan = run_json("tgs", "--topology", "2A2F", "--model", "step3", "--batch", "4800", "--streams", "3")
     assert (plan["batch"], plan["micro_batch"]) == (4800, 1600)
-    code, out, _ = run("tgs", "--topology", "2A2F", "--model", "step3")
+    code, out, _ = run_plan("tgs", "--topology", "2A2F", "--model", "step3")
     assert code == 0
     assert "bound by attention" in out
     assert "factors: core" in out
@@ -136,8 +126,8 @@ def test_search_answers_everything_at_once(run_json):
     assert answer["efficiency"]["gemm"] == 0.65
 
 
-def test_search_as_text_says_what_matters(run):
-    code, out, _ = run("--model", "step3")
+def test_search_as_text_says_what_matters(run_plan):
+    code, out, _ = run_plan("--model", "step3")
     assert code == 0
     shown = Path("docs/planning.md").read_text().partition("## What a search prints")[2].split("```")[1]
     printed = out.splitlines()
@@ -156,14 +146,14 @@ def test_search_as_text_says_what_matters(run):
         assert expected in out
 
 
-def test_search_without_an_answer_exits_with_1_and_says_how_far_off(run):
-    code, out, _ = run("--model", "step3", "--sla-tpot-ms", "5")
+def test_search_without_an_answer_exits_with_1_and_says_how_far_off(run_plan):
+    code, out, _ = run_plan("--model", "step3", "--sla-tpot-ms", "5")
     assert code == 1
     assert out.startswith("no topology of up to 256 chips holds 5 ms: the closest")
 
 
-def test_heterogeneous_search_names_both_chips(run):
-    _, out, _ = run("--model", "step3", "--context", "8192", "--heterogeneous", "--max-gpus", "96", "--top", "2")
+def test_heterogeneous_search_names_both_chips(run_plan):
+    _, out, _ = run_plan("--model", "step3", "--context", "8192", "--heterogeneous", "--max-gpus", "96", "--top", "2")
     assert "H20+H800" in out
     assert "A on H20, F on H800" in out
 
@@ -178,13 +168,13 @@ def test_a_models_own_config_and_its_path_in_the_command(run_json, tmp_path):
     assert answer["deploy"]["model"] == str(path.parent)
 
 
-def test_a_model_of_short_contexts_is_compared_at_its_own_limit(run, run_json, tmp_path):
+def test_a_model_of_short_contexts_is_compared_at_its_own_limit(run_plan, run_json, tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**MIXTRAL, "max_position_embeddings": 512}))
     arguments = ("--model", str(path), "--context", "512", "--max-gpus", "32")
     _, answer = run_json(*arguments)
     assert [point["context"] for point in answer["comparison"]["by_context"]] == [512]
-    code, out, _ = run(*arguments)
+    code, out, _ = run_plan(*arguments)
     assert code == 0
     assert "512 tried" in out or "from 512 to 512" in out
 
@@ -197,25 +187,25 @@ def test_16_bit_weights_cost_throughput(run_json):
     assert bf16 < fp8
 
 
-def test_figures_without_matplotlib_name_the_extra(run, monkeypatch):
+def test_figures_without_matplotlib_name_the_extra(run_plan, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.delitem(sys.modules, "afd.plan.figures", raising=False)
-    code, _, err = run("figures")
+    code, _, err = run_plan("figures")
     assert code == 2
     assert "pip install 'afd[plan]'" in err
 
 
-def test_limits(run, run_json):
+def test_limits(run_plan, run_json):
     _, rows = run_json("limits", "--model", "step3", "--chip", "l20,l4,h800")
     by_chip = {row["chip"]: row for row in rows}
     assert by_chip["l20"]["ffn_servers"] == 6
     assert by_chip["l4"]["attention_feasible"] is False
     assert round(by_chip["h800"]["min_sparsity"], 3) == 0.058
-    _, out, _ = run("limits")
+    _, out, _ = run_plan("limits")
     assert "impossible" in out
 
 
-def test_calibrated_tgs(run, run_json, tmp_path):
+def test_calibrated_tgs(run_plan, run_json, tmp_path):
     path = tmp_path / "measured.json"
     points = [{"tokens": n, "seconds": 1e-3 + 1e-5 * n} for n in (1, 8, 64)]
     cached = [{**point, "context": 512} for point in points]
@@ -238,9 +228,9 @@ def test_calibrated_tgs(run, run_json, tmp_path):
     stage_s = 1e-3 + 1e-5 * 32
     assert plan["stage_us"]["attention"] == pytest.approx(stage_s * 1e6)
     assert plan["tpot_ms"] == pytest.approx(3 * (30 * stage_s + stage_s) * 1e3)
-    _, out, _ = run(*arguments)
+    _, out, _ = run_plan(*arguments)
     assert "stage times measured" in out
-    code, _, err = run("--model", "step3", "--calibrate", str(path), "--heterogeneous")
+    code, _, err = run_plan("--model", "step3", "--calibrate", str(path), "--heterogeneous")
     assert code == 2
     assert "one --attention and one --ffn chip" in err
 
@@ -270,21 +260,21 @@ def test_calibrated_tgs(run, run_json, tmp_path):
         (["limits", "--chip", "tpu"], "unknown chip"),
     ],
 )
-def test_mistakes_are_one_line_and_exit_code_2(run, arguments, message):
-    code, out, err = run(*arguments)
+def test_mistakes_are_one_line_and_exit_code_2(run_plan, arguments, message):
+    code, out, err = run_plan(*arguments)
     assert (code, out) == (2, "")
     assert message in err
     assert err.count("\n") == 1
 
 
-def test_a_request_too_long_for_the_chip_is_named(run, tmp_path):
+def test_a_request_too_long_for_the_chip_is_named(run_plan, tmp_path):
     hardware = tmp_path / "small.toml"
     hardware.write_text(
         '[small]\ntitle = "Small"\nbf16_tflops = 100\nmemory_gib = 18\nmemory_gb_per_s = 1000\n'
         'network_gbit_per_s = 100\ninterconnect_gb_per_s = 50\nsource = "test"\n'
     )
     small = ["--hardware-file", str(hardware), "--attention", "small", "--context", "65536"]
-    code, _, err = run("tgs", "--model", "step3", "--topology", "2A2F", "--streams", "3", *small)
+    code, _, err = run_plan("tgs", "--model", "step3", "--topology", "2A2F", "--streams", "3", *small)
     assert code == 2
     assert "a Small does not hold 3 requests of 65536 tokens" in err
 
@@ -309,8 +299,8 @@ def test_arguments_that_cannot_be_parsed(arguments, capsys):
     assert "error:" in capsys.readouterr().err
 
 
-def test_json_may_stand_before_the_sub_command(run):
-    _, out, _ = run("--json", "cost", "--model", "step3", "--context", "8192")
+def test_json_may_stand_before_the_sub_command(run_plan):
+    _, out, _ = run_plan("--json", "cost", "--model", "step3", "--context", "8192")
     assert len(json.loads(out)) == 4
 
 

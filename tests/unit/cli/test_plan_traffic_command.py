@@ -6,35 +6,23 @@ from pathlib import Path
 
 import pytest
 
-from afd.cli.main import main
-
 SMALL = ["--model", "step3", "--max-gpus", "32", "--streams", "3"]
 LENGTHS = ["--input-len", "2000", "--output-len", "500"]
 
 
-@pytest.fixture
-def run(capsys):
-    def run_command(*arguments):
-        code = main(["plan", *arguments])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run_command
-
-
-def test_the_documentation_shows_what_is_printed(run):
+def test_the_documentation_shows_what_is_printed(run_plan):
     text = Path("docs/planning.md").read_text()
     block = text.partition("## Requests a second")[2].split("```")[1].strip().splitlines()
     command = block[0].removeprefix("$ afd plan ").split()
-    code, out, _ = run(*command)
+    code, out, _ = run_plan(*command)
     assert code == 0
     assert out.splitlines()[: len(block) - 1] == block[1:]
     assert "prompts of 2000 tokens in the same steps: " in out
 
 
-def test_a_rate_that_the_chips_do_not_serve_as_json(run):
+def test_a_rate_that_the_chips_do_not_serve_as_json(run_plan):
     question = ["--model", "step3", "--streams", "3", "--inventory", "h800:24", *LENGTHS, "--rate", "5000"]
-    code, out, _ = run(*question, "--sla-ttft-ms", "2000", "--utilisation", "0.7", "--json")
+    code, out, _ = run_plan(*question, "--sla-ttft-ms", "2000", "--utilisation", "0.7", "--json")
     assert code == 1
     answer = json.loads(out)
     assert answer["context"] == 2250
@@ -67,32 +55,32 @@ def test_a_rate_that_the_chips_do_not_serve_as_json(run):
         (["--attention", "h20:4,h800:x"], "--attention h20:4,h800:x: expected instances of each kind"),
     ],
 )
-def test_mistakes_in_one_line(run, arguments, message):
-    code, out, err = run(*SMALL, *arguments)
+def test_mistakes_in_one_line(run_plan, arguments, message):
+    code, out, err = run_plan(*SMALL, *arguments)
     assert (code, out) == (2, "")
     assert message in err
     assert err.count("\n") == 1
 
 
-def test_one_topology_with_two_kinds_of_attention_chips(run):
+def test_one_topology_with_two_kinds_of_attention_chips(run_plan):
     question = ["tgs", "--model", "step3", "--context", "8192", "--ffn", "h800", "--streams", "3"]
-    code, out, _ = run(*question, "--topology", "5A2F", "--attention", "h20:4,h800:1", "--json")
+    code, out, _ = run_plan(*question, "--topology", "5A2F", "--attention", "h20:4,h800:1", "--json")
     assert code == 0
     plan = json.loads(out)
     assert [(part["chip"], part["instances"]) for part in plan["attention_parts"]] == [("h20", 4), ("h800", 1)]
     assert plan["usd_per_hour"] == pytest.approx(32 * 0.8 + 24 * 2)
-    code, out, _ = run(*question, "--topology", "5A2F", "--attention", "h20:4,h800:1")
+    code, out, _ = run_plan(*question, "--topology", "5A2F", "--attention", "h20:4,h800:1")
     assert "A on 4 x H20 + 1 x H800, F on H800" in out
     assert "tokens of an attention chip and micro-batch: " in out
-    code, out, _ = run(*question[:-4], "--topology", "4A2F", "--attention", "h20", "--ffn", "h800:1,h20:1")
+    code, out, _ = run_plan(*question[:-4], "--topology", "4A2F", "--attention", "h20", "--ffn", "h800:1,h20:1")
     assert "of the FFN, each instance: " in out
     for counts, message in (("h20:4", "4 instances, but 5A2F has 5"), ("h20,h800", "or instances of each")):
-        code, _, err = run(*question, "--topology", "5A2F", "--attention", counts)
+        code, _, err = run_plan(*question, "--topology", "5A2F", "--attention", counts)
         assert code == 2
         assert message in err
 
 
-def test_lengths_for_one_topology(run):
-    code, out, _ = run("tgs", "--model", "step3", "--topology", "1A2F", *LENGTHS)
+def test_lengths_for_one_topology(run_plan):
+    code, out, _ = run_plan("tgs", "--model", "step3", "--topology", "1A2F", *LENGTHS)
     assert code == 0
     assert "prompts of 2000 tokens in the same steps: " in out
