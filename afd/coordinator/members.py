@@ -116,7 +116,7 @@ class Entry:
         return self.info.serving != "" if mono else self.info.mesh is not None
 
     def take_over(self, rank: int) -> None:
-        """From now on this worker, which was on standby, has a lost one's rank; it is ready when it says so again."""
+        """This worker, which was on standby, has a lost one's rank from now on; it is ready when it says so again."""
         self.rank = rank
         self.ready_since = None
 

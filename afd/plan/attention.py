@@ -57,7 +57,7 @@ class AttentionGroup(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
 
     @property
     def prefill_flops_per_key(self) -> int:
-        """As `flops_per_key`, where a prompt is computed in another form than decodes are."""
+        """FLOPs per key of a prompt's row: `flops_per_key`, unless it is computed in another form than decodes."""
         return self.flops_per_key
 
     def prefill_flops(self, prompt: float) -> float:

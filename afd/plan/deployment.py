@@ -206,7 +206,7 @@ class Deployment:
 
 
 def _parts(chip: Chip, instances: int, more: tuple[Part, ...]) -> tuple[Part, ...]:
-    """Those that are left of `instances` are of `chip`; loads are over the mean, so theirs follows from the others'."""
+    """The kinds of a role: what `more` leaves of `instances` is of `chip`, and carries the rest of the load."""
     if not more:
         return (Part(chip, instances),)
     left = instances - sum(part.instances for part in more)

@@ -86,7 +86,7 @@ class Estimate:
 
     @property
     def step_s(self) -> float:
-        """Of one micro-batch; with drafts it emits more than one token of a request."""
+        """Seconds of one step of a micro-batch; with drafts it emits more than one token of a request."""
         return self.tpot_s * self.deployment.drafts.emitted
 
     @property
@@ -112,7 +112,7 @@ class Estimate:
 
     @property
     def _prompts_per_step(self) -> float:
-        """Of one stream of one attention instance, whose chips share a prompt's rows."""
+        """Prompts that a step of one stream of one attention instance computes; its chips share a prompt's rows."""
         if self.prefill is None or self.objective.requests is None:
             return 0.0
         return self.prefill.num_tokens * self.deployment.ranks_per_instance / self.objective.requests.prompt

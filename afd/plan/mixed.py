@@ -61,7 +61,7 @@ class MixedSearch:
         return list(found.values())
 
     def best(self, attention: Counts, ffn: Counts, streams: Sequence[int]) -> Estimate | None:
-        """With so many instances of each kind: the best depth and shares; None where nothing holds the SLA."""
+        """The best depth and shares of so many instances of each kind; None where nothing holds the SLA."""
         shapes = (shape for number in streams for shape in self.shapes(attention, ffn, number))
         options = [self.estimator.best(shape, self.objective) for shape in shapes]
         return max((e for e in options if e is not None), key=lambda e: e.tgs, default=None)

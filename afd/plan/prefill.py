@@ -62,7 +62,7 @@ class PrefillUnit:
         return held * self.num_chips >= self.num_prompts
 
     def cache_s(self, receiver: Chip) -> float:
-        """Of one prompt's cache to the chip that decodes with it, at that chip's link."""
+        """Seconds that one prompt's cache takes to the chip that decodes with it, at that chip's link."""
         num_bytes = self.template.model.kv_resident_bytes(round(self.prompt), self.template.kv_dtype.bytes_per_element)
         return num_bytes / (receiver.network_bytes_per_s * self.efficiency.network)
 

@@ -174,7 +174,7 @@ class _Way:
                     yield from self._with_pool(space, traffic, plan, copies)
 
     def _grown(self, space: SearchSpace, traffic: Traffic, plan: Estimate | Colocated, copies: int) -> Iterator[Fleet]:
-        """As many copies as TTFT asks for beyond `copies`."""
+        """The smallest fleet of `copies` copies or more that keeps the TTFT target, if it is not too large."""
         for more in range(1 + (copies if traffic.rate else 0)):
             fleet = self._fleet(traffic, plan, copies + more, None, 0)
             if fleet is not None and _within(space, fleet.chips):
@@ -282,7 +282,7 @@ def _badness(traffic: Traffic, space: SearchSpace) -> Callable[[Fleet], float]:
 
 
 def _best(found: Iterable[Fleet], traffic: Traffic, space: SearchSpace) -> Fleet | None:
-    """Of those within TIE of the best, the one with the fewest chips, then the shortest wait."""
+    """The fleet with the fewest chips, then the shortest wait, of those within TIE of the best."""
     badness, options = _badness(traffic, space), list(found)
     if not options:
         return None

@@ -90,7 +90,7 @@ class CostReporter:
 
 
 def _lines(model: LatencyModel) -> StageLines:
-    """Of several streams, as the curves."""
+    """The stages' lines, with several streams in flight like the curves."""
     own, ffn = model.slowdowns(2)
     a0, a1, a2 = (own * value for value in model.attention.trend.coefficients)
     h0, h1 = (own * value for value in model.head.trend.coefficients)

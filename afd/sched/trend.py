@@ -35,7 +35,7 @@ class Trend:
 
     @property
     def coefficients(self) -> tuple[float, ...]:
-        """Those of the best line; what does not vary, or would be negative, is 0."""
+        """The coefficients of the best line; what does not vary, or would be negative, is 0."""
         used = list(range(len(self._products)))
         while used:
             values = self._solved(used)

@@ -8,7 +8,7 @@ clock, but they see the FFN worker come back at about the same moment, and take 
 from __future__ import annotations
 
 TURN_S = 0.5
-"""Of each worker. Trials begin in its first half, so that the last one is over before the next worker's turn."""
+"""Length of each worker's turn. Trials begin in its first half: the last one is over before the next worker's turn."""
 
 
 class TrialTurn:

@@ -47,7 +47,7 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class PlannedRollout:
-    """From `at_s` on the workers of `role` are replaced."""
+    """The workers of `role` are replaced, from `at_s` on."""
 
     role: str
     at_s: float
@@ -66,7 +66,7 @@ class PlannedRollout:
 
 @dataclass(frozen=True, slots=True)
 class PlannedScaling:
-    """From `at_s` on there are to be so many attention workers."""
+    """There are to be so many attention workers, from `at_s` on."""
 
     num_attention: int
     at_s: float

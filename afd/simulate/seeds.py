@@ -21,7 +21,7 @@ MAX_SEEDS = len(_T95) + 1
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """Of independent runs: the mean, and what to add and take away for the 95 % confidence interval of the truth."""
+    """The mean of independent runs, and what to add and take away for the 95 % confidence interval of the truth."""
 
     mean: float
     ci95: float

@@ -127,7 +127,7 @@ class Policy:
         return Bounds(HEADROOM * self.tpot_s, min(float(self.max_num_seqs), kv_seqs))
 
     def cost(self, size: Topology) -> float:
-        """In attention workers."""
+        """What a size costs, in attention workers."""
         return size.num_attention + self.ffn_cost * size.num_ffn
 
     def near_to(self, present: Topology, size: Topology) -> bool:

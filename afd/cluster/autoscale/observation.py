@@ -134,7 +134,7 @@ def _of_role(reply: StatusReply, role: str) -> list[MemberStatus]:
 def _growth(
     old: _Snapshot, new: _Snapshot, members: Iterable[MemberStatus], name: str, *, falls: bool = False
 ) -> float:
-    """Of all members together, of those in both. falls: it is no counter."""
+    """How much a figure of the members in both snapshots has grown, all together. falls: it is no counter."""
     keys = [(status.member.info.incarnation, name) for status in members]
     grown = [new.counts[key] - old.counts[key] for key in keys if key in old.counts and key in new.counts]
     return sum(grown if falls else (max(0.0, value) for value in grown))
